@@ -1,0 +1,339 @@
+"""MetaWorld as a Gymnasium environment of pictures, instructions and the hand's state."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import numpy.typing as npt
+from gymnasium import spaces
+
+from mw_envs.rendering import RENDERERS, View, get_renderer, resolve_crop
+from mw_envs.scene import Simulator, acquire_simulator, release_simulator
+from mw_envs.tasks import (
+    GOALS_PER_TASK,
+    INSTRUCTION_BYTES,
+    TASKS,
+    Trial,
+    did_you_mean,
+    encode_instruction,
+    get_task,
+    select_tasks,
+)
+
+REWARDS = ("sparse", "difference", "dense")
+CAMERAS = ("topview", "corner", "corner2", "corner3", "corner4", "behindGripper", "gripperPOV")
+# MetaWorld hangs these upside down; the published data turns their pictures by 180 degrees.
+_TURNED_CAMERAS = ("corner", "corner2", "corner3", "corner4")
+ACTION_DIM = 4
+# Bounds of the hand's position (metres) and of the gripper's opening, MetaWorld's own.
+_STATE_LOW = np.array([-0.525, 0.348, -0.0525, 0.0], dtype=np.float32)
+_STATE_HIGH = np.array([0.525, 1.025, 0.7, 1.0], dtype=np.float32)
+_PRIVILEGED_LIMIT = 10.0
+_RENDER_SIZE = 480
+_SETTLE_ACTION = np.zeros(ACTION_DIM, dtype=np.float32)
+
+
+class MetaWorldEnv(gym.Env[dict[str, npt.NDArray[Any]], npt.NDArray[np.float32]]):
+    """Manipulation tasks of MetaWorld, seen through a camera and told by a sentence.
+
+    **Observation** (``Dict``): ``image`` uint8 (H, W, 3); ``state`` float32 (4,), the hand's x, y, z in metres and the
+    gripper's opening 0..1; ``instruction`` uint8 (64,), zero-padded UTF-8 (:func:`mw_envs.decode_instruction`); with
+    ``privileged_state`` also MetaWorld's own vector with the goal, float32 (39,).
+
+    **Action**: ``Box(-1, 1, (4,))``, three displacements of the hand (1 is a centimetre) and the gripper (-1 opens, 1
+    closes); with ``action_chunk=k > 1`` ``Box(-1, 1, (k, 4))``, of which a step runs as many as the episode lasts and
+    draws one frame. Values outside the box are clipped by the simulator.
+
+    **Episode**: ends at success (``terminate_on_success``), is truncated after ``horizon`` environment steps.
+    ``reset(seed=s, options={"task": ..., "goal": g})`` places the trial (task, s, g); ``options["seed"]`` takes the place
+    of ``s`` where a reset must not reseed the generator (Stable-Baselines3's vector environments give each worker its own
+    seed). What options leave open is drawn from the environment's own generator, the task with ``task_weights``.
+
+    **Info**: ``task``, ``goal``, ``trial_seed``, ``instruction``, ``success`` (at this step), ``success_once`` (so far),
+    ``env_steps`` (run by this call), ``elapsed_steps`` (run since the reset), ``is_success`` when the episode ends, and
+    ``frames`` with ``record_frames``.
+
+    :param suite: ``MT1``, ``MT10``, ``MT50``, ``ML10`` or ``ML45``.
+    :param task: the task of ``MT1``.
+    :param split: ``train``, or ``test`` for the held-out tasks of ML10 and ML45.
+    :param tasks: a subset of the suite's tasks.
+    :param task_weights: relative frequency of tasks, by name; a task that is not named weighs 1.
+    :param action_chunk: environment steps per action.
+    :param horizon: environment steps per episode.
+    :param reward: ``sparse``: 1 at the first success, else 0; ``difference``: change of success since the step before;
+        ``dense``: MetaWorld's own, divided by 10. Summed over the steps of a chunk.
+    :param reward_coef: factor of the ``difference`` reward.
+    :param terminate_on_success: whether success ends the episode.
+    :param settle_steps: zero actions after a reset, not counted.
+    :param image_size: side of the square picture, or (height, width).
+    :param camera: a camera of MetaWorld's; ``corner2`` stands where the published data has it.
+    :param crop: window of the view, a name in :data:`mw_envs.rendering.CROPS` or (top, left, height, width).
+    :param renderer: ``auto``, ``egl`` or ``osmesa``.
+    :param privileged_state: whether the observation holds the simulator's state, for a critic or a scripted expert.
+    :param elapsed_time: whether the observation holds ``elapsed_time``, float32 (1,), the share of the horizon that has
+        passed, for a critic.
+    :param record_frames: whether ``info["frames"]`` holds a 480x480 picture of each environment step, uint8 (n, 480, 480, 3).
+    :param render_mode: None or ``rgb_array``.
+    :raises ValueError: for a value that is not among those above; the message names the value and what is expected.
+    """
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 80}
+
+    def __init__(
+        self,
+        suite: str = "MT50",
+        *,
+        task: str | None = None,
+        split: str = "train",
+        tasks: Sequence[str] | None = None,
+        task_weights: Mapping[str, float] | None = None,
+        action_chunk: int = 1,
+        horizon: int = 160,
+        reward: str = "sparse",
+        reward_coef: float = 1.0,
+        terminate_on_success: bool = True,
+        settle_steps: int = 15,
+        image_size: int | tuple[int, int] = 480,
+        camera: str = "corner2",
+        crop: str | Sequence[float] | None = None,
+        renderer: str = "auto",
+        privileged_state: bool = False,
+        elapsed_time: bool = False,
+        record_frames: bool = False,
+        render_mode: str | None = None,
+    ) -> None:
+        self.tasks = _tasks_of(suite, task, split, tasks)
+        self.set_task_weights(task_weights or {})
+        self.action_chunk = _positive("action_chunk", action_chunk)
+        self.horizon = _positive("horizon", horizon)
+        self.settle_steps = _positive("settle_steps", settle_steps, minimum=0)
+        self.reward = _one_of("reward", reward, REWARDS)
+        self.reward_coef = float(reward_coef)
+        self.terminate_on_success = terminate_on_success
+        height, width = image_size if isinstance(image_size, (tuple, list)) else (image_size, image_size)
+        self._view = View(
+            _one_of("camera", camera, CAMERAS),
+            _positive("image_size", height),
+            _positive("image_size", width),
+            resolve_crop(crop),
+            camera in _TURNED_CAMERAS,
+        )
+        self._render_view = View(camera, _RENDER_SIZE, _RENDER_SIZE, rotated=self._view.rotated)
+        self._renderer = _one_of("renderer", renderer, RENDERERS)
+        self.record_frames = record_frames
+        if render_mode not in (None, "rgb_array"):
+            raise ValueError(f"render_mode={render_mode!r}; expected None or 'rgb_array'")
+        self.render_mode = render_mode
+
+        observation: dict[str, spaces.Space[Any]] = {
+            "image": spaces.Box(0, 255, (self._view.height, self._view.width, 3), np.uint8),
+            "state": spaces.Box(_STATE_LOW, _STATE_HIGH, dtype=np.float32),
+            "instruction": spaces.Box(0, 255, (INSTRUCTION_BYTES,), np.uint8),
+        }
+        if privileged_state:
+            observation["privileged_state"] = spaces.Box(-_PRIVILEGED_LIMIT, _PRIVILEGED_LIMIT, (39,), np.float32)
+        if elapsed_time:
+            observation["elapsed_time"] = spaces.Box(0.0, 1.0, (1,), np.float32)
+        self._observed = frozenset(observation)
+        self.observation_space = spaces.Dict(observation)
+        shape = (ACTION_DIM,) if self.action_chunk == 1 else (self.action_chunk, ACTION_DIM)
+        self.action_space = spaces.Box(-1.0, 1.0, shape, np.float32)
+
+        self._simulator: Simulator | None = None
+        self._trial_seed: int | None = None
+        self._trial: Trial | None = None
+        self._elapsed_steps = 0
+        self._success = self._success_once = self._ended = False
+        self._metaworld_observation = np.zeros(39)
+
+    def set_task_weights(self, weights: Mapping[str, float]) -> None:
+        """Change how often each task is drawn, from the next reset on.
+
+        :param weights: relative frequencies by task name; a task that is not named weighs 1.
+        :raises ValueError: for a task that this environment does not have, or weights that are negative or all zero.
+        """
+        for name in weights:
+            if name not in self.tasks:
+                raise ValueError(f"task_weights names {name!r}; {did_you_mean(name, self.tasks)}")
+        values = np.array([float(weights.get(name, 1.0)) for name in self.tasks])
+        if not np.all(np.isfinite(values)) or values.min() < 0 or values.sum() == 0:
+            raise ValueError(f"task_weights must be finite, not negative and not all zero; got {dict(weights)}")
+        self._task_probabilities = values / values.sum()
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
+        """Place a trial and let it settle; see the class.
+
+        :param seed: seeds the generator, and is the trial's seed.
+        :param options: any of ``task``, ``goal`` (0..49) and ``seed`` of the trial.
+        :raises ValueError: for an unknown option or an invalid value.
+        """
+        super().reset(seed=seed)
+        if seed is not None:
+            self._trial_seed = seed
+        elif self._trial_seed is None:
+            self._trial_seed = int(self.np_random.integers(2**32))
+        self._trial = self._choose_trial(options or {})
+        if self._simulator is None or self._simulator.task != self._trial.task:
+            self._release()
+            self._simulator = acquire_simulator(self._trial.task)
+        self._metaworld_observation = self._simulator.place(self._trial)
+        for _ in range(self.settle_steps):
+            self._metaworld_observation, _, _ = self._simulator.step(_SETTLE_ACTION)
+        self._elapsed_steps = 0
+        self._success = self._success_once = self._ended = False
+        info = self._info(env_steps=0)
+        if self.record_frames:
+            info["frames"] = self._draw(self._render_view)[None]
+        return self._observation(), info
+
+    def step(
+        self, action: npt.NDArray[np.float32]
+    ) -> tuple[dict[str, npt.NDArray[Any]], float, bool, bool, dict[str, Any]]:
+        """Run an action, or the chunk's actions until the episode ends.
+
+        :raises ValueError: if the action has another shape than the action space or is not finite.
+        :raises gymnasium.error.ResetNeeded: before the first reset and after the episode's end.
+        """
+        action = np.asarray(action, dtype=np.float32)
+        if action.shape != self.action_space.shape:
+            raise ValueError(
+                f"Action of shape {action.shape}; expected {self.action_space.shape} (action_chunk={self.action_chunk})"
+            )
+        if not np.all(np.isfinite(action)):
+            raise ValueError(f"Action has a value that is not finite: {action.tolist()}")
+        if self._simulator is None or self._ended:
+            raise gym.error.ResetNeeded("The episode has ended or not begun; call reset() first")
+
+        total_reward, env_steps = 0.0, 0
+        frames = []
+        for step_action in action.reshape(-1, ACTION_DIM):
+            self._metaworld_observation, dense_reward, success = self._simulator.step(step_action)
+            total_reward += self._step_reward(dense_reward, success)
+            self._success, self._success_once = success, self._success_once or success
+            self._elapsed_steps += 1
+            env_steps += 1
+            if self.record_frames:
+                frames.append(self._draw(self._render_view))
+            terminated = success and self.terminate_on_success
+            truncated = not terminated and self._elapsed_steps >= self.horizon
+            if terminated or truncated:
+                break
+        self._ended = terminated or truncated
+        info = self._info(env_steps)
+        if self._ended:
+            info["is_success"] = self._success_once
+        if self.record_frames:
+            info["frames"] = np.stack(frames)
+        return self._observation(), total_reward, terminated, truncated, info
+
+    def render(self) -> npt.NDArray[np.uint8] | None:  # type: ignore[override]
+        """The camera's full view now, uint8 (480, 480, 3), if ``render_mode`` is ``rgb_array``."""
+        if self.render_mode is None:
+            gym.logger.warn('render() does nothing without a render mode; use gym.make(id, render_mode="rgb_array")')
+            return None
+        if self._simulator is None:
+            raise gym.error.ResetNeeded("There is nothing to render yet; call reset() first")
+        return self._draw(self._render_view)
+
+    def close(self) -> None:
+        """Give the simulator back to the process."""
+        self._release()
+
+    def _release(self) -> None:
+        if self._simulator is not None:
+            release_simulator(self._simulator)
+            self._simulator = None
+
+    def _choose_trial(self, options: Mapping[str, Any]) -> Trial:
+        for key in options:
+            if key not in ("task", "goal", "seed"):
+                raise ValueError(f"Unknown reset option {key!r}; {did_you_mean(key, ('task', 'goal', 'seed'))}")
+        task = options.get("task")
+        if task is None:
+            task = self.tasks[self.np_random.choice(len(self.tasks), p=self._task_probabilities)]
+        elif task not in self.tasks:
+            get_task(task)
+            raise ValueError(f"Task {task!r} is not in this environment; {did_you_mean(task, self.tasks)}")
+        goal = options.get("goal")
+        if goal is None:
+            goal = self.np_random.integers(GOALS_PER_TASK)
+        seed = options.get("seed")
+        if seed is None:
+            seed = self._trial_seed
+        return Trial(task, _whole_number("seed", seed, 2**32), _whole_number("goal", goal, GOALS_PER_TASK))
+
+    def _step_reward(self, dense_reward: float, success: bool) -> float:
+        """Reward of one environment step; ``self._success`` is still that of the step before."""
+        if self.reward == "dense":
+            return dense_reward / 10.0
+        if self.reward == "difference":
+            return self.reward_coef * (float(success) - float(self._success))
+        return float(success and not self._success_once)
+
+    def _observation(self) -> dict[str, npt.NDArray[Any]]:
+        metaworld = self._metaworld_observation.astype(np.float32)
+        assert self._trial is not None
+        observation = {
+            "image": self._draw(self._view),
+            "state": np.clip(metaworld[:4], _STATE_LOW, _STATE_HIGH),
+            "instruction": encode_instruction(TASKS[self._trial.task].instruction),
+        }
+        if "privileged_state" in self._observed:
+            observation["privileged_state"] = np.clip(metaworld, -_PRIVILEGED_LIMIT, _PRIVILEGED_LIMIT)
+        if "elapsed_time" in self._observed:
+            observation["elapsed_time"] = np.array([self._elapsed_steps / self.horizon], dtype=np.float32)
+        return observation
+
+    def _draw(self, view: View) -> npt.NDArray[np.uint8]:
+        assert self._simulator is not None
+        simulator = self._simulator
+        return get_renderer(self._renderer).render(simulator.model, simulator.data, view, simulator.task)
+
+    def _info(self, env_steps: int) -> dict[str, Any]:
+        assert self._trial is not None
+        return {
+            "task": self._trial.task,
+            "goal": self._trial.goal,
+            "trial_seed": self._trial.seed,
+            "instruction": TASKS[self._trial.task].instruction,
+            "success": self._success,
+            "success_once": self._success_once,
+            "env_steps": env_steps,
+            "elapsed_steps": self._elapsed_steps,
+        }
+
+
+def _tasks_of(suite: str, task: str | None, split: str, tasks: Sequence[str] | None) -> tuple[str, ...]:
+    if suite != "MT1":
+        if task is not None:
+            raise ValueError(f"task={task!r} belongs to MetaWorldMT1-v0; for {suite} use tasks=[{task!r}]")
+        return select_tasks(suite, split, tasks)
+    if task is None or tasks is not None or split != "train":
+        raise ValueError(
+            'MT1 takes one task and neither tasks nor split: gym.make("MetaWorldMT1-v0", task="reach-v3"); '
+            f"got task={task!r}, tasks={tasks!r}, split={split!r}"
+        )
+    return (get_task(task).name,)
+
+
+def _positive(name: str, value: int, minimum: int = 1) -> int:
+    if isinstance(value, bool) or int(value) != value or value < minimum:
+        raise ValueError(f"{name}={value!r}; expected a whole number of at least {minimum}")
+    return int(value)
+
+
+def _whole_number(name: str, value: Any, end: int) -> int:
+    if isinstance(value, (bool, str)) or int(value) != value or not 0 <= value < end:
+        raise ValueError(f"Reset option {name}={value!r}; expected a whole number from 0 to {end - 1}")
+    return int(value)
+
+
+def _one_of(name: str, value: str, known: Sequence[str]) -> str:
+    if value not in known:
+        raise ValueError(f"Unknown {name} {value!r}; {did_you_mean(value, known)}")
+    return value

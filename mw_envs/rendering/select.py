@@ -1,0 +1,49 @@
+"""The choice of a renderer, and one of each kind per process."""
+
+from __future__ import annotations
+
+import os
+
+from mw_envs.rendering.view import Renderer, RendererUnavailableError
+from mw_envs.tasks import did_you_mean
+
+RENDERERS = ("auto", "egl", "osmesa")
+_renderers: dict[tuple[int, str], Renderer] = {}
+
+
+def get_renderer(kind: str = "auto") -> Renderer:
+    """This process's renderer of a kind, created on the first call.
+
+    :param kind: ``egl`` or ``osmesa``; ``auto`` takes the first of them that works.
+    :raises ValueError: for an unknown kind.
+    :raises RendererUnavailableError: if the library is missing.
+    """
+    if kind not in RENDERERS:
+        raise ValueError(f"Unknown renderer {kind!r}; {did_you_mean(kind, RENDERERS)}")
+    key = (os.getpid(), kind)  # a forked worker must not use its parent's OpenGL context
+    if key not in _renderers:
+        _renderers[key] = _create(kind)
+    return _renderers[key]
+
+
+def renderer_available(kind: str = "auto") -> bool:
+    """Whether :func:`get_renderer` would give a renderer of this kind."""
+    try:
+        get_renderer(kind)
+    except RendererUnavailableError:
+        return False
+    return True
+
+
+def _create(kind: str) -> Renderer:
+    from mw_envs.rendering.opengl import OpenGLRenderer
+
+    if kind != "auto":
+        return OpenGLRenderer(kind)
+    reasons = []
+    for candidate in ("egl", "osmesa"):
+        try:
+            return get_renderer(candidate)
+        except RendererUnavailableError as error:
+            reasons.append(str(error))
+    raise RendererUnavailableError("\n".join(reasons))

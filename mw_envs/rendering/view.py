@@ -1,0 +1,76 @@
+"""What is to be drawn: a camera, a window of its view, a size; and the interface of what draws it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from mw_envs.tasks import did_you_mean
+
+Crop = tuple[float, float, float, float]
+FULL_VIEW: Crop = (0.0, 0.0, 1.0, 1.0)
+# Windows of the default camera's view, (top, left, height, width) in fractions. "workspace" holds the hand and every
+# object of all 50 tasks and gives them 2.25 times the pixels of the full view.
+CROPS: dict[str, Crop] = {"full": FULL_VIEW, "workspace": (17 / 144, 36 / 144, 96 / 144, 96 / 144)}
+
+
+class RendererUnavailableError(RuntimeError):
+    """No renderer of the wanted kind works on this machine; the message names what to install."""
+
+
+@dataclass(frozen=True)
+class View:
+    """A picture to draw.
+
+    :param camera: name of a camera of the model.
+    :param height: rows of the picture.
+    :param width: columns of the picture.
+    :param crop: window of the camera's view, (top, left, height, width) in fractions of the picture as it is returned.
+    :param rotated: turn the picture by 180 degrees, as the published MetaWorld data does.
+    """
+
+    camera: str
+    height: int
+    width: int
+    crop: Crop = FULL_VIEW
+    rotated: bool = True
+
+
+class Renderer(Protocol):
+    """Draws views of MuJoCo scenes."""
+
+    def render(self, model: Any, data: Any, view: View, scene: str) -> npt.NDArray[np.uint8]:
+        """Draw a view.
+
+        :param model: compiled ``MjModel``.
+        :param data: its ``MjData`` after ``mj_forward``.
+        :param view: what to draw.
+        :param scene: name of the scene; models of one name have the same meshes and textures, which are prepared once.
+        :return: a new contiguous array, uint8, shape (height, width, 3).
+        """
+        ...
+
+
+def resolve_crop(crop: str | Sequence[float] | None) -> Crop:
+    """A crop's four fractions from a name in :data:`CROPS`, from the numbers themselves, or the full view from None.
+
+    :raises ValueError: for an unknown name or a window that is empty or leaves the view.
+    """
+    if crop is None:
+        return FULL_VIEW
+    if isinstance(crop, str):
+        if crop not in CROPS:
+            raise ValueError(f"Unknown crop {crop!r}; {did_you_mean(crop, CROPS)}, or (top, left, height, width)")
+        return CROPS[crop]
+    window = tuple(float(value) for value in crop)
+    expectation = "expected (top, left, height, width) in fractions of the view, inside 0..1"
+    if len(window) != 4 or not all(np.isfinite(window)):
+        raise ValueError(f"crop={crop!r}: {expectation}")
+    top, left, height, width = window
+    if min(top, left) < 0 or min(height, width) <= 0 or max(top + height, left + width) > 1 + 1e-9:
+        raise ValueError(f"crop={crop!r}: {expectation}")
+    return top, left, height, width

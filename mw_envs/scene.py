@@ -1,0 +1,157 @@
+"""MuJoCo simulators of MetaWorld tasks: shared within a process, and placed exactly by a trial.
+
+MetaWorld takes 0.2 s to construct a task, ignores ``reset(seed=...)`` and carries attributes over from one episode to the
+next. Here a simulator is constructed once per task and process, handed from environment to environment, and taken back
+to the state it had after construction before each trial; so an episode depends on its :class:`~mw_envs.tasks.Trial` alone.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import threading
+from collections import defaultdict
+from typing import Any
+
+import mujoco
+import numpy as np
+import numpy.typing as npt
+from metaworld.env_dict import ALL_V3_ENVIRONMENTS
+from metaworld.sawyer_xyz_env import SawyerXYZEnv
+
+from mw_envs.tasks import GOALS_PER_TASK, Trial, get_task
+
+# Camera pose of the published demonstrations and checkpoints (MetaWorld 3.1 calls it corner4; 3.0 does not have it).
+CORNER2_POSITION = (0.75, 0.075, 0.7)
+# All that MetaWorld's resets write in the model: places of bodies and of goal markers.
+_MODEL_FIELDS = ("body_pos", "site_pos")
+# Attributes that belong to the process, not to the episode.
+_KEPT_ATTRIBUTES = frozenset({"model", "data", "mujoco_renderer", "_np_random", "_np_random_seed"})
+
+
+class Simulator:
+    """One task's MuJoCo simulation.
+
+    :param task: a task name.
+    :raises ValueError: for an unknown task.
+    """
+
+    def __init__(self, task: str) -> None:
+        self.task = get_task(task).name
+        sawyer = _sawyer_class(task)()
+        # The goal stays in the privileged state; the observation space is cached by MetaWorld before that is known.
+        sawyer._partially_observable = False
+        sawyer.__dict__.pop("sawyer_observation_space", None)
+        sawyer._set_task_called = True
+        sawyer._freeze_rand_vec = True
+        self._sawyer = sawyer
+        self.model: mujoco.MjModel = sawyer.model
+        self.data: mujoco.MjData = sawyer.data
+        self.model.cam_pos[mujoco.mj_name2id(self.model, mujoco.mjtObj.mjOBJ_CAMERA, "corner2")] = CORNER2_POSITION
+        self._initial_model = {name: getattr(self.model, name).copy() for name in _MODEL_FIELDS}
+        self._initial_attributes = {
+            name: _detached(value) for name, value in sawyer.__dict__.items() if name not in _KEPT_ATTRIBUTES
+        }
+
+    def place(self, trial: Trial) -> npt.NDArray[np.float64]:
+        """Take the simulation to the trial's initial state.
+
+        :return: MetaWorld's observation with the goal, float64, shape (39,).
+        """
+        sawyer = self._sawyer
+        goals = self._goal_table(trial.seed)
+        for name, values in self._initial_model.items():
+            getattr(self.model, name)[:] = values
+        kept = {name: value for name, value in sawyer.__dict__.items() if name in _KEPT_ATTRIBUTES}
+        sawyer.__dict__.clear()
+        sawyer.__dict__.update(kept)
+        sawyer.__dict__.update({name: _detached(value) for name, value in self._initial_attributes.items()})
+        mujoco.mj_resetData(self.model, self.data)
+        sawyer._last_rand_vec = goals[trial.goal].copy()
+        observation, _ = sawyer.reset()
+        return np.asarray(observation, dtype=np.float64)
+
+    def step(self, action: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.float64], float, bool]:
+        """Simulate one environment step (1/80 s).
+
+        :param action: shape (4,); values outside [-1, 1] are clipped.
+        :return: observation (39,), MetaWorld's own dense reward (0..10), success at this very step.
+        """
+        self._sawyer.curr_path_length = 0  # the step limit is the environment's, and settling must not count
+        # MetaWorld clips the displacement itself but not the gripper's effort.
+        observation, reward, _, _, info = self._sawyer.step(np.clip(action, -1.0, 1.0))
+        return observation, float(reward), bool(info["success"])
+
+    def _goal_table(self, seed: int) -> npt.NDArray[np.float64]:
+        """The 50 random vectors of ``MT1(task, seed).train_tasks``, shape (50, n), without simulating 50 resets.
+
+        MetaWorld seeds NumPy's global generator for this; an own generator of the same kind gives the same numbers. Its
+        ``reset`` places the model twice, so each goal takes the last of two draws; the draws (some tasks reject goals too
+        near the object) depend on the random vectors alone, so the hand need not move. Leaves the simulation disturbed:
+        :meth:`place` restores it.
+        """
+        if (self.task, seed) in _goal_tables:
+            return _goal_tables[self.task, seed]
+        sawyer = self._sawyer
+        generator = np.random.RandomState(seed)
+        space = sawyer._random_reset_space
+
+        def draw() -> npt.NDArray[np.float64]:
+            sawyer._last_rand_vec = generator.uniform(space.low, space.high, size=space.low.size)
+            return sawyer._last_rand_vec
+
+        def hold_hand(steps: int = 50) -> None:
+            sawyer.init_tcp = sawyer.tcp_center
+
+        sawyer._get_state_rand_vec = draw
+        sawyer._reset_hand = hold_hand
+        sawyer.do_simulation = lambda ctrl, n_frames=None: None
+        table = []
+        for _ in range(GOALS_PER_TASK):
+            sawyer.reset_model()
+            sawyer.reset_model()
+            table.append(sawyer._last_rand_vec)
+        _goal_tables[self.task, seed] = np.array(table)
+        return _goal_tables[self.task, seed]
+
+
+@functools.cache
+def _sawyer_class(task: str) -> type[SawyerXYZEnv]:
+    """MetaWorld's environment of a task, with the model compiled once per process and copied for each simulator."""
+    base = ALL_V3_ENVIRONMENTS[task]
+    compiled: list[mujoco.MjModel] = []
+
+    def initialize_simulation(self: SawyerXYZEnv) -> tuple[mujoco.MjModel, mujoco.MjData]:
+        if not compiled:
+            compiled.append(base._initialize_simulation(self)[0])
+        model = copy.copy(compiled[0])
+        return model, mujoco.MjData(model)
+
+    return type(base.__name__, (base,), {"_initialize_simulation": initialize_simulation})
+
+
+def _detached(value: Any) -> Any:
+    """A copy of an attribute, except that a view into the simulation's data stays a view of it (as MetaWorld has it)."""
+    if isinstance(value, np.ndarray) and not value.flags.owndata:
+        return value
+    return copy.deepcopy(value)
+
+
+# 2.4 kB a table; a process meets some dozens of (task, seed) pairs.
+_goal_tables: dict[tuple[str, int], npt.NDArray[np.float64]] = {}
+_idle: defaultdict[str, list[Simulator]] = defaultdict(list)
+_idle_lock = threading.Lock()
+
+
+def acquire_simulator(task: str) -> Simulator:
+    """Take an idle simulator of this task from the process, or construct one."""
+    with _idle_lock:
+        if _idle[task]:
+            return _idle[task].pop()
+    return Simulator(task)
+
+
+def release_simulator(simulator: Simulator) -> None:
+    """Give a simulator back for the next environment of this process that wants its task."""
+    with _idle_lock:
+        _idle[simulator.task].append(simulator)
