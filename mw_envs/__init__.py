@@ -26,6 +26,7 @@ __all__ = [
     "Trial",
     "decode_instruction",
     "encode_instruction",
+    "__version__",
     "get_task",
     "register_envs",
     "suite_tasks",

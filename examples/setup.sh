@@ -1,0 +1,154 @@
+#!/usr/bin/env bash
+# Set up what the project needs: a virtual environment with the tested versions, and the system's OpenGL library.
+#
+#   bash examples/setup.sh          to use the project
+#   bash examples/setup.sh dev      to work on it as well (dev: an extra of pyproject.toml)
+#
+# The environment is .venv in the checkout, or $SB3_VLA_VENV; $PYTHON names the interpreter to make it with. A call that
+# finds everything in place says nothing and takes a moment; after an interrupt, call it again.
+set -euo pipefail
+
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+extra="${1:-}"
+venv="${SB3_VLA_VENV:-$root/.venv}"
+python="$venv/bin/python"
+log="$venv/setup.log"
+stamp="$venv/setup${extra:+-$extra}"
+unfinished="$venv/setup.unfinished" # there while packages are being installed
+
+trap 'printf "\nsetup: interrupted; call it again to go on\n" >&2; exit 130' INT
+
+say() { printf 'setup: %s\n' "$*"; }
+
+fail() {
+    printf 'setup: %s\n' "$*" >&2
+    exit 1
+}
+
+# stage NAME COMMAND...: one line with the seconds it took; what the command says goes to the log.
+stage() {
+    local name="$1" start=$SECONDS
+    shift
+    touch "$log" 2>/dev/null || fail "cannot write to $venv; set SB3_VLA_VENV to a folder that you may write to"
+    printf 'setup: %s ... ' "$name"
+    if "$@" >"$log" 2>&1; then
+        printf '%d s\n' $((SECONDS - start))
+    else
+        printf 'failed\n'
+        tail -n 15 "$log" >&2
+        fail "'$name' failed; all that it said is in $log"
+    fi
+}
+
+# apt_install REASON PACKAGE...: install system packages where this user may, else name the command and stop.
+apt_install() {
+    local reason="$1" as_root="" command
+    shift
+    if [ "$(id -u)" != 0 ]; then as_root="sudo "; fi
+    command="${as_root}apt-get update && ${as_root}apt-get install -y --no-install-recommends $*"
+    if ! command -v apt-get >/dev/null; then
+        fail "$reason. Install what your system calls these Debian packages, then start again: $*"
+    elif [ -n "$as_root" ] && ! sudo -n true 2>/dev/null; then
+        fail "$reason. Run this, then start again: $command"
+    fi
+    say "$reason. Running: $command"
+    ${as_root}apt-get update -qq >/dev/null || say "apt-get update failed; going on with the package lists at hand"
+    ${as_root}env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$@" >/dev/null ||
+        fail "apt-get failed. Run this, then start again: $command"
+}
+
+find_python() {
+    local candidate
+    if [ -n "${PYTHON:-}" ]; then set -- "$PYTHON"; else set -- python3 python3.13 python3.12 python3.11 python3.10; fi
+    for candidate in "$@"; do
+        if "$candidate" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' 2>/dev/null; then
+            command -v "$candidate"
+            return
+        fi
+    done
+    fail "expected Python 3.10 to 3.13, found $1 = $("$1" --version 2>&1 || true);" \
+        "install one of these versions, or set PYTHON to its path"
+}
+
+make_venv() {
+    local base version
+    if [ -d "$venv" ] && [ ! -e "$venv/pyvenv.cfg" ] && [ -n "$(ls -A "$venv")" ]; then
+        fail "$venv exists and is no virtual environment; remove it, or set SB3_VLA_VENV to another folder"
+    fi
+    base="$(find_python)"
+    version="$("$base" -c 'import sys; print("%d.%d" % sys.version_info[:2])')"
+    if ! "$base" -c 'import ensurepip, venv' 2>/dev/null; then
+        apt_install "Python $version lacks its venv module" "python$version-venv"
+    fi
+    mkdir -p "$venv"
+    stage "virtual environment with Python $version" "$base" -m venv "$venv"
+}
+
+# pip gives a package its RECORD last; one without it was interrupted, and pip would take it for installed.
+forget_half_installed() {
+    local site
+    site="$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+    find "$site" -maxdepth 1 -name '*.dist-info' ! -exec test -e '{}/RECORD' \; -exec rm -rf '{}' +
+    find "$site" -maxdepth 1 -name '~*' -exec rm -rf '{}' +
+}
+
+install_packages() {
+    local pip=("$python" -m pip install --no-compile -c "$root/constraints.txt") torch
+    torch="$(grep '^torch==' "$root/constraints.txt")"
+    if [ -e "$unfinished" ]; then forget_half_installed; fi
+    stage "pip and setuptools" "${pip[@]}" "pip>=23.1" setuptools
+    touch "$unfinished"
+    if [ ! -e /proc/driver/nvidia/version ] && [ -z "${PIP_EXTRA_INDEX_URL:-}${PIP_FIND_LINKS:-}" ]; then
+        say "no NVIDIA GPU: setting PIP_EXTRA_INDEX_URL to PyTorch's index of CPU builds makes the next download small"
+    fi
+    stage "$torch" "${pip[@]}" "$torch"
+    stage "sb3-vla${extra:+[$extra]} and its other dependencies" \
+        "${pip[@]}" --no-build-isolation -e "$root${extra:+[$extra]}"
+    rm "$unfinished"
+}
+
+opengl_libraries_load() {
+    "$python" - <<'PY'
+import ctypes
+import sys
+
+
+def loads(*names):
+    for name in names:
+        try:
+            return ctypes.CDLL(name)
+        except OSError:
+            pass
+
+
+egl = loads("libEGL.so.1") and loads("libOpenGL.so.0", "libGL.so.1")
+sys.exit(not (egl or loads("libOSMesa.so.8", "libOSMesa.so.6")))
+PY
+}
+
+context_opens() {
+    "$python" -c "from mujoco.$1 import GLContext; GLContext(64, 64).make_current()"
+}
+
+opengl_works() {
+    context_opens egl || context_opens osmesa
+}
+
+# ensure_opengl CHECK: make the command CHECK succeed, with system packages where it does not.
+ensure_opengl() {
+    if [ "$(uname)" = Linux ] && ! "$1" 2>/dev/null; then
+        apt_install "MuJoCo's pictures need OpenGL without a screen (EGL)" libegl1 libgl1 libgl1-mesa-dri
+        "$1" || fail "OpenGL without a screen still does not work, with the packages above installed"
+    fi
+}
+
+if ! "$python" -c 'import pip' 2>/dev/null; then make_venv; fi
+ensure_opengl opengl_libraries_load
+
+# Any stamp that names at least this extra will do. The path is part of the key: a moved checkout is installed again.
+key="$(cat "$root/pyproject.toml" "$root/constraints.txt" | cksum) $root"
+if [ -e "$unfinished" ] || ! grep -qsxF -- "$key" "$stamp"*.stamp; then
+    install_packages
+    ensure_opengl opengl_works
+    printf '%s\n' "$key" >"$stamp.stamp"
+fi

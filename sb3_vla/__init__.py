@@ -1,0 +1,21 @@
+"""Reinforcement learning of vision-language-action policies with Stable-Baselines3.
+
+Importing this package registers the MetaWorld environments with Gymnasium, and ``"VLAPolicy"`` with the PPO of
+Stable-Baselines3 and the TRPO of sb3-contrib.
+"""
+
+from importlib.metadata import version
+
+import sb3_contrib
+import stable_baselines3
+
+import mw_envs as mw_envs
+from sb3_vla.policies import VLAPolicy
+from sb3_vla.ppo import PPO
+from sb3_vla.vec_env import WorkerVecEnv
+
+__version__ = version("sb3-vla")
+__all__ = ["PPO", "VLAPolicy", "WorkerVecEnv", "__version__"]
+
+stable_baselines3.PPO.policy_aliases["VLAPolicy"] = VLAPolicy  # type: ignore[assignment]
+sb3_contrib.TRPO.policy_aliases["VLAPolicy"] = VLAPolicy  # type: ignore[assignment]

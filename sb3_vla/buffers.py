@@ -1,0 +1,136 @@
+"""ChunkRolloutBuffer: decisions, not environment steps, with the trace that their log-probability needs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sb3_vla.distributions import Trace
+
+
+@dataclass
+class DecisionBatch:
+    """Stored decisions; N of them, on the policy's device.
+
+    :param observations: as :meth:`VLAPolicy.prepare` gave them.
+    :param trace: as the distribution gave it.
+    :param executed: environment steps run of the chunk, int64 (N,).
+    :param indices: their places in the buffer, int64 (N,).
+    """
+
+    observations: dict[str, Tensor]
+    trace: Trace
+    executed: Tensor
+    values: Tensor
+    advantages: Tensor
+    returns: Tensor
+    indices: Tensor
+
+
+class ChunkRolloutBuffer:
+    """Rollout storage of ``n_steps`` decisions of ``n_envs`` environments, allocated once, in one piece per key.
+
+    Everything is laid out (environment, step), so that a flat index needs no copy of the images.
+
+    :param n_steps: T decisions per environment.
+    :param n_envs: N environments.
+    :param device: where minibatches go.
+    :param gamma: discount per decision.
+    :param gae_lambda: of generalised advantage estimation (Schulman et al. 2016), per decision.
+    """
+
+    def __init__(self, n_steps: int, n_envs: int, device: torch.device, gamma: float, gae_lambda: float) -> None:
+        self.n_steps = n_steps
+        self.n_envs = n_envs
+        self.device = device
+        self.gamma = gamma
+        self.gae_lambda = gae_lambda
+        self.observations: dict[str, Tensor] = {}
+        self.traces: Trace = {}
+        shape = (n_envs, n_steps)
+        self.executed = torch.zeros(shape, dtype=torch.int64)
+        self.rewards = torch.zeros(shape)
+        self.values = torch.zeros(shape)
+        self.episode_starts = torch.zeros(shape)
+        self.advantages = torch.zeros(shape)
+        self.returns = torch.zeros(shape)
+        self.reset()
+
+    @property
+    def full(self) -> bool:
+        """Whether all decisions are stored."""
+        return self._position == self.n_steps
+
+    def reset(self) -> None:
+        """Start a new rollout in the same memory."""
+        self._position = 0
+
+    def add(
+        self,
+        observations: dict[str, Tensor],
+        trace: Trace,
+        values: Tensor,
+        rewards: np.ndarray,
+        executed: np.ndarray,
+        episode_starts: np.ndarray,
+    ) -> None:
+        """Store one decision of every environment."""
+        if self.full:
+            raise RuntimeError(f"The rollout buffer holds its {self.n_steps} decisions already; call reset() first")
+        for stored, new in ((self.observations, observations), (self.traces, trace)):
+            for key, value in new.items():
+                if key not in stored:
+                    stored[key] = torch.zeros((self.n_envs, self.n_steps, *value.shape[1:]), dtype=value.dtype)
+                stored[key][:, self._position] = value.cpu()
+        self.values[:, self._position] = values.cpu()
+        self.rewards[:, self._position] = torch.as_tensor(rewards, dtype=torch.float32)
+        self.executed[:, self._position] = torch.as_tensor(executed)
+        self.episode_starts[:, self._position] = torch.as_tensor(episode_starts, dtype=torch.float32)
+        self._position += 1
+
+    def compute_returns_and_advantage(self, last_values: Tensor, dones: np.ndarray) -> None:
+        """Generalised advantage estimation over decisions.
+
+        :param last_values: values of the observations after the last decision, (N,).
+        :param dones: whether an episode ended with the last decision, (N,).
+        """
+        running = torch.zeros(self.n_envs)
+        next_values = last_values.detach().cpu().float()
+        continues = 1.0 - torch.as_tensor(dones, dtype=torch.float32)
+        for step in reversed(range(self.n_steps)):
+            delta = self.rewards[:, step] + self.gamma * next_values * continues - self.values[:, step]
+            running = delta + self.gamma * self.gae_lambda * continues * running
+            self.advantages[:, step] = running
+            next_values = self.values[:, step]
+            continues = 1.0 - self.episode_starts[:, step]
+        self.returns = self.advantages + self.values
+
+    def get(self, batch_size: int, generator: torch.Generator | None = None) -> Iterator[DecisionBatch]:
+        """All decisions once, shuffled, in minibatches; a remainder makes a smaller last one."""
+        order = torch.randperm(self.n_envs * self.n_steps, generator=generator)
+        yield from (self.batch(order[start : start + batch_size]) for start in range(0, len(order), batch_size))
+
+    def in_order(self, batch_size: int) -> Iterator[DecisionBatch]:
+        """All decisions once, in order, in minibatches."""
+        order = torch.arange(self.n_envs * self.n_steps)
+        yield from (self.batch(order[start : start + batch_size]) for start in range(0, len(order), batch_size))
+
+    def batch(self, indices: Tensor) -> DecisionBatch:
+        """The decisions of flat indices ``environment * T + step``."""
+
+        def take(stored: Tensor) -> Tensor:
+            return stored.flatten(0, 1)[indices].to(self.device, non_blocking=True)
+
+        return DecisionBatch(
+            observations={key: take(value) for key, value in self.observations.items()},
+            trace={key: take(value) for key, value in self.traces.items()},
+            executed=take(self.executed),
+            values=take(self.values),
+            advantages=take(self.advantages),
+            returns=take(self.returns),
+            indices=indices,
+        )

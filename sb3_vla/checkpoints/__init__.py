@@ -1,0 +1,5 @@
+"""Readers and writers of checkpoints: weights in safetensors, everything else in JSON, nothing unpickled."""
+
+from sb3_vla.checkpoints.native import LoadedCheckpoint, load_checkpoint, save_checkpoint
+
+__all__ = ["LoadedCheckpoint", "load_checkpoint", "save_checkpoint"]

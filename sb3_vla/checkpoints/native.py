@@ -1,0 +1,122 @@
+"""Our own checkpoint: a folder with ``config.json`` and ``model.safetensors``."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from sb3_vla.models import MODELS, VLAModel, model_class
+
+FORMAT = "sb3-vla-1"
+
+
+@dataclass
+class LoadedCheckpoint:
+    """A model and what was saved with it.
+
+    :param value_head: weights of the critic, if they were saved.
+    :param notes: what the writer noted: how it was trained, on what.
+    """
+
+    model: VLAModel
+    model_name: str
+    model_kwargs: dict[str, Any]
+    value_head: dict[str, Tensor] | None
+    notes: dict[str, Any]
+
+
+def save_checkpoint(
+    folder: str | Path, model: VLAModel, value_head: nn.Module | None = None, notes: Mapping[str, Any] | None = None
+) -> None:
+    """Write a checkpoint folder; it appears whole or not at all, and takes the place of one that is there.
+
+    :param notes: JSON values kept beside the weights.
+    :raises FileExistsError: if the folder holds something else than a checkpoint.
+    """
+    folder = Path(folder)
+    if folder.exists() and not (folder / "config.json").is_file() and any(folder.iterdir()):
+        raise FileExistsError(f"{folder} holds files that are no checkpoint; choose another folder or empty it")
+    names = {kind: name for name, kind in MODELS.items()}
+    config = {
+        "format": FORMAT,
+        "model": names[type(model)],
+        "model_kwargs": model.config,
+        "notes": dict(notes or {}),
+    }
+    tensors = {f"model.{key}": value for key, value in model.state_dict().items()}
+    if value_head is not None:
+        tensors.update({f"value_head.{key}": value for key, value in value_head.state_dict().items()})
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, partial / "model.safetensors")
+        (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        partial.chmod(0o755)  # mkdtemp makes a private folder
+        if folder.exists():
+            replaced = partial.with_suffix(".old")
+            os.replace(folder, replaced)
+            os.replace(partial, folder)
+            shutil.rmtree(replaced)
+        else:
+            os.replace(partial, folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def load_checkpoint(folder: str | Path) -> LoadedCheckpoint:
+    """Read a checkpoint folder.
+
+    :raises FileNotFoundError: if it is not there or a file is missing; the message names the file.
+    :raises ValueError: if it is damaged, of another format, or does not fit its own configuration.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"Checkpoint folder {folder} does not exist; expected config.json and model.safetensors")
+    for name in ("config.json", "model.safetensors"):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"Checkpoint {folder} has no {name}; it holds {sorted(os.listdir(folder))}")
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        found_format = config["format"]
+        name, kwargs = config["model"], config["model_kwargs"]
+        notes = config.get("notes", {})
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder / 'config.json'} is no sb3_vla checkpoint configuration: {error!r}") from error
+    if found_format != FORMAT:
+        raise ValueError(f"{folder} has format {found_format!r}; expected {FORMAT!r}")
+    try:
+        tensors = load_file(folder / "model.safetensors")
+    except SafetensorError as error:
+        raise ValueError(f"{folder / 'model.safetensors'} is damaged: {error}") from error
+    try:
+        model = model_class(name)(**kwargs)
+    except TypeError as error:
+        raise ValueError(f"{folder / 'config.json'} does not describe a {name!r} model: {error}") from error
+    weights = _with_prefix(tensors, "model.")
+    expected = model.state_dict()
+    problems = [f"missing {key}" for key in expected if key not in weights]
+    problems += [f"unexpected {key}" for key in weights if key not in expected]
+    problems += [
+        f"{key} has shape {tuple(weights[key].shape)}, expected {tuple(expected[key].shape)}"
+        for key in expected
+        if key in weights and weights[key].shape != expected[key].shape
+    ]
+    if problems:
+        raise ValueError(f"{folder} does not fit its configuration: {'; '.join(problems[:8])} ({len(problems)} in all)")
+    model.load_state_dict(weights)
+    return LoadedCheckpoint(model, name, kwargs, _with_prefix(tensors, "value_head.") or None, notes)
+
+
+def _with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}

@@ -1,0 +1,157 @@
+"""Typed configuration: nested dataclasses to YAML and back, with ``key=value`` overrides.
+
+The schema is an ordinary dataclass; its annotations are the types that are checked and its defaults are the defaults::
+
+    @dataclass
+    class TrainConfig:
+        seed: int = 0
+        output: str = "runs/${seed}"
+        sft: SFTConfig = field(default_factory=SFTConfig)  # a dataclass with a field ``steps``
+
+    config = load_config(TrainConfig, "recipe.yaml", ["sft.steps=100", "seed=3"])
+    config.sft.steps, config.output  # 100, "runs/3"
+
+The order is defaults, then the file, then the overrides from left to right. ``${sft.steps}`` refers to another value
+and is resolved last, so it sees the overrides. A check across fields belongs into the dataclass's ``__post_init__``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Iterable, Iterator, Mapping
+from enum import Enum
+from os import PathLike
+from pathlib import Path, PurePath
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
+
+T = TypeVar("T")
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used. The message is complete: a command prints it and exits."""
+
+
+def load_config(cls: type[T], yaml_path: str | PathLike[str] | None = None, overrides: Iterable[str] = ()) -> T:
+    """Build a dataclass instance from its defaults, a YAML file and overrides.
+
+    :param cls: the dataclass; its fields may be dataclasses, ``int``, ``float``, ``bool``, ``str``, ``Path``, ``Enum``,
+        ``Literal``, ``X | None``, ``list[X]``, ``tuple[X, ...]`` and ``dict[str, X]``
+    :param yaml_path: a YAML file with any part of the configuration
+    :param overrides: ``"a.b=value"`` strings; the value is read as YAML, as in ``"tasks=[reach-v3, push-v3]"``
+    :return: an instance of ``cls`` with every ``${...}`` resolved
+    :raises ConfigError: for an unknown key (names the nearest known one), a wrong type, a missing required value, a
+        broken ``${...}``, an unreadable file, or a ValueError of a ``__post_init__``
+    """
+    merged = OmegaConf.structured(cls)
+    if yaml_path is not None:
+        merged = _merge(cls, merged, _read_yaml(Path(yaml_path)), f"{yaml_path}")
+    for override in overrides:
+        merged = _merge(cls, merged, _parse_override(override), f"override {override!r}")
+    try:
+        return OmegaConf.to_object(merged)  # type: ignore[return-value]
+    except OmegaConfBaseException as error:
+        raise ConfigError(_explain(cls, error)) from error
+    except (TypeError, ValueError) as error:  # from a __post_init__
+        raise ConfigError(str(error)) from error
+
+
+def to_yaml(config: object) -> str:
+    """The YAML text of a configuration; ``load_config`` reads it back to an equal one.
+
+    :param config: a dataclass instance or a mapping
+    :return: the text, every ``${...}`` resolved, keys in the order of the fields
+    """
+    tree = OmegaConf.create(dict(config)) if isinstance(config, Mapping) else OmegaConf.structured(config)
+    plain = _plain(OmegaConf.to_container(tree, resolve=True, enum_to_str=True))
+    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=120)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {_plain(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, PurePath) else value  # else YAML would get Python's own tags
+
+
+def _read_yaml(path: Path) -> DictConfig:
+    try:
+        loaded = OmegaConf.load(path)
+    except OSError as error:
+        raise ConfigError(f"cannot read the configuration {path}: {error.strerror or error}") from error
+    except (yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(loaded, DictConfig):
+        raise ConfigError(f"{path} holds a {type(loaded).__name__}, expected a mapping of keys to values")
+    return loaded
+
+
+def _parse_override(override: str) -> DictConfig:
+    key, equals, _ = override.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"override {override!r} is not of the form key=value, for example seed=3 or sft.steps=100")
+    if "[" in key:
+        raise ConfigError(f"override {override!r} sets one element; give the whole list: {key.split('[')[0]}=[...]")
+    try:
+        return OmegaConf.from_dotlist([override])
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"override {override!r} has no valid YAML value: {str(error).splitlines()[0]}") from error
+
+
+def _merge(cls: type, base: Any, addition: DictConfig, source: str) -> Any:
+    for section in [key for key, hint in _known_keys(cls) if dataclasses.is_dataclass(hint)]:
+        value = _given(addition, section)
+        if value is not None and not isinstance(value, dict):  # OmegaConf would take it without a word
+            raise ConfigError(f"{source}: {section} is a section; got {value!r}, expected {section}.<name>=<value>")
+    try:
+        return OmegaConf.merge(base, addition)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{source}: {_explain(cls, error, addition)}") from error
+
+
+def _given(addition: DictConfig, key: str) -> Any:
+    value = OmegaConf.select(addition, key, throw_on_resolution_failure=False)
+    return OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+
+
+def _explain(cls: type, error: OmegaConfBaseException, addition: DictConfig | None = None) -> str:
+    """One line for what OmegaConf says in several."""
+    key, reason = error.full_key or "", (error.msg or str(error)).splitlines()[0]
+    known = dict(_known_keys(cls))
+    if isinstance(error, ConfigKeyError):
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+        top_level = ", ".join(name for name in known if "." not in name)
+        return f"unknown key {key!r}; " + (f"did you mean {near[0]!r}?" if near else f"known: {top_level}")
+    if isinstance(error, MissingMandatoryValue):
+        return f"{key} has no value and no default; give {key}=..."
+    if addition is None:
+        return f"{key}: {reason}"
+    # OmegaConf does not say which tuple has a wrong element or length.
+    keys = [key] if key else [name for name, hint in known.items() if get_origin(hint) is tuple]
+    found = {name: value for name in keys if (value := _given(addition, name)) is not None or name == key}
+    return " or ".join(
+        f"{name} = {value!r} does not fit, expected {_type_name(known[name])}" if name in known else f"{name}: {reason}"
+        for name, value in found.items()
+    )
+
+
+def _known_keys(cls: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every key of a dataclass in dotted form, sections included, with its annotation."""
+    hints = get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        hint = hints[field.name]
+        yield prefix + field.name, hint
+        for part in (hint, *get_args(hint)) if get_origin(hint) not in (dict, list, tuple) else ():
+            if dataclasses.is_dataclass(part) and isinstance(part, type):
+                yield from _known_keys(part, f"{prefix}{field.name}.")
+
+
+def _type_name(hint: Any) -> str:
+    if isinstance(hint, type) and issubclass(hint, Enum):
+        return f"one of {', '.join(member.name for member in hint)}"
+    return hint.__name__ if isinstance(hint, type) and not get_args(hint) else str(hint).replace("typing.", "")

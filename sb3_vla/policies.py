@@ -1,0 +1,321 @@
+"""VLAPolicy: a Stable-Baselines3 policy around a vision-language-action model, an action distribution and a critic."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from gymnasium import spaces
+from stable_baselines3.common.distributions import DiagGaussianDistribution
+from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
+from torch import Tensor, nn
+
+from sb3_vla.checkpoints import load_checkpoint
+from sb3_vla.distributions import GaussianChunk, Trace, make_distribution
+from sb3_vla.models import Context, VLAModel, model_class
+
+MODEL_KEYS = ("image", "state", "instruction")
+#: observations that only the critic reads, where an environment gives them
+CRITIC_KEYS = ("privileged_state", "elapsed_time")
+_LARGEST_NATIVE_IMAGE = 128
+_DEFAULT_IMAGE = 96
+
+
+@dataclass
+class Evaluation:
+    """Stored decisions under the policy's present weights.
+
+    :param values: critic's values, float32 (N,).
+    :param log_prob: of the traces, executed steps only, float32 (N,).
+    :param mean: of the random transition, see :meth:`ActionDistribution.transition`.
+    :param std: its standard deviation.
+    :param entropy: float32 (N,) or None.
+    """
+
+    values: Tensor
+    log_prob: Tensor
+    mean: Tensor
+    std: Tensor
+    entropy: Tensor | None
+
+
+class VLAPolicy(BasePolicy):
+    """A vision-language-action policy for PPO, also for stock Stable-Baselines3 (Gaussian distribution).
+
+    :param observation_space: a ``Dict`` with ``image`` (uint8, three axes), ``state`` and ``instruction`` (uint8), such as
+        ``mw_envs`` gives; ``privileged_state`` and ``elapsed_time`` go to the critic alone.
+    :param action_space: ``Box`` of shape (A,) or (K, A): a chunk of K actions per decision.
+    :param lr_schedule: learning rate schedule.
+    :param use_sde: must be False; every Stable-Baselines3 algorithm passes it.
+    :param model: name in :data:`sb3_vla.models.MODELS`.
+    :param model_kwargs: the model's own options.
+    :param checkpoint: folder written by :func:`sb3_vla.checkpoints.save_checkpoint`; it fixes model and model_kwargs.
+    :param distribution: name in :data:`sb3_vla.distributions.DISTRIBUTIONS`.
+    :param distribution_kwargs: the distribution's own options.
+    :param value_width: width of the critic's two hidden layers.
+    :param optimizer_class: optimiser.
+    :param optimizer_kwargs: its options besides the learning rate.
+    :raises ValueError: if the spaces are not those of a vision-language-action environment.
+    """
+
+    def __init__(
+        self,
+        observation_space: spaces.Space,
+        action_space: spaces.Space,
+        lr_schedule: Schedule,
+        use_sde: bool = False,
+        *,
+        model: str = "compact",
+        model_kwargs: Mapping[str, Any] | None = None,
+        checkpoint: str | Path | None = None,
+        distribution: str = "gaussian",
+        distribution_kwargs: Mapping[str, Any] | None = None,
+        value_width: int = 256,
+        optimizer_class: type[torch.optim.Optimizer] = torch.optim.Adam,
+        optimizer_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
+        if use_sde:
+            raise ValueError("use_sde=True has no meaning for VLAPolicy; choose policy_kwargs=dict(distribution=...)")
+        _check_spaces(observation_space, action_space)
+        super().__init__(
+            observation_space,
+            action_space,
+            optimizer_class=optimizer_class,
+            optimizer_kwargs=dict(optimizer_kwargs or {}),
+            normalize_images=False,
+        )
+        assert isinstance(observation_space, spaces.Dict)
+        action_dim = action_space.shape[-1]
+        self.action_chunk = action_space.shape[0] if len(action_space.shape) == 2 else 1
+        self._channels_first = _channels_first(observation_space["image"])
+        if checkpoint is not None:
+            loaded = load_checkpoint(checkpoint)
+            self.model: VLAModel = loaded.model
+            model, model_kwargs = loaded.model_name, loaded.model_kwargs
+        else:
+            model_kwargs = {
+                "action_dim": action_dim,
+                "action_horizon": self.action_chunk,
+                "state_dim": observation_space["state"].shape[0],
+                "image_size": _native_image_size(observation_space["image"], self._channels_first),
+                **(model_kwargs or {}),
+            }
+            self.model = _build_model(model, model_kwargs)
+        self._check_model(action_dim)
+        self.distribution = make_distribution(
+            distribution, self.action_chunk, action_dim, **dict(distribution_kwargs or {})
+        )
+        critic_dim = sum(observation_space[key].shape[0] for key in CRITIC_KEYS if key in observation_space.spaces)
+        self.value_head = ValueHead(self.model.feature_dim, critic_dim, value_width)
+        if checkpoint is not None and loaded.value_head is not None:
+            _load_matching(self.value_head, loaded.value_head)
+        #: trace of the last :meth:`forward`, which the rollout buffer stores
+        self.last_trace: Trace = {}
+        # With the checkpoint's contents in the weights, a saved algorithm needs the checkpoint's folder no more.
+        self.portable_kwargs: dict[str, Any] = {
+            "model": model,
+            "model_kwargs": dict(model_kwargs),
+            "distribution": distribution,
+            "distribution_kwargs": dict(distribution_kwargs or {}),
+            "value_width": value_width,
+            "optimizer_class": optimizer_class,
+            "optimizer_kwargs": dict(optimizer_kwargs or {}),
+        }
+        actor = [p for part in (self.model, self.distribution) for p in part.parameters() if p.requires_grad]
+        self.optimizer = optimizer_class(
+            [{"params": actor, "lr_scale": 1.0}, {"params": list(self.value_head.parameters()), "lr_scale": 1.0}],
+            lr=lr_schedule(1),  # type: ignore[call-arg]
+            **self.optimizer_kwargs,
+        )
+
+    def forward(self, obs: dict[str, Tensor], deterministic: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        """Decide.
+
+        :return: actions (N, *action shape) not clipped, values (N, 1), log-probabilities (N,).
+        """
+        obs = self.prepare(obs)
+        context = self.model.encode(obs)
+        values = self._values(context, obs)
+        if deterministic:
+            action = self.distribution.mode(self.model, context)
+            self.last_trace = {}
+            log_prob = torch.zeros(len(action), device=action.device)
+        else:
+            action, self.last_trace = self.distribution.sample(self.model, context)
+            mean, std = self.distribution.transition(self.model, context, self.last_trace)
+            log_prob = self.distribution.log_prob(mean, std, self.last_trace, self._all_executed(action))
+        return action.reshape(-1, *self.action_space.shape), values[:, None], log_prob  # type: ignore[misc]
+
+    def decide(self, obs: dict[str, Tensor]) -> tuple[Tensor, Tensor, Trace]:
+        """Actions, values (N,) and traces of prepared observations: :meth:`forward` for a rollout whose update computes
+        the log-probabilities itself, in its own precision."""
+        context = self.model.encode(obs)
+        action, trace = self.distribution.sample(self.model, context)
+        return action.reshape(-1, *self.action_space.shape), self._values(context, obs), trace  # type: ignore[misc]
+
+    def evaluate(self, obs: dict[str, Tensor], trace: Trace, executed: Tensor) -> Evaluation:
+        """Stored decisions under the present weights.
+
+        :param obs: prepared observations.
+        :param trace: as :meth:`decide` gave it.
+        :param executed: environment steps run of each chunk, int64 (N,).
+        """
+        context = self.model.encode(obs)
+        mean, std = self.distribution.transition(self.model, context, trace)
+        return Evaluation(
+            values=self._values(context, obs),
+            log_prob=self.distribution.log_prob(mean, std, trace, executed),
+            mean=mean,
+            std=std,
+            entropy=self.distribution.entropy(std, executed),
+        )
+
+    def evaluate_actions(self, obs: PyTorchObs, actions: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Stable-Baselines3's contract: values (N, 1), log-probabilities (N,) and entropies of actions.
+
+        :raises ValueError: for a distribution whose log-probability needs more than the action.
+        """
+        self._check_stock("stable_baselines3's own training loop")
+        assert isinstance(obs, dict)
+        actions = actions.reshape(len(actions), self.action_chunk, -1)
+        found = self.evaluate(self.prepare(obs), {"action": actions}, self._all_executed(actions))
+        return found.values[:, None], found.log_prob, found.entropy
+
+    def get_distribution(self, obs: PyTorchObs) -> DiagGaussianDistribution:
+        """The action distribution as Stable-Baselines3 knows it, for algorithms such as sb3-contrib's TRPO."""
+        self._check_stock("this algorithm")
+        if self.distribution.coherent:  # type: ignore[union-attr]
+            raise ValueError('coherence="offset" is no diagonal Gaussian; use coherence="independent" with this algorithm')
+        assert isinstance(obs, dict)
+        context = self.model.encode(self.prepare(obs))
+        mean, std = self.distribution.transition(self.model, context, {})
+        gaussian = DiagGaussianDistribution(mean[0].numel())
+        return gaussian.proba_distribution(mean.flatten(1), std.flatten(1).log())
+
+    def predict_values(self, obs: PyTorchObs) -> Tensor:
+        """The critic's values (N, 1)."""
+        assert isinstance(obs, dict)
+        obs = self.prepare(obs)
+        return self._values(self.model.encode(obs), obs)[:, None]
+
+    def prepare(self, obs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What model and critic read of an observation: pictures channels first and at the model's size, uint8.
+
+        Prepared observations pass unchanged, so a rollout stores them and an update reads them.
+        """
+        prepared = {key: obs[key] for key in (*MODEL_KEYS, *CRITIC_KEYS) if key in obs}
+        image = prepared["image"]
+        height, width = self.model.image_size
+        if not self._channels_first and image.shape[1] != 3:
+            image = image.permute(0, 3, 1, 2)
+        if image.shape[2:] != (height, width):
+            resized = F.interpolate(image.float(), (height, width), mode="bilinear", antialias=True)
+            image = resized.round_().clamp_(0, 255).to(torch.uint8)
+        return {**prepared, "image": image}
+
+    def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> Tensor:
+        assert isinstance(observation, dict)
+        context = self.model.encode(self.prepare(observation))
+        if deterministic:
+            action = self.distribution.mode(self.model, context)
+        else:
+            action, _ = self.distribution.sample(self.model, context)
+        return action.reshape(-1, *self.action_space.shape)  # type: ignore[misc]
+
+    def _values(self, context: Context, obs: Mapping[str, Tensor]) -> Tensor:
+        critic_only = [obs[key].float() for key in CRITIC_KEYS if key in self.observation_space.spaces]  # type: ignore[attr-defined]
+        # The critic must not bend the features that the actor uses.
+        return self.value_head(context.features.detach(), critic_only)
+
+    def _all_executed(self, actions: Tensor) -> Tensor:
+        return torch.full((len(actions),), self.action_chunk, device=actions.device)
+
+    def _check_stock(self, who: str) -> None:
+        if not isinstance(self.distribution, GaussianChunk):
+            raise ValueError(
+                f"{who} cannot train the {type(self.distribution).__name__} distribution: its log-probability needs the "
+                'denoising chain. Use sb3_vla.PPO, or policy_kwargs=dict(distribution="gaussian").'
+            )
+
+    def _check_model(self, action_dim: int) -> None:
+        if self.model.action_dim != action_dim or self.model.action_horizon < self.action_chunk:
+            raise ValueError(
+                f"The model predicts {self.model.action_horizon} actions of {self.model.action_dim} dimensions; the "
+                f"environment takes chunks of {self.action_chunk} of {action_dim}. Make the environment with "
+                f"action_chunk <= {self.model.action_horizon}, or train a model for this one."
+            )
+
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        data = super()._get_constructor_parameters()
+        del data["normalize_images"]
+        return {**data, **self.portable_kwargs, "lr_schedule": self._dummy_schedule}
+
+
+class ValueHead(nn.Module):
+    """A perceptron from the model's features and what only the critic sees to a value."""
+
+    def __init__(self, feature_dim: int, critic_dim: int, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(feature_dim)
+        self.layers = nn.Sequential(
+            nn.Linear(feature_dim + critic_dim, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 1)
+        )
+        nn.init.zeros_(self.layers[-1].weight)
+        nn.init.zeros_(self.layers[-1].bias)
+
+    def forward(self, features: Tensor, critic_only: list[Tensor]) -> Tensor:
+        """Values, float32 (N,)."""
+        return self.layers(torch.cat([self.norm(features), *critic_only], dim=1)).float()[:, 0]
+
+
+def _check_spaces(observation_space: spaces.Space, action_space: spaces.Space) -> None:
+    fix = 'Use an environment such as gym.make("mw_envs:MetaWorldMT50-v0").'
+    if not isinstance(observation_space, spaces.Dict):
+        raise ValueError(
+            f"VLAPolicy needs a Dict observation with {', '.join(MODEL_KEYS)}; got {observation_space}. {fix}"
+        )
+    missing = [key for key in MODEL_KEYS if key not in observation_space.spaces]
+    if missing:
+        raise ValueError(
+            f"VLAPolicy needs an observation with {', '.join(MODEL_KEYS)}; {', '.join(missing)} is missing among "
+            f"{', '.join(observation_space.spaces)}. {fix}"
+        )
+    image = observation_space["image"]
+    if image.dtype != torch.empty(0, dtype=torch.uint8).numpy().dtype or len(image.shape or ()) != 3:
+        raise ValueError(f"VLAPolicy needs image as uint8 with three axes; got {image}. {fix}")
+    if not isinstance(action_space, spaces.Box) or len(action_space.shape) not in (1, 2):
+        raise ValueError(f"VLAPolicy needs a Box action space of shape (A,) or (K, A); got {action_space}. {fix}")
+
+
+def _channels_first(image: spaces.Space) -> bool:
+    shape = image.shape or ()
+    if 3 not in (shape[0], shape[2]):
+        raise ValueError(f"VLAPolicy needs a colour image, (H, W, 3) or (3, H, W); got shape {shape}")
+    return shape[2] != 3
+
+
+def _native_image_size(image: spaces.Space, channels_first: bool) -> int:
+    """The observation's own size where a small model can read it as it is."""
+    height, width = (image.shape or ())[1:] if channels_first else (image.shape or ())[:2]
+    if height == width and height % 16 == 0 and 32 <= height <= _LARGEST_NATIVE_IMAGE:
+        return height
+    return _DEFAULT_IMAGE
+
+
+def _build_model(name: str, options: Mapping[str, Any]) -> VLAModel:
+    try:
+        return model_class(name)(**options)
+    except TypeError as error:
+        raise ValueError(f"Model {name!r} does not take these options: {dict(options)} ({error})") from error
+
+
+def _load_matching(value_head: ValueHead, tensors: dict[str, Tensor]) -> None:
+    """Take a critic from a checkpoint, unless it was trained on other observations."""
+    own = value_head.state_dict()
+    if {key: tensor.shape for key, tensor in tensors.items()} == {key: tensor.shape for key, tensor in own.items()}:
+        value_head.load_state_dict(tensors)

@@ -1,0 +1,449 @@
+"""Proximal Policy Optimisation (Schulman et al. 2017) of vision-language-action policies, in chunks.
+
+One sample is one decision: an observation and the action chunk that the environment runs on it. With any other policy
+than VLAPolicy this class is ``stable_baselines3.PPO``: its code runs.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections import defaultdict, deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import stable_baselines3
+import torch
+import torch.nn.functional as F
+from gymnasium import spaces
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
+from stable_baselines3.common.utils import explained_variance, obs_as_tensor
+from stable_baselines3.common.vec_env import VecEnv
+from torch import Tensor
+
+from sb3_vla.buffers import ChunkRolloutBuffer, DecisionBatch
+from sb3_vla.policies import Evaluation, VLAPolicy
+from sb3_vla.precision import autocast
+from sb3_vla.sft import DemonstrationBatches
+
+# Decisions evaluated at once outside of training.
+_EVALUATION_BATCH = 512
+
+
+@dataclass
+class _OldPolicy:
+    """What the update compares with: the rollout's decisions under the weights that took them, in buffer order."""
+
+    log_prob: Tensor
+    mean: Tensor
+    reference_mean: Tensor | None
+
+
+class PPO(stable_baselines3.PPO):
+    """PPO for chunks; the arguments of ``stable_baselines3.PPO``, then those below.
+
+    ``n_steps``, ``batch_size`` and ``total_timesteps`` count decisions; environment steps are logged beside them.
+    ``gamma`` and ``gae_lambda`` are per decision. ``target_kl`` stops an update at the exact divergence of the action
+    distributions, averaged over the epoch so far, which no single sample can trigger.
+
+    :param value_lr: the critic's learning rate at the start; it follows the schedule of ``learning_rate``. None: the same.
+    :param kl_coef: weight of KL(policy || reference), where the reference is the policy as it was at the first update:
+        after imitation, the imitation policy.
+    :param critic_warmup: rollouts at the start from which the critic alone learns.
+    :param rehearsal: demonstrations whose imitation loss is added to each minibatch, so that what is not practised now
+        is not forgotten.
+    :param rehearsal_coef: weight of that loss.
+    :param rehearsal_batch_size: demonstration frames per minibatch.
+    :param bf16: bfloat16 autocast of the update; log-probabilities and weights stay float32.
+    :param bootstrap_truncated: add the value of the last observation where a time limit cut an episode, as
+        Stable-Baselines3 does. False takes the limit as a part of the task; let the critic see ``elapsed_time`` then.
+    """
+
+    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {  # type: ignore[assignment]
+        **stable_baselines3.PPO.policy_aliases,
+        "VLAPolicy": VLAPolicy,
+    }
+    policy: Any
+
+    def __init__(
+        self,
+        policy: str | type[Any],
+        env: GymEnv | str,
+        learning_rate: float | Schedule = 3e-4,
+        n_steps: int = 2048,
+        batch_size: int = 64,
+        n_epochs: int = 10,
+        gamma: float = 0.99,
+        gae_lambda: float = 0.95,
+        clip_range: float | Schedule = 0.2,
+        clip_range_vf: None | float | Schedule = None,
+        normalize_advantage: bool = True,
+        ent_coef: float = 0.0,
+        vf_coef: float = 0.5,
+        max_grad_norm: float = 0.5,
+        use_sde: bool = False,
+        sde_sample_freq: int = -1,
+        rollout_buffer_class: type[Any] | None = None,
+        rollout_buffer_kwargs: dict[str, Any] | None = None,
+        target_kl: float | None = None,
+        stats_window_size: int = 100,
+        tensorboard_log: str | None = None,
+        policy_kwargs: dict[str, Any] | None = None,
+        verbose: int = 0,
+        seed: int | None = None,
+        device: torch.device | str = "auto",
+        _init_setup_model: bool = True,
+        *,
+        value_lr: float | None = None,
+        kl_coef: float = 0.0,
+        critic_warmup: int = 0,
+        rehearsal: DemonstrationBatches | None = None,
+        rehearsal_coef: float = 1.0,
+        rehearsal_batch_size: int = 128,
+        bf16: bool = False,
+        bootstrap_truncated: bool = True,
+    ) -> None:
+        self.value_lr = value_lr
+        self.kl_coef = kl_coef
+        self.critic_warmup = critic_warmup
+        self.rehearsal = rehearsal
+        self.rehearsal_coef = rehearsal_coef
+        self.rehearsal_batch_size = rehearsal_batch_size
+        self.bf16 = bf16
+        self.bootstrap_truncated = bootstrap_truncated
+        self.env_steps = 0
+        super().__init__(
+            policy,
+            env,
+            learning_rate=learning_rate,
+            n_steps=n_steps,
+            batch_size=batch_size,
+            n_epochs=n_epochs,
+            gamma=gamma,
+            gae_lambda=gae_lambda,
+            clip_range=clip_range,
+            clip_range_vf=clip_range_vf,
+            normalize_advantage=normalize_advantage,
+            ent_coef=ent_coef,
+            vf_coef=vf_coef,
+            max_grad_norm=max_grad_norm,
+            use_sde=use_sde,
+            sde_sample_freq=sde_sample_freq,
+            rollout_buffer_class=rollout_buffer_class,
+            rollout_buffer_kwargs=rollout_buffer_kwargs,
+            target_kl=target_kl,
+            stats_window_size=stats_window_size,
+            tensorboard_log=tensorboard_log,
+            policy_kwargs=policy_kwargs,
+            verbose=verbose,
+            seed=seed,
+            device=device,
+            _init_setup_model=_init_setup_model,
+        )
+
+    def _setup_model(self) -> None:
+        if not issubclass(self.policy_class, VLAPolicy):
+            super()._setup_model()
+            return
+        # The stock set-up would allocate its own buffer at the size of the raw images.
+        chosen, self.rollout_buffer_class = self.rollout_buffer_class, _NoBuffer  # type: ignore[assignment]
+        super()._setup_model()
+        self.rollout_buffer_class = chosen
+        self.rollout_buffer = ChunkRolloutBuffer(  # type: ignore[assignment]
+            self.n_steps, self.n_envs, self.device, self.gamma, self.gae_lambda
+        )
+        self.policy_kwargs = self.policy.portable_kwargs
+        if self.value_lr is not None:
+            self.policy.optimizer.param_groups[1]["lr_scale"] = self.value_lr / self.lr_schedule(1.0)
+        self._episodes: defaultdict[str, deque[tuple[float, int]]] = defaultdict(
+            lambda: deque(maxlen=self._stats_window_size)
+        )
+        self._reference: VLAPolicy | None = None
+
+    def collect_rollouts(
+        self, env: VecEnv, callback: BaseCallback, rollout_buffer: Any, n_rollout_steps: int
+    ) -> bool:
+        """Collect ``n_rollout_steps`` decisions of each environment; see the stock method."""
+        if not isinstance(self.policy, VLAPolicy):
+            return super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps)
+        assert self._last_obs is not None, "No previous observation was provided"
+        buffer: ChunkRolloutBuffer = rollout_buffer
+        self.policy.set_training_mode(False)
+        buffer.reset()
+        callback.on_rollout_start()
+        started, env_steps_before, simulating, inferring = time.perf_counter(), self.env_steps, 0.0, 0.0
+        for _ in range(n_rollout_steps):
+            mark = time.perf_counter()
+            with torch.no_grad():
+                observation = self.policy.prepare(obs_as_tensor(self._last_obs, self.device))  # type: ignore[arg-type]
+                actions, values, trace = self.policy.decide(observation)
+            actions = actions.cpu().numpy()
+            inferring += time.perf_counter() - mark
+            mark = time.perf_counter()
+            clipped = np.clip(actions, self.action_space.low, self.action_space.high)  # type: ignore[attr-defined]
+            new_obs, rewards, dones, infos = env.step(clipped)
+            simulating += time.perf_counter() - mark
+
+            self.num_timesteps += env.num_envs
+            executed = np.array([info.get("env_steps", self.policy.action_chunk) for info in infos])
+            self.env_steps += int(executed.sum())
+            callback.update_locals(locals())
+            if not callback.on_step():
+                return False
+            self._update_info_buffer(infos, dones)
+            self._record_episodes(infos, dones)
+            rewards = self._bootstrap(rewards, dones, infos)
+            assert isinstance(self._last_episode_starts, np.ndarray)
+            buffer.add(observation, trace, values, rewards, executed, self._last_episode_starts)
+            self._last_obs = new_obs  # type: ignore[assignment]
+            self._last_episode_starts = dones
+        with torch.no_grad():
+            last_values = self.policy.predict_values(obs_as_tensor(new_obs, self.device))[:, 0]  # type: ignore[arg-type]
+        buffer.compute_returns_and_advantage(last_values, dones)
+        callback.update_locals(locals())
+        callback.on_rollout_end()
+
+        seconds = time.perf_counter() - started
+        self.logger.record("time/rollout_seconds", seconds)
+        self.logger.record("time/env_steps", self.env_steps, exclude="tensorboard")
+        self.logger.record("perf/env_steps_per_second", (self.env_steps - env_steps_before) / seconds)
+        self.logger.record("perf/decisions_per_second", n_rollout_steps * env.num_envs / seconds)
+        self.logger.record("perf/simulation_share", simulating / seconds)
+        self.logger.record("perf/inference_share", inferring / seconds)
+        return True
+
+    def train(self) -> None:
+        """Update the policy on the rollout."""
+        if not isinstance(self.policy, VLAPolicy):
+            super().train()
+            return
+        started = time.perf_counter()
+        policy, buffer = self.policy, self.rollout_buffer
+        assert isinstance(buffer, ChunkRolloutBuffer)
+        policy.set_training_mode(True)
+        self._update_learning_rate(policy.optimizer)
+        clip_range = self.clip_range(self._current_progress_remaining)  # type: ignore[operator]
+        clip_range_vf = None
+        if self.clip_range_vf is not None:
+            clip_range_vf = self.clip_range_vf(self._current_progress_remaining)  # type: ignore[operator]
+        if self.kl_coef > 0 and self._reference is None:
+            self._reference = copy.deepcopy(policy).requires_grad_(False)
+        old = self._old_policy(buffer)
+        train_actor = self._n_updates >= self.critic_warmup * self.n_epochs
+        metrics: defaultdict[str, list[float]] = defaultdict(list)
+        stopped = False
+        for _ in range(self.n_epochs):
+            divergence: list[float] = []
+            for batch in buffer.get(self.batch_size):
+                with autocast(self.bf16, self.device.type):
+                    found = policy.evaluate(batch.observations, batch.trace, batch.executed)
+                loss = self.vf_coef * self._value_loss(found.values, batch, clip_range_vf, metrics)
+                if train_actor:
+                    loss = loss + self._actor_loss(found, batch, old, clip_range, metrics)
+                    with torch.no_grad():
+                        kl = policy.distribution.kl_divergence(
+                            found.mean, found.std, old.mean[batch.indices].to(self.device), batch.executed
+                        ).mean()
+                    divergence.append(kl.item())
+                    metrics["approx_kl"].append(kl.item())
+                    if self.target_kl is not None and np.mean(divergence) > 1.5 * self.target_kl:
+                        stopped = True
+                        break
+                self._optimizer_step(loss, metrics)
+            self._n_updates += 1
+            if stopped:
+                break
+        self._log_update(buffer, metrics, clip_range, clip_range_vf, time.perf_counter() - started)
+
+    def _actor_loss(
+        self,
+        found: Evaluation,
+        batch: DecisionBatch,
+        old: _OldPolicy,
+        clip_range: float,
+        metrics: defaultdict[str, list[float]],
+    ) -> Tensor:
+        """Clipped surrogate, entropy bonus, divergence from the reference, rehearsal."""
+        advantages = batch.advantages
+        if self.normalize_advantage and len(advantages) > 1:
+            # Over the whole rollout: a minibatch's own mean and deviation are noise.
+            whole = self.rollout_buffer.advantages
+            advantages = (advantages - whole.mean().to(self.device)) / (whole.std().to(self.device) + 1e-8)
+        ratio = torch.exp(found.log_prob - old.log_prob[batch.indices].to(self.device))
+        surrogate = torch.min(advantages * ratio, advantages * torch.clamp(ratio, 1 - clip_range, 1 + clip_range))
+        policy_loss = -surrogate.mean()
+        metrics["policy_loss"].append(policy_loss.item())
+        metrics["clip_fraction"].append(((ratio - 1).abs() > clip_range).float().mean().item())
+        metrics["ratio_max"].append(ratio.max().item())
+        loss = policy_loss
+        if found.entropy is not None:
+            entropy_loss = -found.entropy.mean()
+            metrics["entropy_loss"].append(entropy_loss.item())
+            loss = loss + self.ent_coef * entropy_loss
+        if old.reference_mean is not None:
+            kl = self.policy.distribution.kl_divergence(
+                found.mean, found.std, old.reference_mean[batch.indices].to(self.device), batch.executed
+            ).mean()
+            metrics["reference_kl"].append(kl.item())
+            loss = loss + self.kl_coef * kl
+        if self.rehearsal is not None:
+            observation, actions, mask = self.rehearsal.sample(self.rehearsal_batch_size)
+            with autocast(self.bf16, self.device.type):
+                rehearsal_loss = self.policy.model.imitation_loss(
+                    {key: value.to(self.device) for key, value in observation.items()},
+                    actions.to(self.device),
+                    mask.to(self.device),
+                )
+            metrics["rehearsal_loss"].append(rehearsal_loss.item())
+            loss = loss + self.rehearsal_coef * rehearsal_loss
+        return loss
+
+    def _value_loss(
+        self,
+        values: Tensor,
+        batch: DecisionBatch,
+        clip_range_vf: float | None,
+        metrics: defaultdict[str, list[float]],
+    ) -> Tensor:
+        if clip_range_vf is not None:
+            change = values - batch.values
+            metrics["value_clip_ratio"].append((change.abs() > clip_range_vf).float().mean().item())
+            values = batch.values + change.clamp(-clip_range_vf, clip_range_vf)
+        value_loss = F.mse_loss(batch.returns, values)
+        metrics["value_loss"].append(value_loss.item())
+        return value_loss
+
+    def _optimizer_step(self, loss: Tensor, metrics: defaultdict[str, list[float]]) -> None:
+        optimizer = self.policy.optimizer
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm)
+        finite = bool(torch.isfinite(norm))
+        metrics["skipped_steps"].append(float(not finite))
+        if finite:
+            metrics["grad_norm"].append(norm.item())
+            metrics["loss"].append(loss.item())
+            optimizer.step()
+
+    @torch.no_grad()
+    def _old_policy(self, buffer: ChunkRolloutBuffer) -> _OldPolicy:
+        """The rollout under the weights that took it, in the precision of the update, so that ratios start at one."""
+        log_probs, means, references = [], [], []
+        for batch in buffer.in_order(_EVALUATION_BATCH):
+            with autocast(self.bf16, self.device.type):
+                found = self.policy.evaluate(batch.observations, batch.trace, batch.executed)
+                if self._reference is not None:
+                    reference = self._reference.evaluate(batch.observations, batch.trace, batch.executed)
+                    references.append(reference.mean.cpu())
+            log_probs.append(found.log_prob.cpu())
+            means.append(found.mean.cpu())
+        return _OldPolicy(torch.cat(log_probs), torch.cat(means), torch.cat(references) if references else None)
+
+    @torch.no_grad()
+    def _bootstrap(self, rewards: np.ndarray, dones: np.ndarray, infos: list[dict[str, Any]]) -> np.ndarray:
+        """Add the discounted value of the last observation to rewards of episodes that a time limit cut."""
+        if not self.bootstrap_truncated:
+            return rewards
+        cut = [i for i, done in enumerate(dones) if done and infos[i].get("TimeLimit.truncated", False)]
+        if not cut:
+            return rewards
+        last = [infos[i]["terminal_observation"] for i in cut]
+        stacked = {key: np.stack([observation[key] for observation in last]) for key in last[0]}
+        values = self.policy.predict_values(obs_as_tensor(stacked, self.device))[:, 0].cpu().numpy()
+        rewards = rewards.copy()
+        rewards[cut] += self.gamma * values
+        return rewards
+
+    def _record_episodes(self, infos: list[dict[str, Any]], dones: np.ndarray) -> None:
+        for i in np.flatnonzero(dones):
+            if "is_success" in infos[i] and "task" in infos[i]:
+                success = float(infos[i]["is_success"])
+                self._episodes[infos[i]["task"]].append((success, infos[i].get("elapsed_steps", 0)))
+
+    def task_success(self) -> dict[str, float]:
+        """Share of successes among each task's last ``stats_window_size`` training episodes."""
+        return {task: float(np.mean([s for s, _ in episodes])) for task, episodes in sorted(self._episodes.items())}
+
+    def _log_update(
+        self,
+        buffer: ChunkRolloutBuffer,
+        metrics: Mapping[str, list[float]],
+        clip_range: float,
+        clip_range_vf: float | None,
+        seconds: float,
+    ) -> None:
+        def mean(name: str) -> float:
+            return float(np.mean(metrics[name])) if metrics.get(name) else 0.0
+
+        record = self.logger.record
+        # The reference's names, then Stable-Baselines3's.
+        for name, value in {
+            "actor/loss": mean("policy_loss"),
+            "actor/value_loss": mean("value_loss"),
+            "actor/grad_norm": mean("grad_norm"),
+            "actor/approx_kl": mean("approx_kl"),
+            "actor/pg_clipfrac": mean("clip_fraction"),
+            "actor/value_clip_ratio": mean("value_clip_ratio"),
+            "rollout/returns_mean": buffer.returns.mean().item(),
+            "rollout/advantages_mean": buffer.advantages.mean().item(),
+            "train/policy_gradient_loss": mean("policy_loss"),
+            "train/value_loss": mean("value_loss"),
+            "train/approx_kl": mean("approx_kl"),
+            "train/clip_fraction": mean("clip_fraction"),
+            "train/ratio_max": max(metrics.get("ratio_max") or [1.0]),
+            "train/loss": mean("loss"),
+            "train/skipped_steps": float(np.sum(metrics.get("skipped_steps", []))),
+            "train/explained_variance": explained_variance(
+                buffer.values.flatten().numpy(), buffer.returns.flatten().numpy()
+            ),
+            "train/n_updates": self._n_updates,
+            "train/clip_range": clip_range,
+            "time/update_seconds": seconds,
+        }.items():
+            record(name, value)
+        if clip_range_vf is not None:
+            record("train/clip_range_vf", clip_range_vf)
+        for name in ("entropy_loss", "reference_kl", "rehearsal_loss"):
+            if metrics.get(name):
+                record(f"train/{name}", mean(name))
+        episodes = [episode for window in self._episodes.values() for episode in window]
+        if episodes:
+            success = self.task_success()
+            record("env/success_once", float(np.mean(list(success.values()))))
+            record("env/episode_len", float(np.mean([length for _, length in episodes])))
+            for task, rate in success.items():
+                record(f"env/success_once/{task}", rate, exclude="stdout")
+
+    def _update_learning_rate(self, optimizers: Any) -> None:
+        """The schedule's rate for every parameter group, times the group's own factor."""
+        super()._update_learning_rate(optimizers)
+        if isinstance(self.policy, VLAPolicy):
+            for group in self.policy.optimizer.param_groups:
+                group["lr"] *= group["lr_scale"]
+
+    def _excluded_save_params(self) -> list[str]:
+        # Pictures of the last observation, the reference copy and data do not belong in a saved algorithm.
+        return [*super()._excluded_save_params(), "_last_obs", "_last_episode_starts", "_reference", "rehearsal", "_episodes"]
+
+    def learn(
+        self,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        log_interval: int = 1,
+        tb_log_name: str = "PPO",
+        reset_num_timesteps: bool = True,
+        progress_bar: bool = False,
+    ) -> PPO:
+        """Train for at least ``total_timesteps`` decisions; see ``stable_baselines3.PPO.learn``."""
+        super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
+        return self
+
+
+class _NoBuffer:
+    """Stands in for the stock rollout buffer while VLAPolicy's own is not built yet."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...

@@ -1,0 +1,275 @@
+"""Imitation: supervised fine-tuning of a model on demonstrations, before reinforcement learning."""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
+
+from mw_envs.tasks import encode_instruction
+from sb3_vla.checkpoints import load_checkpoint, save_checkpoint
+from sb3_vla.demonstrations import Demonstrations
+from sb3_vla.models import VLAModel, model_class
+from sb3_vla.precision import autocast
+
+# A deviation of nothing (a gripper that never moves) must not blow up what is divided by it.
+_SMALLEST_STD = 1e-2
+_VALIDATION_SAMPLES = 1024
+
+
+@dataclass
+class SFTConfig:
+    """Settings of :func:`sft`.
+
+    :param model: name in :data:`sb3_vla.models.MODELS`.
+    :param model_kwargs: the model's own options.
+    :param checkpoint: start from this checkpoint's model instead of a new one.
+    :param action_horizon: H, length of the predicted chunk.
+    :param steps: optimiser steps.
+    :param batch_size: frames a step.
+    :param draws: noise draws per frame.
+    :param learning_rate: peak of a cosine with linear warm-up.
+    :param warmup_steps: steps of the warm-up.
+    :param weight_decay: AdamW's.
+    :param max_grad_norm: clip of the gradient's norm.
+    :param ema_decay: of the averaged weights that are kept.
+    :param shift: pictures are shifted by up to this many pixels.
+    :param validation_fraction: share of episodes kept out, for the validation loss.
+    :param validation_interval: steps between validations.
+    :param bf16: bfloat16 autocast; None where the processor has it.
+    :param seed: of weights, order and noise.
+    """
+
+    model: str = "compact"
+    model_kwargs: dict[str, Any] = field(default_factory=dict)
+    checkpoint: str | None = None
+    action_horizon: int = 5
+    steps: int = 2000
+    batch_size: int = 128
+    draws: int = 2
+    learning_rate: float = 1e-3
+    warmup_steps: int = 100
+    weight_decay: float = 1e-4
+    max_grad_norm: float = 1.0
+    ema_decay: float = 0.998
+    shift: int = 4
+    validation_fraction: float = 0.05
+    validation_interval: int = 250
+    bf16: bool | None = None
+    seed: int = 0
+
+
+@dataclass
+class SFTResult:
+    """A trained model and its curve.
+
+    :param model: with averaged weights.
+    :param history: rows of step, seconds, train_loss and, at validations, validation_loss.
+    """
+
+    model: VLAModel
+    history: list[dict[str, float]]
+    seconds: float
+
+
+class DemonstrationBatches:
+    """Batches of demonstrations as tensors, for imitation and for rehearsal beside reinforcement learning.
+
+    :param demonstrations: the data.
+    :param frames: which frames to draw from, None for all.
+    :param horizon: H.
+    :param shift: random shift of the pictures, pixels.
+    :param seed: of order and shifts.
+    """
+
+    def __init__(
+        self, demonstrations: Demonstrations, frames: np.ndarray | None, horizon: int, shift: int, seed: int
+    ) -> None:
+        self.demonstrations = demonstrations
+        self.frames = np.arange(len(demonstrations)) if frames is None else frames
+        self.horizon = horizon
+        self.shift = shift
+        self.generator = np.random.default_rng(seed)
+        self._instructions = np.stack([encode_instruction(text) for text in demonstrations.instructions])
+
+    def sample(self, size: int) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        """A batch with replacement: observation, actions (size, H, A), mask (size, H)."""
+        return self._batch(self.generator.choice(self.frames, size), self.shift)
+
+    def epoch(self, size: int) -> Iterator[tuple[dict[str, Tensor], Tensor, Tensor]]:
+        """All frames once, in order, not shifted."""
+        for start in range(0, len(self.frames), size):
+            yield self._batch(self.frames[start : start + size], 0)
+
+    def _batch(self, index: np.ndarray, shift: int) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        data = self.demonstrations
+        images = _shifted(data.images, index, self.generator, shift) if shift else data.images[index]
+        actions, mask = data.action_chunks(index, self.horizon)
+        observation = {
+            "image": torch.from_numpy(images).permute(0, 3, 1, 2),
+            "state": torch.from_numpy(data.states[index]),
+            "instruction": torch.from_numpy(self._instructions[data.instruction_index[index]]),
+        }
+        return observation, torch.from_numpy(actions), torch.from_numpy(mask)
+
+
+def sft(
+    demonstrations: Demonstrations,
+    config: SFTConfig,
+    *,
+    output: str | Path | None = None,
+    progress: bool = True,
+    on_step: Callable[[dict[str, float]], None] | None = None,
+    checkpoint_interval: int = 500,
+) -> SFTResult:
+    """Train a model to imitate.
+
+    :param demonstrations: the data; their pictures must have the size the model reads.
+    :param config: settings.
+    :param output: folder for the checkpoint, written every ``checkpoint_interval`` steps and at the end.
+    :param progress: show a progress bar with losses.
+    :param on_step: called with each row of the history.
+    :raises ValueError: if data and model do not fit, or the loss stops being finite.
+    """
+    started = time.perf_counter()
+    torch.manual_seed(config.seed)
+    train_frames, validation_frames = demonstrations.split(config.validation_fraction, config.seed)
+    model = _make_model(demonstrations, config)
+    batches = DemonstrationBatches(demonstrations, train_frames, model.action_horizon, config.shift, config.seed)
+    validation = _validation_batches(demonstrations, validation_frames, model.action_horizon, config.seed)
+    averaged = copy.deepcopy(model).requires_grad_(False)
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad],
+        lr=config.learning_rate,
+        betas=(0.9, 0.98),
+        weight_decay=config.weight_decay,
+        fused=True,
+    )
+    history: list[dict[str, float]] = []
+    notes = {"sft": {"steps": config.steps, "batch_size": config.batch_size, "camera": demonstrations.camera}}
+    with _bar(config.steps, progress) as bar:
+        task = bar.add_task("imitation", total=config.steps, losses="")
+        for step in range(1, config.steps + 1):
+            for group in optimizer.param_groups:
+                group["lr"] = config.learning_rate * _cosine_with_warmup(step, config)
+            observation, actions, mask = batches.sample(config.batch_size)
+            with autocast(config.bf16):
+                loss = model.imitation_loss(observation, actions, mask, draws=config.draws)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+            if not torch.isfinite(norm):
+                raise ValueError(
+                    f"Imitation diverged at step {step} (loss {loss.item()}); lower learning_rate={config.learning_rate}"
+                )
+            optimizer.step()
+            _average(averaged, model, min(config.ema_decay, step / (step + 10)))
+            row = {"step": step, "seconds": time.perf_counter() - started, "train_loss": loss.item()}
+            if validation and (step % config.validation_interval == 0 or step == config.steps):
+                row["validation_loss"] = _validation_loss(averaged, validation, config)
+            history.append(row)
+            if on_step is not None:
+                on_step(row)
+            recent = np.mean([r["train_loss"] for r in history[-50:]])
+            shown = next((r["validation_loss"] for r in reversed(history) if "validation_loss" in r), math.nan)
+            bar.update(task, advance=1, losses=f"loss {recent:.3f}  validation {shown:.3f}")
+            if output is not None and (step % checkpoint_interval == 0 or step == config.steps):
+                save_checkpoint(output, averaged, notes={**notes, "step": step})
+    return SFTResult(averaged, history, time.perf_counter() - started)
+
+
+def _make_model(demonstrations: Demonstrations, config: SFTConfig) -> VLAModel:
+    if config.checkpoint is not None:
+        model = load_checkpoint(config.checkpoint).model
+    else:
+        options = {
+            "action_dim": demonstrations.actions.shape[1],
+            "action_horizon": config.action_horizon,
+            "state_dim": demonstrations.states.shape[1],
+            "image_size": demonstrations.images.shape[1],
+        }
+        model = model_class(config.model)(**{**options, **config.model_kwargs})
+        statistics = demonstrations.statistics()
+        model.set_statistics(
+            {
+                f"{name}_{moment}": torch.from_numpy(np.maximum(values[moment], _SMALLEST_STD))
+                if moment == "std"
+                else torch.from_numpy(values[moment])
+                for name, values in statistics.items()
+                for moment in ("mean", "std")
+            }
+        )
+    if demonstrations.images.shape[1:3] != model.image_size:
+        raise ValueError(
+            f"The demonstrations' pictures are {demonstrations.images.shape[1:3]}, the model reads {model.image_size}; "
+            f"load them with image_size={model.image_size[0]}"
+        )
+    if demonstrations.actions.shape[1] != model.action_dim:
+        raise ValueError(f"The data has {demonstrations.actions.shape[1]}-D actions, the model {model.action_dim}-D ones")
+    return model
+
+
+def _validation_batches(
+    demonstrations: Demonstrations, frames: np.ndarray, horizon: int, seed: int
+) -> list[tuple[dict[str, Tensor], Tensor, Tensor]]:
+    if len(frames) == 0:
+        return []
+    chosen = np.random.default_rng(seed).permutation(frames)[:_VALIDATION_SAMPLES]
+    return list(DemonstrationBatches(demonstrations, np.sort(chosen), horizon, 0, seed).epoch(256))
+
+
+@torch.no_grad()
+def _validation_loss(
+    model: VLAModel, batches: list[tuple[dict[str, Tensor], Tensor, Tensor]], config: SFTConfig
+) -> float:
+    """Mean loss with the same noise at every validation, so that the curve is smooth."""
+    generator = torch.Generator().manual_seed(config.seed)
+    total = count = 0.0
+    for observation, actions, mask in batches:
+        with autocast(config.bf16):
+            loss = model.imitation_loss(observation, actions, mask, draws=4, generator=generator)
+        total += loss.item() * len(actions)
+        count += len(actions)
+    return total / count
+
+
+def _cosine_with_warmup(step: int, config: SFTConfig) -> float:
+    if step <= config.warmup_steps:
+        return step / config.warmup_steps
+    progress = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
+    return 0.5 * (1 + math.cos(math.pi * progress))
+
+
+@torch.no_grad()
+def _average(averaged: VLAModel, model: VLAModel, decay: float) -> None:
+    torch._foreach_lerp_(list(averaged.parameters()), list(model.parameters()), 1 - decay)
+
+
+def _shifted(images: np.ndarray, index: np.ndarray, generator: np.random.Generator, shift: int) -> np.ndarray:
+    """Pictures moved by whole pixels, edges repeated (DrQ, Kostrikov et al. 2021)."""
+    height, width = images.shape[1:3]
+    moves = generator.integers(-shift, shift + 1, (2, len(index)))
+    rows = np.clip(np.arange(height) + moves[0][:, None], 0, height - 1)
+    columns = np.clip(np.arange(width) + moves[1][:, None], 0, width - 1)
+    return images[index[:, None, None], rows[:, :, None], columns[:, None, :]]
+
+
+def _bar(steps: int, shown: bool) -> Progress:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[losses]}"),
+    )
+    return Progress(*columns, disable=not shown)

@@ -1,0 +1,83 @@
+"""What a user installs: the wheel holds every module and data file, and importing the environments stays light."""
+
+from __future__ import annotations
+
+import email
+import importlib.metadata
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("mw_envs", "sb3_vla")
+# tomllib is new in Python 3.11.
+VERSION = re.search(r'(?m)^version = "(.+?)"', (ROOT / "pyproject.toml").read_text()).group(1)  # type: ignore[union-attr]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
+    """The wheel, built from a copy: setuptools leaves a ``build`` folder that a later build would pick up."""
+    if importlib.util.find_spec("setuptools") is None:
+        pytest.skip("building the wheel without a network needs setuptools: pip install -e .[dev]")
+    source = tmp_path_factory.mktemp("source")
+    for name in ("pyproject.toml", "LICENSE", "README.md"):
+        shutil.copy(ROOT / name, source)
+    for package in PACKAGES:
+        shutil.copytree(ROOT / package, source / package, ignore=shutil.ignore_patterns("__pycache__"))
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", "out", "."]
+    build = subprocess.run(command, cwd=source, capture_output=True, text=True)
+    assert build.returncode == 0, build.stdout + build.stderr
+    (path,) = (source / "out").glob("*.whl")
+    return zipfile.ZipFile(path)
+
+
+def test_the_wheel_holds_every_module_and_data_file(wheel: zipfile.ZipFile) -> None:
+    shipped = {name for name in wheel.namelist() if ".dist-info/" not in name}
+    modules = {f"{path.relative_to(ROOT)}" for package in PACKAGES for path in (ROOT / package).rglob("*.py")}
+    tables = {f"{path.relative_to(ROOT)}" for path in (ROOT / "mw_envs" / "data").glob("*.json")}
+    assert tables
+    assert shipped == modules | tables | {"mw_envs/py.typed", "sb3_vla/py.typed"}
+
+
+def test_the_wheel_names_version_licence_and_command(wheel: zipfile.ZipFile) -> None:
+    info = f"sb3_vla-{VERSION}.dist-info"
+    metadata = email.message_from_bytes(wheel.read(f"{info}/METADATA"))
+    assert (metadata["Name"], metadata["Version"], metadata["License-Expression"]) == ("sb3-vla", VERSION, "MIT")
+    assert wheel.read(f"{info}/licenses/LICENSE") == (ROOT / "LICENSE").read_bytes()
+    assert (
+        wheel.read(f"{info}/entry_points.txt").decode().split()
+        == "[console_scripts] sb3-vla = sb3_vla.cli:main".split()
+    )
+
+
+def test_the_wheel_works_apart_from_the_checkout(wheel: zipfile.ZipFile, tmp_path: Path) -> None:
+    wheel.extractall(tmp_path)
+    program = "import mw_envs; print(mw_envs.__file__, len(mw_envs.TASKS), mw_envs.__version__)"
+    # PYTHONPATH comes before the editable installation.
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, "-c", program]
+    output = subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True, text=True).stdout
+    assert output.split() == [str(tmp_path / "mw_envs" / "__init__.py"), "50", VERSION]
+
+
+def test_one_version_everywhere() -> None:
+    import mw_envs
+    import sb3_vla
+
+    assert importlib.metadata.version("sb3-vla") == mw_envs.__version__ == sb3_vla.__version__ == VERSION
+
+
+def test_importing_the_environments_is_light() -> None:
+    heavy = ("torch", "stable_baselines3", "mujoco")
+    program = f"import sys, mw_envs; print([name for name in {heavy} if name in sys.modules])"
+    output = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, check=True, capture_output=True, text=True
+    ).stdout
+    assert output.strip() == "[]"

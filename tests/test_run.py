@@ -1,0 +1,287 @@
+"""The run directory: files appear whole or not at all, stages go on after an interrupt, errors say what to do."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sb3_vla import run as run_module
+from sb3_vla.run import RunDirectory, RunError, versions
+
+
+@dataclass
+class Config:
+    seed: int = 0
+    folder: Path = Path("data")
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDirectory:
+    return RunDirectory(tmp_path / "run", Config())
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_new_run_holds_configuration_and_versions(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert names(run.path) == ["config.yaml", "versions.json"]
+    assert (run.path / "config.yaml").read_text() == "seed: 0\nfolder: data\n"
+    recorded = run.read_json("versions.json")
+    assert recorded["packages"]["numpy"] == np.__version__
+    assert recorded["python"] == ".".join(map(str, sys.version_info[:3]))
+    assert recorded["command"] == sys.argv
+    monkeypatch.setenv("SOME_TOKEN", "do-not-record-me")
+    assert "do-not-record-me" not in json.dumps(versions())
+
+
+def test_git_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def git(*arguments: str) -> str:
+        identity = ["-c", "user.name=t", "-c", "user.email=t@example.org", "-c", "commit.gpgsign=false"]
+        command = ["git", "-C", str(tmp_path), *identity, *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    module = tmp_path / "run.py"
+    module.write_text("x = 1\n")
+    monkeypatch.setattr(run_module, "__file__", str(module))
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert versions()["git"] is None  # no repository
+    git("init", "-q")
+    assert versions()["git"] is None  # a repository that does not track the module: an installed package
+    git("add", "run.py")
+    git("commit", "-q", "-m", "first")
+    assert versions()["git"] == {"revision": git("rev-parse", "HEAD"), "dirty": False}
+    module.write_text("x = 2\n")
+    assert versions()["git"]["dirty"] is True
+
+
+def test_opening_without_configuration_writes_nothing(run: RunDirectory) -> None:
+    before = {path: path.stat().st_mtime_ns for path in run.path.iterdir()}
+    RunDirectory(run.path)
+    assert {path: path.stat().st_mtime_ns for path in run.path.iterdir()} == before
+    with pytest.raises(RunError, match="there is no run directory"):
+        RunDirectory(run.path / "nowhere")
+
+
+def test_json_round_trip(run: RunDirectory) -> None:
+    value = {"a": np.float32(0.5), "b": np.arange(3), "c": Path("x"), "d": Config(seed=2)}
+    path = run.write_json("eval/sft.json", value)
+    assert path == run.path / "eval" / "sft.json"
+    assert run.read_json("eval/sft.json") == {"a": 0.5, "b": [0, 1, 2], "c": "x", "d": {"seed": 2, "folder": "data"}}
+    with pytest.raises(RunError, match=r"cannot read .*missing\.json: No such file"):
+        run.read_json("missing.json")
+    path.write_text('{"a": 0.')
+    with pytest.raises(RunError, match=r"eval/sft\.json is damaged"):
+        run.read_json("eval/sft.json")
+
+
+def test_a_failed_write_keeps_the_old_file(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    run.write_json("report.json", {"success": 1})
+    with pytest.raises(TypeError, match="does not go into JSON"):
+        run.write_json("report.json", {"success": object()})
+
+    def disk_full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", disk_full)
+    with pytest.raises(RunError, match=r"cannot write .*report\.json: No space left on device; free some space"):
+        run.write_json("report.json", {"success": 2})
+    with pytest.raises(RunError, match="No space left"), run.checkpoint("sft", 1) as folder:
+        (folder / "model").write_text("x")
+    assert run.read_json("report.json") == {"success": 1}
+    assert run.latest_checkpoint("sft") is None
+    assert names(run.path) == ["checkpoints", "config.yaml", "report.json", "versions.json"]
+    assert names(run.path / "checkpoints" / "sft") == []
+
+
+def test_a_write_cut_short_by_the_system_keeps_the_old_file(run: RunDirectory) -> None:
+    """The real thing: the kernel refuses to let the file grow, as it does on a full disk."""
+    run.write_json("report.json", {"success": 1})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+    try:
+        with pytest.raises(RunError, match=r"cannot write .*report\.json: File too large"):
+            run.write_json("report.json", {"success": list(range(100_000))})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert run.read_json("report.json") == {"success": 1}
+    assert names(run.path) == ["config.yaml", "report.json", "versions.json"]
+
+
+def test_a_kill_at_any_moment_leaves_whole_files(tmp_path: Path) -> None:
+    writer = """if True:
+        import itertools, sys
+        from sb3_vla.run import RunDirectory
+        run = RunDirectory(sys.argv[1], {})
+        for step in itertools.count(1):
+            run.write_json("state.json", {"step": step, "filling": [step] * 2000})
+            run.append_metrics({"step": step, "filling": "x" * 2000})
+            with run.checkpoint("sft", step) as folder:
+                for name in "ab":
+                    (folder / name).write_text(f"{step}" * 2000)
+        """
+    run_path = tmp_path / "run"
+    root = Path(run_module.__file__).parents[1]
+    for delay in (0.05, 0.093):  # two more or less random moments in the loop; the second continues the first's run
+        process = subprocess.Popen([sys.executable, "-c", writer, str(run_path)], cwd=root)
+        try:
+            shutil.rmtree(run_path / "checkpoints", ignore_errors=True)
+            deadline = time.monotonic() + 60
+            while not list(run_path.glob("checkpoints/sft/step-*")):
+                assert time.monotonic() < deadline and process.poll() is None
+                time.sleep(0.01)
+            time.sleep(delay)
+        finally:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+        run = RunDirectory(run_path)
+        state = run.read_json("state.json")
+        assert state["filling"] == [state["step"]] * 2000
+        assert all(len(row["filling"]) == 2000 for row in run.metrics())
+        latest = run.latest_checkpoint("sft")
+        assert latest is not None
+        step = int(latest.name.removeprefix("step-"))
+        assert step in (state["step"], state["step"] - 1)
+        assert names(latest) == ["a", "b"]
+        assert all((latest / name).read_text() == f"{step}" * 2000 for name in "ab")
+
+
+def test_unusable_directories(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("")
+    with pytest.raises(RunError, match="is a file; choose another name"):
+        RunDirectory(file, {})
+    with pytest.raises(RunError, match=r"cannot write .*Not a directory"):
+        RunDirectory(file / "run", {})
+
+
+def test_a_directory_one_may_not_write_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(source: Path, target: Path) -> None:  # a mode of 0o500 would not stop root
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(RunError, match="Permission denied; choose a directory that you may write to"):
+        RunDirectory(tmp_path / "run", {})
+
+
+def test_metrics_survive_half_a_row(run: RunDirectory) -> None:
+    assert run.metrics() == []
+    run.append_metrics({"step": 1, "loss": np.float32(0.5)})
+    run.append_metrics({"step": 2})
+    path = run.path / "metrics.jsonl"
+    with open(path, "a") as file:
+        file.write('{"step": 3, "lo')
+    assert run.metrics() == [{"step": 1, "loss": 0.5}, {"step": 2}]
+    run.append_metrics({"step": 4})
+    assert run.metrics() == [{"step": 1, "loss": 0.5}, {"step": 2}, {"step": 4}]
+    run.rewind_metrics(lambda row: row["step"] <= 2)
+    assert [row["step"] for row in run.metrics()] == [1, 2]
+    path.write_text('{"step": 1}\n{"st\n{"step": 3}\n')
+    with pytest.raises(RunError, match=r"metrics\.jsonl, line 2 is damaged"):
+        run.metrics()
+    path.write_text('{"step"')  # not a single newline
+    run.append_metrics({"step": 5})
+    assert run.metrics() == [{"step": 5}]
+
+
+def test_a_stage_is_done_once_per_inputs(run: RunDirectory) -> None:
+    done: list[int] = []
+
+    def sft(steps: int) -> None:
+        with RunDirectory(run.path).stage("sft", {"steps": steps, "config": Config()}) as stage:
+            if not stage.done:
+                assert not stage.resumed
+                done.append(steps)
+
+    assert not run.done("sft")
+    sft(10)
+    sft(10)
+    assert done == [10] and run.done("sft")
+    sft(20)
+    sft(20)
+    sft(10)
+    assert done == [10, 20, 10]
+
+
+def test_an_interrupted_stage_is_resumed_and_a_changed_one_is_not(run: RunDirectory) -> None:
+    with pytest.raises(KeyboardInterrupt), run.stage("ppo", {"seed": 0}) as stage:
+        assert not stage.resumed
+        with run.checkpoint("ppo", 400) as folder:
+            (folder / "model").write_text("seed 0")
+        raise KeyboardInterrupt
+    assert not run.done("ppo")
+
+    with run.stage("ppo", {"seed": 0}) as stage:
+        assert stage.resumed and not stage.done
+        assert run.latest_checkpoint("ppo") == run.path / "checkpoints" / "ppo" / "step-00000400"
+
+    for number in (1, 2):
+        with run.stage("ppo", {"seed": number}) as stage:
+            assert not stage.resumed and not stage.done
+            assert run.latest_checkpoint("ppo") is None  # never goes on from another seed's weights
+            aside = run.path / "checkpoints" / f"ppo.replaced-{number}" / "step-00000400" / "model"
+            assert aside.read_text() == f"seed {number - 1}"
+            with run.checkpoint("ppo", 400) as folder:
+                (folder / "model").write_text(f"seed {number}")
+
+
+def test_stages_depend_on_stages_and_outputs(run: RunDirectory) -> None:
+    done: list[str] = []
+
+    def pipeline(demonstrations: int) -> None:
+        with run.stage("collect", {"demonstrations": demonstrations}, outputs=["data"]) as stage:
+            if not stage.done:
+                (run.path / "data").mkdir(exist_ok=True)
+                done.append("collect")
+        with run.stage("sft", {"steps": 5}, after=["collect"]) as stage:
+            if not stage.done:
+                done.append("sft")
+
+    with (
+        pytest.raises(RunError, match=r"stage 'sft' needs 'collect', which is not complete"),
+        run.stage("sft", {}, after=["collect"]),
+    ):
+        pass
+    pipeline(10)
+    pipeline(10)
+    assert done == ["collect", "sft"]
+    pipeline(20)
+    assert done == ["collect", "sft", "collect", "sft"]
+    (run.path / "data").rmdir()
+    pipeline(20)  # the same data come back, so what followed from them still holds
+    assert done == ["collect", "sft", "collect", "sft", "collect"]
+    with pytest.raises(RunError, match=r"ended without table\.md"), run.stage("report", {}, outputs=["table.md"]):
+        pass
+    assert not run.done("report")
+
+
+def test_checkpoints(run: RunDirectory) -> None:
+    assert run.latest_checkpoint("sft") is None
+    for step in (5, 100_000_000, 99_999_999):  # as text, the last would be the highest
+        with run.checkpoint("sft", step) as folder:
+            (folder / "nested").mkdir()
+            (folder / "nested" / "model").write_text(f"{step}")
+    with pytest.raises(ZeroDivisionError), run.checkpoint("sft", 200_000_000) as folder:
+        (folder / "model").write_text("half")
+        raise ZeroDivisionError
+    left_by_a_kill = run.path / "checkpoints" / "sft" / ".step-300000000.tmp"
+    left_by_a_kill.mkdir()
+    latest = run.latest_checkpoint("sft")
+    assert latest is not None and (latest / "nested" / "model").read_text() == "100000000"
+
+    with run.checkpoint("sft", 5) as folder:
+        (folder / "model").write_text("again")
+    assert names(run.path / "checkpoints" / "sft") == ["step-00000005", "step-100000000", "step-99999999"]
+    assert names(run.path / "checkpoints" / "sft" / "step-00000005") == ["model"]
