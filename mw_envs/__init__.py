@@ -4,6 +4,8 @@
 >>> env = gym.make("MetaWorldMT50-v0")  # doctest: +SKIP
 """
 
+from importlib.metadata import version
+
 from mw_envs.registration import ENV_IDS, register_envs
 from mw_envs.tasks import (
     DIFFICULTIES,
@@ -17,6 +19,7 @@ from mw_envs.tasks import (
     suite_tasks,
 )
 
+__version__ = version("sb3-vla")
 __all__ = [
     "DIFFICULTIES",
     "ENV_IDS",
@@ -24,9 +27,9 @@ __all__ = [
     "TASKS",
     "Task",
     "Trial",
+    "__version__",
     "decode_instruction",
     "encode_instruction",
-    "__version__",
     "get_task",
     "register_envs",
     "suite_tasks",

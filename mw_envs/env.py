@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -36,7 +37,7 @@ _RENDER_SIZE = 480
 _SETTLE_ACTION = np.zeros(ACTION_DIM, dtype=np.float32)
 
 
-class MetaWorldEnv(gym.Env[dict[str, npt.NDArray[Any]], npt.NDArray[np.float32]]):
+class MetaWorldEnv(gym.Env[dict[str, Any], npt.NDArray[np.float32]]):
     """Manipulation tasks of MetaWorld, seen through a camera and told by a sentence.
 
     **Observation** (``Dict``): ``image`` uint8 (H, W, 3); ``state`` float32 (4,), the hand's x, y, z in metres and the
@@ -48,13 +49,14 @@ class MetaWorldEnv(gym.Env[dict[str, npt.NDArray[Any]], npt.NDArray[np.float32]]
     draws one frame. Values outside the box are clipped by the simulator.
 
     **Episode**: ends at success (``terminate_on_success``), is truncated after ``horizon`` environment steps.
-    ``reset(seed=s, options={"task": ..., "goal": g})`` places the trial (task, s, g); ``options["seed"]`` takes the place
-    of ``s`` where a reset must not reseed the generator (Stable-Baselines3's vector environments give each worker its own
-    seed). What options leave open is drawn from the environment's own generator, the task with ``task_weights``.
+    ``reset(seed=s, options={"task": ..., "goal": g})`` places the trial (task, s, g); ``options["seed"]`` takes the
+    place of ``s`` where a reset must not reseed the generator (Stable-Baselines3's vector environments give each worker
+    its own seed). What options leave open is drawn from the environment's own generator, the task with
+    ``task_weights``.
 
-    **Info**: ``task``, ``goal``, ``trial_seed``, ``instruction``, ``success`` (at this step), ``success_once`` (so far),
-    ``env_steps`` (run by this call), ``elapsed_steps`` (run since the reset), ``is_success`` when the episode ends, and
-    ``frames`` with ``record_frames``.
+    **Info**: ``task``, ``goal``, ``trial_seed``, ``instruction``, ``success`` (at this step), ``success_once`` (so
+    far), ``env_steps`` (run by this call), ``elapsed_steps`` (run since the reset), ``is_success`` when the episode
+    ends, and ``frames`` with ``record_frames``.
 
     :param suite: ``MT1``, ``MT10``, ``MT50``, ``ML10`` or ``ML45``.
     :param task: the task of ``MT1``.
@@ -75,12 +77,13 @@ class MetaWorldEnv(gym.Env[dict[str, npt.NDArray[Any]], npt.NDArray[np.float32]]
     :param privileged_state: whether the observation holds the simulator's state, for a critic or a scripted expert.
     :param elapsed_time: whether the observation holds ``elapsed_time``, float32 (1,), the share of the horizon that has
         passed, for a critic.
-    :param record_frames: whether ``info["frames"]`` holds a 480x480 picture of each environment step, uint8 (n, 480, 480, 3).
+    :param record_frames: whether ``info["frames"]`` holds a 480x480 picture of each environment step, uint8
+        (n, 480, 480, 3).
     :param render_mode: None or ``rgb_array``.
     :raises ValueError: for a value that is not among those above; the message names the value and what is expected.
     """
 
-    metadata = {"render_modes": ["rgb_array"], "render_fps": 80}
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 80}  # noqa: RUF012 (as Gymnasium declares it)
 
     def __init__(
         self,
@@ -112,12 +115,14 @@ class MetaWorldEnv(gym.Env[dict[str, npt.NDArray[Any]], npt.NDArray[np.float32]]
         self.settle_steps = _positive("settle_steps", settle_steps, minimum=0)
         self.reward = _one_of("reward", reward, REWARDS)
         self.reward_coef = float(reward_coef)
+        if not np.isfinite(self.reward_coef):
+            raise ValueError(f"reward_coef={reward_coef!r}; expected a finite number")
         self.terminate_on_success = terminate_on_success
-        height, width = image_size if isinstance(image_size, (tuple, list)) else (image_size, image_size)
+        height, width = _height_and_width(image_size)
         self._view = View(
             _one_of("camera", camera, CAMERAS),
-            _positive("image_size", height),
-            _positive("image_size", width),
+            height,
+            width,
             resolve_crop(crop),
             camera in _TURNED_CAMERAS,
         )
@@ -165,7 +170,7 @@ class MetaWorldEnv(gym.Env[dict[str, npt.NDArray[Any]], npt.NDArray[np.float32]]
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Place a trial and let it settle; see the class.
 
         :param seed: seeds the generator, and is the trial's seed.
@@ -174,7 +179,7 @@ class MetaWorldEnv(gym.Env[dict[str, npt.NDArray[Any]], npt.NDArray[np.float32]]
         """
         super().reset(seed=seed)
         if seed is not None:
-            self._trial_seed = seed
+            self._trial_seed = _whole_number("seed", seed, 2**32)
         elif self._trial_seed is None:
             self._trial_seed = int(self.np_random.integers(2**32))
         self._trial = self._choose_trial(options or {})
@@ -191,9 +196,7 @@ class MetaWorldEnv(gym.Env[dict[str, npt.NDArray[Any]], npt.NDArray[np.float32]]
             info["frames"] = self._draw(self._render_view)[None]
         return self._observation(), info
 
-    def step(
-        self, action: npt.NDArray[np.float32]
-    ) -> tuple[dict[str, npt.NDArray[Any]], float, bool, bool, dict[str, Any]]:
+    def step(self, action: npt.NDArray[np.float32]) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
         """Run an action, or the chunk's actions until the episode ends.
 
         :raises ValueError: if the action has another shape than the action space or is not finite.
@@ -278,7 +281,7 @@ class MetaWorldEnv(gym.Env[dict[str, npt.NDArray[Any]], npt.NDArray[np.float32]]
     def _observation(self) -> dict[str, npt.NDArray[Any]]:
         metaworld = self._metaworld_observation.astype(np.float32)
         assert self._trial is not None
-        observation = {
+        observation: dict[str, npt.NDArray[Any]] = {
             "image": self._draw(self._view),
             "state": np.clip(metaworld[:4], _STATE_LOW, _STATE_HIGH),
             "instruction": encode_instruction(TASKS[self._trial.task].instruction),
@@ -321,16 +324,30 @@ def _tasks_of(suite: str, task: str | None, split: str, tasks: Sequence[str] | N
     return (get_task(task).name,)
 
 
-def _positive(name: str, value: int, minimum: int = 1) -> int:
-    if isinstance(value, bool) or int(value) != value or value < minimum:
+def _height_and_width(image_size: int | Sequence[int]) -> tuple[int, int]:
+    if isinstance(image_size, (tuple, list)):
+        if len(image_size) != 2:
+            raise ValueError(f"image_size={image_size!r}; expected one number or (height, width)")
+        height, width = image_size
+        return _positive("image_size", height), _positive("image_size", width)
+    side = _positive("image_size", image_size)
+    return side, side
+
+
+def _positive(name: str, value: Any, minimum: int = 1) -> int:
+    if not _is_whole(value) or value < minimum:
         raise ValueError(f"{name}={value!r}; expected a whole number of at least {minimum}")
     return int(value)
 
 
 def _whole_number(name: str, value: Any, end: int) -> int:
-    if isinstance(value, (bool, str)) or int(value) != value or not 0 <= value < end:
+    if not _is_whole(value) or not 0 <= value < end:
         raise ValueError(f"Reset option {name}={value!r}; expected a whole number from 0 to {end - 1}")
     return int(value)
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and float(value).is_integer()
 
 
 def _one_of(name: str, value: str, known: Sequence[str]) -> str:

@@ -1,8 +1,9 @@
 """MuJoCo simulators of MetaWorld tasks: shared within a process, and placed exactly by a trial.
 
-MetaWorld takes 0.2 s to construct a task, ignores ``reset(seed=...)`` and carries attributes over from one episode to the
-next. Here a simulator is constructed once per task and process, handed from environment to environment, and taken back
-to the state it had after construction before each trial; so an episode depends on its :class:`~mw_envs.tasks.Trial` alone.
+MetaWorld takes 0.2 s to construct a task, ignores ``reset(seed=...)`` and carries attributes over from one episode to
+the next. Here a simulator is constructed once per task and process, handed from environment to environment, and taken
+back to the state it had after construction before each trial; so an episode depends on its
+:class:`~mw_envs.tasks.Trial` alone.
 """
 
 from __future__ import annotations
@@ -11,15 +12,19 @@ import copy
 import functools
 import threading
 from collections import defaultdict
-from typing import Any
+from typing import Any, cast
 
-import mujoco
 import numpy as np
 import numpy.typing as npt
-from metaworld.env_dict import ALL_V3_ENVIRONMENTS
-from metaworld.sawyer_xyz_env import SawyerXYZEnv
+from gymnasium import spaces
 
+from mw_envs.rendering.view import explained_mujoco_import
 from mw_envs.tasks import GOALS_PER_TASK, Trial, get_task
+
+with explained_mujoco_import():
+    import mujoco
+    from metaworld.env_dict import ALL_V3_ENVIRONMENTS
+    from metaworld.sawyer_xyz_env import SawyerXYZEnv
 
 # Camera pose of the published demonstrations and checkpoints (MetaWorld 3.1 calls it corner4; 3.0 does not have it).
 CORNER2_POSITION = (0.75, 0.075, 0.7)
@@ -86,15 +91,15 @@ class Simulator:
         """The 50 random vectors of ``MT1(task, seed).train_tasks``, shape (50, n), without simulating 50 resets.
 
         MetaWorld seeds NumPy's global generator for this; an own generator of the same kind gives the same numbers. Its
-        ``reset`` places the model twice, so each goal takes the last of two draws; the draws (some tasks reject goals too
-        near the object) depend on the random vectors alone, so the hand need not move. Leaves the simulation disturbed:
-        :meth:`place` restores it.
+        ``reset`` places the model twice, so each goal takes the last of two draws; the draws (some tasks reject goals
+        too near the object) depend on the random vectors alone, so the hand need not move. Leaves the simulation
+        disturbed: :meth:`place` restores it.
         """
         if (self.task, seed) in _goal_tables:
             return _goal_tables[self.task, seed]
         sawyer = self._sawyer
         generator = np.random.RandomState(seed)
-        space = sawyer._random_reset_space
+        space = cast(spaces.Box, sawyer._random_reset_space)
 
         def draw() -> npt.NDArray[np.float64]:
             sawyer._last_rand_vec = generator.uniform(space.low, space.high, size=space.low.size)
@@ -103,9 +108,11 @@ class Simulator:
         def hold_hand(steps: int = 50) -> None:
             sawyer.init_tcp = sawyer.tcp_center
 
-        sawyer._get_state_rand_vec = draw
-        sawyer._reset_hand = hold_hand
-        sawyer.do_simulation = lambda ctrl, n_frames=None: None
+        def stand_still(ctrl: object, n_frames: int) -> None:
+            pass
+
+        # Attributes of the instance, which place() removes.
+        vars(sawyer).update(_get_state_rand_vec=draw, _reset_hand=hold_hand, do_simulation=stand_still)
         table = []
         for _ in range(GOALS_PER_TASK):
             sawyer.reset_model()
@@ -131,7 +138,7 @@ def _sawyer_class(task: str) -> type[SawyerXYZEnv]:
 
 
 def _detached(value: Any) -> Any:
-    """A copy of an attribute, except that a view into the simulation's data stays a view of it (as MetaWorld has it)."""
+    """A copy of an attribute; but a view into the simulation's data stays a view of it, as MetaWorld has it."""
     if isinstance(value, np.ndarray) and not value.flags.owndata:
         return value
     return copy.deepcopy(value)

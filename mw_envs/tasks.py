@@ -1,7 +1,7 @@
 """The 50 MetaWorld tasks, the suites built from them, and the trials that fix an episode.
 
-Three orders of the tasks are in circulation and must not be mixed up: ``task_id`` (alphabetical but for a few pairs; the
-``task_id`` column of the published demonstrations), the order of the MT50 suite (:func:`suite_tasks`), and the
+Three orders of the tasks are in circulation and must not be mixed up: ``task_id`` (alphabetical but for a few pairs;
+the ``task_id`` column of the published demonstrations), the order of the MT50 suite (:func:`suite_tasks`), and the
 ``task_index`` of a dataset, which numbers *sentences*: ``push-v3`` and ``push-back-v3`` share one, so there are 49.
 """
 

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, PercentFormatter
 from PIL import Image
 
-from sb3_vla.evaluation import Comparison
+from sb3_vla.results import Comparison
 from sb3_vla.statistics import Estimate
 from sb3_vla.videos import Frame, annotate, atomic_path
 

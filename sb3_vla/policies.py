@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from gymnasium import spaces
@@ -15,6 +16,7 @@ from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import Tensor, nn
 
+from mw_envs.tasks import INSTRUCTION_BYTES
 from sb3_vla.checkpoints import load_checkpoint
 from sb3_vla.distributions import GaussianChunk, Trace, make_distribution
 from sb3_vla.models import Context, VLAModel, model_class
@@ -47,8 +49,8 @@ class Evaluation:
 class VLAPolicy(BasePolicy):
     """A vision-language-action policy for PPO, also for stock Stable-Baselines3 (Gaussian distribution).
 
-    :param observation_space: a ``Dict`` with ``image`` (uint8, three axes), ``state`` and ``instruction`` (uint8), such as
-        ``mw_envs`` gives; ``privileged_state`` and ``elapsed_time`` go to the critic alone.
+    :param observation_space: a ``Dict`` with ``image`` (uint8, three axes), ``state`` and ``instruction`` (uint8), such
+        as ``mw_envs`` gives; ``privileged_state`` and ``elapsed_time`` go to the critic alone.
     :param action_space: ``Box`` of shape (A,) or (K, A): a chunk of K actions per decision.
     :param lr_schedule: learning rate schedule.
     :param use_sde: must be False; every Stable-Baselines3 algorithm passes it.
@@ -89,9 +91,10 @@ class VLAPolicy(BasePolicy):
             optimizer_kwargs=dict(optimizer_kwargs or {}),
             normalize_images=False,
         )
-        assert isinstance(observation_space, spaces.Dict)
+        assert isinstance(observation_space, spaces.Dict) and action_space.shape is not None
         action_dim = action_space.shape[-1]
         self.action_chunk = action_space.shape[0] if len(action_space.shape) == 2 else 1
+        sizes = {key: (space.shape or (0,))[0] for key, space in observation_space.spaces.items()}
         self._channels_first = _channels_first(observation_space["image"])
         if checkpoint is not None:
             loaded = load_checkpoint(checkpoint)
@@ -101,7 +104,7 @@ class VLAPolicy(BasePolicy):
             model_kwargs = {
                 "action_dim": action_dim,
                 "action_horizon": self.action_chunk,
-                "state_dim": observation_space["state"].shape[0],
+                "state_dim": sizes["state"],
                 "image_size": _native_image_size(observation_space["image"], self._channels_first),
                 **(model_kwargs or {}),
             }
@@ -110,7 +113,7 @@ class VLAPolicy(BasePolicy):
         self.distribution = make_distribution(
             distribution, self.action_chunk, action_dim, **dict(distribution_kwargs or {})
         )
-        critic_dim = sum(observation_space[key].shape[0] for key in CRITIC_KEYS if key in observation_space.spaces)
+        critic_dim = sum(sizes.get(key, 0) for key in CRITIC_KEYS)
         self.value_head = ValueHead(self.model.feature_dim, critic_dim, value_width)
         if checkpoint is not None and loaded.value_head is not None:
             _load_matching(self.value_head, loaded.value_head)
@@ -190,7 +193,9 @@ class VLAPolicy(BasePolicy):
         """The action distribution as Stable-Baselines3 knows it, for algorithms such as sb3-contrib's TRPO."""
         self._check_stock("this algorithm")
         if self.distribution.coherent:  # type: ignore[union-attr]
-            raise ValueError('coherence="offset" is no diagonal Gaussian; use coherence="independent" with this algorithm')
+            raise ValueError(
+                'coherence="offset" is no diagonal Gaussian; use coherence="independent" with this algorithm'
+            )
         assert isinstance(obs, dict)
         context = self.model.encode(self.prepare(obs))
         mean, std = self.distribution.transition(self.model, context, {})
@@ -238,8 +243,8 @@ class VLAPolicy(BasePolicy):
     def _check_stock(self, who: str) -> None:
         if not isinstance(self.distribution, GaussianChunk):
             raise ValueError(
-                f"{who} cannot train the {type(self.distribution).__name__} distribution: its log-probability needs the "
-                'denoising chain. Use sb3_vla.PPO, or policy_kwargs=dict(distribution="gaussian").'
+                f"{who} cannot train the {type(self.distribution).__name__} distribution: its log-probability needs "
+                'the denoising chain. Use sb3_vla.PPO, or policy_kwargs=dict(distribution="gaussian").'
             )
 
     def _check_model(self, action_dim: int) -> None:
@@ -263,10 +268,14 @@ class ValueHead(nn.Module):
         super().__init__()
         self.norm = nn.LayerNorm(feature_dim)
         self.layers = nn.Sequential(
-            nn.Linear(feature_dim + critic_dim, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 1)
+            nn.Linear(feature_dim + critic_dim, width),
+            nn.SiLU(),
+            nn.Linear(width, width),
+            nn.SiLU(),
+            nn.Linear(width, 1),
         )
-        nn.init.zeros_(self.layers[-1].weight)
-        nn.init.zeros_(self.layers[-1].bias)
+        for parameter in self.layers[-1].parameters():  # an untrained critic says nothing, rather than noise
+            nn.init.zeros_(parameter)
 
     def forward(self, features: Tensor, critic_only: list[Tensor]) -> Tensor:
         """Values, float32 (N,)."""
@@ -286,7 +295,7 @@ def _check_spaces(observation_space: spaces.Space, action_space: spaces.Space) -
             f"{', '.join(observation_space.spaces)}. {fix}"
         )
     image = observation_space["image"]
-    if image.dtype != torch.empty(0, dtype=torch.uint8).numpy().dtype or len(image.shape or ()) != 3:
+    if image.dtype != np.uint8 or len(image.shape or ()) != 3:
         raise ValueError(f"VLAPolicy needs image as uint8 with three axes; got {image}. {fix}")
     if not isinstance(action_space, spaces.Box) or len(action_space.shape) not in (1, 2):
         raise ValueError(f"VLAPolicy needs a Box action space of shape (A,) or (K, A); got {action_space}. {fix}")
@@ -319,3 +328,29 @@ def _load_matching(value_head: ValueHead, tensors: dict[str, Tensor]) -> None:
     own = value_head.state_dict()
     if {key: tensor.shape for key, tensor in tensors.items()} == {key: tensor.shape for key, tensor in own.items()}:
         value_head.load_state_dict(tensors)
+
+
+def load_policy(
+    checkpoint: str | Path, action_chunk: int | None = None, device: torch.device | str = "cpu"
+) -> VLAPolicy:
+    """A policy to act with, from a checkpoint alone.
+
+    :param checkpoint: folder written by :func:`sb3_vla.checkpoints.save_checkpoint`.
+    :param action_chunk: K, actions executed per decision; None for the whole predicted horizon.
+    :raises ValueError: if the model predicts fewer actions than that.
+    """
+    model = load_checkpoint(checkpoint).model
+    state_dim = int(model.config.get("state_dim", 4))
+    observation_space = spaces.Dict(
+        {
+            "image": spaces.Box(0, 255, (*model.image_size, 3), np.uint8),
+            "state": spaces.Box(-np.inf, np.inf, (state_dim,), np.float32),
+            "instruction": spaces.Box(0, 255, (INSTRUCTION_BYTES,), np.uint8),
+        }
+    )
+    chunk = model.action_horizon if action_chunk is None else action_chunk
+    shape = (model.action_dim,) if chunk == 1 else (chunk, model.action_dim)
+    policy = VLAPolicy(
+        observation_space, spaces.Box(-1.0, 1.0, shape, np.float32), lambda _: 0.0, checkpoint=checkpoint
+    )
+    return policy.to(device)

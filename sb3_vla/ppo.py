@@ -17,7 +17,6 @@ import numpy as np
 import stable_baselines3
 import torch
 import torch.nn.functional as F
-from gymnasium import spaces
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
@@ -50,7 +49,8 @@ class PPO(stable_baselines3.PPO):
     ``gamma`` and ``gae_lambda`` are per decision. ``target_kl`` stops an update at the exact divergence of the action
     distributions, averaged over the epoch so far, which no single sample can trigger.
 
-    :param value_lr: the critic's learning rate at the start; it follows the schedule of ``learning_rate``. None: the same.
+    :param value_lr: the critic's learning rate at the start; it follows the schedule of ``learning_rate``. None: that
+        of the actor.
     :param kl_coef: weight of KL(policy || reference), where the reference is the policy as it was at the first update:
         after imitation, the imitation policy.
     :param critic_warmup: rollouts at the start from which the critic alone learns.
@@ -80,7 +80,7 @@ class PPO(stable_baselines3.PPO):
         gamma: float = 0.99,
         gae_lambda: float = 0.95,
         clip_range: float | Schedule = 0.2,
-        clip_range_vf: None | float | Schedule = None,
+        clip_range_vf: float | Schedule | None = None,
         normalize_advantage: bool = True,
         ent_coef: float = 0.0,
         vf_coef: float = 0.5,
@@ -164,9 +164,7 @@ class PPO(stable_baselines3.PPO):
         )
         self._reference: VLAPolicy | None = None
 
-    def collect_rollouts(
-        self, env: VecEnv, callback: BaseCallback, rollout_buffer: Any, n_rollout_steps: int
-    ) -> bool:
+    def collect_rollouts(self, env: VecEnv, callback: BaseCallback, rollout_buffer: Any, n_rollout_steps: int) -> bool:
         """Collect ``n_rollout_steps`` decisions of each environment; see the stock method."""
         if not isinstance(self.policy, VLAPolicy):
             return super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps)
@@ -180,8 +178,8 @@ class PPO(stable_baselines3.PPO):
             mark = time.perf_counter()
             with torch.no_grad():
                 observation = self.policy.prepare(obs_as_tensor(self._last_obs, self.device))  # type: ignore[arg-type]
-                actions, values, trace = self.policy.decide(observation)
-            actions = actions.cpu().numpy()
+                chunk, values, trace = self.policy.decide(observation)
+            actions = chunk.cpu().numpy()
             inferring += time.perf_counter() - mark
             mark = time.perf_counter()
             clipped = np.clip(actions, self.action_space.low, self.action_space.high)  # type: ignore[attr-defined]
@@ -427,7 +425,14 @@ class PPO(stable_baselines3.PPO):
 
     def _excluded_save_params(self) -> list[str]:
         # Pictures of the last observation, the reference copy and data do not belong in a saved algorithm.
-        return [*super()._excluded_save_params(), "_last_obs", "_last_episode_starts", "_reference", "rehearsal", "_episodes"]
+        return [
+            *super()._excluded_save_params(),
+            "_last_obs",
+            "_last_episode_starts",
+            "_reference",
+            "rehearsal",
+            "_episodes",
+        ]
 
     def learn(
         self,

@@ -6,6 +6,7 @@ import copy
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from mw_envs.tasks import encode_instruction
 from sb3_vla.checkpoints import load_checkpoint, save_checkpoint
+from sb3_vla.checkpoints.training_state import load_training_state, save_training_state
 from sb3_vla.demonstrations import Demonstrations
 from sb3_vla.models import VLAModel, model_class
 from sb3_vla.precision import autocast
@@ -129,18 +131,22 @@ def sft(
     output: str | Path | None = None,
     progress: bool = True,
     on_step: Callable[[dict[str, float]], None] | None = None,
-    checkpoint_interval: int = 500,
+    checkpoint_interval: int = 250,
+    save_state: Callable[[int], AbstractContextManager[Path]] | None = None,
+    resume_from: Path | None = None,
 ) -> SFTResult:
     """Train a model to imitate.
 
     :param demonstrations: the data; their pictures must have the size the model reads.
     :param config: settings.
-    :param output: folder for the checkpoint, written every ``checkpoint_interval`` steps and at the end.
+    :param output: folder for the resulting checkpoint.
     :param progress: show a progress bar with losses.
     :param on_step: called with each row of the history.
+    :param checkpoint_interval: steps between saved states.
+    :param save_state: gives the folder for the state at a step, such as ``RunDirectory.checkpoint``.
+    :param resume_from: such a folder; training goes on from there to the same result as without the interrupt.
     :raises ValueError: if data and model do not fit, or the loss stops being finite.
     """
-    started = time.perf_counter()
     torch.manual_seed(config.seed)
     train_frames, validation_frames = demonstrations.split(config.validation_fraction, config.seed)
     model = _make_model(demonstrations, config)
@@ -155,10 +161,20 @@ def sft(
         fused=True,
     )
     history: list[dict[str, float]] = []
-    notes = {"sft": {"steps": config.steps, "batch_size": config.batch_size, "camera": demonstrations.camera}}
+    notes = {
+        "view": demonstrations.camera,
+        "sft": {"steps": config.steps, "batch_size": config.batch_size, "frames": len(demonstrations)},
+    }
+    modules = {"model": model, "averaged": averaged}
+    first_step = 1
+    if resume_from is not None:
+        state = load_training_state(resume_from, modules, optimizer)
+        first_step, history = state["step"] + 1, state["history"]
+        batches.generator.bit_generator.state = state["batch_generator"]
+    started = time.perf_counter() - (history[-1]["seconds"] if history else 0.0)
     with _bar(config.steps, progress) as bar:
-        task = bar.add_task("imitation", total=config.steps, losses="")
-        for step in range(1, config.steps + 1):
+        task = bar.add_task("imitation", total=config.steps, completed=first_step - 1, losses="")
+        for step in range(first_step, config.steps + 1):
             for group in optimizer.param_groups:
                 group["lr"] = config.learning_rate * _cosine_with_warmup(step, config)
             observation, actions, mask = batches.sample(config.batch_size)
@@ -169,7 +185,8 @@ def sft(
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
             if not torch.isfinite(norm):
                 raise ValueError(
-                    f"Imitation diverged at step {step} (loss {loss.item()}); lower learning_rate={config.learning_rate}"
+                    f"Imitation diverged at step {step} (loss {loss.item()}); "
+                    f"lower learning_rate={config.learning_rate}"
                 )
             optimizer.step()
             _average(averaged, model, min(config.ema_decay, step / (step + 10)))
@@ -182,8 +199,12 @@ def sft(
             recent = np.mean([r["train_loss"] for r in history[-50:]])
             shown = next((r["validation_loss"] for r in reversed(history) if "validation_loss" in r), math.nan)
             bar.update(task, advance=1, losses=f"loss {recent:.3f}  validation {shown:.3f}")
-            if output is not None and (step % checkpoint_interval == 0 or step == config.steps):
-                save_checkpoint(output, averaged, notes={**notes, "step": step})
+            if save_state is not None and step % checkpoint_interval == 0 and step < config.steps:
+                values = {"step": step, "history": history, "batch_generator": batches.generator.bit_generator.state}
+                with save_state(step) as folder:
+                    save_training_state(folder, modules, optimizer, values)
+    if output is not None:
+        save_checkpoint(output, averaged, notes=notes)
     return SFTResult(averaged, history, time.perf_counter() - started)
 
 
@@ -214,7 +235,9 @@ def _make_model(demonstrations: Demonstrations, config: SFTConfig) -> VLAModel:
             f"load them with image_size={model.image_size[0]}"
         )
     if demonstrations.actions.shape[1] != model.action_dim:
-        raise ValueError(f"The data has {demonstrations.actions.shape[1]}-D actions, the model {model.action_dim}-D ones")
+        raise ValueError(
+            f"The data has {demonstrations.actions.shape[1]}-D actions, the model {model.action_dim}-D ones"
+        )
     return model
 
 

@@ -130,6 +130,8 @@ class Mp4Writer:
             self._stream = self._container.add_stream("libx264", rate=self.fps)
             self._stream.options = {"crf": "20", "preset": "veryfast"}
             self._stream.pix_fmt = "yuv420p"
+            # By itself an encoder takes more threads than there are cores; a worker films several episodes at a time.
+            self._stream.thread_count = 1
             self._stream.height, self._stream.width = (side + side % 2 for side in frame.shape[:2])
         if frame.shape != self._shape:
             raise ValueError(

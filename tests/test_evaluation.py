@@ -39,6 +39,7 @@ from sb3_vla.evaluation import (
     evaluate,
     find_protocol,
     make_trial_env,
+    make_trial_vec_env,
     trials_for,
 )
 from sb3_vla.figures import before_after_bars, learning_curve
@@ -125,26 +126,27 @@ def test_protocols_are_the_published_ones() -> None:
     assert "160 steps, chunk 5, 15 settle steps" in str(PROTOCOLS["rlinf-160"])
 
 
-def test_schedule_deals_each_trial_once_in_any_order_of_workers() -> None:
+def test_schedule_deals_each_trial_once_in_any_order_of_environments() -> None:
     trials = trials_for(suite_tasks("MT10"), 7)
-    for workers in (1, 2, 3, 16, 100):
-        schedule, order = _Schedule(trials), random.Random(workers)
-        dealt = [schedule.next(worker) for worker in range(workers)]
-        while (index := schedule.next(order.randrange(workers))) is not None:
+    for count in (1, 2, 3, 16, 100):
+        schedule, order = _Schedule(trials, [range(count // 2), range(count // 2, count)]), random.Random(count)
+        dealt = [schedule.next(number) for number in range(count)]
+        while (index := schedule.next(order.randrange(count))) is not None:
             dealt.append(index)
         assert sorted(index for index in dealt if index is not None) == list(range(len(trials)))
 
 
-def test_schedule_keeps_a_worker_with_its_task() -> None:
-    """Three workers construct each of ten tasks once, but for those that they help with at the end."""
-    trials = trials_for(suite_tasks("MT10"), 7)
-    schedule = _Schedule(trials)
+@pytest.mark.parametrize(("workers", "each"), [(3, 1), (2, 8), (4, 8)])
+def test_schedule_constructs_few_scenes(workers: int, each: int) -> None:
+    """Processes construct each of ten tasks once, but for those that they help with at the end."""
+    trials = trials_for(suite_tasks("MT10"), 20)
+    schedule = _Schedule(trials, [range(each * worker, each * (worker + 1)) for worker in range(workers)])
     constructed = set()
     for turn in range(len(trials)):
-        index = schedule.next(turn % 3)
+        index = schedule.next(turn % (workers * each))
         assert index is not None
-        constructed.add((turn % 3, trials[index].task))
-    assert len(constructed) <= 12
+        constructed.add((turn % (workers * each) // each, trials[index].task))
+    assert len(constructed) <= 10 + 2 * workers
 
 
 # Running
@@ -170,13 +172,33 @@ def test_each_trial_equals_the_same_episode_run_by_hand(expert_result: Evaluatio
     env.close()
 
 
-def test_the_number_of_workers_does_not_matter(expert_result: EvaluationResult) -> None:
-    """Two processes, and four environments in this one, of which one starts without a second trial."""
+def test_the_number_of_environments_and_workers_does_not_matter(expert_result: EvaluationResult) -> None:
+    """Three environments in two processes, and eight in this one, of which two have no trial at all."""
     options: dict[str, Any] = {"tasks": EASY, "trials_per_task": 3, "protocol": EXPERT_PROTOCOL, "progress": False}
-    two = evaluate(ExpertPolicy(), num_envs=2, env_kwargs=EXPERT_ENV, **options)
-    assert two == expert_result
-    four = evaluate(ExpertPolicy(), vec_env=expert_env(4), **options)
-    assert four == expert_result
+    three = evaluate(ExpertPolicy(), num_envs=3, num_workers=2, env_kwargs=EXPERT_ENV, **options)
+    assert three == expert_result
+    eight = evaluate(ExpertPolicy(), vec_env=expert_env(8), **options)
+    assert eight == expert_result
+
+
+def test_by_default_a_worker_has_eight_environments(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, int | None]] = []
+
+    class Asked(Exception):
+        pass
+
+    def ask(env_fns: list[Any], num_workers: int | None, start_method: str | None) -> None:
+        asked.append((len(env_fns), num_workers))
+        raise Asked
+
+    monkeypatch.setattr("sb3_vla.evaluation.WorkerVecEnv", ask)
+    monkeypatch.setattr("sb3_vla.evaluation.available_cores", lambda: 3)
+    for trials, options in ((20, {}), (20, {"num_workers": 2}), (5, {}), (20, {"num_envs": 4})):
+        with pytest.raises(Asked):
+            evaluate(RandomPolicy(), tasks=EASY, trials_per_task=trials, **options)
+    with pytest.raises(Asked):
+        make_trial_vec_env(PROTOCOLS["rlinf-160"])
+    assert asked == [(24, None), (16, 2), (10, None), (4, None), (24, None)]
 
 
 def test_random_actions_do_not_succeed(small_env: DummyVecEnv, untouched_global_rng: None) -> None:
@@ -235,32 +257,52 @@ def test_stable_baselines3_model(small_env: DummyVecEnv) -> None:
 
 
 def test_videos_show_every_step(renderer: None, tmp_path: Path) -> None:
-    env = expert_env(1)
+    """Two episodes of one process are filmed at the same time."""
     films = VideoOptions(tmp_path, per_task=1, fps=40)
     (tmp_path / "coffee-button-v3_seed10000_goal00_failure.mp4").touch()  # of an earlier evaluation
     result = evaluate(
         ExpertPolicy(),
-        tasks=EASY[:1],
+        tasks=EASY,
         trials_per_task=2,
         protocol=EXPERT_PROTOCOL,
-        vec_env=env,
+        vec_env=expert_env(2),
         videos=films,
         progress=False,
     )
-    (file,) = tmp_path.iterdir()
-    assert file.name == "coffee-button-v3_seed10000_goal00_success.mp4"
-    with av.open(str(file)) as video:
-        frames = [frame.to_ndarray(format="rgb24") for frame in video.decode(video=0)]
-    # The first picture, one for each step, and the last for another three quarters of a second.
-    assert len(frames) == 1 + result.trials[0].length + 30
-    by_hand = gym.make("mw_envs:MetaWorldMT50-v0", render_mode="rgb_array", image_size=16, settle_steps=7)
-    by_hand.reset(options=result.trials[0].trial._asdict())
-    drawn = by_hand.render()
-    assert isinstance(drawn, np.ndarray)
-    assert frames[0].shape[0] > 480 and frames[0].shape[1] == 480
-    # H.264 keeps the picture within a few grey levels; another frame, or text over it, differs by far more.
-    assert np.abs(frames[0][:480].astype(int) - drawn).mean() < 3
-    by_hand.close()
+    names = [f"{task}_seed10000_goal00_success.mp4" for task in EASY]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    for name, outcome in zip(names, result.trials[::2], strict=True):
+        with av.open(str(tmp_path / name)) as video:
+            frames = [frame.to_ndarray(format="rgb24") for frame in video.decode(video=0)]
+        # The first picture, one for each step, and the last for another three quarters of a second.
+        assert len(frames) == 1 + outcome.length + 30
+        assert frames[0].shape[0] > 480 and frames[0].shape[1] == 480
+        by_hand = make_trial_env(EXPERT_PROTOCOL, EXPERT_ENV).env.unwrapped
+        by_hand.render_mode = "rgb_array"
+        observation, _ = by_hand.reset(options=outcome.trial._asdict())
+        expert = ScriptedExpert(outcome.trial.task)
+        for step in range(21):
+            if step in (0, 20):
+                drawn = by_hand.render()
+                assert isinstance(drawn, np.ndarray)
+                # H.264 keeps the picture within a few grey levels; another frame, or text over it, differs by far more.
+                assert np.abs(frames[step][:480].astype(int) - drawn).mean() < 3
+            observation, *_ = by_hand.step(expert.action(observation["privileged_state"]))
+        by_hand.close()
+
+
+def test_environments_without_a_trial_forget_those_of_an_evaluation_broken_off(renderer: None, tmp_path: Path) -> None:
+    env = expert_env(2)
+    options: dict[str, Any] = {"protocol": EXPERT_PROTOCOL, "vec_env": env, "progress": False}
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(
+            Interrupting(), tasks=EASY[:1], trials_per_task=6, videos={"directory": tmp_path, "per_task": 6}, **options
+        )
+    result = evaluate(ExpertPolicy(), tasks=EASY[1:], trials_per_task=1, **options)
+    assert [outcome.trial for outcome in result.trials] == trials_for(EASY[1:], 1)
+    assert not list(tmp_path.iterdir())
+    assert env.get_attr("_running") == [False, False]
+    env.close()
 
 
 # Bad input and broken workers
@@ -293,7 +335,7 @@ def test_bad_actions_are_refused(small_env: DummyVecEnv) -> None:
     options: dict[str, Any] = {"tasks": EASY, "trials_per_task": 1, "vec_env": small_env, "progress": False}
     with pytest.raises(ValueError, match=r"returned actions of shape \(1, 4\).*executes \(5, 4\)"):
         evaluate(Silent(np.zeros((1, 4))), **options)
-    with pytest.raises(ValueError, match=r"not finite \(worker 0, Trial\(task='coffee-button-v3'.*nan"):
+    with pytest.raises(ValueError, match=r"environment 0 \(Trial\(task='coffee-button-v3'.*not finite.*nan"):
         evaluate(Silent(np.full((1, 5, 4), np.nan)), **options)
 
 
@@ -318,8 +360,17 @@ def test_vec_env_must_fit(small_env: DummyVecEnv) -> None:
 
 def test_error_in_the_environment_is_told(small_env: DummyVecEnv, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(RuntimeError, match=r"worker 0, Trial\(task='coffee-button-v3'.*FileExistsError"):
+    with pytest.raises(RuntimeError, match=r"Trial\(task='coffee-button-v3'.*FileExistsError"):
         evaluate(RandomPolicy(), tasks=EASY, vec_env=small_env, videos={"directory": tmp_path / "file"}, progress=False)
+
+
+class Interrupting(ExpertPolicy):
+    """Ctrl-C after two decisions."""
+
+    def predict(self, *args: Any, **kwargs: Any) -> tuple[npt.NDArray[np.float32], Any]:
+        if len(self.starts) == 2:
+            raise KeyboardInterrupt
+        return super().predict(*args, **kwargs)
 
 
 class Breaking(RandomPolicy):
@@ -342,8 +393,8 @@ class Breaking(RandomPolicy):
 
 
 def test_dead_worker_and_interrupt_leave_no_process_and_no_file(renderer: None, tmp_path: Path) -> None:
-    options: dict[str, Any] = {"tasks": EASY, "num_envs": 1, "env_kwargs": SMALL, "progress": False}
-    with pytest.raises(RuntimeError, match=r"worker 0, Trial\(task='coffee-button-v3'.*exit code -9"):
+    options: dict[str, Any] = {"tasks": EASY, "num_envs": 2, "num_workers": 1, "env_kwargs": SMALL, "progress": False}
+    with pytest.raises(RuntimeError, match=r"Worker 0 \(environments 0 to 1\) died with exit code -9"):
         evaluate(Breaking("kill"), videos={"directory": tmp_path}, **options)
     assert not multiprocessing.active_children()
     with pytest.raises(KeyboardInterrupt):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import sys
 from importlib import import_module
 from typing import Any
 
@@ -19,9 +20,8 @@ from mw_envs.rendering.mesh_detail import coarsen_meshes
 from mw_envs.rendering.view import RendererUnavailableError, View
 from mw_envs.tasks import did_you_mean
 
-_PACKAGES = {"egl": "libegl1 libgl1", "osmesa": "libosmesa6 libgl1"}
-# Distance at which the cell of a coarsened mesh is smaller than a pixel, metres: the robot seen from a camera that stands
-# beside the table, and the gripper seen from one that it carries.
+# Distance at which the cell of a coarsened mesh is smaller than a pixel, metres: the robot seen from a camera that
+# stands beside the table, and the gripper seen from one that it carries.
 _STANDING_DISTANCE, _CARRIED_DISTANCE = 1.0, 0.1
 _MAX_GEOMS = 2000
 
@@ -36,14 +36,7 @@ class OpenGLRenderer:
     def __init__(self, platform: str) -> None:
         # Mesa's own threads would compete with the other workers, and do not survive a fork.
         os.environ.setdefault("LP_NUM_THREADS", "0")
-        try:
-            self._gl = import_module(f"mujoco.{platform}").GLContext(64, 64)
-            self._gl.make_current()
-        except Exception as error:  # PyOpenGL raises whatever the missing library leads to
-            raise RendererUnavailableError(
-                f"The {platform} renderer does not work on this machine ({type(error).__name__}: {error}). "
-                f"Install its library, on Debian and Ubuntu: apt-get install {_PACKAGES[platform]}"
-            ) from error
+        self._gl = _open_context(platform)
         self._scenes: dict[tuple[str, float], mujoco.MjrContext] = {}
         self._graph: dict[str, mujoco.MjvScene] = {}
         self._camera = mujoco.MjvCamera()
@@ -78,7 +71,7 @@ class OpenGLRenderer:
         return np.ascontiguousarray(picture[:, ::-1] if view.rotated else picture[::-1])
 
     def _context(self, model: mujoco.MjModel, camera: int, view: View, scene: str) -> mujoco.MjrContext:
-        """The scene's meshes and textures in OpenGL's memory, fine enough for the view, with a framebuffer large enough."""
+        """The scene's meshes and textures in OpenGL, fine enough for the view, with a framebuffer large enough."""
         rows = view.height / view.crop[2]
         distance = _STANDING_DISTANCE if model.cam_bodyid[camera] == 0 else _CARRIED_DISTANCE
         pixel = 2 * np.tan(np.radians(model.cam_fovy[camera]) / 2) * distance / rows
@@ -101,6 +94,32 @@ class OpenGLRenderer:
             context.free()
         self._scenes.clear()
         self._gl.free()
+
+
+def _open_context(platform: str) -> Any:
+    """MuJoCo's OpenGL context of a platform, made current; a failure leaves the process as it was."""
+    asked_for = os.environ.get("PYOPENGL_PLATFORM")
+    if asked_for and asked_for.lower() != platform:
+        raise RendererUnavailableError(
+            f"The {platform} renderer cannot start: PYOPENGL_PLATFORM={asked_for!r}, from your environment, from "
+            f"MUJOCO_GL={os.environ.get('MUJOCO_GL', '')!r} or from a renderer that this process has already. Unset "
+            f"them, or choose renderer={asked_for.lower()!r}"
+        )
+    loaded = set(sys.modules)
+    try:
+        context_class = import_module(f"mujoco.{platform}").GLContext
+        context_class._context = None  # what its __del__ looks for; a failure in __init__ would print another error
+        context = context_class(64, 64)
+        context.make_current()
+    except Exception as error:  # PyOpenGL raises whatever the missing library leads to
+        # MuJoCo sets the variable, and PyOpenGL serves one platform once imported: either would stop the next attempt.
+        if not asked_for:
+            os.environ.pop("PYOPENGL_PLATFORM", None)
+        for name in set(sys.modules) - loaded:
+            if name.startswith((f"mujoco.{platform}", "OpenGL")):
+                del sys.modules[name]
+        raise RendererUnavailableError.of_library(platform, error) from error
+    return context
 
 
 def _narrow_frustum(graph: Any, view: View) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from mw_envs.rendering.view import Renderer, RendererUnavailableError
+from mw_envs.rendering.view import Renderer, RendererUnavailableError, explained_mujoco_import
 from mw_envs.tasks import did_you_mean
 
 RENDERERS = ("auto", "egl", "osmesa")
@@ -36,7 +36,8 @@ def renderer_available(kind: str = "auto") -> bool:
 
 
 def _create(kind: str) -> Renderer:
-    from mw_envs.rendering.opengl import OpenGLRenderer
+    with explained_mujoco_import():
+        from mw_envs.rendering.opengl import OpenGLRenderer
 
     if kind != "auto":
         return OpenGLRenderer(kind)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -12,6 +14,7 @@ import numpy.typing as npt
 from mw_envs.tasks import did_you_mean
 
 Crop = tuple[float, float, float, float]
+_PACKAGES = {"egl": "libegl1 libgl1 libgl1-mesa-dri", "osmesa": "libosmesa6 libgl1"}
 FULL_VIEW: Crop = (0.0, 0.0, 1.0, 1.0)
 # Windows of the default camera's view, (top, left, height, width) in fractions. "workspace" holds the hand and every
 # object of all 50 tasks and gives them 2.25 times the pixels of the full view.
@@ -20,6 +23,30 @@ CROPS: dict[str, Crop] = {"full": FULL_VIEW, "workspace": (17 / 144, 36 / 144, 9
 
 class RendererUnavailableError(RuntimeError):
     """No renderer of the wanted kind works on this machine; the message names what to install."""
+
+    @classmethod
+    def of_library(cls, platform: str, cause: Exception) -> RendererUnavailableError:
+        """The error about a platform, ``egl`` or ``osmesa``, whose library is missing or fails."""
+        return cls(
+            f"The {platform} renderer does not work on this machine ({type(cause).__name__}: {cause}). "
+            f"Install its library, on Debian and Ubuntu: apt-get install {_PACKAGES[platform]}"
+        )
+
+
+@contextmanager
+def explained_mujoco_import() -> Iterator[None]:
+    """Around ``import mujoco``, which fails obscurely where ``MUJOCO_GL`` names a platform without its library.
+
+    :raises RendererUnavailableError: in that case.
+    """
+    try:
+        yield
+    except (AttributeError, ImportError) as error:
+        platform = os.environ.get("MUJOCO_GL", "").lower().strip()
+        if platform not in _PACKAGES:
+            raise
+        reason = RendererUnavailableError.of_library(platform, error)
+        raise RendererUnavailableError(f"MUJOCO_GL={platform} stops MuJoCo; unset it, or: {reason}") from error
 
 
 @dataclass(frozen=True)
@@ -66,11 +93,13 @@ def resolve_crop(crop: str | Sequence[float] | None) -> Crop:
         if crop not in CROPS:
             raise ValueError(f"Unknown crop {crop!r}; {did_you_mean(crop, CROPS)}, or (top, left, height, width)")
         return CROPS[crop]
-    window = tuple(float(value) for value in crop)
-    expectation = "expected (top, left, height, width) in fractions of the view, inside 0..1"
-    if len(window) != 4 or not all(np.isfinite(window)):
-        raise ValueError(f"crop={crop!r}: {expectation}")
-    top, left, height, width = window
-    if min(top, left) < 0 or min(height, width) <= 0 or max(top + height, left + width) > 1 + 1e-9:
-        raise ValueError(f"crop={crop!r}: {expectation}")
+    try:
+        window = np.array([float(value) for value in crop])
+        top, left, height, width = window.tolist()
+        bounds = (top, left, 1 - top - height, 1 - left - width)
+        inside = np.all(np.isfinite(window)) and min(bounds) >= -1e-9 and min(height, width) > 0
+    except (TypeError, ValueError):
+        inside = False
+    if not inside:
+        raise ValueError(f"crop={crop!r}; expected (top, left, height, width) in fractions of the view, inside 0..1")
     return top, left, height, width

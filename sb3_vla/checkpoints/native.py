@@ -59,13 +59,20 @@ def save_checkpoint(
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, partial / "model.safetensors")
+        save_file(
+            {key: value.detach().cpu().contiguous() for key, value in tensors.items()}, partial / "model.safetensors"
+        )
         (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         partial.chmod(0o755)  # mkdtemp makes a private folder
         if folder.exists():
-            replaced = partial.with_suffix(".old")
+            replaced = folder.with_name(f".{folder.name}.old")
+            shutil.rmtree(replaced, ignore_errors=True)  # of a writer that was killed
             os.replace(folder, replaced)
-            os.replace(partial, folder)
+            try:
+                os.replace(partial, folder)
+            except BaseException:
+                os.replace(replaced, folder)
+                raise
             shutil.rmtree(replaced)
         else:
             os.replace(partial, folder)
@@ -82,7 +89,9 @@ def load_checkpoint(folder: str | Path) -> LoadedCheckpoint:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise FileNotFoundError(f"Checkpoint folder {folder} does not exist; expected config.json and model.safetensors")
+        raise FileNotFoundError(
+            f"Checkpoint folder {folder} does not exist; expected config.json and model.safetensors"
+        )
     for name in ("config.json", "model.safetensors"):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"Checkpoint {folder} has no {name}; it holds {sorted(os.listdir(folder))}")

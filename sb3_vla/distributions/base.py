@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -82,7 +83,7 @@ def time_grid(steps: int, device: torch.device | None = None) -> Tensor:
 def integrate(model: VLAModel, context: Context, x: Tensor, steps: int) -> Tensor:
     """Follow the flow from x at time 1 to time 0 in Euler steps (the ODE sampler of pi0)."""
     grid = time_grid(steps, x.device)
-    for now, then in zip(grid[:-1], grid[1:], strict=True):
+    for now, then in pairwise(grid):
         x = x - (now - then) * model.denoise(context, x, now.expand(len(x)))
     return x
 

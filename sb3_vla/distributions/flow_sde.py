@@ -18,10 +18,10 @@ class FlowSDE(ActionDistribution):
     x1 = x + (1 - t) v, and x_s ~ N(x0 (1 - s) + x1 (s - sigma^2 d / (2 t)), sigma^2 d), sigma = a sqrt(t / (1 - t));
     at t = 1 the denominator takes the next grid time.
 
-    ``joint=False``: one step, drawn for each sample, is stochastic; the others follow the ODE. The trace holds that step
-    alone, so an update needs one pass of the denoiser. ``joint=True``: all steps are, and the log-probability is the sum
-    over the chain. Only executed steps count; the density is in the model's normalised units, whose constant Jacobian
-    cancels in every ratio.
+    ``joint=False``: one step, drawn for each sample, is stochastic; the others follow the ODE. The trace holds that
+    step alone, so an update needs one pass of the denoiser. ``joint=True``: all steps are, and the log-probability is
+    the sum over the chain. Only executed steps count; the density is in the model's normalised units, whose
+    constant Jacobian cancels in every ratio.
 
     :param action_chunk: K.
     :param noise_level: a.

@@ -54,7 +54,8 @@ class VLAModel(nn.Module, ABC):
     def encode(self, observation: dict[str, Tensor]) -> Context:
         """Encode observations.
 
-        :param observation: ``image`` uint8 (N, 3, height, width), ``state`` float32 (N, S), ``instruction`` uint8 (N, L).
+        :param observation: ``image`` uint8 (N, 3, height, width), ``state`` float32 (N, S), ``instruction`` uint8
+            (N, L).
         """
 
     @abstractmethod
@@ -84,7 +85,9 @@ class VLAModel(nn.Module, ABC):
         buffers = dict(self.named_buffers())
         for name, value in statistics.items():
             if name not in buffers or buffers[name].shape != value.shape:
-                expected = {key: tuple(buffer.shape) for key, buffer in buffers.items() if key.endswith(("mean", "std"))}
+                expected = {
+                    key: tuple(buffer.shape) for key, buffer in buffers.items() if key.endswith(("mean", "std"))
+                }
                 raise ValueError(f"Statistics {name!r} of shape {tuple(value.shape)}; expected among {expected}")
             buffers[name].copy_(value)
 

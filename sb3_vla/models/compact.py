@@ -40,7 +40,7 @@ class CompactVLA(VLAModel):
         image_size: int = 96,
         width: int = 128,
         depth: int = 3,
-        channels: Sequence[int] = (32, 64, 128),
+        channels: Sequence[int] = (32, 48, 96),
     ) -> None:
         super().__init__(action_dim, action_horizon)
         self.config = {
@@ -75,9 +75,10 @@ class CompactVLA(VLAModel):
         self.action_norm = nn.LayerNorm(width, elementwise_affine=False)
         self.action_modulation = nn.Linear(width, 2 * width)
         self.action_out = nn.Linear(width, action_dim)
-        # Fine positions: where in the grid each channel is strong, for the critic and for the modulation of the blocks.
-        self.summary = nn.Sequential(nn.Linear(2 * channels[2] + 2 * width, width), nn.SiLU(), nn.Linear(width, width))
-        self.feature_dim = 2 * channels[2] + 2 * width
+        # Where in the grids each channel is strong, finer than a cell: for the critic and the modulation of the blocks.
+        self.sharpness = nn.Parameter(torch.full((1, channels[1], 1, 1), 2.0))
+        self.feature_dim = 2 * (channels[1] + channels[2] + width)
+        self.summary = nn.Sequential(nn.Linear(self.feature_dim, width), nn.SiLU(), nn.Linear(width, width))
         nn.init.zeros_(self.action_out.weight)
         nn.init.zeros_(self.action_out.bias)
 
@@ -87,11 +88,12 @@ class CompactVLA(VLAModel):
         state = (observation["state"].float() - self.state_mean) / self.state_std
         state = self.state_encoder(state.clamp(-10, 10))  # (N, width)
         image = observation["image"].float().div_(127.5).sub_(1.0).contiguous(memory_format=torch.channels_last)
-        grid = self.vision_encoder(image, words)  # (N, C, h, w)
+        fine, grid = self.vision_encoder(image, words)  # (N, C', 2h, 2w), (N, C, h, w)
         tokens = self.visual_projection(grid.flatten(2).transpose(1, 2)) + self.visual_position
         tokens = self.context_norm(torch.cat([tokens, words[:, None], state[:, None]], dim=1))
-        features = torch.cat([expected_position(grid), words, state], dim=1)
-        keys_values = [block.keys_values(tokens) for block in self.blocks]
+        positions = [expected_position(fine * self.sharpness), expected_position(grid)]
+        features = torch.cat([*positions, words, state], dim=1)
+        keys_values = [block.keys_values(tokens) for block in self.blocks]  # type: ignore[operator]
         return Context(features.float(), (keys_values, self.summary(features)))
 
     def denoise(self, context: Context, x: Tensor, t: Tensor) -> Tensor:
@@ -127,11 +129,12 @@ class InstructionEncoder(nn.Module):
         h = F.silu(self.pieces(h)) * present
         h = F.silu(self.phrases(h)) * present
         mean = h.sum(2) / present.sum(2).clamp(min=1)
-        return self.out(torch.cat([mean, h.amax(2)], dim=1))[inverse]
+        # Padding counts as 0 in the maximum, so a sentence without any must see that 0 too.
+        return self.out(torch.cat([mean, h.amax(2).clamp(min=0)], dim=1))[inverse]
 
 
 class VisionEncoder(nn.Module):
-    """Pictures (N, 3, S, S) in [-1, 1] to a grid of features (N, channels[2], S / 16, S / 16)."""
+    """Pictures (N, 3, S, S) in [-1, 1] to two grids of features: channels[1] at S / 8 and channels[2] at S / 16."""
 
     def __init__(self, channels: Sequence[int], width: int) -> None:
         super().__init__()
@@ -143,11 +146,11 @@ class VisionEncoder(nn.Module):
         self.block2 = ResidualBlock(third, width)
         self.norms = nn.ModuleList(nn.GroupNorm(8, c) for c in (first, second))
 
-    def forward(self, image: Tensor, words: Tensor) -> Tensor:
+    def forward(self, image: Tensor, words: Tensor) -> tuple[Tensor, Tensor]:
         h = F.silu(self.norms[0](self.stem(image)))
         h = F.silu(self.norms[1](self.down1(h)))
         h = self.block1(h, words)
-        return self.block2(self.down2(h), words)
+        return h, self.block2(self.down2(h), words)
 
 
 class ResidualBlock(nn.Module):
@@ -223,7 +226,9 @@ def expected_position(grid: Tensor) -> Tensor:
     height, width = grid.shape[2:]
     weights = grid.float().flatten(2).softmax(dim=2)
     y, x = torch.meshgrid(
-        torch.linspace(-1, 1, height, device=grid.device), torch.linspace(-1, 1, width, device=grid.device), indexing="ij"
+        torch.linspace(-1, 1, height, device=grid.device),
+        torch.linspace(-1, 1, width, device=grid.device),
+        indexing="ij",
     )
     return torch.cat([weights @ x.flatten(), weights @ y.flatten()], dim=1)
 

@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Collect demonstrations, imitate, improve by PPO, evaluate: sets up on the first call, goes on after an interrupt.
+#
+#   bash examples/quickstart.sh             MT10, about 20 minutes on two cores
+#   bash examples/quickstart.sh --full      MT50, some hours
+#   bash examples/quickstart.sh --help      settings
+set -euo pipefail
+
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+bash "$root/examples/setup.sh"
+exec "${SB3_VLA_VENV:-$root/.venv}/bin/python" "$root/examples/quickstart.py" "$@"

@@ -1,0 +1,69 @@
+"""Everything an interrupted training needs to go on: weights, optimiser, generators, counters.
+
+Tensors in safetensors, the rest in JSON, in a folder that the caller makes appear whole (``RunDirectory.checkpoint``).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+_TENSORS, _VALUES = "training_state.safetensors", "training_state.json"
+
+
+def save_training_state(
+    folder: Path,
+    modules: Mapping[str, nn.Module],
+    optimizer: torch.optim.Optimizer,
+    values: Mapping[str, Any],
+) -> None:
+    """Write the state of a training.
+
+    :param modules: modules by name.
+    :param values: JSON values to get back, such as counters.
+    """
+    tensors: dict[str, Tensor] = {"torch_rng": torch.get_rng_state()}
+    for name, module in modules.items():
+        tensors.update({f"{name}.{key}": tensor for key, tensor in module.state_dict().items()})
+    optimizer_state = optimizer.state_dict()["state"]
+    for index, state in optimizer_state.items():
+        tensors.update({f"optimizer.{index}.{key}": torch.as_tensor(value) for key, value in state.items()})
+    # Each tensor its own memory: safetensors refuses tensors that share some.
+    save_file({key: tensor.detach().cpu().clone().contiguous() for key, tensor in tensors.items()}, folder / _TENSORS)
+    (folder / _VALUES).write_text(json.dumps(dict(values)), encoding="utf-8")
+
+
+def load_training_state(
+    folder: Path, modules: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer
+) -> dict[str, Any]:
+    """Bring modules, optimiser and torch's generator to a saved state.
+
+    :return: the values saved with it.
+    :raises ValueError: if the folder holds the state of other modules.
+    """
+    tensors = load_file(folder / _TENSORS)
+    torch.set_rng_state(tensors.pop("torch_rng"))
+    optimizer_state: dict[int, dict[str, Tensor]] = {}
+    weights: dict[str, dict[str, Tensor]] = {name: {} for name in modules}
+    for key, tensor in tensors.items():
+        owner, _, rest = key.partition(".")
+        if owner == "optimizer":
+            index, _, name = rest.partition(".")
+            optimizer_state.setdefault(int(index), {})[name] = tensor
+        elif owner in weights:
+            weights[owner][rest] = tensor
+        else:
+            raise ValueError(f"{folder} holds the state of {owner!r}; expected {', '.join(modules)}")
+    for name, module in modules.items():
+        try:
+            module.load_state_dict(weights[name])
+        except RuntimeError as error:
+            raise ValueError(f"{folder} does not hold the state of this {name}: {error}") from error
+    optimizer.load_state_dict({"state": optimizer_state, "param_groups": optimizer.state_dict()["param_groups"]})
+    return json.loads((folder / _VALUES).read_text(encoding="utf-8"))

@@ -1,0 +1,253 @@
+"""The ``sb3-vla`` command: collect, sft, train, eval, compare.
+
+Each command takes its settings as ``key=value``, a YAML file by ``--config``, and prints all of them with ``--help``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+# Must stand before torch is imported: worker processes and the learner take turns on the same cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+from rich.console import Console
+
+from sb3_vla.config import ConfigError, load_config, to_yaml
+from sb3_vla.run import RunDirectory, RunError
+from sb3_vla.sft import SFTConfig
+from sb3_vla.training import PPOConfig
+
+
+@dataclass
+class CollectCommand:
+    """Play scripted experts and write a LeRobot dataset.
+
+    :param output: folder of the dataset.
+    :param suite: MT1 (with one task in ``tasks``), MT10, MT50, ML10 or ML45.
+    :param split: train or test.
+    :param tasks: a subset of the suite's tasks.
+    :param episodes_per_task: successful episodes to keep.
+    :param image_size: side of the pictures.
+    :param crop: window of the view: ``workspace``, or ``full``.
+    :param noise_std: of the pushes that lead the expert off its path.
+    :param image_storage: ``png`` or ``mp4``.
+    :param seed: of the trials.
+    :param overwrite: replace a dataset that is there.
+    """
+
+    output: str = "demonstrations"
+    suite: str = "MT10"
+    split: str = "train"
+    tasks: list[str] | None = None
+    episodes_per_task: int = 20
+    image_size: int = 96
+    crop: str = "workspace"
+    noise_std: float = 0.5
+    image_storage: str = "png"
+    seed: int = 0
+    renderer: str = "auto"
+    overwrite: bool = False
+
+
+@dataclass
+class SFTCommand:
+    """Imitate demonstrations.
+
+    :param data: folder of a LeRobot dataset.
+    :param output: folder of the checkpoint.
+    :param image_size: shrink the pictures to this while loading.
+    :param rename: the dataset's feature names to ours.
+    """
+
+    data: str = "demonstrations"
+    output: str = "checkpoints/sft"
+    image_size: int | None = None
+    tasks: list[str] | None = None
+    rename: dict[str, str] = field(default_factory=dict)
+    sft: SFTConfig = field(default_factory=SFTConfig)
+
+
+@dataclass
+class TrainCommand:
+    """Improve a checkpoint by PPO.
+
+    :param checkpoint: where to start.
+    :param run: run directory; the result is its folder ``ppo``.
+    :param tasks: which of the suite's tasks to practise.
+    :param data: demonstrations for rehearsal, with ``ppo.rehearsal_coef``.
+    """
+
+    checkpoint: str = "checkpoints/sft"
+    run: str = "runs/ppo"
+    suite: str = "MT10"
+    split: str = "train"
+    tasks: list[str] | None = None
+    data: str | None = None
+    renderer: str = "auto"
+    ppo: PPOConfig = field(default_factory=PPOConfig)
+
+
+@dataclass
+class EvalCommand:
+    """Measure a checkpoint.
+
+    :param checkpoint: what to measure.
+    :param output: JSON file of the result; a Markdown table goes beside it.
+    :param protocol: rlinf-160, rlinf-100 or lerobot-500.
+    :param trials_per_task: trials, fixed by ``trial_seed``.
+    :param videos: folder for a video of each task's first trials.
+    """
+
+    checkpoint: str = "checkpoints/sft"
+    output: str = "evaluation.json"
+    suite: str = "MT10"
+    split: str = "train"
+    tasks: list[str] | None = None
+    protocol: str = "rlinf-160"
+    trials_per_task: int = 20
+    trial_seed: int = 2_000_000
+    videos: str | None = None
+    renderer: str = "auto"
+
+
+@dataclass
+class CompareCommand:
+    """Compare two results of ``eval`` on the same trials.
+
+    :param before: JSON file.
+    :param after: JSON file.
+    :param output: Markdown file for the table.
+    """
+
+    before: str = "before.json"
+    after: str = "after.json"
+    output: str | None = None
+
+
+def run_collect(command: CollectCommand, console: Console) -> None:
+    """``sb3-vla collect``."""
+    from sb3_vla.collecting import collect
+
+    options = {name: value for name, value in vars(command).items() if name not in ("output", "suite")}
+    console.print(str(collect(command.output, command.suite, **options)), highlight=False)
+
+
+def run_sft(command: SFTCommand, console: Console) -> None:
+    """``sb3-vla sft``."""
+    from sb3_vla.demonstrations import Demonstrations
+    from sb3_vla.sft import sft
+
+    data = Demonstrations.load(
+        command.data, tasks=command.tasks, image_size=command.image_size, rename=command.rename or None
+    )
+    result = sft(data, command.sft, output=command.output)
+    console.print(f"{command.output}: {result.seconds:.0f} s, loss {result.history[-1]['train_loss']:.3f}")
+
+
+def run_train(command: TrainCommand, console: Console) -> None:
+    """``sb3-vla train``."""
+    from sb3_vla.demonstrations import Demonstrations
+    from sb3_vla.training import train_ppo
+
+    run = RunDirectory(command.run, command)
+    data = Demonstrations.load(command.data) if command.data is not None else None
+    with run.stage("ppo", {"train": command}, outputs=["ppo"]) as stage:
+        if not stage.done:
+            train_ppo(
+                run,
+                "ppo",
+                command.ppo,
+                checkpoint=command.checkpoint,
+                output=run.path / "ppo",
+                suite=command.suite,
+                split=command.split,
+                tasks=command.tasks,
+                demonstrations=data,
+                resume=stage.resumed,
+                renderer=command.renderer,
+            )
+    console.print(f"checkpoint {run.path / 'ppo'}, TensorBoard {run.path / 'tensorboard'}", highlight=False)
+
+
+def run_eval(command: EvalCommand, console: Console) -> None:
+    """``sb3-vla eval``."""
+    from sb3_vla.checkpoints import load_checkpoint
+    from sb3_vla.evaluation import VideoOptions, evaluate
+    from sb3_vla.policies import load_policy
+    from sb3_vla.training import view_of
+
+    loaded = load_checkpoint(command.checkpoint)
+    chosen: dict[str, Any] = {"suite": command.suite, "split": command.split}
+    result = evaluate(
+        load_policy(command.checkpoint),
+        **({"tasks": command.tasks} if command.tasks else chosen),
+        trials_per_task=command.trials_per_task,
+        trial_seed=command.trial_seed,
+        protocol=command.protocol,
+        env_kwargs={
+            "image_size": loaded.model.image_size[0],
+            "renderer": command.renderer,
+            **view_of(loaded.notes),
+        },
+        videos=VideoOptions(command.videos) if command.videos else None,
+    )
+    result.to_json(command.output)
+    result.to_markdown(Path(command.output).with_suffix(".md"))
+    result.print_table(console)
+
+
+def run_compare(command: CompareCommand, console: Console) -> None:
+    """``sb3-vla compare``."""
+    from sb3_vla.evaluation import EvaluationResult, compare
+
+    comparison = compare(EvaluationResult.from_json(command.before), EvaluationResult.from_json(command.after))
+    if command.output is not None:
+        comparison.to_markdown(command.output)
+    comparison.print_table(console)
+
+
+COMMANDS: dict[str, tuple[type[Any], Callable[[Any, Console], None]]] = {
+    "collect": (CollectCommand, run_collect),
+    "sft": (SFTCommand, run_sft),
+    "train": (TrainCommand, run_train),
+    "eval": (EvalCommand, run_eval),
+    "compare": (CompareCommand, run_compare),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit status: 0, 2 for an error told in one message, 130 for Ctrl-C."""
+    parser = argparse.ArgumentParser(prog="sb3-vla", description="Reinforcement learning of VLA policies in MetaWorld.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, (kind, _) in COMMANDS.items():
+        description = f"{kind.__doc__}\nSettings and their defaults:\n\n{to_yaml(kind())}"
+        sub = commands.add_parser(
+            name,
+            help=(kind.__doc__ or "").splitlines()[0],
+            description=description,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        sub.add_argument("--config", type=Path, help="YAML file with settings")
+        sub.add_argument("settings", nargs="*", metavar="key=value")
+    parsed = parser.parse_args(arguments)
+    kind, run = COMMANDS[parsed.command]
+    console = Console()
+    try:
+        run(load_config(kind, parsed.config, parsed.settings), console)
+    except (ConfigError, RunError, ValueError, RuntimeError, OSError) as error:
+        Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False)
+        return 2
+    except KeyboardInterrupt:
+        console.print("\ninterrupted")
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,191 @@
+"""Checkpoint folders: bit-exact round trip, one clear error for each way to be broken, and nothing half-written."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from sb3_vla.checkpoints import load_checkpoint, native, save_checkpoint
+from sb3_vla.policies import ValueHead
+from toy import tiny_model, toy_observation
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    save_checkpoint(tmp_path / "checkpoint", tiny_model(), notes={"step": 7})
+    return tmp_path / "checkpoint"
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def edit_weights(folder: Path, drop: str | None = None, **changes: torch.Tensor) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    save_file({k: v for k, v in {**tensors, **changes}.items() if k != drop}, folder / "model.safetensors")
+
+
+def test_round_trip_is_exact(tmp_path: Path) -> None:
+    model, value_head = tiny_model(action_horizon=3), ValueHead(7, 2, 8)
+    model.set_statistics({"action_mean": torch.randn(4), "state_std": torch.rand(4) + 0.1})
+    save_checkpoint(tmp_path / "a" / "b", model, value_head, {"sft": {"steps": 3}})
+    loaded = load_checkpoint(tmp_path / "a" / "b")
+    assert loaded.model_name == "compact" and loaded.notes == {"sft": {"steps": 3}}
+    assert loaded.model.config == model.config
+    expected = model.state_dict()
+    found = loaded.model.state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+    assert loaded.value_head is not None
+    assert all(torch.equal(loaded.value_head[key], value) for key, value in value_head.state_dict().items())
+    observation = toy_observation(2)
+    assert torch.equal(loaded.model.encode(observation).features, model.encode(observation).features)
+    assert sorted(p.name for p in (tmp_path / "a" / "b").iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_without_a_critic(saved: Path) -> None:
+    assert load_checkpoint(saved).value_head is None
+
+
+def test_a_checkpoint_replaces_the_one_before(saved: Path) -> None:
+    model = tiny_model(action_horizon=2)
+    for _ in range(3):
+        save_checkpoint(saved, model)
+    loaded = load_checkpoint(saved)
+    assert loaded.model.action_horizon == 2 and loaded.notes == {}
+    assert [p.name for p in saved.parent.iterdir()] == ["checkpoint"]
+
+
+def test_a_folder_of_something_else_is_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("precious")
+    with pytest.raises(FileExistsError, match="no checkpoint"):
+        save_checkpoint(tmp_path, tiny_model())
+    assert (tmp_path / "thesis.tex").read_text() == "precious"
+
+
+def test_an_empty_folder_is_filled(tmp_path: Path) -> None:
+    (tmp_path / "new").mkdir()
+    save_checkpoint(tmp_path / "new", tiny_model())
+    load_checkpoint(tmp_path / "new")
+
+
+@pytest.mark.parametrize("broken", ["save_file", "os.replace", "second os.replace"])
+def test_an_interrupted_write_keeps_the_old_checkpoint(
+    saved: Path, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    before = load_checkpoint(saved)
+    real_replace, calls = native.os.replace, 0
+
+    def replace(*paths: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == (2 if broken.startswith("second") else 1):
+            raise KeyboardInterrupt
+        real_replace(*paths)
+
+    def save(*_: Any) -> None:
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        if broken == "save_file":
+            patch.setattr(native, "save_file", save)
+        else:
+            patch.setattr(native.os, "replace", replace)
+        with pytest.raises((OSError, KeyboardInterrupt)):
+            save_checkpoint(saved, tiny_model(action_horizon=2))
+    after = load_checkpoint(saved)
+    assert after.notes == before.notes == {"step": 7}
+    assert after.model.action_horizon == before.model.action_horizon
+    assert [p.name for p in saved.parent.iterdir()] == ["checkpoint"]
+    save_checkpoint(saved, tiny_model(action_horizon=2))
+    assert load_checkpoint(saved).model.action_horizon == 2
+
+
+def test_what_a_killed_writer_left_does_not_stop_the_next(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(native.shutil, "rmtree", lambda *_, **__: None)  # killed before it could clear up
+        save_checkpoint(saved, tiny_model(action_horizon=2))
+    for horizon in (3, 4):
+        save_checkpoint(saved, tiny_model(action_horizon=horizon))
+        assert load_checkpoint(saved).model.action_horizon == horizon
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_missing_file(saved: Path, name: str) -> None:
+    (saved / name).unlink()
+    with pytest.raises(FileNotFoundError, match=f"has no {name}"):
+        load_checkpoint(saved)
+
+
+def test_missing_folder(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"nowhere does not exist; expected config\.json"):
+        load_checkpoint(tmp_path / "nowhere")
+
+
+def test_missing_weight(saved: Path) -> None:
+    edit_weights(saved, drop="model.action_out.weight")
+    with pytest.raises(ValueError, match=r"missing action_out\.weight"):
+        load_checkpoint(saved)
+
+
+def test_unexpected_weight(saved: Path) -> None:
+    edit_weights(saved, **{"model.lora": torch.zeros(1)})
+    with pytest.raises(ValueError, match="unexpected lora"):
+        load_checkpoint(saved)
+
+
+def test_wrong_shape(saved: Path) -> None:
+    edit_weights(saved, **{"model.action_out.bias": torch.zeros(9)})
+    with pytest.raises(ValueError, match=r"action_out\.bias has shape \(9,\), expected \(4,\)"):
+        load_checkpoint(saved)
+
+
+def test_weights_of_another_configuration(saved: Path) -> None:
+    kwargs = json.loads((saved / "config.json").read_text())["model_kwargs"]
+    edit_config(saved, model_kwargs={**kwargs, "action_horizon": 9})
+    with pytest.raises(ValueError, match=r"action_position has shape \(5, 64\), expected \(9, 64\)"):
+        load_checkpoint(saved)
+
+
+@pytest.mark.parametrize("keep", [0, 100, -1000])
+def test_truncated_weights(saved: Path, keep: int) -> None:
+    data = (saved / "model.safetensors").read_bytes()
+    (saved / "model.safetensors").write_bytes(data[:keep])
+    with pytest.raises(ValueError, match=r"model\.safetensors is damaged"):
+        load_checkpoint(saved)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", "\x80"])
+def test_damaged_configuration(saved: Path, text: str) -> None:
+    (saved / "config.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"config\.json is no sb3_vla checkpoint configuration"):
+        load_checkpoint(saved)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"format": "sb3-vla-99"}, "format 'sb3-vla-99'; expected 'sb3-vla-1'"),
+        ({"model": "compct"}, "Unknown model 'compct'; did you mean 'compact'"),
+        ({"model_kwargs": {"wings": 2}}, "does not describe a 'compact' model.*wings"),
+        ({"model_kwargs": [1]}, "does not describe a 'compact' model"),
+        ({"model_kwargs": {"image_size": 33}}, "image_size=33"),
+    ],
+)
+def test_other_configuration(saved: Path, changes: dict[str, Any], message: str) -> None:
+    edit_config(saved, **changes)
+    with pytest.raises(ValueError, match=message):
+        load_checkpoint(saved)
+
+
+def test_nothing_is_unpickled(saved: Path) -> None:
+    """The folder holds JSON and safetensors alone; a pickle under the weights' name is refused."""
+    torch.save({"model": torch.zeros(1)}, saved / "model.safetensors")
+    with pytest.raises(ValueError, match="damaged"):
+        load_checkpoint(saved)

@@ -1,0 +1,508 @@
+"""PPO: the stock algorithm for stock policies; for VLAPolicy each term of the update against a hand computation."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import stable_baselines3
+import torch
+from stable_baselines3.common.callbacks import BaseCallback
+from torch import Tensor
+
+from sb3_vla import PPO
+from sb3_vla.buffers import ChunkRolloutBuffer, DecisionBatch
+from sb3_vla.policies import Evaluation, VLAPolicy
+from sb3_vla.ppo import _OldPolicy
+from sb3_vla.sft import DemonstrationBatches
+from toy import TARGETS, toy_demonstrations, toy_ppo, toy_vec
+
+DISTRIBUTIONS: list[tuple[str, dict[str, Any]]] = [
+    ("gaussian", {}),
+    ("gaussian", {"coherence": "offset"}),
+    ("gaussian", {"learn_std": True}),
+    ("flow_sde", {}),
+    ("flow_sde", {"joint": True}),
+]
+
+
+def metrics(algorithm: stable_baselines3.PPO) -> dict[str, Any]:
+    """What the last update logged; Stable-Baselines3 writes it out with the next rollout."""
+    return dict(algorithm.logger.name_to_value)
+
+
+def weights(module: torch.nn.Module) -> dict[str, Tensor]:
+    return {key: value.clone() for key, value in module.state_dict().items()}
+
+
+def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+    assert first.keys() == second.keys()
+    return all(torch.equal(value, second[key]) for key, value in first.items())
+
+
+def actor(policy: VLAPolicy) -> dict[str, Tensor]:
+    return {key: value for key, value in weights(policy).items() if not key.startswith("value_head.")}
+
+
+# --- Stock policies ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("env", "options"),
+    [
+        ("CartPole-v1", {}),
+        ("CartPole-v1", {"clip_range_vf": 0.2, "ent_coef": 0.01, "target_kl": 0.003, "learning_rate": 1e-3}),
+        ("Pendulum-v1", {"use_sde": True, "sde_sample_freq": 4, "normalize_advantage": False}),
+    ],
+)
+def test_stock_policies_learn_bit_for_bit_as_in_stable_baselines3(env: str, options: dict[str, Any]) -> None:
+    arguments: dict[str, Any] = {"n_steps": 64, "batch_size": 32, "n_epochs": 3, "seed": 3, "device": "cpu", **options}
+    # One after the other: both draw from torch's global generator, which the constructor seeds.
+    ours = PPO("MlpPolicy", env, **arguments).learn(192)
+    theirs = stable_baselines3.PPO("MlpPolicy", env, **arguments).learn(192)
+    assert same(weights(ours.policy), weights(theirs.policy))
+    expected = {k: v for k, v in metrics(theirs).items() if not k.startswith("time/")}
+    assert {k: v for k, v in metrics(ours).items() if not k.startswith("time/")} == expected
+    assert len(expected) >= 8
+    assert ours.num_timesteps == theirs.num_timesteps and ours._n_updates == theirs._n_updates
+
+
+# --- The first step -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("distribution", "options"), DISTRIBUTIONS)
+def test_ratio_is_one_before_the_first_step(distribution: str, options: dict[str, Any]) -> None:
+    env = toy_vec(2, horizon=2, executed=1)
+    algorithm = toy_ppo(env, distribution=distribution, distribution_kwargs=options)
+    algorithm.learn(16)
+    found = metrics(algorithm)
+    assert found["train/ratio_max"] == pytest.approx(1.0, abs=1e-6)
+    assert found["actor/approx_kl"] == found["train/approx_kl"] == pytest.approx(0.0, abs=1e-10)
+    assert found["actor/pg_clipfrac"] == 0
+    assert found["actor/loss"] == pytest.approx(0.0, abs=1e-6)  # the mean of normalised advantages
+    assert found["actor/grad_norm"] > 0
+
+
+@pytest.mark.parametrize(("distribution", "options"), DISTRIBUTIONS)
+def test_the_gradient_of_the_first_step_is_reinforce(distribution: str, options: dict[str, Any]) -> None:
+    """At ratio one, d loss = -mean(advantage d log-prob), here by finite differences of the log-probability."""
+    algorithm = toy_ppo(distribution=distribution, distribution_kwargs=options, ent_coef=0.0)
+    algorithm.learn(16)
+    policy, buffer = algorithm.policy, algorithm.rollout_buffer
+    assert isinstance(buffer, ChunkRolloutBuffer)
+    batch = buffer.batch(torch.arange(16))
+    old = algorithm._old_policy(buffer)
+    whole = buffer.advantages.double()
+    advantages = ((batch.advantages - whole.mean()) / (whole.std() + 1e-8)).double()
+    bias = policy.model.action_out.bias
+
+    def log_prob() -> Tensor:
+        return policy.evaluate(batch.observations, batch.trace, batch.executed).log_prob.double()
+
+    found = policy.evaluate(batch.observations, batch.trace, batch.executed)
+    policy.optimizer.zero_grad()
+    algorithm._actor_loss(found, batch, old, 0.2, defaultdict(list)).backward()
+    gradient = bias.grad.clone()
+    for i in range(2):
+        with torch.no_grad():
+            bias[i] += 2e-3
+            above = (advantages * log_prob()).mean()
+            bias[i] -= 4e-3
+            below = (advantages * log_prob()).mean()
+            bias[i] += 2e-3
+        slope = -(above - below).item() / 4e-3
+        assert gradient[i].item() == pytest.approx(slope, rel=0.02, abs=2e-3)
+
+
+# --- Terms of the loss ------------------------------------------------------------------------------------------------
+
+
+def batch_of(values: list[float], advantages: list[float], returns: list[float]) -> DecisionBatch:
+    count = len(values)
+    return DecisionBatch(
+        {}, {}, torch.full((count,), 2), *map(torch.tensor, (values, advantages, returns)), torch.arange(count)
+    )
+
+
+def evaluation(log_prob: list[float], **options: Any) -> Evaluation:
+    mean = torch.zeros(len(log_prob), 2, 2)
+    return Evaluation(
+        **{
+            "values": torch.zeros(len(log_prob)),
+            "log_prob": torch.tensor(log_prob),
+            "mean": mean,
+            "std": torch.full_like(mean, 0.5),
+            "entropy": None,
+            **options,
+        }
+    )
+
+
+def old_policy(log_prob: list[float], reference_mean: Tensor | None = None) -> _OldPolicy:
+    return _OldPolicy(torch.tensor(log_prob), torch.zeros(len(log_prob), 2, 2), reference_mean)
+
+
+def collected() -> tuple[dict[str, list[float]], Any]:
+    found: defaultdict[str, list[float]] = defaultdict(list)
+    return found, found
+
+
+def test_clipped_surrogate_by_hand() -> None:
+    algorithm = toy_ppo(normalize_advantage=False)
+    # ratios 1.5, 0.5, 1.1, 0.5
+    new = evaluation([math.log(r) for r in (1.5, 0.5, 1.1, 0.5)])
+    found, record = collected()
+    batch = batch_of([0.0] * 4, [1.0, -1.0, 2.0, 3.0], [0.0] * 4)
+    loss = algorithm._actor_loss(new, batch, old_policy([0.0] * 4), 0.2, record)
+    # min(1.5, 1.2) + min(-0.5, -0.8) + 2.2 + min(1.5, 2.4)
+    assert loss.item() == pytest.approx(-(1.2 - 0.8 + 2.2 + 1.5) / 4, abs=1e-6)
+    assert found["clip_fraction"] == [0.75]
+    assert found["ratio_max"] == [pytest.approx(1.5)]
+
+
+def test_advantages_are_normalised_over_the_rollout() -> None:
+    algorithm = toy_ppo()
+    algorithm.learn(16)
+    whole = algorithm.rollout_buffer.advantages.double()
+    found, record = collected()
+    batch = batch_of([0.0] * 2, [1.0, 4.0], [0.0] * 2)
+    loss = algorithm._actor_loss(evaluation([0.0, 0.1]), batch, old_policy([0.0, 0.0]), 0.2, record)
+    normal = [(a - whole.mean().item()) / whole.std().item() for a in (1.0, 4.0)]
+    assert loss.item() == pytest.approx(-(normal[0] + normal[1] * math.exp(0.1)) / 2, rel=1e-5)
+
+
+def test_entropy_and_reference_terms_by_hand() -> None:
+    algorithm = toy_ppo(normalize_advantage=False, ent_coef=0.3, kl_coef=0.7)
+    new = evaluation([0.0, 0.0], entropy=torch.tensor([2.0, 4.0]))
+    batch = batch_of([0.0] * 2, [0.0] * 2, [0.0] * 2)
+    batch.executed = torch.tensor([2, 1])
+    found, record = collected()
+    reference = torch.full((2, 2, 2), 0.5)  # one deviation away in each of 4 and 2 executed numbers
+    loss = algorithm._actor_loss(new, batch, old_policy([0.0, 0.0], reference), 0.2, record)
+    kl = (4 * 0.5 + 2 * 0.5) / 2
+    assert loss.item() == pytest.approx(-0.3 * 3.0 + 0.7 * kl, abs=1e-6)
+    assert found["reference_kl"] == [pytest.approx(kl)] and found["entropy_loss"] == [pytest.approx(-3.0)]
+
+
+def test_value_loss_by_hand() -> None:
+    algorithm = toy_ppo()
+    batch = batch_of([0.0, 1.0, 2.0], [0.0] * 3, [1.0, 1.0, 1.0])
+    values = torch.tensor([0.5, 0.9, 1.0])
+    found, record = collected()
+    assert algorithm._value_loss(values, batch, None, record).item() == pytest.approx((0.25 + 0.01 + 0) / 3)
+    # Clipped to 0.2 around the old values: 0.2, 0.9, 1.8.
+    assert algorithm._value_loss(values, batch, 0.2, record).item() == pytest.approx((0.64 + 0.01 + 0.64) / 3)
+    assert found["value_clip_ratio"] == [pytest.approx(2 / 3)]
+
+
+# --- What is updated ----------------------------------------------------------------------------------------------------
+
+
+def test_learning_rates_follow_the_schedule_by_group() -> None:
+    algorithm = toy_ppo(learning_rate=lambda left: 1e-3 * left, value_lr=4e-3)
+    rates: list[tuple[float, ...]] = []
+    real: Callable[..., Any] = algorithm.policy.optimizer.step
+
+    def step(*args: Any) -> Any:
+        rates.append(tuple(group["lr"] for group in algorithm.policy.optimizer.param_groups))
+        return real(*args)
+
+    algorithm.policy.optimizer.step = step
+    algorithm.learn(4 * 16)
+    expected = [(1e-3 * left, 4e-3 * left) for left in (0.75, 0.5, 0.25, 0.0)]
+    np.testing.assert_allclose(rates, expected, atol=1e-12)
+    groups = [{id(p) for p in group["params"]} for group in algorithm.policy.optimizer.param_groups]
+    assert groups[1] == {id(p) for p in algorithm.policy.value_head.parameters()}
+    trained = {id(p) for p in algorithm.policy.parameters() if p.requires_grad}
+    assert groups[0] | groups[1] == trained and not groups[0] & groups[1]
+
+
+def test_critic_warmup_leaves_the_actor_alone() -> None:
+    algorithm = toy_ppo(critic_warmup=2, n_epochs=2, batch_size=8)
+    before, critic = actor(algorithm.policy), weights(algorithm.policy.value_head)
+    algorithm.learn(32)
+    assert same(actor(algorithm.policy), before)
+    assert not same(weights(algorithm.policy.value_head), critic)
+    algorithm.learn(16, reset_num_timesteps=False)
+    assert not same(actor(algorithm.policy), before)
+
+
+def test_the_critic_does_not_bend_the_actors_features() -> None:
+    """Without advantages, only the critic has something to learn."""
+    env = toy_vec(reward=1.0)
+    algorithm = toy_ppo(env, vf_coef=10.0, gamma=0.0, normalize_advantage=False, learning_rate=1e-2)
+    torch.nn.init.zeros_(algorithm.policy.value_head.layers[-1].weight)
+    torch.nn.init.ones_(algorithm.policy.value_head.layers[-1].bias)  # V = 1 = return: advantages are 0 exactly
+    before = actor(algorithm.policy)
+    algorithm.learn(16)
+    assert (algorithm.rollout_buffer.advantages == 0).all()
+    assert same(actor(algorithm.policy), before)
+
+
+@pytest.mark.parametrize(("distribution", "options"), [("gaussian", {}), ("flow_sde", {})])
+def test_divergence_penalty_holds_the_policy_at_the_reference(distribution: str, options: dict[str, Any]) -> None:
+    drift = {}
+    for kl_coef in (0.01, 100.0):
+        algorithm = toy_ppo(
+            distribution=distribution,
+            distribution_kwargs=options,
+            kl_coef=kl_coef,
+            learning_rate=2e-3,
+            n_epochs=4,
+            batch_size=16,
+        )
+        start = weights(algorithm.policy)
+        algorithm.learn(4 * 16)
+        assert algorithm._reference is not None
+        assert same(weights(algorithm._reference), start)  # as it was at the first update, for ever
+        assert not any(p.requires_grad for p in algorithm._reference.parameters())
+        drift[kl_coef] = metrics(algorithm)["train/reference_kl"]
+    assert drift[0.01] > 3 * drift[100.0] > 0
+
+
+def test_without_a_penalty_no_reference_is_kept() -> None:
+    algorithm = toy_ppo()
+    algorithm.learn(16)
+    assert algorithm._reference is None
+    assert "train/reference_kl" not in metrics(algorithm)
+
+
+def test_rehearsal_adds_its_loss() -> None:
+    rehearsal = DemonstrationBatches(toy_demonstrations(), None, 2, 2, 0)
+    sizes: list[int] = []
+    real = rehearsal.sample
+
+    def sample(size: int) -> Any:
+        sizes.append(size)
+        return real(size)
+
+    rehearsal.sample = sample  # type: ignore[method-assign]
+    env = toy_vec(action_dim=4, reward=0.0)  # nothing else to learn from
+    options: dict[str, Any] = {"rehearsal_batch_size": 24, "learning_rate": 3e-3, "n_epochs": 3, "seed": 1}
+    algorithm = toy_ppo(env, rehearsal=rehearsal, rehearsal_coef=2.0, **options)
+    assert algorithm.rehearsal is not None
+    losses = []
+    for _ in range(12):
+        algorithm.learn(16, reset_num_timesteps=False)
+        losses.append(metrics(algorithm)["train/rehearsal_loss"])
+    assert sizes == [24] * 36
+    assert np.mean(losses[-3:]) < 0.8 * np.mean(losses[:3])
+    torch.manual_seed(0)
+    observation, actions, mask = real(24)
+    with torch.no_grad():
+        expected = algorithm.policy.model.imitation_loss(observation, actions, mask)
+    rehearsal.sample = lambda size: (observation, actions, mask)  # type: ignore[method-assign]
+    found, record = collected()
+    torch.manual_seed(0)
+    real(24)
+    batch = batch_of([0.0] * 2, [0.0] * 2, [0.0] * 2)
+    algorithm.normalize_advantage = False
+    with torch.no_grad():
+        loss = algorithm._actor_loss(evaluation([0.0, 0.0]), batch, old_policy([0.0, 0.0]), 0.2, record)
+    assert found["rehearsal_loss"] == [pytest.approx(expected.item(), rel=1e-6)]
+    assert loss.item() == pytest.approx(2.0 * expected.item(), rel=1e-6)
+
+
+def test_target_kl_stops_the_update() -> None:
+    steps = {}
+    for target in (None, 1e-9):
+        algorithm = toy_ppo(target_kl=target, n_epochs=5, batch_size=8, learning_rate=1e-3)
+        algorithm.learn(16)
+        steps[target] = metrics(algorithm)["train/n_updates"]
+    assert steps == {None: 5, 1e-9: 1}
+
+
+def test_a_loss_that_is_not_finite_skips_the_step() -> None:
+    algorithm = toy_ppo(toy_vec(reward=math.nan), n_epochs=3, batch_size=8)
+    before = weights(algorithm.policy)
+    algorithm.learn(16)
+    assert metrics(algorithm)["train/skipped_steps"] == 6
+    assert same(weights(algorithm.policy), before)
+
+
+def test_the_same_seed_gives_the_same_weights() -> None:
+    def learned(seed: int) -> dict[str, Tensor]:
+        algorithm = toy_ppo(distribution="flow_sde", seed=seed, n_epochs=2, batch_size=8)
+        algorithm.learn(32)
+        return weights(algorithm.policy)
+
+    first = learned(0)
+    assert same(first, learned(0))
+    assert not same(first, learned(1))
+
+
+def test_bfloat16_starts_at_ratio_one_and_trains() -> None:
+    algorithm = toy_ppo(bf16=True, n_epochs=1, batch_size=16)
+    before = weights(algorithm.policy)
+    algorithm.learn(16)
+    found = metrics(algorithm)
+    # Old and new log-probabilities come from the same precision; only the shuffled batch may round otherwise.
+    assert found["train/ratio_max"] == pytest.approx(1.0, abs=0.05)
+    assert found["train/skipped_steps"] == 0 and not same(weights(algorithm.policy), before)
+    assert all(p.dtype == torch.float32 for p in algorithm.policy.parameters())
+
+
+# --- Rollouts -----------------------------------------------------------------------------------------------------------
+
+
+class Watch(BaseCallback):
+    """Keeps what the rollout saw."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rewards: list[np.ndarray] = []
+        self.terminal: list[list[dict[str, np.ndarray] | None]] = []
+        self.starts = self.ends = 0
+
+    def _on_rollout_start(self) -> None:
+        self.starts += 1
+
+    def _on_rollout_end(self) -> None:
+        self.ends += 1
+
+    def _on_step(self) -> bool:
+        self.rewards.append(self.locals["rewards"].copy())
+        self.terminal.append([info.get("terminal_observation") for info in self.locals["infos"]])
+        return True
+
+
+@pytest.mark.parametrize("bootstrap", [True, False])
+def test_truncated_episodes_are_bootstrapped_in_one_call(bootstrap: bool) -> None:
+    env = toy_vec(4, horizon=2, truncates=True)
+    algorithm = toy_ppo(env, n_steps=4, gamma=0.9, bootstrap_truncated=bootstrap, learning_rate=0.0, vf_coef=0.0)
+    torch.nn.init.normal_(algorithm.policy.value_head.layers[-1].weight)
+    torch.nn.init.constant_(algorithm.policy.value_head.layers[-1].bias, 5.0)
+    calls: list[int] = []
+    real = algorithm.policy.predict_values
+
+    def predict_values(observation: dict[str, Tensor]) -> Tensor:
+        calls.append(len(observation["state"]))
+        return real(observation)
+
+    algorithm.policy.predict_values = predict_values
+    watch = Watch()
+    algorithm.learn(16, callback=watch)
+    assert calls == ([4, 4, 4] if bootstrap else [4])  # after decisions 2 and 4, and at the rollout's end
+    for step, (rewards, terminal) in enumerate(zip(watch.rewards, watch.terminal, strict=True)):
+        for n in range(4):
+            expected = float(rewards[n])
+            observation = terminal[n]
+            if bootstrap and observation is not None:
+                tensors = {key: torch.as_tensor(value)[None] for key, value in observation.items()}
+                value = real(tensors).item()
+                assert abs(value) > 1e-3
+                expected += 0.9 * value
+            assert algorithm.rollout_buffer.rewards[n, step].item() == pytest.approx(expected, abs=1e-5)
+    assert [t is not None for row in watch.terminal for t in row] == [False] * 4 + [True] * 4 + [False] * 4 + [True] * 4
+
+
+def test_terminated_episodes_are_not_bootstrapped() -> None:
+    algorithm = toy_ppo(toy_vec(2, reward=0.5))
+    torch.nn.init.constant_(algorithm.policy.value_head.layers[-1].bias, 100.0)
+    algorithm.learn(16)
+    assert (algorithm.rollout_buffer.rewards == 0.5).all()
+    torch.testing.assert_close(algorithm.rollout_buffer.returns, torch.full((2, 8), 0.5), atol=1e-4, rtol=0)
+
+
+def test_environment_steps_are_counted_beside_decisions() -> None:
+    algorithm = toy_ppo(toy_vec(2, chunk=5, executed=3))
+    watch = Watch()
+    algorithm.learn(32, callback=watch)
+    assert algorithm.num_timesteps == 32 and algorithm.env_steps == 96
+    assert (algorithm.rollout_buffer.executed == 3).all()
+    assert watch.starts == watch.ends == 2
+
+
+def test_a_callback_can_stop_a_rollout() -> None:
+    class Stop(BaseCallback):
+        def _on_step(self) -> bool:
+            return self.n_calls < 3
+
+    algorithm = toy_ppo()
+    before = weights(algorithm.policy)
+    algorithm.learn(64, callback=Stop())
+    assert algorithm.num_timesteps == 6 and same(weights(algorithm.policy), before)
+
+
+def test_the_environment_gets_clipped_actions_and_the_update_the_others() -> None:
+    class Bounds(BaseCallback):
+        largest = 0.0
+
+        def _on_step(self) -> bool:
+            assert np.abs(self.locals["clipped"]).max() <= 1
+            self.largest = max(self.largest, float(np.abs(self.locals["actions"]).max()))
+            return True
+
+    algorithm = toy_ppo(distribution_kwargs={"std": 2.0})
+    bounds = Bounds()
+    algorithm.learn(16, callback=bounds)
+    assert bounds.largest > 1.5
+    assert algorithm.rollout_buffer.traces["action"].abs().max().item() == pytest.approx(bounds.largest)
+
+
+def test_metric_names() -> None:
+    algorithm = toy_ppo(
+        toy_vec(2, horizon=2, action_dim=4),
+        clip_range_vf=0.2,
+        kl_coef=0.1,
+        ent_coef=0.01,
+        distribution_kwargs={"learn_std": True},
+        rehearsal=DemonstrationBatches(toy_demonstrations(), None, 2, 0, 0),
+    )
+    algorithm.learn(32, log_interval=100)
+    found = metrics(algorithm)
+    assert {
+        *("actor/loss", "actor/value_loss", "actor/grad_norm", "actor/approx_kl", "actor/pg_clipfrac"),
+        *("actor/value_clip_ratio", "rollout/returns_mean", "rollout/advantages_mean", "env/episode_len"),
+        *("env/success_once", "env/success_once/Go to the left", "env/success_once/Go to the right"),
+        *("perf/env_steps_per_second", "perf/decisions_per_second", "perf/simulation_share", "perf/inference_share"),
+        *("time/rollout_seconds", "time/update_seconds", "time/env_steps"),
+        *("train/policy_gradient_loss", "train/value_loss", "train/approx_kl", "train/clip_fraction", "train/loss"),
+        *("train/explained_variance", "train/n_updates", "train/clip_range", "train/clip_range_vf"),
+        *("train/learning_rate", "train/entropy_loss", "train/reference_kl", "train/rehearsal_loss"),
+    } <= found.keys()
+    assert all(math.isfinite(value) for value in found.values())
+    success = algorithm.task_success()
+    assert found["env/success_once"] == pytest.approx(np.mean(list(success.values())))
+    assert found["env/episode_len"] == 4  # two decisions of two steps
+
+
+# --- Learning -----------------------------------------------------------------------------------------------------------
+
+
+def mean_reward(algorithm: PPO) -> float:
+    """Of deterministic actions, over both instructions."""
+    env = toy_vec(32)
+    env.seed(123)
+    observation = env.reset()
+    assert isinstance(observation, dict)
+    actions, _ = algorithm.predict(observation, deterministic=True)
+    targets = [TARGETS[toy.which] for toy in env.envs]  # type: ignore[attr-defined]
+    return -float(np.abs(actions - np.array(targets)[:, None, None]).mean())
+
+
+@pytest.mark.parametrize(
+    ("distribution", "options"),
+    [("gaussian", {"std": 0.3}), ("gaussian", {"std": 0.3, "coherence": "offset"}), ("flow_sde", {"noise_level": 0.5})],
+)
+def test_learns_what_the_instruction_means(distribution: str, options: dict[str, Any]) -> None:
+    """A reward that only the instruction explains; ignoring it gives -0.5 at best."""
+    algorithm = toy_ppo(
+        toy_vec(16),
+        distribution=distribution,
+        distribution_kwargs=options,
+        n_steps=4,
+        batch_size=32,
+        n_epochs=4,
+        learning_rate=2e-3,
+        stirred=False,
+    )
+    before = mean_reward(algorithm)
+    algorithm.learn(14 * 64)
+    after = mean_reward(algorithm)
+    assert before == pytest.approx(-0.5, abs=0.01)
+    assert after > -0.3

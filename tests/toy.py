@@ -1,0 +1,177 @@
+"""What the learner's tests share: a tiny model, and an environment and demonstrations that need no simulator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+from gymnasium import spaces
+from stable_baselines3.common.vec_env import DummyVecEnv
+from torch import Tensor, nn
+
+from mw_envs import encode_instruction
+from sb3_vla import PPO
+from sb3_vla.demonstrations import Demonstrations
+from sb3_vla.models import CompactVLA
+
+TINY: dict[str, Any] = {"width": 64, "depth": 1, "channels": (8, 8, 16)}
+SENTENCES = ("Go to the left", "Go to the right")
+TARGETS = (-0.5, 0.5)  # of every action, by sentence
+
+
+class ToyEnv(gym.Env):
+    """Actions should equal a number that only the instruction tells; pictures and states are noise.
+
+    :param chunk: K; None for actions without a chunk axis.
+    :param horizon: decisions per episode.
+    :param truncates: whether an episode ends by its limit instead of by itself.
+    :param executed: environment steps that a decision is said to have run.
+    :param reward: given every time instead of the negative distance from the target.
+    :param privileged: whether to show what is for the critic only.
+    """
+
+    def __init__(
+        self,
+        *,
+        image_size: int = 32,
+        chunk: int | None = 2,
+        action_dim: int = 2,
+        horizon: int = 1,
+        truncates: bool = False,
+        executed: int | None = None,
+        reward: float | None = None,
+        privileged: bool = False,
+        render_mode: str | None = None,
+    ) -> None:
+        self.render_mode = render_mode
+        self.horizon, self.truncates, self.reward = horizon, truncates, reward
+        self.executed = (chunk or 1) if executed is None else executed
+        observed: dict[str, spaces.Space] = {
+            "image": spaces.Box(0, 255, (image_size, image_size, 3), np.uint8),
+            "state": spaces.Box(-np.inf, np.inf, (4,), np.float32),
+            "instruction": spaces.Box(0, 255, (64,), np.uint8),
+        }
+        if privileged:
+            observed["privileged_state"] = spaces.Box(-np.inf, np.inf, (39,), np.float32)
+            observed["elapsed_time"] = spaces.Box(0.0, 1.0, (1,), np.float32)
+        self.observation_space: spaces.Dict = spaces.Dict(observed)
+        self.action_space = spaces.Box(-1.0, 1.0, (action_dim,) if chunk is None else (chunk, action_dim), np.float32)
+        self.which = self.elapsed = 0
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        super().reset(seed=seed)
+        self.which, self.elapsed = int(self.np_random.integers(2)), 0
+        return self._observe(), {}
+
+    def step(self, action: np.ndarray) -> tuple[dict[str, np.ndarray], float, bool, bool, dict[str, Any]]:
+        distance = float(np.abs(action - TARGETS[self.which]).mean())
+        self.elapsed += 1
+        done = self.elapsed == self.horizon
+        info: dict[str, Any] = {"env_steps": self.executed, "task": SENTENCES[self.which]}
+        if done:
+            info |= {"is_success": distance < 0.25, "elapsed_steps": self.elapsed * self.executed}
+        reward = -distance if self.reward is None else self.reward
+        return self._observe(), reward, done and not self.truncates, done and self.truncates, info
+
+    def _observe(self) -> dict[str, np.ndarray]:
+        shown = {
+            "image": self.np_random.integers(0, 256, self.observation_space["image"].shape, np.uint8),
+            "state": self.np_random.normal(size=4).astype(np.float32),
+            "instruction": encode_instruction(SENTENCES[self.which]),
+        }
+        if "privileged_state" in self.observation_space.spaces:
+            shown["privileged_state"] = self.np_random.normal(size=39).astype(np.float32)
+            shown["elapsed_time"] = np.array([self.elapsed / self.horizon], np.float32)
+        return shown
+
+
+def toy_vec(count: int = 2, **options: Any) -> DummyVecEnv:
+    makers: list[Callable[[], gym.Env]] = [partial(ToyEnv, **options)] * count
+    return DummyVecEnv(makers)
+
+
+def toy_ppo(
+    env: DummyVecEnv | None = None,
+    *,
+    distribution: str = "gaussian",
+    distribution_kwargs: dict[str, Any] | None = None,
+    stirred: bool = True,
+    **options: Any,
+) -> PPO:
+    """PPO with the tiny model; ``stirred`` weights, because the model's own start is an action of exactly zero."""
+    algorithm = PPO(
+        "VLAPolicy",
+        toy_vec() if env is None else env,
+        **{
+            "n_steps": 8,
+            "batch_size": 16,
+            "n_epochs": 1,
+            "seed": 0,
+            "device": "cpu",
+            "policy_kwargs": {
+                "model_kwargs": TINY,
+                "distribution": distribution,
+                "distribution_kwargs": distribution_kwargs,
+                "value_width": 32,
+            },
+            **options,
+        },
+    )
+    if stirred:
+        stir(algorithm.policy)
+    return algorithm
+
+
+def stir(module: nn.Module, size: float = 0.05, seed: int = 0) -> None:
+    """Move every weight, so that nothing is zero or equal by initialisation."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if not name.endswith("log_std"):
+                parameter += size * torch.randn(parameter.shape, generator=generator)
+
+
+def tiny_model(**options: Any) -> CompactVLA:
+    model = CompactVLA(**{"image_size": 32, **TINY, **options})
+    stir(model)
+    return model
+
+
+def toy_observation(count: int, sentence: str = SENTENCES[0], seed: int = 0, image_size: int = 32) -> dict[str, Tensor]:
+    """Tensors as a model reads them."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "image": torch.randint(0, 256, (count, 3, image_size, image_size), generator=generator, dtype=torch.uint8),
+        "state": torch.randn(count, 4, generator=generator),
+        "instruction": torch.from_numpy(encode_instruction(sentence)).expand(count, -1).clone(),
+    }
+
+
+def toy_demonstrations(episodes: int = 6, length: int = 10, image_size: int = 32, seed: int = 0) -> Demonstrations:
+    """Episodes of two tasks whose action is a number that the sentence tells, and a gripper that never moves."""
+    generator = np.random.default_rng(seed)
+    count = episodes * length
+    episode = np.repeat(np.arange(episodes), length)
+    which = episode % 2
+    actions = np.zeros((count, 4), np.float32)
+    actions[:, :3] = np.array(TARGETS, np.float32)[which][:, None]
+    return Demonstrations(
+        images=generator.integers(0, 256, (count, image_size, image_size, 3), np.uint8),
+        states=generator.normal(size=(count, 4)).astype(np.float32),
+        actions=actions,
+        instructions=list(SENTENCES),
+        instruction_index=which.astype(np.int64),
+        tasks=[("left-v3", "right-v3")[i % 2] for i in range(episodes)],
+        episode_index=episode,
+        frame_index=np.tile(np.arange(length), episodes),
+        episode_starts=np.arange(0, count, length),
+        episode_ends=np.arange(length, count + 1, length),
+        trials=[None] * episodes,
+        camera={"image_size": image_size},
+    )
