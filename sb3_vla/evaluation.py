@@ -84,8 +84,9 @@ class Policy(TypingProtocol):
     """
     What can be evaluated: a Stable-Baselines3 model, or anything with its ``predict`` for batches.
 
-    Images arrive channels last, as the environment draws them. Where there are attributes ``observation_space`` and
-    ``action_space``, as SB3's models have them, a misfit is reported before anything is simulated.
+    Images arrive channels last, as the environment draws them. An environment that has no trial left shows its last
+    observation, or zeros if it never had one. Where there are attributes ``observation_space`` and ``action_space``, as
+    SB3's models have them, a misfit is reported before anything is simulated.
     """
 
     def predict(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,15 +16,18 @@ from stable_baselines3.common.distributions import DiagGaussianDistribution
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from mw_envs.tasks import INSTRUCTION_BYTES
+from mw_envs.tasks import INSTRUCTION_BYTES, did_you_mean
 from sb3_vla.checkpoints import load_checkpoint
 from sb3_vla.distributions import GaussianChunk, Trace, make_distribution
-from sb3_vla.models import Context, VLAModel, model_class
+from sb3_vla.models import Context, VLAModel, make_model
+from sb3_vla.models.base import is_perceived
 
 MODEL_KEYS = ("image", "state", "instruction")
 #: observations that only the critic reads, where an environment gives them
 CRITIC_KEYS = ("privileged_state", "elapsed_time")
+TRAINABLE = ("all", "expert")
 _LARGEST_NATIVE_IMAGE = 128
 _DEFAULT_IMAGE = 96
 
@@ -60,6 +64,8 @@ class VLAPolicy(BasePolicy):
     :param distribution: name in :data:`sb3_vla.distributions.DISTRIBUTIONS`.
     :param distribution_kwargs: the distribution's own options.
     :param value_width: width of the critic's two hidden layers.
+    :param trainable: ``all``, or ``expert`` to freeze the model's backbone; a rollout then keeps what the backbone
+        perceived, and an update costs the expert alone.
     :param optimizer_class: optimiser.
     :param optimizer_kwargs: its options besides the learning rate.
     :raises ValueError: if the spaces are not those of a vision-language-action environment.
@@ -78,6 +84,7 @@ class VLAPolicy(BasePolicy):
         distribution: str = "gaussian",
         distribution_kwargs: Mapping[str, Any] | None = None,
         value_width: int = 256,
+        trainable: str = "all",
         optimizer_class: type[torch.optim.Optimizer] = torch.optim.Adam,
         optimizer_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
@@ -108,8 +115,14 @@ class VLAPolicy(BasePolicy):
                 "image_size": _native_image_size(observation_space["image"], self._channels_first),
                 **(model_kwargs or {}),
             }
-            self.model = _build_model(model, model_kwargs)
+            self.model = make_model(model, model_kwargs)
         self._check_model(action_dim)
+        if trainable not in TRAINABLE:
+            raise ValueError(f"Unknown trainable={trainable!r}; {did_you_mean(trainable, TRAINABLE)}")
+        self._frozen_backbone = trainable == "expert"
+        if self._frozen_backbone:
+            for parameter in self.model.backbone():
+                parameter.requires_grad_(False)
         self.distribution = make_distribution(
             distribution, self.action_chunk, action_dim, **dict(distribution_kwargs or {})
         )
@@ -117,8 +130,6 @@ class VLAPolicy(BasePolicy):
         self.value_head = ValueHead(self.model.feature_dim, critic_dim, value_width)
         if checkpoint is not None and loaded.value_head is not None:
             _load_matching(self.value_head, loaded.value_head)
-        #: trace of the last :meth:`forward`, which the rollout buffer stores
-        self.last_trace: Trace = {}
         # With the checkpoint's contents in the weights, a saved algorithm needs the checkpoint's folder no more.
         self.portable_kwargs: dict[str, Any] = {
             "model": model,
@@ -126,6 +137,7 @@ class VLAPolicy(BasePolicy):
             "distribution": distribution,
             "distribution_kwargs": dict(distribution_kwargs or {}),
             "value_width": value_width,
+            "trainable": trainable,
             "optimizer_class": optimizer_class,
             "optimizer_kwargs": dict(optimizer_kwargs or {}),
         }
@@ -137,26 +149,27 @@ class VLAPolicy(BasePolicy):
         )
 
     def forward(self, obs: dict[str, Tensor], deterministic: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-        """Decide.
+        """Decide, by Stable-Baselines3's contract; :meth:`decide` is ours.
 
         :return: actions (N, *action shape) not clipped, values (N, 1), log-probabilities (N,).
+        :raises ValueError: for a distribution whose log-probability needs more than the action.
         """
+        self._check_stock("stable_baselines3's own training loop")  # before a rollout, not after it
         obs = self.prepare(obs)
         context = self.model.encode(obs)
         values = self._values(context, obs)
         if deterministic:
             action = self.distribution.mode(self.model, context)
-            self.last_trace = {}
             log_prob = torch.zeros(len(action), device=action.device)
         else:
-            action, self.last_trace = self.distribution.sample(self.model, context)
-            mean, std = self.distribution.transition(self.model, context, self.last_trace)
-            log_prob = self.distribution.log_prob(mean, std, self.last_trace, self._all_executed(action))
+            action, trace = self.distribution.sample(self.model, context)
+            mean, std = self.distribution.transition(self.model, context, trace)
+            log_prob = self.distribution.log_prob(mean, std, trace, self._all_executed(action))
         return action.reshape(-1, *self.action_space.shape), values[:, None], log_prob  # type: ignore[misc]
 
     def decide(self, obs: dict[str, Tensor]) -> tuple[Tensor, Tensor, Trace]:
-        """Actions, values (N,) and traces of prepared observations: :meth:`forward` for a rollout whose update computes
-        the log-probabilities itself, in its own precision."""
+        """Actions, values (N,) and traces of prepared observations, for a rollout whose update computes the
+        log-probabilities itself, in its own precision."""
         context = self.model.encode(obs)
         action, trace = self.distribution.sample(self.model, context)
         return action.reshape(-1, *self.action_space.shape), self._values(context, obs), trace  # type: ignore[misc]
@@ -197,8 +210,9 @@ class VLAPolicy(BasePolicy):
                 'coherence="offset" is no diagonal Gaussian; use coherence="independent" with this algorithm'
             )
         assert isinstance(obs, dict)
-        context = self.model.encode(self.prepare(obs))
-        mean, std = self.distribution.transition(self.model, context, {})
+        with _twice_differentiable(self.model):
+            context = self.model.encode(self.prepare(obs))
+            mean, std = self.distribution.transition(self.model, context, {})
         gaussian = DiagGaussianDistribution(mean[0].numel())
         return gaussian.proba_distribution(mean.flatten(1), std.flatten(1).log())
 
@@ -211,8 +225,11 @@ class VLAPolicy(BasePolicy):
     def prepare(self, obs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What model and critic read of an observation: pictures channels first and at the model's size, uint8.
 
-        Prepared observations pass unchanged, so a rollout stores them and an update reads them.
+        With a frozen backbone it is what that perceives. Prepared observations pass unchanged, so a rollout stores them
+        and an update reads them.
         """
+        if is_perceived(obs):
+            return dict(obs)
         prepared = {key: obs[key] for key in (*MODEL_KEYS, *CRITIC_KEYS) if key in obs}
         image = prepared["image"]
         height, width = self.model.image_size
@@ -221,7 +238,12 @@ class VLAPolicy(BasePolicy):
         if image.shape[2:] != (height, width):
             resized = F.interpolate(image.float(), (height, width), mode="bilinear", antialias=True)
             image = resized.round_().clamp_(0, 255).to(torch.uint8)
-        return {**prepared, "image": image}
+        prepared["image"] = image
+        if not self._frozen_backbone:
+            return prepared
+        with torch.no_grad():
+            perception = self.model.perceive(prepared)
+        return {**perception, **{key: prepared[key] for key in CRITIC_KEYS if key in prepared}}
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> Tensor:
         assert isinstance(observation, dict)
@@ -282,6 +304,20 @@ class ValueHead(nn.Module):
         return self.layers(torch.cat([self.norm(features), *critic_only], dim=1)).float()[:, 0]
 
 
+@contextmanager
+def _twice_differentiable(model: nn.Module) -> Iterator[None]:
+    """Only operations with second derivatives, which trust regions need: fused attention has none, and the gradient of
+    a group norm's weights alone crashes the process for pictures in channels-last layout (torch 2.13, CPU)."""
+    norms = [module for module in model.modules() if isinstance(module, nn.GroupNorm)]
+    hooks = [norm.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),)) for norm in norms]
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 def _check_spaces(observation_space: spaces.Space, action_space: spaces.Space) -> None:
     fix = 'Use an environment such as gym.make("mw_envs:MetaWorldMT50-v0").'
     if not isinstance(observation_space, spaces.Dict):
@@ -314,13 +350,6 @@ def _native_image_size(image: spaces.Space, channels_first: bool) -> int:
     if height == width and height % 16 == 0 and 32 <= height <= _LARGEST_NATIVE_IMAGE:
         return height
     return _DEFAULT_IMAGE
-
-
-def _build_model(name: str, options: Mapping[str, Any]) -> VLAModel:
-    try:
-        return model_class(name)(**options)
-    except TypeError as error:
-        raise ValueError(f"Model {name!r} does not take these options: {dict(options)} ({error})") from error
 
 
 def _load_matching(value_head: ValueHead, tensors: dict[str, Tensor]) -> None:

@@ -20,7 +20,7 @@ from mw_envs.tasks import encode_instruction
 from sb3_vla.checkpoints import load_checkpoint, save_checkpoint
 from sb3_vla.checkpoints.training_state import load_training_state, save_training_state
 from sb3_vla.demonstrations import Demonstrations
-from sb3_vla.models import VLAModel, model_class
+from sb3_vla.models import VLAModel, make_model
 from sb3_vla.precision import autocast
 
 # A deviation of nothing (a gripper that never moves) must not blow up what is divided by it.
@@ -55,15 +55,15 @@ class SFTConfig:
     model_kwargs: dict[str, Any] = field(default_factory=dict)
     checkpoint: str | None = None
     action_horizon: int = 5
-    steps: int = 2000
+    steps: int = 1000
     batch_size: int = 128
-    draws: int = 2
+    draws: int = 1
     learning_rate: float = 1e-3
     warmup_steps: int = 100
     weight_decay: float = 1e-4
     max_grad_norm: float = 1.0
     ema_decay: float = 0.998
-    shift: int = 4
+    shift: int = 2
     validation_fraction: float = 0.05
     validation_interval: int = 250
     bf16: bool | None = None
@@ -160,6 +160,10 @@ def sft(
         weight_decay=config.weight_decay,
         fused=True,
     )
+    # A heavy import, which the workers of a script that imports this module are spared.
+    from transformers import get_cosine_schedule_with_warmup
+
+    schedule = get_cosine_schedule_with_warmup(optimizer, config.warmup_steps, config.steps)
     history: list[dict[str, float]] = []
     notes = {
         "view": demonstrations.camera,
@@ -171,12 +175,13 @@ def sft(
         state = load_training_state(resume_from, modules, optimizer)
         first_step, history = state["step"] + 1, state["history"]
         batches.generator.bit_generator.state = state["batch_generator"]
+        schedule.load_state_dict(state["schedule"])
+        for group, rate in zip(optimizer.param_groups, schedule.get_last_lr(), strict=True):
+            group["lr"] = rate
     started = time.perf_counter() - (history[-1]["seconds"] if history else 0.0)
     with _bar(config.steps, progress) as bar:
         task = bar.add_task("imitation", total=config.steps, completed=first_step - 1, losses="")
         for step in range(first_step, config.steps + 1):
-            for group in optimizer.param_groups:
-                group["lr"] = config.learning_rate * _cosine_with_warmup(step, config)
             observation, actions, mask = batches.sample(config.batch_size)
             with autocast(config.bf16):
                 loss = model.imitation_loss(observation, actions, mask, draws=config.draws)
@@ -189,6 +194,7 @@ def sft(
                     f"lower learning_rate={config.learning_rate}"
                 )
             optimizer.step()
+            schedule.step()
             _average(averaged, model, min(config.ema_decay, step / (step + 10)))
             row = {"step": step, "seconds": time.perf_counter() - started, "train_loss": loss.item()}
             if validation and (step % config.validation_interval == 0 or step == config.steps):
@@ -200,7 +206,12 @@ def sft(
             shown = next((r["validation_loss"] for r in reversed(history) if "validation_loss" in r), math.nan)
             bar.update(task, advance=1, losses=f"loss {recent:.3f}  validation {shown:.3f}")
             if save_state is not None and step % checkpoint_interval == 0 and step < config.steps:
-                values = {"step": step, "history": history, "batch_generator": batches.generator.bit_generator.state}
+                values = {
+                    "step": step,
+                    "history": history,
+                    "batch_generator": batches.generator.bit_generator.state,
+                    "schedule": schedule.state_dict(),
+                }
                 with save_state(step) as folder:
                     save_training_state(folder, modules, optimizer, values)
     if output is not None:
@@ -218,7 +229,7 @@ def _make_model(demonstrations: Demonstrations, config: SFTConfig) -> VLAModel:
             "state_dim": demonstrations.states.shape[1],
             "image_size": demonstrations.images.shape[1],
         }
-        model = model_class(config.model)(**{**options, **config.model_kwargs})
+        model = make_model(config.model, {**options, **config.model_kwargs})
         statistics = demonstrations.statistics()
         model.set_statistics(
             {
@@ -263,13 +274,6 @@ def _validation_loss(
         total += loss.item() * len(actions)
         count += len(actions)
     return total / count
-
-
-def _cosine_with_warmup(step: int, config: SFTConfig) -> float:
-    if step <= config.warmup_steps:
-        return step / config.warmup_steps
-    progress = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
-    return 0.5 * (1 + math.cos(math.pi * progress))
 
 
 @torch.no_grad()

@@ -43,6 +43,7 @@ class PPOConfig:
     :param kl_coef: weight of the divergence from the policy at the start.
     :param max_grad_norm: clip of the gradient's norm.
     :param critic_warmup: rollouts from which the critic alone learns.
+    :param trainable: ``all``, or ``expert`` to freeze the model's backbone.
     :param distribution: name of the action distribution.
     :param distribution_kwargs: its options.
     :param rehearsal_coef: weight of the imitation loss on demonstrations; 0 for none.
@@ -50,14 +51,14 @@ class PPOConfig:
     :param seed: of environments and exploration.
     """
 
-    iterations: int = 30
+    iterations: int = 28
     num_envs: int = 16
     num_workers: int | None = None
     decisions: int = 128
     horizon: int = 160
     batch_size: int = 512
-    epochs: int = 3
-    learning_rate: float = 5e-5
+    epochs: int = 4
+    learning_rate: float = 1e-4
     value_lr: float = 5e-4
     gamma: float = 0.99
     gae_lambda: float = 0.95
@@ -67,6 +68,7 @@ class PPOConfig:
     kl_coef: float = 0.0
     max_grad_norm: float = 0.5
     critic_warmup: int = 1
+    trainable: str = "expert"
     distribution: str = "gaussian"
     distribution_kwargs: dict[str, Any] = field(default_factory=lambda: {"std": 0.2, "coherence": "offset"})
     rehearsal_coef: float = 0.0
@@ -147,6 +149,7 @@ def train_ppo(
             seed=config.seed,
             policy_kwargs={
                 "checkpoint": str(checkpoint),
+                "trainable": config.trainable,
                 "distribution": config.distribution,
                 "distribution_kwargs": config.distribution_kwargs,
                 "optimizer_kwargs": {"betas": (0.9, 0.95)},

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from toy import tiny_model, toy_observation
 
 from sb3_vla.checkpoints import load_checkpoint, native, save_checkpoint
 from sb3_vla.policies import ValueHead
-from toy import tiny_model, toy_observation
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def edit_config(folder: Path, **changes: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
-def edit_weights(folder: Path, drop: str | None = None, **changes: torch.Tensor) -> None:
+def edit_weights(folder: Path, changes: dict[str, torch.Tensor], drop: str | None = None) -> None:
     tensors = load_file(folder / "model.safetensors")
     save_file({k: v for k, v in {**tensors, **changes}.items() if k != drop}, folder / "model.safetensors")
 
@@ -129,19 +129,19 @@ def test_missing_folder(tmp_path: Path) -> None:
 
 
 def test_missing_weight(saved: Path) -> None:
-    edit_weights(saved, drop="model.action_out.weight")
+    edit_weights(saved, {}, drop="model.action_out.weight")
     with pytest.raises(ValueError, match=r"missing action_out\.weight"):
         load_checkpoint(saved)
 
 
 def test_unexpected_weight(saved: Path) -> None:
-    edit_weights(saved, **{"model.lora": torch.zeros(1)})
+    edit_weights(saved, {"model.lora": torch.zeros(1)})
     with pytest.raises(ValueError, match="unexpected lora"):
         load_checkpoint(saved)
 
 
 def test_wrong_shape(saved: Path) -> None:
-    edit_weights(saved, **{"model.action_out.bias": torch.zeros(9)})
+    edit_weights(saved, {"model.action_out.bias": torch.zeros(9)})
     with pytest.raises(ValueError, match=r"action_out\.bias has shape \(9,\), expected \(4,\)"):
         load_checkpoint(saved)
 

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from toy import TINY, StateModel, stir, tiny_model, toy_observation
 
 from mw_envs import encode_instruction
 from sb3_vla.models import CompactVLA, Context, VLAModel, model_class
-from toy import TINY, stir, tiny_model, toy_observation
 
 
 def velocity(model: VLAModel, observation: dict[str, Tensor], seed: int = 0) -> Tensor:
@@ -107,11 +107,8 @@ def test_encoding_leaves_the_observation_alone() -> None:
     assert all(torch.equal(observation[key], before[key]) for key in before)
 
 
-class Linear(VLAModel):
+class Linear(StateModel):
     """A denoiser simple enough for a computation by hand: v = a x + b t, where a is the observation's state."""
-
-    def encode(self, observation: dict[str, Tensor]) -> Context:
-        return Context(observation["state"], observation["state"])
 
     def denoise(self, context: Context, x: Tensor, t: Tensor) -> Tensor:
         scale = context.state.repeat(len(x) // len(context.state), 1)
@@ -166,6 +163,21 @@ def test_imitation_reaches_every_parameter() -> None:
     model.imitation_loss(observation, torch.randn(8, 5, 4), torch.ones(8, 5, dtype=torch.bool)).backward()
     dead = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
     assert dead == []
+
+
+def test_perception_is_what_the_backbone_computes() -> None:
+    model = tiny_model()
+    observation = toy_observation(3)
+    perception = model.perceive(observation)
+    again, whole = model.encode(perception), model.encode(observation)
+    assert torch.equal(again.features, whole.features)
+    x, t = torch.randn(3, 5, 4), torch.full((3,), 0.3)
+    assert torch.equal(model.denoise(again, x, t), model.denoise(whole, x, t))
+    assert all(len(value) == 3 for value in perception.values()) and "image" not in perception
+    sum(value.square().sum() for value in perception.values()).backward()  # type: ignore[union-attr]
+    moved = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+    backbone = {id(parameter) for parameter in model.backbone()}
+    assert moved == {name for name, parameter in model.named_parameters() if id(parameter) in backbone}
 
 
 def test_statistics_are_set_saved_and_used() -> None:

@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributions import Independent, Normal, kl_divergence
+from toy import StateModel, tiny_model, toy_observation
 
 from sb3_vla.distributions import ActionDistribution, FlowSDE, GaussianChunk, integrate, make_distribution
 from sb3_vla.models import Context, VLAModel
-from toy import tiny_model, toy_observation
 
 REFERENCE = load_file(Path(__file__).parent / "data" / "flow_sde.safetensors")
 STEPS = 5
@@ -27,16 +27,13 @@ DISTRIBUTIONS: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-class Replay(VLAModel):
+class Replay(StateModel):
     """Answers with recorded velocities, by flow time: (N, steps, H, A)."""
 
     def __init__(self, velocities: Tensor) -> None:
         super().__init__(velocities.shape[3], velocities.shape[2])
         self.velocities = velocities
         self.asked: list[tuple[Tensor, Tensor]] = []
-
-    def encode(self, observation: dict[str, Tensor]) -> Context:
-        return Context(torch.zeros(len(self.velocities), 1), None)
 
     def denoise(self, context: Context, x: Tensor, t: Tensor) -> Tensor:
         self.asked.append((x, t))
@@ -45,11 +42,8 @@ class Replay(VLAModel):
         return self.velocities[row, ((1 - t) * steps).round().long()]
 
 
-class Pull(VLAModel):
+class Pull(StateModel):
     """A velocity field that depends on x and t: v = c (x - goal) + t."""
-
-    def encode(self, observation: dict[str, Tensor]) -> Context:
-        return Context(torch.zeros(len(observation["state"]), 1), None)
 
     def denoise(self, context: Context, x: Tensor, t: Tensor) -> Tensor:
         return 0.8 * (x - 0.3) + t[:, None, None]
@@ -58,6 +52,10 @@ class Pull(VLAModel):
 def pull(count: int, horizon: int = 3, dim: int = 2) -> tuple[Pull, Context]:
     model = Pull(dim, horizon)
     return model, model.encode({"state": torch.zeros(count, 1)})
+
+
+def context_of(model: Replay) -> Context:
+    return model.encode({"state": torch.zeros(len(model.velocities), 1)})
 
 
 def recorded_velocities() -> Tensor:
@@ -92,7 +90,7 @@ def test_flow_sde_equals_the_reference(step: int) -> None:
     flow = FlowSDE(5, noise_level=0.5, denoising_steps=STEPS)
     start, end = reference_trace(step)
     trace = {"chain": torch.stack([start, end], 1), "denoising_index": torch.tensor([step, step])}
-    mean, std = flow.transition(model, model.encode({}), trace)
+    mean, std = flow.transition(model, context_of(model), trace)
     assert mean.shape == std.shape == (2, 1, 5, 4)
     torch.testing.assert_close(mean[:, 0], REFERENCE["sde_mean"][:, step], atol=2e-6, rtol=0)
     torch.testing.assert_close(std[:, 0], REFERENCE["sde_std"][step].expand(2, 5, 4), atol=1e-6, rtol=0)
@@ -108,7 +106,7 @@ def test_joint_flow_sde_is_the_sum_of_the_reference_steps() -> None:
     model = Replay(recorded_velocities().float())
     single = FlowSDE(5, noise_level=0.5, denoising_steps=STEPS)
     joint = FlowSDE(5, noise_level=0.5, denoising_steps=STEPS, joint=True)
-    context = model.encode({})
+    context = context_of(model)
     chain = REFERENCE["euler_chain"]
     mean, std = joint.transition(model, context, {"chain": chain})
     torch.testing.assert_close(mean, REFERENCE["sde_mean"], atol=2e-6, rtol=0)
@@ -125,7 +123,7 @@ def test_flow_sde_asks_the_model_at_its_own_x_and_time() -> None:
     model = Replay(torch.zeros(3, STEPS, 5, 4))
     flow = FlowSDE(5, denoising_steps=STEPS)
     chain, index = torch.randn(3, 2, 5, 4), torch.tensor([4, 0, 2])
-    flow.transition(model, model.encode({}), {"chain": chain, "denoising_index": index})
+    flow.transition(model, context_of(model), {"chain": chain, "denoising_index": index})
     ((x, t),) = model.asked  # one pass of the denoiser
     assert torch.equal(x, chain[:, 0])
     torch.testing.assert_close(t, torch.tensor([0.2, 1.0, 0.6]))

@@ -80,9 +80,11 @@ class ExpertPolicy:
         self, observation: Observation, state: Any = None, episode_start: Any = None, deterministic: bool = False
     ) -> tuple[npt.NDArray[np.float32], Any]:
         self.starts.append(np.array(episode_start))
-        rows = zip(observation["instruction"], observation["privileged_state"], strict=True)
-        actions = [self.experts[decode_instruction(text)].action(privileged) for text, privileged in rows]
-        return np.stack(actions), state
+        actions = np.zeros((len(observation["instruction"]), 4), np.float32)
+        for row, instruction in enumerate(map(decode_instruction, observation["instruction"])):
+            if instruction:  # all zeros where an environment never had a trial
+                actions[row] = self.experts[instruction].action(observation["privileged_state"][row])
+        return actions, state
 
 
 @pytest.fixture(scope="module")
@@ -136,9 +138,9 @@ def test_schedule_deals_each_trial_once_in_any_order_of_environments() -> None:
         assert sorted(index for index in dealt if index is not None) == list(range(len(trials)))
 
 
-@pytest.mark.parametrize(("workers", "each"), [(3, 1), (2, 8), (4, 8)])
-def test_schedule_constructs_few_scenes(workers: int, each: int) -> None:
-    """Processes construct each of ten tasks once, but for those that they help with at the end."""
+@pytest.mark.parametrize(("workers", "each", "limit"), [(3, 1, 13), (4, 8, 20), (16, 8, 40)])
+def test_schedule_constructs_few_scenes(workers: int, each: int, limit: int) -> None:
+    """Dealt out without regard to processes, ten tasks are constructed 34 times by 4 processes, 130 times by 16."""
     trials = trials_for(suite_tasks("MT10"), 20)
     schedule = _Schedule(trials, [range(each * worker, each * (worker + 1)) for worker in range(workers)])
     constructed = set()
@@ -146,7 +148,7 @@ def test_schedule_constructs_few_scenes(workers: int, each: int) -> None:
         index = schedule.next(turn % (workers * each))
         assert index is not None
         constructed.add((turn % (workers * each) // each, trials[index].task))
-    assert len(constructed) <= 10 + 2 * workers
+    assert len(constructed) <= limit
 
 
 # Running
@@ -183,6 +185,7 @@ def test_the_number_of_environments_and_workers_does_not_matter(expert_result: E
 
 def test_by_default_a_worker_has_eight_environments(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[int, int | None]] = []
+    choices: list[dict[str, Any]] = [{}, {"num_workers": 2}, {"trials_per_task": 5}, {"num_envs": 4}]
 
     class Asked(Exception):
         pass
@@ -193,9 +196,9 @@ def test_by_default_a_worker_has_eight_environments(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr("sb3_vla.evaluation.WorkerVecEnv", ask)
     monkeypatch.setattr("sb3_vla.evaluation.available_cores", lambda: 3)
-    for trials, options in ((20, {}), (20, {"num_workers": 2}), (5, {}), (20, {"num_envs": 4})):
+    for options in choices:
         with pytest.raises(Asked):
-            evaluate(RandomPolicy(), tasks=EASY, trials_per_task=trials, **options)
+            evaluate(RandomPolicy(), tasks=EASY, **options)
     with pytest.raises(Asked):
         make_trial_vec_env(PROTOCOLS["rlinf-160"])
     assert asked == [(24, None), (16, 2), (10, None), (4, None), (24, None)]
@@ -395,7 +398,7 @@ class Breaking(RandomPolicy):
 def test_dead_worker_and_interrupt_leave_no_process_and_no_file(renderer: None, tmp_path: Path) -> None:
     options: dict[str, Any] = {"tasks": EASY, "num_envs": 2, "num_workers": 1, "env_kwargs": SMALL, "progress": False}
     with pytest.raises(RuntimeError, match=r"Worker 0 \(environments 0 to 1\) died with exit code -9"):
-        evaluate(Breaking("kill"), videos={"directory": tmp_path}, **options)
+        evaluate(Breaking("kill"), videos={"directory": tmp_path}, start_method="fork", **options)
     assert not multiprocessing.active_children()
     with pytest.raises(KeyboardInterrupt):
         evaluate(Breaking("interrupt"), videos={"directory": tmp_path}, **options)

@@ -13,13 +13,13 @@ import stable_baselines3
 import torch
 from stable_baselines3.common.callbacks import BaseCallback
 from torch import Tensor
+from toy import TARGETS, toy_demonstrations, toy_ppo, toy_vec
 
 from sb3_vla import PPO
 from sb3_vla.buffers import ChunkRolloutBuffer, DecisionBatch
 from sb3_vla.policies import Evaluation, VLAPolicy
 from sb3_vla.ppo import _OldPolicy
 from sb3_vla.sft import DemonstrationBatches
-from toy import TARGETS, toy_demonstrations, toy_ppo, toy_vec
 
 DISTRIBUTIONS: list[tuple[str, dict[str, Any]]] = [
     ("gaussian", {}),
@@ -37,6 +37,12 @@ def metrics(algorithm: stable_baselines3.PPO) -> dict[str, Any]:
 
 def weights(module: torch.nn.Module) -> dict[str, Tensor]:
     return {key: value.clone() for key, value in module.state_dict().items()}
+
+
+def decisions(algorithm: PPO) -> ChunkRolloutBuffer:
+    buffer: Any = algorithm.rollout_buffer
+    assert isinstance(buffer, ChunkRolloutBuffer)
+    return buffer
 
 
 def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
@@ -71,7 +77,7 @@ def test_stock_policies_learn_bit_for_bit_as_in_stable_baselines3(env: str, opti
     assert ours.num_timesteps == theirs.num_timesteps and ours._n_updates == theirs._n_updates
 
 
-# --- The first step -----------------------------------------------------------------------------------------------------
+# --- The first step ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("distribution", "options"), DISTRIBUTIONS)
@@ -92,8 +98,7 @@ def test_the_gradient_of_the_first_step_is_reinforce(distribution: str, options:
     """At ratio one, d loss = -mean(advantage d log-prob), here by finite differences of the log-probability."""
     algorithm = toy_ppo(distribution=distribution, distribution_kwargs=options, ent_coef=0.0)
     algorithm.learn(16)
-    policy, buffer = algorithm.policy, algorithm.rollout_buffer
-    assert isinstance(buffer, ChunkRolloutBuffer)
+    policy, buffer = algorithm.policy, decisions(algorithm)
     batch = buffer.batch(torch.arange(16))
     old = algorithm._old_policy(buffer)
     whole = buffer.advantages.double()
@@ -124,7 +129,13 @@ def test_the_gradient_of_the_first_step_is_reinforce(distribution: str, options:
 def batch_of(values: list[float], advantages: list[float], returns: list[float]) -> DecisionBatch:
     count = len(values)
     return DecisionBatch(
-        {}, {}, torch.full((count,), 2), *map(torch.tensor, (values, advantages, returns)), torch.arange(count)
+        observations={},
+        trace={},
+        executed=torch.full((count,), 2),
+        values=torch.tensor(values),
+        advantages=torch.tensor(advantages),
+        returns=torch.tensor(returns),
+        indices=torch.arange(count),
     )
 
 
@@ -167,8 +178,8 @@ def test_clipped_surrogate_by_hand() -> None:
 def test_advantages_are_normalised_over_the_rollout() -> None:
     algorithm = toy_ppo()
     algorithm.learn(16)
-    whole = algorithm.rollout_buffer.advantages.double()
-    found, record = collected()
+    whole = decisions(algorithm).advantages.double()
+    _, record = collected()
     batch = batch_of([0.0] * 2, [1.0, 4.0], [0.0] * 2)
     loss = algorithm._actor_loss(evaluation([0.0, 0.1]), batch, old_policy([0.0, 0.0]), 0.2, record)
     normal = [(a - whole.mean().item()) / whole.std().item() for a in (1.0, 4.0)]
@@ -199,7 +210,7 @@ def test_value_loss_by_hand() -> None:
     assert found["value_clip_ratio"] == [pytest.approx(2 / 3)]
 
 
-# --- What is updated ----------------------------------------------------------------------------------------------------
+# --- What is updated --------------------------------------------------------------------------------------------------
 
 
 def test_learning_rates_follow_the_schedule_by_group() -> None:
@@ -222,6 +233,7 @@ def test_learning_rates_follow_the_schedule_by_group() -> None:
 
 
 def test_critic_warmup_leaves_the_actor_alone() -> None:
+    """So the critic does not bend the features that the actor uses, either."""
     algorithm = toy_ppo(critic_warmup=2, n_epochs=2, batch_size=8)
     before, critic = actor(algorithm.policy), weights(algorithm.policy.value_head)
     algorithm.learn(32)
@@ -229,18 +241,6 @@ def test_critic_warmup_leaves_the_actor_alone() -> None:
     assert not same(weights(algorithm.policy.value_head), critic)
     algorithm.learn(16, reset_num_timesteps=False)
     assert not same(actor(algorithm.policy), before)
-
-
-def test_the_critic_does_not_bend_the_actors_features() -> None:
-    """Without advantages, only the critic has something to learn."""
-    env = toy_vec(reward=1.0)
-    algorithm = toy_ppo(env, vf_coef=10.0, gamma=0.0, normalize_advantage=False, learning_rate=1e-2)
-    torch.nn.init.zeros_(algorithm.policy.value_head.layers[-1].weight)
-    torch.nn.init.ones_(algorithm.policy.value_head.layers[-1].bias)  # V = 1 = return: advantages are 0 exactly
-    before = actor(algorithm.policy)
-    algorithm.learn(16)
-    assert (algorithm.rollout_buffer.advantages == 0).all()
-    assert same(actor(algorithm.policy), before)
 
 
 @pytest.mark.parametrize(("distribution", "options"), [("gaussian", {}), ("flow_sde", {})])
@@ -307,13 +307,51 @@ def test_rehearsal_adds_its_loss() -> None:
     assert loss.item() == pytest.approx(2.0 * expected.item(), rel=1e-6)
 
 
-def test_target_kl_stops_the_update() -> None:
-    steps = {}
-    for target in (None, 1e-9):
-        algorithm = toy_ppo(target_kl=target, n_epochs=5, batch_size=8, learning_rate=1e-3)
+@pytest.mark.parametrize("distribution", ["gaussian", "flow_sde"])
+def test_a_frozen_backbone_stays_and_is_run_once(distribution: str) -> None:
+    env = toy_vec(2, horizon=2, truncates=True, privileged=True, action_dim=4)
+    rehearsal = DemonstrationBatches(toy_demonstrations(), None, 2, 0, 0)
+    algorithm = toy_ppo(
+        env, distribution=distribution, trainable="expert", n_epochs=3, kl_coef=0.1, rehearsal=rehearsal
+    )
+    model = algorithm.policy.model
+    frozen = {id(parameter) for parameter in model.backbone()}
+    before = {name: parameter.clone() for name, parameter in algorithm.policy.named_parameters()}
+    pictures = 0
+
+    def count(_: Any, inputs: tuple[Tensor, ...]) -> None:
+        nonlocal pictures
+        pictures += len(inputs[0])
+
+    model.vision_encoder.register_forward_pre_hook(count)
+    algorithm.learn(16)
+    # Sixteen decisions, eight last observations of episodes, two of the rollout, and what is rehearsed.
+    assert pictures == 16 + 8 + 2 + 3 * algorithm.rehearsal_batch_size
+    assert "image" not in decisions(algorithm).observations
+    for name, parameter in algorithm.policy.named_parameters():
+        assert torch.equal(parameter, before[name]) is (id(parameter) in frozen), name
+    assert metrics(algorithm)["train/ratio_max"] >= 1
+
+
+def test_a_frozen_backbone_computes_the_same() -> None:
+    found = []
+    for trainable in ("all", "expert"):
+        algorithm = toy_ppo(trainable=trainable)
         algorithm.learn(16)
-        steps[target] = metrics(algorithm)["train/n_updates"]
-    assert steps == {None: 5, 1e-9: 1}
+        found.append((decisions(algorithm), metrics(algorithm)))
+    for name in ("actions", "values", "returns"):
+        one, two = (d.traces["action"] if name == "actions" else getattr(d, name) for d, _ in found)
+        torch.testing.assert_close(one, two, atol=1e-5, rtol=0)
+    assert found[0][1]["actor/value_loss"] == pytest.approx(found[1][1]["actor/value_loss"], rel=1e-4)
+
+
+def test_target_kl_stops_the_update() -> None:
+    epochs = {}
+    for target in (None, 1e3, 1e-12):
+        algorithm = toy_ppo(target_kl=target, n_epochs=5, batch_size=8, learning_rate=1e-6)
+        algorithm.learn(16)
+        epochs[target] = metrics(algorithm)["train/n_updates"]
+    assert epochs == {None: 5, 1e3: 5, 1e-12: 1}
 
 
 def test_a_loss_that_is_not_finite_skips_the_step() -> None:
@@ -346,7 +384,7 @@ def test_bfloat16_starts_at_ratio_one_and_trains() -> None:
     assert all(p.dtype == torch.float32 for p in algorithm.policy.parameters())
 
 
-# --- Rollouts -----------------------------------------------------------------------------------------------------------
+# --- Rollouts ---------------------------------------------------------------------------------------------------------
 
 
 class Watch(BaseCallback):
@@ -396,7 +434,7 @@ def test_truncated_episodes_are_bootstrapped_in_one_call(bootstrap: bool) -> Non
                 value = real(tensors).item()
                 assert abs(value) > 1e-3
                 expected += 0.9 * value
-            assert algorithm.rollout_buffer.rewards[n, step].item() == pytest.approx(expected, abs=1e-5)
+            assert decisions(algorithm).rewards[n, step].item() == pytest.approx(expected, abs=1e-5)
     assert [t is not None for row in watch.terminal for t in row] == [False] * 4 + [True] * 4 + [False] * 4 + [True] * 4
 
 
@@ -404,8 +442,8 @@ def test_terminated_episodes_are_not_bootstrapped() -> None:
     algorithm = toy_ppo(toy_vec(2, reward=0.5))
     torch.nn.init.constant_(algorithm.policy.value_head.layers[-1].bias, 100.0)
     algorithm.learn(16)
-    assert (algorithm.rollout_buffer.rewards == 0.5).all()
-    torch.testing.assert_close(algorithm.rollout_buffer.returns, torch.full((2, 8), 0.5), atol=1e-4, rtol=0)
+    assert (decisions(algorithm).rewards == 0.5).all()
+    torch.testing.assert_close(decisions(algorithm).returns, torch.full((2, 8), 0.5), atol=1e-4, rtol=0)
 
 
 def test_environment_steps_are_counted_beside_decisions() -> None:
@@ -413,7 +451,7 @@ def test_environment_steps_are_counted_beside_decisions() -> None:
     watch = Watch()
     algorithm.learn(32, callback=watch)
     assert algorithm.num_timesteps == 32 and algorithm.env_steps == 96
-    assert (algorithm.rollout_buffer.executed == 3).all()
+    assert (decisions(algorithm).executed == 3).all()
     assert watch.starts == watch.ends == 2
 
 
@@ -441,7 +479,7 @@ def test_the_environment_gets_clipped_actions_and_the_update_the_others() -> Non
     bounds = Bounds()
     algorithm.learn(16, callback=bounds)
     assert bounds.largest > 1.5
-    assert algorithm.rollout_buffer.traces["action"].abs().max().item() == pytest.approx(bounds.largest)
+    assert decisions(algorithm).traces["action"].abs().max().item() == pytest.approx(bounds.largest)
 
 
 def test_metric_names() -> None:
@@ -471,7 +509,7 @@ def test_metric_names() -> None:
     assert found["env/episode_len"] == 4  # two decisions of two steps
 
 
-# --- Learning -----------------------------------------------------------------------------------------------------------
+# --- Learning ---------------------------------------------------------------------------------------------------------
 
 
 def mean_reward(algorithm: PPO) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -27,9 +28,10 @@ from mw_envs.rendering.mesh_detail import coarsen_meshes
 from mw_envs.scene import Simulator
 
 WORKSPACE = CROPS["workspace"]
-# What the workspace window does not hold: the share of its height by which these tasks' goals lie below it.
-GOALS_BELOW_THE_WORKSPACE = {"sweep-v3": 0.13, "stick-pull-v3": 0.10}
-FAST_TASKS = ["reach-v3", "hammer-v3", "stick-push-v3", *GOALS_BELOW_THE_WORKSPACE]
+# What the workspace window does not hold: these tasks' goals, all 50 of them, lie below it and to its right by at most
+# these shares of its height and width.
+GOALS_OUTSIDE_THE_WORKSPACE = {"sweep-v3": (0.17, 0.06), "stick-pull-v3": (0.21, 0.0)}
+FAST_TASKS = ["reach-v3", "hammer-v3", "stick-push-v3", *GOALS_OUTSIDE_THE_WORKSPACE]
 EVERY_TASK = FAST_TASKS + [pytest.param(task, marks=pytest.mark.slow) for task in TASKS if task not in FAST_TASKS]
 
 
@@ -120,9 +122,13 @@ def test_the_workspace_holds_hand_objects_and_goal(task: str) -> None:
             points["second object"] = observation[11:14]
         rows, columns = project(simulator, "corner2", list(points.values()), upside_down=True)
         for name, row, column in zip(points, (rows - top) / height, (columns - left) / width, strict=True):
-            below = GOALS_BELOW_THE_WORKSPACE.get(task, 0.0) if name == "goal" else 0.0
-            assert 0 <= row <= 1 + below, (task, goal, name, row)
-            assert 0 <= column <= 1, (task, goal, name, column)
+            if name == "goal" and task in GOALS_OUTSIDE_THE_WORKSPACE:
+                below, beside = GOALS_OUTSIDE_THE_WORKSPACE[task]
+                assert 1 < row < 1 + below, (goal, row)
+                assert 0 < column < 1 + beside, (goal, column)
+            else:
+                assert 0 < row < 1, (goal, name, row)
+                assert 0 < column < 1, (goal, name, column)
 
 
 def test_crops() -> None:
@@ -228,14 +234,14 @@ np.savez(sys.argv[1], **pictures)
 def test_pictures_are_like_mujocos_own(renderer: None, hammer: Simulator, tmp_path: Path) -> None:
     """Against MuJoCo's stock renderer (fine meshes, four samples a pixel, no shadows), mean absolute difference.
 
-    Measured: 0.50 at 480 pixels, 1.1 at 96. One row further it is 3.1 and 4.6.
+    Measured: 0.50 at 480 pixels, 2.10 at 96 (2.02 with the fine meshes). One row further it is 3.1 and 6.1.
     """
     path = tmp_path / "stock.npz"
     platform = "egl" if renderer_available("egl") else "osmesa"
     environment = {**os.environ, "MUJOCO_GL": platform}
     subprocess.run([sys.executable, "-c", STOCK, str(path)], check=True, env=environment)
     stock = np.load(path)
-    for size, bound in ((480, 0.8), (96, 2.0)):
+    for size, bound in ((480, 0.8), (96, 2.5)):
         own = draw(hammer, View("corner2", size, size))
         assert difference(own, stock[str(size)]) < bound
         assert difference(own[1:], stock[str(size)][:-1]) > 1.5 * bound
@@ -267,6 +273,18 @@ def test_one_renderer_of_a_kind_per_process(renderer: None) -> None:
     assert get_renderer() in [get_renderer(kind) for kind in ("egl", "osmesa") if renderer_available(kind)]
 
 
+def id_of_renderer() -> int:
+    return id(get_renderer())
+
+
+def test_a_forked_process_has_its_own(renderer: None) -> None:
+    parents = id_of_renderer()
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        assert pool.apply(id_of_renderer) != parents  # the parent's lives on in the child, so the number is taken
+        pool.close()
+        pool.join()
+
+
 def run_python(program: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """A fresh interpreter with MuJoCo's variables as given, else unset."""
     clean = {key: value for key, value in os.environ.items() if key not in ("MUJOCO_GL", "PYOPENGL_PLATFORM")}
@@ -291,8 +309,8 @@ def test_pictures_do_not_depend_on_mujocos_variable(renderer: None) -> None:
     assert len({run.stdout for run in runs}) == 1
 
 
-# Libraries as a machine without them has them: the loader does not find them. Then a stand-in for mujoco.osmesa with the
-# conditions of the real one: that no other platform was asked for, and that PyOpenGL has chosen OSMesa.
+# Libraries missing as they are on a bare machine: the loader does not find them. Then a stand-in for mujoco.osmesa with
+# the conditions of the real one: that no other platform was asked for, and that PyOpenGL has chosen OSMesa.
 WITHOUT = """
 import ctypes, importlib.abc, importlib.machinery, os, sys
 

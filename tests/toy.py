@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -16,11 +16,25 @@ from torch import Tensor, nn
 from mw_envs import encode_instruction
 from sb3_vla import PPO
 from sb3_vla.demonstrations import Demonstrations
-from sb3_vla.models import CompactVLA
+from sb3_vla.models import CompactVLA, Context, VLAModel
+from sb3_vla.models.base import PERCEPTION
 
 TINY: dict[str, Any] = {"width": 64, "depth": 1, "channels": (8, 8, 16)}
 SENTENCES = ("Go to the left", "Go to the right")
 TARGETS = (-0.5, 0.5)  # of every action, by sentence
+
+
+class StateModel(VLAModel):
+    """A model whose context is the observation's state; tests add the denoiser."""
+
+    def backbone(self) -> Iterator[nn.Parameter]:
+        yield from ()
+
+    def perceive(self, observation: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {PERCEPTION + "state": observation["state"]}
+
+    def contextualise(self, perception: dict[str, Tensor]) -> Context:
+        return Context(perception[PERCEPTION + "state"], perception[PERCEPTION + "state"])
 
 
 class ToyEnv(gym.Env):
@@ -102,6 +116,7 @@ def toy_ppo(
     distribution: str = "gaussian",
     distribution_kwargs: dict[str, Any] | None = None,
     stirred: bool = True,
+    trainable: str = "all",
     **options: Any,
 ) -> PPO:
     """PPO with the tiny model; ``stirred`` weights, because the model's own start is an action of exactly zero."""
@@ -119,6 +134,7 @@ def toy_ppo(
                 "distribution": distribution,
                 "distribution_kwargs": distribution_kwargs,
                 "value_width": 32,
+                "trainable": trainable,
             },
             **options,
         },
@@ -134,7 +150,7 @@ def stir(module: nn.Module, size: float = 0.05, seed: int = 0) -> None:
     with torch.no_grad():
         for name, parameter in module.named_parameters():
             if not name.endswith("log_std"):
-                parameter += size * torch.randn(parameter.shape, generator=generator)
+                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=size)
 
 
 def tiny_model(**options: Any) -> CompactVLA:

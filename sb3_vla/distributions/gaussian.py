@@ -29,6 +29,7 @@ class GaussianChunk(ActionDistribution):
     """
 
     needs_trace = False
+    log_std: Tensor
 
     def __init__(
         self,
@@ -47,7 +48,10 @@ class GaussianChunk(ActionDistribution):
             raise ValueError(f"std={std!r}; expected one positive number or {action_dim} of them")
         self.coherent = coherence == "offset"
         self.learn_std = learn_std
-        self.log_std = nn.Parameter(values.log().clone(), requires_grad=learn_std)
+        if learn_std:
+            self.log_std = nn.Parameter(values.log().clone())
+        else:  # no parameter: sb3-contrib's TRPO wants a gradient of every one
+            self.register_buffer("log_std", values.log().clone())
 
     def sample(
         self, model: VLAModel, context: Context, generator: torch.Generator | None = None

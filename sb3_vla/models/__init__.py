@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from mw_envs.tasks import did_you_mean
 from sb3_vla.models.base import Context, VLAModel
 from sb3_vla.models.compact import CompactVLA
@@ -19,4 +22,16 @@ def model_class(name: str) -> type[VLAModel]:
     return MODELS[name]
 
 
-__all__ = ["MODELS", "CompactVLA", "Context", "VLAModel", "model_class"]
+def make_model(name: str, options: Mapping[str, Any]) -> VLAModel:
+    """Build a model by name.
+
+    :param options: the model's own.
+    :raises ValueError: for an unknown name or option.
+    """
+    try:
+        return model_class(name)(**options)
+    except TypeError as error:
+        raise ValueError(f"Model {name!r} does not take these options: {dict(options)} ({error})") from error
+
+
+__all__ = ["MODELS", "CompactVLA", "Context", "VLAModel", "make_model", "model_class"]

@@ -8,11 +8,19 @@ Flow time runs from 1 (noise) to 0 (data): x_t = t noise + (1 - t) action, veloc
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+PERCEPTION = "perception/"
+
+
+def is_perceived(observation: Mapping[str, Tensor]) -> bool:
+    """Whether these are tensors of :meth:`VLAModel.perceive` rather than an observation."""
+    return any(key.startswith(PERCEPTION) for key in observation)
 
 
 @dataclass
@@ -51,12 +59,27 @@ class VLAModel(nn.Module, ABC):
         self.action_std: Tensor
 
     @abstractmethod
-    def encode(self, observation: dict[str, Tensor]) -> Context:
-        """Encode observations.
+    def backbone(self) -> Iterator[nn.Parameter]:
+        """The parameters of :meth:`perceive`."""
+
+    @abstractmethod
+    def perceive(self, observation: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The backbone's part of the encoding, which a rollout can keep where the backbone is frozen.
 
         :param observation: ``image`` uint8 (N, 3, height, width), ``state`` float32 (N, S), ``instruction`` uint8
             (N, L).
+        :return: tensors of N rows, their names beginning with :data:`PERCEPTION`, and what passes unchanged.
         """
+
+    @abstractmethod
+    def contextualise(self, perception: dict[str, Tensor]) -> Context:
+        """The rest of the encoding, from what :meth:`perceive` gave."""
+
+    def encode(self, observation: dict[str, Tensor]) -> Context:
+        """Encode observations, or what :meth:`perceive` made of them."""
+        if not is_perceived(observation):
+            observation = self.perceive(observation)
+        return self.contextualise(observation)
 
     @abstractmethod
     def denoise(self, context: Context, x: Tensor, t: Tensor) -> Tensor:

@@ -8,13 +8,14 @@ attends to visual, language and proprioceptive tokens and predicts the velocity 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
-from sb3_vla.models.base import Context, VLAModel
+from sb3_vla.models.base import PERCEPTION, Context, VLAModel
 
 
 class CompactVLA(VLAModel):
@@ -82,17 +83,32 @@ class CompactVLA(VLAModel):
         nn.init.zeros_(self.action_out.weight)
         nn.init.zeros_(self.action_out.bias)
 
-    def encode(self, observation: dict[str, Tensor]) -> Context:
-        """See :meth:`VLAModel.encode`."""
+    def backbone(self) -> Iterator[nn.Parameter]:
+        """See :meth:`VLAModel.backbone`."""
+        yield from self.instruction_encoder.parameters()
+        yield from self.vision_encoder.parameters()
+        yield self.sharpness
+
+    def perceive(self, observation: dict[str, Tensor]) -> dict[str, Tensor]:
+        """See :meth:`VLAModel.perceive`."""
         words = self.instruction_encoder(observation["instruction"])  # (N, width)
-        state = (observation["state"].float() - self.state_mean) / self.state_std
-        state = self.state_encoder(state.clamp(-10, 10))  # (N, width)
         image = observation["image"].float().div_(127.5).sub_(1.0).contiguous(memory_format=torch.channels_last)
         fine, grid = self.vision_encoder(image, words)  # (N, C', 2h, 2w), (N, C, h, w)
-        tokens = self.visual_projection(grid.flatten(2).transpose(1, 2)) + self.visual_position
+        return {
+            PERCEPTION + "words": words,
+            PERCEPTION + "grid": rearrange(grid, "n c h w -> n (h w) c"),
+            PERCEPTION + "position": torch.cat([expected_position(fine * self.sharpness), expected_position(grid)], 1),
+            "state": observation["state"],
+        }
+
+    def contextualise(self, perception: dict[str, Tensor]) -> Context:
+        """See :meth:`VLAModel.contextualise`."""
+        words = perception[PERCEPTION + "words"]
+        state = (perception["state"].float() - self.state_mean) / self.state_std
+        state = self.state_encoder(state.clamp(-10, 10))  # (N, width)
+        tokens = self.visual_projection(perception[PERCEPTION + "grid"]) + self.visual_position
         tokens = self.context_norm(torch.cat([tokens, words[:, None], state[:, None]], dim=1))
-        positions = [expected_position(fine * self.sharpness), expected_position(grid)]
-        features = torch.cat([*positions, words, state], dim=1)
+        features = torch.cat([perception[PERCEPTION + "position"], words, state], dim=1)
         keys_values = [block.keys_values(tokens) for block in self.blocks]  # type: ignore[operator]
         return Context(features.float(), (keys_values, self.summary(features)))
 
@@ -202,23 +218,18 @@ class ActionBlock(nn.Module):
             9, dim=2
         )
         q, k, v = self._split(self.self_qkv(self.norm(h) * (1 + scale1) + shift1), 3)
-        h = h + gate1 * self.self_out(_merge(F.scaled_dot_product_attention(q, k, v)))
+        attended = F.scaled_dot_product_attention(q, k, v)
+        h = h + gate1 * self.self_out(rearrange(attended, "n heads t d -> n t (heads d)"))
         (q,) = self._split(self.cross_q(self.norm(h) * (1 + scale2) + shift2), 1)
-        # All R denoisings of a context query it together: (R * N, heads, H, 64) -> (N, heads, R * H, 64).
-        contexts, horizon = len(keys), h.shape[1]
-        q = q.unflatten(0, (-1, contexts)).movedim(0, 2).flatten(2, 3)
+        # All R denoisings of a context query it together.
+        q = rearrange(q, "(r n) heads t d -> n heads (r t) d", n=len(keys))
         attended = F.scaled_dot_product_attention(q, keys, values)
-        attended = attended.unflatten(2, (-1, horizon)).movedim(2, 0).flatten(0, 1)
-        h = h + gate2 * self.cross_out(_merge(attended))
+        attended = rearrange(attended, "n heads (r t) d -> (r n) t (heads d)", t=h.shape[1])
+        h = h + gate2 * self.cross_out(attended)
         return h + gate3 * self.mlp(self.norm(h) * (1 + scale3) + shift3)
 
     def _split(self, x: Tensor, parts: int) -> tuple[Tensor, ...]:
-        x = x.unflatten(2, (parts, self.heads, 64))  # (N, T, parts, heads, 64)
-        return tuple(part.squeeze(0) for part in x.permute(2, 0, 3, 1, 4).split(1))
-
-
-def _merge(x: Tensor) -> Tensor:
-    return x.transpose(1, 2).flatten(2)
+        return rearrange(x, "n t (parts heads d) -> parts n heads t d", parts=parts, heads=self.heads).unbind()
 
 
 def expected_position(grid: Tensor) -> Tensor:

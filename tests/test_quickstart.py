@@ -1,0 +1,112 @@
+"""The whole way at a small size: collect, imitate, measure, practise, measure again; interrupted and started again."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from sb3_vla.evaluation import EvaluationResult
+
+QUICKSTART = Path(__file__).parents[1] / "examples" / "quickstart.py"
+SMALL = [
+    "collect.tasks=[drawer-close-v3, handle-press-v3]",
+    "collect.suite=MT50",
+    "collect.episodes_per_task=2",
+    "collect.image_size=64",
+    "sft.steps=30",
+    "sft.batch_size=16",
+    "sft.validation_fraction=0.0",
+    "sft.model_kwargs={width: 64, depth: 1, channels: [8, 8, 16]}",
+    "evaluation.choice_trials=1",
+    "evaluation.test_trials=2",
+    "evaluation.lowest=-1",
+    "evaluation.highest=2",
+    "ppo.iterations=2",
+    "ppo.num_envs=2",
+    "ppo.decisions=8",
+    "ppo.batch_size=8",
+    "ppo.horizon=40",
+    "ppo.checkpoint_interval=1",
+]
+pytestmark = pytest.mark.timeout(300)
+
+
+def quickstart(run: Path, *settings: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(QUICKSTART), "--run", str(run), *SMALL, *settings],
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+
+
+def test_from_nothing_to_a_table_and_again(renderer: None, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    first = quickstart(run)
+    assert first.returncode == 0, first.stdout + first.stderr
+    for name in (
+        "demonstrations/meta/info.json",
+        "sft/model.safetensors",
+        "ppo/model.safetensors",
+        "evaluation_before.json",
+        "evaluation_after.json",
+        "comparison.md",
+        "learning_curve.png",
+        "before_after.png",
+    ):
+        assert (run / name).stat().st_size > 0, name
+    assert len(list((run / "videos").rglob("*.mp4"))) == 4
+    assert list((run / "tensorboard").rglob("events*"))
+    before, after = (EvaluationResult.from_json(run / f"evaluation_{name}.json") for name in ("before", "after"))
+    assert list(before.successes) == list(after.successes)
+    assert len(before.successes) == 4
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["time/total_timesteps"] for row in rows] == [16, 32]
+
+    weights = (run / "ppo/model.safetensors").read_bytes()
+    started = time.monotonic()
+    again = quickstart(run)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert time.monotonic() - started < 60
+    assert (run / "ppo/model.safetensors").read_bytes() == weights
+
+
+def test_an_interrupt_leaves_no_process_and_the_next_start_goes_on(renderer: None, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    command = [sys.executable, str(QUICKSTART), "--run", str(run), *SMALL, "ppo.iterations=400"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 240
+        while len(list((run / "checkpoints" / "ppo").glob("step-*"))) < 2:
+            assert process.poll() is None, process.communicate()[0].decode()
+            assert time.monotonic() < deadline, "PPO did not begin"
+            time.sleep(0.2)
+        os.killpg(process.pid, signal.SIGINT)  # what Ctrl-C does: the whole group gets it
+        output = process.communicate(timeout=60)[0].decode()
+    finally:
+        process.kill()
+    assert process.returncode == 130, output
+    assert "goes on" in output and "Traceback" not in output
+    time.sleep(1.0)
+    with pytest.raises(ProcessLookupError):  # nobody of the group is left
+        os.killpg(process.pid, 0)
+
+    done = len(list((run / "checkpoints" / "ppo").glob("step-*")))
+    resumed = quickstart(run, f"ppo.iterations={done + 1}")
+    # Other iterations are other settings, so PPO starts afresh; what came before it is kept.
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    assert (run / "checkpoints" / "ppo.replaced-1").is_dir()
+
+
+def test_bad_settings_are_told_in_one_line(tmp_path: Path) -> None:
+    result = quickstart(tmp_path / "run", "sft.setps=3")
+    assert result.returncode == 2
+    assert "sft.steps" in result.stdout and "Traceback" not in result.stdout + result.stderr

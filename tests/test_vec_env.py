@@ -1,0 +1,471 @@
+"""WorkerVecEnv does what DummyVecEnv does, and leaves nothing behind however it ends."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import numpy.typing as npt
+import pytest
+from gymnasium import spaces
+from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.vec_env import DummyVecEnv
+from stable_baselines3.common.vec_env.base_vec_env import VecEnv
+
+from sb3_vla.vec_env import WorkerVecEnv, available_cores
+
+KINDS: dict[str, spaces.Space[Any]] = {
+    "box": spaces.Box(-10, 10, (2, 3), np.float64),
+    "discrete": spaces.Discrete(1000),
+    "dict": spaces.Dict({"z": spaces.Box(0, 255, (4,), np.uint8), "a": spaces.Box(-1, 1, (2,), np.float32)}),
+    "tuple": spaces.Tuple((spaces.Box(-1, 1, (2,), np.float32), spaces.MultiBinary(3))),
+}
+
+
+class Toy(gym.Env[Any, npt.NDArray[np.float32]]):
+    """Random observations; episodes of two to five steps; infos that tell what the environment was given."""
+
+    action_space = spaces.Box(-1, 1, (2,), np.float32)
+
+    def __init__(self, kind: str = "dict", render_mode: str | None = None) -> None:
+        self.observation_space = copy.deepcopy(KINDS[kind])  # its generator is this environment's own
+        self.metadata = {"render_modes": ["rgb_array"]}
+        self.render_mode = render_mode
+        self.colour = 7
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        super().reset(seed=seed)
+        if seed is not None:
+            self.observation_space.seed(seed)
+        self.steps_left = int(self.np_random.integers(2, 6))
+        return self.observation_space.sample(), {"seed": seed, "options": options, "length": self.steps_left}
+
+    def step(self, action: npt.NDArray[np.float32]) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        self.steps_left -= 1
+        over = self.steps_left == 0
+        terminated = over and bool(self.np_random.integers(2))
+        info = {"action": np.array(action), "left": self.steps_left}
+        return self.observation_space.sample(), float(action.sum()) / 3, terminated, over and not terminated, info
+
+    def render(self) -> npt.NDArray[np.uint8]:  # type: ignore[override]
+        return np.full((4, 4, 3), self.colour, np.uint8)
+
+    def add(self, first: int, second: int = 0) -> int:
+        return self.colour + first + second
+
+    def fail(self, message: str) -> None:
+        raise FileNotFoundError(message)
+
+    def end_process(self) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def process(self) -> int:
+        return os.getpid()
+
+    def wait(self, seconds: float, answer: int = 0) -> bytes:
+        time.sleep(seconds)
+        return bytes(answer)
+
+    @property
+    def unpicklable(self) -> Any:
+        return threading.Lock()
+
+
+class SlowToy(Toy):
+    """Takes long for a step when the action says so, and then sends more than a pipe holds."""
+
+    def step(self, action: npt.NDArray[np.float32]) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        observation, reward, terminated, truncated, info = super().step(action)
+        time.sleep(float(action[0]))
+        return observation, reward, terminated, truncated, info | {"ballast": bytes(4_000_000)}
+
+
+def toys(count: int, kind: str = "dict", **kwargs: Any) -> list[Callable[[], gym.Env[Any, Any]]]:
+    return [functools.partial(Toy, kind, **kwargs)] * count
+
+
+@pytest.fixture
+def five() -> Iterator[WorkerVecEnv]:
+    """Five environments in two workers: 0 to 1, and 2 to 4."""
+    env = WorkerVecEnv(toys(5), num_workers=2, start_method="fork")
+    yield env
+    env.close()
+
+
+def living(pids: list[int]) -> list[int]:
+    """Those of some processes that run."""
+    found = []
+    for pid in pids:
+        with suppress(OSError):
+            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
+                found.append(pid)
+    return found
+
+
+def assert_equal(one: Any, other: Any) -> None:
+    """Equal values, types, shapes and dtypes, all the way down; a plain dict may be an OrderedDict."""
+    if isinstance(one, dict):
+        assert list(one) == list(other)
+        for key in one:
+            assert_equal(one[key], other[key])
+    elif isinstance(one, (list, tuple)):
+        assert type(one) is type(other) and len(one) == len(other)
+        for first, second in zip(one, other, strict=True):
+            assert_equal(first, second)
+    elif isinstance(one, np.ndarray):
+        assert one.dtype == other.dtype
+        np.testing.assert_array_equal(one, other, strict=True)
+    else:
+        assert type(one) is type(other) and one == other
+
+
+def assert_same_course(one: VecEnv, other: VecEnv, steps: int) -> int:
+    """Step both with the same actions and compare everything they give; the number of episodes that ended."""
+    assert one.observation_space == other.observation_space and one.action_space == other.action_space
+    generator, ended = np.random.default_rng(0), 0
+    assert_equal(one.reset(), other.reset())
+    assert_equal(one.reset_infos, other.reset_infos)
+    for _ in range(steps):
+        actions = generator.uniform(-1, 1, (one.num_envs, *one.action_space.shape)).astype(np.float32)  # type: ignore[misc]
+        stepped = one.step(actions)
+        assert_equal(stepped, other.step(actions))
+        assert_equal(one.reset_infos, other.reset_infos)
+        ended += int(stepped[2].sum())
+    return ended
+
+
+# As DummyVecEnv
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("workers", [1, 2, 5, 9])
+def test_equals_dummy_vec_env(kind: str, workers: int) -> None:
+    dummy = DummyVecEnv(toys(5, kind))
+    env = WorkerVecEnv(toys(5, kind), num_workers=workers, start_method="fork")
+    assert [len(share) for share in env.shares] == {1: [5], 2: [2, 3], 5: [1] * 5, 9: [1] * 5}[workers]
+    for one in (dummy, env):
+        one.seed(3)
+    assert assert_same_course(env, dummy, 12) > 5
+    # A second reset: with options per environment, no seeds, then with nothing.
+    for one in (dummy, env):
+        one.set_options([{"number": number} if number != 1 else {} for number in range(5)])
+    assert_same_course(env, dummy, 3)
+    assert [info["options"] for info in dummy.reset_infos].count(None) > 0
+    assert_same_course(env, dummy, 1)
+    env.close()
+    dummy.close()
+
+
+@pytest.mark.parametrize("start_method", ["spawn", "forkserver"])
+def test_start_methods_and_functions_that_pickle_refuses(start_method: str) -> None:
+    class Local(Toy):
+        pass
+
+    number = 3
+    functions: list[Callable[[], gym.Env[Any, Any]]] = [lambda: Local("box"), lambda: Monitor(Local("box"))]
+    env = WorkerVecEnv([*functions, lambda: gym.wrappers.TimeLimit(Local("box"), number)], 1, start_method)
+    assert env.env_is_wrapped(Monitor) == [False, True, False]
+    dummy = DummyVecEnv([lambda: Local("box")] * 3)
+    for one in (dummy, env):
+        one.seed(3)
+    assert_equal(env.reset(), dummy.reset())
+    env.close()
+    assert not living([process.pid or 0 for process in env.processes])
+
+
+def test_metaworld(renderer: None) -> None:
+    """Environments of one process share simulators and an OpenGL context; the processes do not see each other."""
+    make = functools.partial(
+        gym.make, "mw_envs:MetaWorldMT10-v0", tasks=["reach-v3", "push-v3"], image_size=24, horizon=5, action_chunk=2
+    )
+    dummy = DummyVecEnv([make] * 3)
+    env = WorkerVecEnv([make] * 3, num_workers=2)
+    for one in (dummy, env):
+        one.seed(5)
+        one.set_options([{"task": "reach-v3", "goal": 1}, {"task": "push-v3", "goal": 2}, {"task": "push-v3"}])
+    assert assert_same_course(env, dummy, 4) == 3
+    assert [info["task"] for info in env.reset_infos] == [info["task"] for info in dummy.reset_infos]
+    env.close()
+    dummy.close()
+
+
+def test_methods_and_attributes_over_the_border_of_workers(five: WorkerVecEnv) -> None:
+    dummy = DummyVecEnv(toys(5))
+    for env in (five, dummy):
+        env.set_attr("colour", 1, indices=[1, 2])
+        env.set_attr("colour", 4, indices=4)
+        env.set_attr("colour", 5, indices=-2)
+        assert env.get_attr("colour") == [7, 1, 1, 5, 4]
+        assert env.get_attr("colour", indices=[4, 0, 2]) == [4, 7, 1]
+        assert env.get_attr("colour", indices=[-1, 4, 0, 4]) == [4, 4, 7, 4]
+        assert env.get_attr("colour", indices=[]) == []
+        assert env.get_attr("colour", indices=np.array([3, 1])) == [5, 1]
+        assert env.env_method("add", 10, second=100, indices=(3, 1)) == [115, 111]
+        assert env.env_method("add", 10) == [17, 11, 11, 15, 14]
+        assert env.env_is_wrapped(Monitor, indices=[0, 4]) == [False, False]
+        with pytest.raises(IndexError):
+            env.get_attr("colour", indices=5)
+        with pytest.raises(AttributeError, match="color"):
+            env.get_attr("color")
+        assert env.get_attr("colour", indices=0) == [7], "nothing may be left of the refused calls"
+
+
+def test_has_attr_asks_every_environment(five: WorkerVecEnv) -> None:
+    assert five.has_attr("colour") and not five.has_attr("color")
+    five.set_attr("extra", 1, indices=[0, 1, 2, 3])
+    assert not five.has_attr("extra")
+    five.set_attr("extra", 1, indices=4)
+    assert five.has_attr("extra")
+    assert five.has_attr("unpicklable"), "what stays in the worker need not be sent"
+
+
+def test_images() -> None:
+    env = WorkerVecEnv(toys(3, render_mode="rgb_array"), num_workers=2, start_method="fork")
+    env.set_attr("colour", 9, indices=2)
+    assert env.render_mode == "rgb_array"
+    assert [int(image.mean()) for image in env.get_images() if image is not None] == [7, 7, 9]
+    tiled = env.render()
+    assert tiled is not None and tiled.shape == (8, 8, 3)
+    env.close()
+
+
+def test_no_images_without_the_render_mode(five: WorkerVecEnv) -> None:
+    with pytest.warns(UserWarning, match="rgb_array"):
+        assert five.get_images() == [None] * 5
+
+
+def test_workers_by_default() -> None:
+    assert available_cores() >= 1
+    env = WorkerVecEnv(toys(2), start_method="fork")
+    assert len(env.processes) == min(2, available_cores())
+    env.close()
+
+
+def test_what_workers_give_is_the_callers_own(five: WorkerVecEnv) -> None:
+    """A result that is kept does not change with the next step."""
+    five.seed(0)
+    first = five.reset()
+    assert isinstance(first, dict)
+    kept = {key: value.copy() for key, value in first.items()}
+    five.step(np.zeros((5, 2), np.float32))
+    assert_equal(first, kept)
+
+
+# Bad input, failures, deaths
+
+
+def test_bad_arguments(five: WorkerVecEnv) -> None:
+    with pytest.raises(ValueError, match="env_fns is empty"):
+        WorkerVecEnv([])
+    with pytest.raises(ValueError, match="num_workers=0"):
+        WorkerVecEnv(toys(1), num_workers=0)
+    with pytest.raises(ValueError, match="Got 4 actions for 5"):
+        five.step(np.zeros((4, 2), np.float32))
+    with pytest.raises(RuntimeError, match=r"call step_async\(\) first"):
+        five.step_wait()
+    toy = Toy()
+    with pytest.raises(RuntimeError, match="same instance"):
+        WorkerVecEnv([lambda: toy] * 2, num_workers=1, start_method="fork")
+
+
+def test_an_error_comes_with_its_traceback_and_the_workers_go_on(five: WorkerVecEnv) -> None:
+    five.seed(0)
+    five.reset()
+    with pytest.raises(RuntimeError, match=r"(?s)worker 1 \(environments 2 to 4\).*in fail\n.*FileNotFoundError: no x"):
+        five.env_method("fail", "no x", indices=[1 + 1])
+    with pytest.raises(RuntimeError, match="worker 0"):
+        five.env_method("fail", "all of them")
+    with pytest.raises(RuntimeError, match="cannot pickle"):
+        five.get_attr("unpicklable")
+    bad = np.zeros((5, 2), object)
+    bad[0, 0] = "x"  # the step of the first worker fails, that of the second does not
+    with pytest.raises(RuntimeError, match=r"(?s)worker 0 \(environments 0 to 1\).*TypeError"):
+        five.step(bad)
+    dummy = DummyVecEnv(toys(5))
+    for env in (five, dummy):
+        env.seed(9)
+    assert assert_same_course(five, dummy, 6) > 0
+
+
+def test_a_request_that_cannot_be_sent(five: WorkerVecEnv) -> None:
+    """The first worker has been asked to reset when the second's options turn out to be impossible."""
+    five.set_options([{}] * 4 + [{"lock": threading.Lock}])
+    five._options[4] = {"lock": threading.Lock()}
+    with pytest.raises(TypeError, match="pickle"):
+        five.reset()
+    five.set_options()
+    dummy = DummyVecEnv(toys(5))
+    for env in (five, dummy):
+        env.seed(9)
+    assert assert_same_course(five, dummy, 6) > 0
+
+
+def test_a_step_that_was_not_waited_for_is_given_up(five: WorkerVecEnv) -> None:
+    five.reset()
+    five.step_async(np.zeros((5, 2), np.float32))
+    assert five.get_attr("colour") == [7] * 5
+    with pytest.raises(RuntimeError, match="nothing else before step_wait"):
+        five.step_wait()
+    five.step_async(np.zeros((5, 2), np.float32))
+    dummy = DummyVecEnv(toys(5))
+    for env in (five, dummy):
+        env.seed(9)
+    assert assert_same_course(five, dummy, 6) > 0
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_worker_is_named(five: WorkerVecEnv, victim: int) -> None:
+    share = ["0 to 1", "2 to 4"][victim]
+    message = rf"Worker {victim} \(environments {share}\) died with exit code -9.*memory"
+    pids = [process.pid or 0 for process in five.processes]
+    five.reset()
+    os.kill(pids[victim], signal.SIGKILL)
+    for _ in range(2):  # again and again, and not as something else
+        with pytest.raises(RuntimeError, match=message):
+            five.step(np.zeros((5, 2), np.float32))
+    five.close()
+    assert not living(pids)
+    with pytest.raises(RuntimeError, match="is closed"):
+        five.reset()
+
+
+def test_a_worker_that_dies_at_work(five: WorkerVecEnv) -> None:
+    with pytest.raises(RuntimeError, match=r"Worker 1 .* died with exit code -9"):
+        five.env_method("end_process", indices=[0 + 3])
+    assert five.env_method("process", indices=[0, 1]) == [five.processes[0].pid] * 2
+
+
+def test_closing_while_others_are_in_the_middle_of_a_step() -> None:
+    """step_async fails at a dead worker; the others work and then have more to say than a pipe holds."""
+    env = WorkerVecEnv([SlowToy] * 4, num_workers=4, start_method="fork")
+    env.reset()
+    pids = [process.pid or 0 for process in env.processes]
+    os.kill(pids[2], signal.SIGKILL)
+    env.processes[2].join()
+    with pytest.raises(RuntimeError, match=r"Worker 2 \(environments 2\)"):
+        env.step_async(np.full((4, 2), 0.3, np.float32))
+    env.close()
+    env.close()
+    assert not living(pids)
+    # Not terminated after having been waited for in vain, because nobody took their results.
+    assert [process.exitcode for process in env.processes] == [0, 0, -9, 0]
+
+
+def test_a_worker_that_hangs_is_terminated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sb3_vla.vec_env._CLOSE_SECONDS", 1.0)
+    env = WorkerVecEnv([SlowToy] * 2, num_workers=2, start_method="fork")
+    env.reset()
+    env.step_async(np.array([[100, 0], [0, 0]], np.float32))
+    env.close()
+    assert env.processes[0].exitcode == -signal.SIGTERM and env.processes[1].exitcode is not None
+
+
+@pytest.mark.parametrize("start_method", ["fork", "forkserver"])
+def test_a_constructor_that_fails_closes_all_workers(start_method: str) -> None:
+    """With the cause, also when that worker has ended long before the others have started."""
+
+    def fail() -> Toy:
+        raise OSError("no such robot")
+
+    before = set(_children())
+    with pytest.raises(RuntimeError, match=r"(?s)worker 0 \(environments 0\).*in fail\n.*OSError: no such robot"):
+        WorkerVecEnv([fail, *toys(2)], num_workers=3, start_method=start_method)
+    assert not living([pid for pid in _children() if pid not in before])
+
+
+def test_a_function_that_cannot_be_sent_closes_all_workers() -> None:
+    lock = threading.Lock()
+
+    def locked() -> Toy:
+        with lock:
+            return Toy()
+
+    before = set(_children())
+    with pytest.raises(TypeError, match="pickle"):
+        WorkerVecEnv([*toys(1), locked], num_workers=2, start_method="forkserver")
+    assert not living([pid for pid in _children() if pid not in before])
+    env = WorkerVecEnv([locked], start_method="fork")  # nothing is sent here
+    env.close()
+
+
+def _children() -> list[int]:
+    """Processes that multiprocessing has started from this one and not seen end."""
+    return [process.pid or 0 for process in multiprocessing.active_children()]
+
+
+def test_workers_end_with_the_environments_last_reference() -> None:
+    env = WorkerVecEnv(toys(3), num_workers=3, start_method="fork")
+    pids = [process.pid or 0 for process in env.processes]
+    del env
+    deadline = time.monotonic() + 5
+    while living(pids) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not living(pids)
+
+
+SCRIPT = """
+import sys, time
+import gymnasium as gym, numpy as np
+from sb3_vla.vec_env import WorkerVecEnv
+
+class Slow(gym.Env):
+    observation_space = action_space = gym.spaces.Box(-1, 1, (1,), np.float32)
+    def reset(self, *, seed=None, options=None):
+        return np.zeros(1, np.float32), {}
+    def step(self, action):
+        time.sleep(0.05)
+        return np.zeros(1, np.float32), 0.0, False, False, {}
+
+if __name__ == "__main__":
+    env = WorkerVecEnv([Slow] * 4, num_workers=2, start_method=sys.argv[1])
+    env.reset()
+    print(*[process.pid for process in env.processes], flush=True)
+    while True:
+        env.step(np.zeros((4, 1), np.float32))
+"""
+
+
+@pytest.mark.parametrize(
+    ("start_method", "sent"), [("fork", signal.SIGINT), ("fork", signal.SIGKILL), ("forkserver", signal.SIGINT)]
+)
+def test_workers_do_not_outlive_the_parent(tmp_path: Path, start_method: str, sent: signal.Signals) -> None:
+    (tmp_path / "script.py").write_text(SCRIPT)
+    parent = subprocess.Popen(
+        [sys.executable, str(tmp_path / "script.py"), start_method],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        assert parent.stdout is not None
+        pids = [int(pid) for pid in parent.stdout.readline().split()]
+        assert len(living(pids)) == 2
+        time.sleep(0.2)
+        if sent == signal.SIGINT:
+            os.killpg(parent.pid, sent)  # as a terminal does: to the parent and its workers
+        else:
+            parent.send_signal(sent)
+        _, errors = parent.communicate(timeout=60)
+        assert errors.count("KeyboardInterrupt") == (1 if sent == signal.SIGINT else 0), errors
+        deadline = time.monotonic() + 5
+        while living(pids) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert not living(pids)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(parent.pid, signal.SIGKILL)
+        parent.communicate()
