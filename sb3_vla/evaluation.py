@@ -141,6 +141,19 @@ def trials_for(tasks: Sequence[str], trials_per_task: int, seed: int = TRIAL_SEE
     ]
 
 
+def captions(instruction: str, trial: Trial, step: int, horizon: int, success: bool) -> list[str]:
+    """Lines below a frame of an evaluation's video.
+
+    What changes from frame to frame has a line of its own, which is short enough never to be broken: the frames of a
+    video must have one height.
+    """
+    return [
+        instruction,
+        f"{trial.task}, goal {trial.goal}",
+        f"step {step} of {horizon}{' · success' if success else ''}",
+    ]
+
+
 class TrialQueue(gym.Wrapper[Observation, Actions, Observation, Actions]):
     """
     Makes each reset start the trial that was assigned, so that SB3's auto-reset walks a list of trials.
@@ -214,10 +227,7 @@ class TrialQueue(gym.Wrapper[Observation, Actions, Observation, Actions]):
             # The environment tells of success at the end of a chunk, which is the very step where success ends it.
             success = info["success_once"] and number == len(frames)
             step = info["elapsed_steps"] - len(frames) + number
-            status = (
-                f"{self._trial.task}, goal {self._trial.goal}  ·  step {step} of {self.settings['protocol'].horizon}"
-            )
-            lines = [info["instruction"], status + ("  ·  success" if success else "")]
+            lines = captions(info["instruction"], self._trial, step, self.settings["protocol"].horizon, success)
             self._last_frame = annotate(enlarge(frame), lines, success)
             video.append(self._last_frame)
 

@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mw_envs.tasks import INSTRUCTION_BYTES, did_you_mean
 from sb3_vla.checkpoints import load_checkpoint
-from sb3_vla.distributions import GaussianChunk, Trace, make_distribution
+from sb3_vla.distributions import Trace, make_distribution
 from sb3_vla.models import Context, VLAModel, make_model
 from sb3_vla.models.base import is_perceived
 
@@ -143,7 +143,7 @@ class VLAPolicy(BasePolicy):
         }
         actor = [p for part in (self.model, self.distribution) for p in part.parameters() if p.requires_grad]
         self.optimizer = optimizer_class(
-            [{"params": actor, "lr_scale": 1.0}, {"params": list(self.value_head.parameters()), "lr_scale": 1.0}],
+            [{"params": actor}, {"params": list(self.value_head.parameters())}],
             lr=lr_schedule(1),  # type: ignore[call-arg]
             **self.optimizer_kwargs,
         )
@@ -205,6 +205,8 @@ class VLAPolicy(BasePolicy):
     def get_distribution(self, obs: PyTorchObs) -> DiagGaussianDistribution:
         """The action distribution as Stable-Baselines3 knows it, for algorithms such as sb3-contrib's TRPO."""
         self._check_stock("this algorithm")
+        if self._frozen_backbone:
+            raise ValueError('This algorithm asks every parameter for a gradient; use trainable="all" with it')
         if self.distribution.coherent:  # type: ignore[union-attr]
             raise ValueError(
                 'coherence="offset" is no diagonal Gaussian; use coherence="independent" with this algorithm'
@@ -263,7 +265,7 @@ class VLAPolicy(BasePolicy):
         return torch.full((len(actions),), self.action_chunk, device=actions.device)
 
     def _check_stock(self, who: str) -> None:
-        if not isinstance(self.distribution, GaussianChunk):
+        if self.distribution.needs_trace:
             raise ValueError(
                 f"{who} cannot train the {type(self.distribution).__name__} distribution: its log-probability needs "
                 'the denoising chain. Use sb3_vla.PPO, or policy_kwargs=dict(distribution="gaussian").'

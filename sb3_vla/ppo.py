@@ -39,7 +39,8 @@ class _OldPolicy:
 
     log_prob: Tensor
     mean: Tensor
-    reference_mean: Tensor | None
+    std: Tensor
+    reference: tuple[Tensor, Tensor] | None
 
 
 class PPO(stable_baselines3.PPO):
@@ -150,19 +151,40 @@ class PPO(stable_baselines3.PPO):
             super()._setup_model()
             return
         # The stock set-up would allocate its own buffer at the size of the raw images.
-        chosen, self.rollout_buffer_class = self.rollout_buffer_class, _NoBuffer  # type: ignore[assignment]
+        if self.rollout_buffer_class is not None:
+            raise ValueError(
+                f"rollout_buffer_class={self.rollout_buffer_class!r}: VLAPolicy has its own rollout buffer"
+            )
+        self.rollout_buffer_class = _NoBuffer  # type: ignore[assignment]
         super()._setup_model()
-        self.rollout_buffer_class = chosen
+        self.rollout_buffer_class = None
+        self._check_options()
         self.rollout_buffer = ChunkRolloutBuffer(  # type: ignore[assignment]
             self.n_steps, self.n_envs, self.device, self.gamma, self.gae_lambda
         )
         self.policy_kwargs = self.policy.portable_kwargs
-        if self.value_lr is not None:
-            self.policy.optimizer.param_groups[1]["lr_scale"] = self.value_lr / self.lr_schedule(1.0)
         self._episodes: defaultdict[str, deque[tuple[float, int]]] = defaultdict(
             lambda: deque(maxlen=self._stats_window_size)
         )
         self._reference: VLAPolicy | None = None
+
+    def _check_options(self) -> None:
+        model, distribution = self.policy.model, self.policy.distribution
+        if self.ent_coef != 0 and not distribution.has_entropy:
+            raise ValueError(
+                f"ent_coef={self.ent_coef} has nothing to act on: the entropy of this action distribution is fixed. "
+                "Set ent_coef=0, or distribution_kwargs=dict(learn_std=True) with the Gaussian"
+            )
+        if self.value_lr is not None and self.lr_schedule(1.0) <= 0:
+            raise ValueError("value_lr needs a learning_rate schedule that does not begin at zero")
+        if self.rehearsal is not None:
+            data = self.rehearsal.demonstrations
+            found = (self.rehearsal.horizon, data.actions.shape[1], data.images.shape[1:3])
+            expected = (model.action_horizon, model.action_dim, model.image_size)
+            if found != expected:
+                raise ValueError(
+                    f"rehearsal has (horizon, action dimensions, image size) {found}; the model needs {expected}"
+                )
 
     def collect_rollouts(self, env: VecEnv, callback: BaseCallback, rollout_buffer: Any, n_rollout_steps: int) -> bool:
         """Collect ``n_rollout_steps`` decisions of each environment; see the stock method."""
@@ -243,9 +265,7 @@ class PPO(stable_baselines3.PPO):
                 if train_actor:
                     loss = loss + self._actor_loss(found, batch, old, clip_range, metrics)
                     with torch.no_grad():
-                        kl = policy.distribution.kl_divergence(
-                            found.mean, found.std, old.mean[batch.indices].to(self.device), batch.executed
-                        ).mean()
+                        kl = self._divergence(found, (old.mean, old.std), batch)
                     divergence.append(kl.item())
                     metrics["approx_kl"].append(kl.item())
                     if self.target_kl is not None and np.mean(divergence) > 1.5 * self.target_kl:
@@ -268,9 +288,7 @@ class PPO(stable_baselines3.PPO):
         """Clipped surrogate, entropy bonus, divergence from the reference, rehearsal."""
         advantages = batch.advantages
         if self.normalize_advantage and len(advantages) > 1:
-            # Over the whole rollout: a minibatch's own mean and deviation are noise.
-            whole = self.rollout_buffer.advantages
-            advantages = (advantages - whole.mean().to(self.device)) / (whole.std().to(self.device) + 1e-8)
+            advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
         ratio = torch.exp(found.log_prob - old.log_prob[batch.indices].to(self.device))
         surrogate = torch.min(advantages * ratio, advantages * torch.clamp(ratio, 1 - clip_range, 1 + clip_range))
         policy_loss = -surrogate.mean()
@@ -282,10 +300,8 @@ class PPO(stable_baselines3.PPO):
             entropy_loss = -found.entropy.mean()
             metrics["entropy_loss"].append(entropy_loss.item())
             loss = loss + self.ent_coef * entropy_loss
-        if old.reference_mean is not None:
-            kl = self.policy.distribution.kl_divergence(
-                found.mean, found.std, old.reference_mean[batch.indices].to(self.device), batch.executed
-            ).mean()
+        if old.reference is not None:
+            kl = self._divergence(found, old.reference, batch)
             metrics["reference_kl"].append(kl.item())
             loss = loss + self.kl_coef * kl
         if self.rehearsal is not None:
@@ -299,6 +315,11 @@ class PPO(stable_baselines3.PPO):
             metrics["rehearsal_loss"].append(rehearsal_loss.item())
             loss = loss + self.rehearsal_coef * rehearsal_loss
         return loss
+
+    def _divergence(self, found: Evaluation, other: tuple[Tensor, Tensor], batch: DecisionBatch) -> Tensor:
+        """Mean KL(policy || other), where the other's mean and deviation are in buffer order."""
+        mean, std = (tensor[batch.indices].to(self.device) for tensor in other)
+        return self.policy.distribution.kl_divergence(found.mean, found.std, mean, std, batch.executed).mean()
 
     def _value_loss(
         self,
@@ -330,16 +351,19 @@ class PPO(stable_baselines3.PPO):
     @torch.no_grad()
     def _old_policy(self, buffer: ChunkRolloutBuffer) -> _OldPolicy:
         """The rollout under the weights that took it, in the precision of the update, so that ratios start at one."""
-        log_probs, means, references = [], [], []
+        log_probs, means, stds, reference_means, reference_stds = [], [], [], [], []
         for batch in buffer.in_order(_EVALUATION_BATCH):
             with autocast(self.bf16, self.device.type):
                 found = self.policy.evaluate(batch.observations, batch.trace, batch.executed)
                 if self._reference is not None:
                     reference = self._reference.evaluate(batch.observations, batch.trace, batch.executed)
-                    references.append(reference.mean.cpu())
+                    reference_means.append(reference.mean.cpu())
+                    reference_stds.append(reference.std.cpu())
             log_probs.append(found.log_prob.cpu())
             means.append(found.mean.cpu())
-        return _OldPolicy(torch.cat(log_probs), torch.cat(means), torch.cat(references) if references else None)
+            stds.append(found.std.cpu())
+        reference_moments = (torch.cat(reference_means), torch.cat(reference_stds)) if reference_means else None
+        return _OldPolicy(torch.cat(log_probs), torch.cat(means), torch.cat(stds), reference_moments)
 
     @torch.no_grad()
     def _bootstrap(self, rewards: np.ndarray, dones: np.ndarray, infos: list[dict[str, Any]]) -> np.ndarray:
@@ -417,11 +441,10 @@ class PPO(stable_baselines3.PPO):
                 record(f"env/success_once/{task}", rate, exclude="stdout")
 
     def _update_learning_rate(self, optimizers: Any) -> None:
-        """The schedule's rate for every parameter group, times the group's own factor."""
+        """The schedule's rate for the actor; the critic's follows it in the proportion that they start with."""
         super()._update_learning_rate(optimizers)
-        if isinstance(self.policy, VLAPolicy):
-            for group in self.policy.optimizer.param_groups:
-                group["lr"] *= group["lr_scale"]
+        if isinstance(self.policy, VLAPolicy) and self.value_lr is not None:
+            self.policy.optimizer.param_groups[1]["lr"] *= self.value_lr / self.lr_schedule(1.0)
 
     def _excluded_save_params(self) -> list[str]:
         # Pictures of the last observation, the reference copy and data do not belong in a saved algorithm.

@@ -247,7 +247,7 @@ def test_independent_gaussian_closed_forms() -> None:
         executed = torch.full((7,), steps)
         for ours, theirs, tolerance in (
             (gaussian.log_prob(mean, std, {"action": action.flatten(1)}, executed), p.log_prob(action.double()), 1e-4),
-            (gaussian.kl_divergence(mean, std, other, executed), kl_divergence(p, q), 1e-4),
+            (gaussian.kl_divergence(mean, std, other, std, executed), kl_divergence(p, q), 1e-4),
             (gaussian.entropy(std, executed), p.entropy(), 1e-6),
         ):
             assert ours is not None
@@ -264,7 +264,7 @@ def test_offset_gaussian_closed_forms() -> None:
     executed = torch.tensor([1, 2, 3, 1, 2, 3, 3])  # the offset is drawn once, however much of the chunk was run
     log_prob = gaussian.log_prob(mean, std, {"action": action}, executed)
     torch.testing.assert_close(log_prob.double(), p.log_prob(action.double().mean(1)), atol=1e-4, rtol=1e-5)
-    kl = gaussian.kl_divergence(mean, std, other, executed)
+    kl = gaussian.kl_divergence(mean, std, other, std, executed)
     torch.testing.assert_close(kl.double(), kl_divergence(p, q), atol=1e-4, rtol=1e-5)
     entropy = gaussian.entropy(std, executed)
     assert entropy is not None
@@ -322,9 +322,9 @@ def test_divergence_is_zero_from_itself_and_has_the_closed_form(name: str, optio
     with torch.no_grad():
         _, trace = distribution.sample(model, context)
         mean, std = distribution.transition(model, context, trace)
-    assert torch.equal(distribution.kl_divergence(mean, std, mean, executed), torch.zeros(4))
+    assert torch.equal(distribution.kl_divergence(mean, std, mean, std, executed), torch.zeros(4))
     other = mean + 0.1
-    found = distribution.kl_divergence(mean, std, other, executed)
+    found = distribution.kl_divergence(mean, std, other, std, executed)
     elementwise = kl_divergence(Normal(mean.double(), std.double()), Normal(other.double(), std.double()))
     if options.get("coherence") == "offset":
         expected = elementwise.mean(1).sum(1)  # every step differs by the same

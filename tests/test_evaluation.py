@@ -35,6 +35,7 @@ from sb3_vla.evaluation import (
     TrialResult,
     VideoOptions,
     _Schedule,
+    captions,
     compare,
     evaluate,
     find_protocol,
@@ -43,6 +44,7 @@ from sb3_vla.evaluation import (
     trials_for,
 )
 from sb3_vla.figures import before_after_bars, learning_curve
+from sb3_vla.videos import annotate
 
 EASY = ["coffee-button-v3", "door-unlock-v3"]
 SMALL = {"image_size": 16}
@@ -540,3 +542,14 @@ def test_figures(tmp_path: Path) -> None:
     assert (tmp_path / "curve.png").read_bytes() == (tmp_path / "same.png").read_bytes()
     with pytest.raises(ValueError, match=r"needs 'time/env_steps'.*got \['actor/loss'\]"):
         learning_curve([{"actor/loss": 0.5}], tmp_path / "curve.png")
+
+
+def test_frames_of_a_video_have_one_height_whatever_the_step() -> None:
+    frame = np.zeros((480, 480, 3), np.uint8)
+    for task in TASKS.values():
+        trial = Trial(task.name, 0, 49)
+        shapes = {
+            annotate(frame, captions(task.instruction, trial, step, 500, success), success).shape
+            for step, success in ((1, False), (99, False), (500, True))
+        }
+        assert len(shapes) == 1, task

@@ -351,7 +351,7 @@ def test_a_saved_algorithm_acts_and_goes_on_the_same(tmp_path: Path, distributio
 def test_a_saved_algorithm_holds_no_pictures(tmp_path: Path) -> None:
     sizes = []
     for count, n_steps in ((1, 2), (8, 4)):
-        algorithm = toy_ppo(toy_vec(count, image_size=64), n_steps=n_steps, batch_size=32, kl_coef=0.1)
+        algorithm = toy_ppo(toy_vec(count, image_size=64), n_steps=n_steps, batch_size=count * n_steps, kl_coef=0.1)
         algorithm.learn(count * n_steps)
         path = tmp_path / f"{count}.zip"
         algorithm.save(path)

@@ -154,7 +154,8 @@ def evaluation(log_prob: list[float], **options: Any) -> Evaluation:
 
 
 def old_policy(log_prob: list[float], reference_mean: Tensor | None = None) -> _OldPolicy:
-    return _OldPolicy(torch.tensor(log_prob), torch.zeros(len(log_prob), 2, 2), reference_mean)
+    mean, std = torch.zeros(len(log_prob), 2, 2), torch.full((len(log_prob), 2, 2), 0.5)
+    return _OldPolicy(torch.tensor(log_prob), mean, std, None if reference_mean is None else (reference_mean, std))
 
 
 def collected() -> tuple[dict[str, list[float]], Any]:
@@ -175,19 +176,18 @@ def test_clipped_surrogate_by_hand() -> None:
     assert found["ratio_max"] == [pytest.approx(1.5)]
 
 
-def test_advantages_are_normalised_over_the_rollout() -> None:
+def test_advantages_are_normalised_over_the_minibatch() -> None:
     algorithm = toy_ppo()
-    algorithm.learn(16)
-    whole = decisions(algorithm).advantages.double()
     _, record = collected()
     batch = batch_of([0.0] * 2, [1.0, 4.0], [0.0] * 2)
     loss = algorithm._actor_loss(evaluation([0.0, 0.1]), batch, old_policy([0.0, 0.0]), 0.2, record)
-    normal = [(a - whole.mean().item()) / whole.std().item() for a in (1.0, 4.0)]
+    normal = [(a - 2.5) / math.sqrt(4.5) for a in (1.0, 4.0)]
     assert loss.item() == pytest.approx(-(normal[0] + normal[1] * math.exp(0.1)) / 2, rel=1e-5)
 
 
 def test_entropy_and_reference_terms_by_hand() -> None:
-    algorithm = toy_ppo(normalize_advantage=False, ent_coef=0.3, kl_coef=0.7)
+    learned = {"distribution_kwargs": {"learn_std": True}}
+    algorithm = toy_ppo(normalize_advantage=False, ent_coef=0.3, kl_coef=0.7, policy_kwargs=learned)
     new = evaluation([0.0, 0.0], entropy=torch.tensor([2.0, 4.0]))
     batch = batch_of([0.0] * 2, [0.0] * 2, [0.0] * 2)
     batch.executed = torch.tensor([2, 1])

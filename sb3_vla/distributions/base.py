@@ -27,6 +27,8 @@ class ActionDistribution(nn.Module, ABC):
 
     #: whether the log-probability follows from observation and action alone, as stock Stable-Baselines3 needs
     needs_trace = True
+    #: whether the entropy depends on the weights, so that a bonus on it has an effect
+    has_entropy = False
 
     def __init__(self, action_chunk: int, denoising_steps: int) -> None:
         super().__init__()
@@ -45,7 +47,7 @@ class ActionDistribution(nn.Module, ABC):
     def transition(self, model: VLAModel, context: Context, trace: Trace) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of what is random in the trace, under the model's present weights.
 
-        Two of these with the same standard deviation give the Kullback-Leibler divergence of two sets of weights.
+        Two of these give the Kullback-Leibler divergence of two sets of weights.
         """
 
     @abstractmethod
@@ -58,8 +60,10 @@ class ActionDistribution(nn.Module, ABC):
         """
 
     @abstractmethod
-    def kl_divergence(self, mean: Tensor, std: Tensor, reference_mean: Tensor, executed: Tensor) -> Tensor:
-        """KL of this transition from one with another mean and the same deviation, (N,), executed steps only."""
+    def kl_divergence(
+        self, mean: Tensor, std: Tensor, reference_mean: Tensor, reference_std: Tensor, executed: Tensor
+    ) -> Tensor:
+        """KL(this transition || reference transition), (N,), executed steps only."""
 
     def entropy(self, std: Tensor, executed: Tensor) -> Tensor | None:
         """Differential entropy of the executed steps, (N,), or None where it does not depend on the weights."""
@@ -91,6 +95,12 @@ def integrate(model: VLAModel, context: Context, x: Tensor, steps: int) -> Tenso
 def executed_mask(executed: Tensor, steps: int) -> Tensor:
     """Which of a chunk's steps were run, float32 (N, steps, 1)."""
     return (torch.arange(steps, device=executed.device) < executed[:, None])[:, :, None].to(torch.float32)
+
+
+def gaussian_kl(mean: Tensor, std: Tensor, reference_mean: Tensor, reference_std: Tensor) -> Tensor:
+    """Elementwise KL divergence of a normal distribution from a reference."""
+    squared = std.square() + (mean - reference_mean).square()
+    return (reference_std / std).log() + 0.5 * (squared / reference_std.square() - 1)
 
 
 def gaussian_log_prob(value: Tensor, mean: Tensor, std: Tensor) -> Tensor:

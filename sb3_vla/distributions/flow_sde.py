@@ -7,7 +7,14 @@ import math
 import torch
 from torch import Tensor
 
-from sb3_vla.distributions.base import ActionDistribution, Trace, executed_mask, gaussian_log_prob, time_grid
+from sb3_vla.distributions.base import (
+    ActionDistribution,
+    Trace,
+    executed_mask,
+    gaussian_kl,
+    gaussian_log_prob,
+    time_grid,
+)
 from sb3_vla.models.base import Context, VLAModel
 
 
@@ -76,8 +83,10 @@ class FlowSDE(ActionDistribution):
         elementwise = gaussian_log_prob(trace["chain"][:, 1:], mean, std)
         return self._sum_executed(elementwise, executed)
 
-    def kl_divergence(self, mean: Tensor, std: Tensor, reference_mean: Tensor, executed: Tensor) -> Tensor:
-        return self._sum_executed(0.5 * ((mean - reference_mean) / std).square(), executed)
+    def kl_divergence(
+        self, mean: Tensor, std: Tensor, reference_mean: Tensor, reference_std: Tensor, executed: Tensor
+    ) -> Tensor:
+        return self._sum_executed(gaussian_kl(mean, std, reference_mean, reference_std), executed)
 
     def _sum_executed(self, elementwise: Tensor, executed: Tensor) -> Tensor:
         mask = executed_mask(executed, self.action_chunk)[:, None]

@@ -8,7 +8,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from sb3_vla.distributions.base import ActionDistribution, Trace, executed_mask, gaussian_log_prob, integrate
+from sb3_vla.distributions.base import (
+    ActionDistribution,
+    Trace,
+    executed_mask,
+    gaussian_kl,
+    gaussian_log_prob,
+    integrate,
+)
 from sb3_vla.models.base import Context, VLAModel
 
 
@@ -47,7 +54,7 @@ class GaussianChunk(ActionDistribution):
         if values is None:
             raise ValueError(f"std={std!r}; expected one positive number or {action_dim} of them")
         self.coherent = coherence == "offset"
-        self.learn_std = learn_std
+        self.learn_std = self.has_entropy = learn_std
         if learn_std:
             self.log_std = nn.Parameter(values.log().clone())
         else:  # no parameter: sb3-contrib's TRPO wants a gradient of every one
@@ -74,11 +81,13 @@ class GaussianChunk(ActionDistribution):
         elementwise = gaussian_log_prob(action, mean, std)
         return (elementwise * executed_mask(executed, self.action_chunk)).sum((1, 2))
 
-    def kl_divergence(self, mean: Tensor, std: Tensor, reference_mean: Tensor, executed: Tensor) -> Tensor:
+    def kl_divergence(
+        self, mean: Tensor, std: Tensor, reference_mean: Tensor, reference_std: Tensor, executed: Tensor
+    ) -> Tensor:
         if self.coherent:
-            return 0.5 * ((mean - reference_mean).mean(1) / std[:, 0]).square().sum(1)
-        squared = ((mean - reference_mean) / std).square()
-        return 0.5 * (squared * executed_mask(executed, self.action_chunk)).sum((1, 2))
+            return gaussian_kl(mean.mean(1), std[:, 0], reference_mean.mean(1), reference_std[:, 0]).sum(1)
+        elementwise = gaussian_kl(mean, std, reference_mean, reference_std)
+        return (elementwise * executed_mask(executed, self.action_chunk)).sum((1, 2))
 
     def entropy(self, std: Tensor, executed: Tensor) -> Tensor | None:
         if not self.learn_std:
