@@ -48,6 +48,14 @@ def quickstart(run: Path, *settings: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+def group_is_alive(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
 def test_from_nothing_to_a_table_and_again(renderer: None, tmp_path: Path) -> None:
     run = tmp_path / "run"
     first = quickstart(run)
@@ -95,9 +103,11 @@ def test_an_interrupt_leaves_no_process_and_the_next_start_goes_on(renderer: Non
         process.kill()
     assert process.returncode == 130, output
     assert "goes on" in output and "Traceback" not in output
-    time.sleep(1.0)
-    with pytest.raises(ProcessLookupError):  # nobody of the group is left
-        os.killpg(process.pid, 0)
+    for _ in range(100):  # the server that forks workers notices a moment later that it is not needed any more
+        if not group_is_alive(process.pid):
+            break
+        time.sleep(0.1)
+    assert not group_is_alive(process.pid)
 
     done = len(list((run / "checkpoints" / "ppo").glob("step-*")))
     resumed = quickstart(run, f"ppo.iterations={done + 1}")
