@@ -24,11 +24,15 @@ from stable_baselines3.common.utils import explained_variance, obs_as_tensor
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 
+from mw_envs.tasks import did_you_mean
 from sb3_vla.buffers import ChunkRolloutBuffer, DecisionBatch
 from sb3_vla.policies import Evaluation, VLAPolicy
 from sb3_vla.precision import autocast
 from sb3_vla.sft import DemonstrationBatches
 
+TASK_SAMPLING = ("uniform", "signal")
+# Least weight of a task that is always or never solved, where 1 is that of a task solved every other time.
+_LEAST_TASK_WEIGHT = 0.1
 # Decisions evaluated at once outside of training.
 _EVALUATION_BATCH = 512
 
@@ -62,6 +66,8 @@ class PPO(stable_baselines3.PPO):
     :param bf16: bfloat16 autocast of the update; log-probabilities and weights stay float32.
     :param bootstrap_truncated: add the value of the last observation where a time limit cut an episode, as
         Stable-Baselines3 does. False takes the limit as a part of the task; let the critic see ``elapsed_time`` then.
+    :param task_sampling: ``uniform`` leaves the environments' own weights; ``signal`` draws a task in proportion to the
+        variance p (1 - p) of its recent success, which is what a success can teach, and not below a tenth of the most.
     """
 
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {  # type: ignore[assignment]
@@ -107,6 +113,7 @@ class PPO(stable_baselines3.PPO):
         rehearsal_batch_size: int = 128,
         bf16: bool = False,
         bootstrap_truncated: bool = True,
+        task_sampling: str = "uniform",
     ) -> None:
         self.value_lr = value_lr
         self.kl_coef = kl_coef
@@ -116,6 +123,9 @@ class PPO(stable_baselines3.PPO):
         self.rehearsal_batch_size = rehearsal_batch_size
         self.bf16 = bf16
         self.bootstrap_truncated = bootstrap_truncated
+        if task_sampling not in TASK_SAMPLING:
+            raise ValueError(f"Unknown task_sampling={task_sampling!r}; {did_you_mean(task_sampling, TASK_SAMPLING)}")
+        self.task_sampling = task_sampling
         self.env_steps = 0
         super().__init__(
             policy,
@@ -192,6 +202,8 @@ class PPO(stable_baselines3.PPO):
             return super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps)
         assert self._last_obs is not None, "No previous observation was provided"
         buffer: ChunkRolloutBuffer = rollout_buffer
+        if self.task_sampling == "signal" and self._episodes:
+            env.env_method("set_task_weights", self._task_weights())
         self.policy.set_training_mode(False)
         buffer.reset()
         callback.on_rollout_start()
@@ -389,6 +401,14 @@ class PPO(stable_baselines3.PPO):
     def task_success(self) -> dict[str, float]:
         """Share of successes among each task's last ``stats_window_size`` training episodes."""
         return {task: float(np.mean([s for s, _ in episodes])) for task, episodes in sorted(self._episodes.items())}
+
+    def _task_weights(self) -> dict[str, float]:
+        weights = {}
+        for task, episodes in self._episodes.items():
+            # Laplace's rule: a task without a success among a few episodes is not yet hopeless.
+            rate = (sum(success for success, _ in episodes) + 1) / (len(episodes) + 2)
+            weights[task] = max(_LEAST_TASK_WEIGHT, 4 * rate * (1 - rate))
+        return weights
 
     def _log_update(
         self,

@@ -46,6 +46,7 @@ class PPOConfig:
     :param trainable: ``all``, or ``expert`` to freeze the model's backbone.
     :param distribution: name of the action distribution.
     :param distribution_kwargs: its options.
+    :param task_sampling: ``uniform``, or ``signal`` to draw more often what is solved now and then.
     :param rehearsal_coef: weight of the imitation loss on demonstrations; 0 for none.
     :param checkpoint_interval: iterations between checkpoints.
     :param seed: of environments and exploration.
@@ -71,6 +72,7 @@ class PPOConfig:
     trainable: str = "expert"
     distribution: str = "gaussian"
     distribution_kwargs: dict[str, Any] = field(default_factory=lambda: {"std": 0.2, "coherence": "offset"})
+    task_sampling: str = "signal"
     rehearsal_coef: float = 0.0
     checkpoint_interval: int = 5
     seed: int = 0
@@ -146,6 +148,7 @@ def train_ppo(
             rehearsal_coef=config.rehearsal_coef,
             # The limit is a part of the task, and the critic sees how much of it is left.
             bootstrap_truncated=False,
+            task_sampling=config.task_sampling,
             seed=config.seed,
             policy_kwargs={
                 "checkpoint": str(checkpoint),

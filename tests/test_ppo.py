@@ -544,3 +544,19 @@ def test_learns_what_the_instruction_means(distribution: str, options: dict[str,
     after = mean_reward(algorithm)
     assert before == pytest.approx(-0.5, abs=0.01)
     assert after > -0.3
+
+
+def test_tasks_are_drawn_by_the_signal_they_give() -> None:
+    algorithm = toy_ppo(task_sampling="signal")
+    algorithm._episodes["solved"].extend([(1.0, 9)] * 98)
+    algorithm._episodes["open"].extend([(1.0, 9)] * 49 + [(0.0, 9)] * 49)
+    algorithm._episodes["rare"].extend([(1.0, 9)] * 9 + [(0.0, 9)] * 89)
+    weights = algorithm._task_weights()
+    assert weights == {"solved": 0.1, "open": 1.0, "rare": pytest.approx(4 * 0.1 * 0.9)}
+    told: list[Any] = []
+    assert algorithm.env is not None
+    algorithm.env.env_method = lambda name, *args: told.append((name, *args))  # type: ignore[assignment]
+    algorithm.learn(16)
+    assert told == [("set_task_weights", weights)]
+    with pytest.raises(ValueError, match="did you mean 'signal'"):
+        toy_ppo(task_sampling="signals")
