@@ -18,8 +18,8 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-# Worker processes and the learner take turns on the same cores; threads that wait must not keep them busy.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# Worker processes and the learner take turns on the same cores: threads that wait must soon give theirs up.
+os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 from rich.console import Console
 
@@ -44,7 +44,7 @@ class CollectConfig:
 
     suite: str = "MT10"
     tasks: list[str] | None = None
-    episodes_per_task: int = 20
+    episodes_per_task: int = 10
     noise_std: float = 0.5
     image_size: int = 96
     crop: str = "workspace"

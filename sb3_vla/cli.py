@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-# Must stand before torch is imported: worker processes and the learner take turns on the same cores.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# Before torch is imported: worker processes and the learner take turns on the same cores, so threads that wait must
+# soon give theirs up.
+os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 from rich.console import Console
 

@@ -55,7 +55,7 @@ class SFTConfig:
     model_kwargs: dict[str, Any] = field(default_factory=dict)
     checkpoint: str | None = None
     action_horizon: int = 5
-    steps: int = 1000
+    steps: int = 500
     batch_size: int = 128
     draws: int = 1
     learning_rate: float = 1e-3

@@ -52,14 +52,14 @@ class PPOConfig:
     :param seed: of environments and exploration.
     """
 
-    iterations: int = 28
+    iterations: int = 40
     num_envs: int = 16
     num_workers: int | None = None
     decisions: int = 128
     horizon: int = 160
     batch_size: int = 512
     epochs: int = 4
-    learning_rate: float = 1e-4
+    learning_rate: float = 7e-5
     value_lr: float = 5e-4
     gamma: float = 0.99
     gae_lambda: float = 0.95

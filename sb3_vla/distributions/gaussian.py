@@ -32,7 +32,7 @@ class GaussianChunk(ActionDistribution):
     :param std: standard deviation in environment units (the box is -1..1), one or A numbers.
     :param coherence: ``independent`` or ``offset``.
     :param learn_std: whether the deviation is trained; only then does it have an entropy worth a bonus.
-    :param denoising_steps: Euler steps to the mean.
+    :param denoising_steps: Euler steps to the mean; from zero noise a second one is enough.
     """
 
     needs_trace = False
@@ -45,7 +45,7 @@ class GaussianChunk(ActionDistribution):
         std: float | Sequence[float] = 0.2,
         coherence: str = "independent",
         learn_std: bool = False,
-        denoising_steps: int = 4,
+        denoising_steps: int = 2,
     ) -> None:
         super().__init__(action_chunk, denoising_steps)
         if coherence not in ("independent", "offset"):
