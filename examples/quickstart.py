@@ -93,7 +93,7 @@ def main() -> int:
     """Run all stages; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, help="run directory (default: runs/quickstart, runs/quickstart-full)")
-    parser.add_argument("--full", action="store_true", help="all 50 tasks instead of 10; hours instead of minutes")
+    parser.add_argument("--full", action="store_true", help="all 50 tasks instead of 10")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings, such as seed=1 or sft.steps=500")
     arguments = parser.parse_args()
     folder = arguments.run or Path("runs/quickstart-full" if arguments.full else "runs/quickstart")
