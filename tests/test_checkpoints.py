@@ -116,6 +116,12 @@ def test_what_a_killed_writer_left_does_not_stop_the_next(saved: Path, monkeypat
         assert load_checkpoint(saved).model.action_horizon == horizon
 
 
+def test_a_writer_killed_between_its_two_renames_loses_nothing(saved: Path) -> None:
+    saved.rename(saved.with_name(f".{saved.name}.old"))
+    assert load_checkpoint(saved).notes == {"step": 7}
+    assert [p.name for p in saved.parent.iterdir()] == [saved.name]
+
+
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
 def test_missing_file(saved: Path, name: str) -> None:
     (saved / name).unlink()

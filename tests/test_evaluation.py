@@ -35,7 +35,6 @@ from sb3_vla.evaluation import (
     TrialResult,
     VideoOptions,
     _Schedule,
-    captions,
     compare,
     evaluate,
     find_protocol,
@@ -44,6 +43,7 @@ from sb3_vla.evaluation import (
     trials_for,
 )
 from sb3_vla.figures import before_after_bars, learning_curve
+from sb3_vla.trial_envs import captions
 from sb3_vla.videos import annotate
 
 EASY = ["coffee-button-v3", "door-unlock-v3"]
@@ -196,8 +196,8 @@ def test_by_default_a_worker_has_eight_environments(monkeypatch: pytest.MonkeyPa
         asked.append((len(env_fns), num_workers))
         raise Asked
 
-    monkeypatch.setattr("sb3_vla.evaluation.WorkerVecEnv", ask)
-    monkeypatch.setattr("sb3_vla.evaluation.available_cores", lambda: 3)
+    monkeypatch.setattr("sb3_vla.trial_envs.WorkerVecEnv", ask)
+    monkeypatch.setattr("sb3_vla.trial_envs.available_cores", lambda: 3)
     for options in choices:
         with pytest.raises(Asked):
             evaluate(RandomPolicy(), tasks=EASY, **options)

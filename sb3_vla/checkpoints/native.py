@@ -65,7 +65,7 @@ def save_checkpoint(
         (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         partial.chmod(0o755)  # mkdtemp makes a private folder
         if folder.exists():
-            replaced = folder.with_name(f".{folder.name}.old")
+            replaced = _replaced(folder)
             shutil.rmtree(replaced, ignore_errors=True)  # of a writer that was killed
             os.replace(folder, replaced)
             try:
@@ -88,6 +88,8 @@ def load_checkpoint(folder: str | Path) -> LoadedCheckpoint:
     :raises ValueError: if it is damaged, of another format, or does not fit its own configuration.
     """
     folder = Path(folder)
+    if not folder.exists() and _replaced(folder).is_dir():
+        os.replace(_replaced(folder), folder)  # a writer was killed between taking this one away and putting its own
     if not folder.is_dir():
         raise FileNotFoundError(
             f"Checkpoint folder {folder} does not exist; expected config.json and model.safetensors"
@@ -125,6 +127,11 @@ def load_checkpoint(folder: str | Path) -> LoadedCheckpoint:
         raise ValueError(f"{folder} does not fit its configuration: {'; '.join(problems[:8])} ({len(problems)} in all)")
     model.load_state_dict(weights)
     return LoadedCheckpoint(model, name, kwargs, _with_prefix(tensors, "value_head.") or None, notes)
+
+
+def _replaced(folder: Path) -> Path:
+    """Where a checkpoint lies for the instant in which another takes its place."""
+    return folder.with_name(f".{folder.name}.old")
 
 
 def _with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
