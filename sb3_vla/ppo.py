@@ -33,6 +33,8 @@ from sb3_vla.sft import DemonstrationBatches
 TASK_SAMPLING = ("uniform", "signal")
 # Least weight of a task that is always or never solved, where 1 is that of a task solved every other time.
 _LEAST_TASK_WEIGHT = 0.1
+# Episodes of a task that tell how often it is solved now; more would lag behind the policy.
+_RECENT_EPISODES = 30
 # Decisions evaluated at once outside of training.
 _EVALUATION_BATCH = 512
 
@@ -59,11 +61,14 @@ class PPO(stable_baselines3.PPO):
     :param kl_coef: weight of KL(policy || reference), where the reference is the policy as it was at the first update:
         after imitation, the imitation policy.
     :param critic_warmup: rollouts at the start from which the critic alone learns.
+    :param actor_warmup: rollouts after those over which the actor's learning rate rises linearly. Adam's first steps
+        are of full length in every weight, whatever the gradient; from a good policy they lead to a worse one.
     :param rehearsal: demonstrations whose imitation loss is added to each minibatch, so that what is not practised now
         is not forgotten.
     :param rehearsal_coef: weight of that loss.
     :param rehearsal_batch_size: demonstration frames per minibatch.
-    :param bf16: bfloat16 autocast of the update; log-probabilities and weights stay float32.
+    :param bf16: bfloat16 autocast of the update, None where the machine computes it faster; log-probabilities and
+        weights stay float32.
     :param bootstrap_truncated: add the value of the last observation where a time limit cut an episode, as
         Stable-Baselines3 does. False takes the limit as a part of the task; let the critic see ``elapsed_time`` then.
     :param task_sampling: ``uniform`` leaves the environments' own weights; ``signal`` draws a task in proportion to the
@@ -108,16 +113,18 @@ class PPO(stable_baselines3.PPO):
         value_lr: float | None = None,
         kl_coef: float = 0.0,
         critic_warmup: int = 0,
+        actor_warmup: int = 0,
         rehearsal: DemonstrationBatches | None = None,
         rehearsal_coef: float = 1.0,
         rehearsal_batch_size: int = 128,
-        bf16: bool = False,
+        bf16: bool | None = False,
         bootstrap_truncated: bool = True,
         task_sampling: str = "uniform",
     ) -> None:
         self.value_lr = value_lr
         self.kl_coef = kl_coef
         self.critic_warmup = critic_warmup
+        self.actor_warmup = actor_warmup
         self.rehearsal = rehearsal
         self.rehearsal_coef = rehearsal_coef
         self.rehearsal_batch_size = rehearsal_batch_size
@@ -406,7 +413,8 @@ class PPO(stable_baselines3.PPO):
         weights = {}
         for task, episodes in self._episodes.items():
             # Laplace's rule: a task without a success among a few episodes is not yet hopeless.
-            rate = (sum(success for success, _ in episodes) + 1) / (len(episodes) + 2)
+            recent = list(episodes)[-_RECENT_EPISODES:]
+            rate = (sum(success for success, _ in recent) + 1) / (len(recent) + 2)
             weights[task] = max(_LEAST_TASK_WEIGHT, 4 * rate * (1 - rate))
         return weights
 
@@ -461,10 +469,15 @@ class PPO(stable_baselines3.PPO):
                 record(f"env/success_once/{task}", rate, exclude="stdout")
 
     def _update_learning_rate(self, optimizers: Any) -> None:
-        """The schedule's rate for the actor; the critic's follows it in the proportion that they start with."""
+        """The schedule's rate for the actor, after its warm-up; the critic's follows in the proportion at the start."""
         super()._update_learning_rate(optimizers)
-        if isinstance(self.policy, VLAPolicy) and self.value_lr is not None:
-            self.policy.optimizer.param_groups[1]["lr"] *= self.value_lr / self.lr_schedule(1.0)
+        if not isinstance(self.policy, VLAPolicy):
+            return
+        actor, critic = self.policy.optimizer.param_groups
+        if self.value_lr is not None:
+            critic["lr"] *= self.value_lr / self.lr_schedule(1.0)
+        actor_rollouts = self._n_updates / self.n_epochs - self.critic_warmup
+        actor["lr"] *= min(1.0, (actor_rollouts + 1) / (self.actor_warmup + 1))
 
     def _excluded_save_params(self) -> list[str]:
         # Pictures of the last observation, the reference copy and data do not belong in a saved algorithm.

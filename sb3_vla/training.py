@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
+import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import KVWriter, Logger, TensorBoardOutputFormat
-
 from sb3_vla.checkpoints import load_checkpoint, save_checkpoint
 from sb3_vla.checkpoints.training_state import load_training_state, save_training_state
 from sb3_vla.demonstrations import Demonstrations
@@ -33,8 +33,9 @@ class PPOConfig:
     :param horizon: environment steps per episode.
     :param batch_size: decisions per minibatch.
     :param epochs: passes over a rollout.
-    :param learning_rate: the actor's.
-    :param value_lr: the critic's.
+    :param learning_rate: the actor's at the start.
+    :param final_learning_rate: the actor's at the end; it falls linearly.
+    :param value_lr: the critic's at the start; it falls in proportion.
     :param gamma: discount per decision.
     :param gae_lambda: per decision.
     :param clip_range: of the ratio.
@@ -43,11 +44,13 @@ class PPOConfig:
     :param kl_coef: weight of the divergence from the policy at the start.
     :param max_grad_norm: clip of the gradient's norm.
     :param critic_warmup: rollouts from which the critic alone learns.
+    :param actor_warmup: rollouts after those over which the actor's learning rate rises.
     :param trainable: ``all``, or ``expert`` to freeze the model's backbone.
     :param distribution: name of the action distribution.
     :param distribution_kwargs: its options.
     :param task_sampling: ``uniform``, or ``signal`` to draw more often what is solved now and then.
     :param rehearsal_coef: weight of the imitation loss on demonstrations; 0 for none.
+    :param bf16: bfloat16 autocast of updates; None where the processor has it.
     :param checkpoint_interval: iterations between checkpoints.
     :param seed: of environments and exploration.
     """
@@ -60,6 +63,7 @@ class PPOConfig:
     batch_size: int = 512
     epochs: int = 4
     learning_rate: float = 7e-5
+    final_learning_rate: float = 7e-5
     value_lr: float = 5e-4
     gamma: float = 0.99
     gae_lambda: float = 0.95
@@ -68,12 +72,14 @@ class PPOConfig:
     ent_coef: float = 0.0
     kl_coef: float = 0.0
     max_grad_norm: float = 0.5
-    critic_warmup: int = 1
+    critic_warmup: int = 2
+    actor_warmup: int = 8
     trainable: str = "expert"
     distribution: str = "gaussian"
     distribution_kwargs: dict[str, Any] = field(default_factory=lambda: {"std": 0.2, "coherence": "offset"})
     task_sampling: str = "signal"
     rehearsal_coef: float = 0.0
+    bf16: bool | None = None
     checkpoint_interval: int = 5
     seed: int = 0
 
@@ -124,13 +130,14 @@ def train_ppo(
     rehearsal = None
     if config.rehearsal_coef > 0 and demonstrations is not None:
         rehearsal = DemonstrationBatches(demonstrations, None, start.model.action_horizon, shift=4, seed=config.seed)
+    rates = [config.final_learning_rate, config.learning_rate]
     make = functools.partial(gym.make, f"mw_envs:MetaWorld{suite}-v0", **env_kwargs)
     env = WorkerVecEnv([make] * config.num_envs, config.num_workers)
     try:
         model = PPO(
             "VLAPolicy",
             env,
-            learning_rate=config.learning_rate,
+            learning_rate=lambda remaining: np.interp(remaining, [0, 1], rates).item(),
             value_lr=config.value_lr,
             n_steps=config.decisions,
             batch_size=config.batch_size,
@@ -144,11 +151,13 @@ def train_ppo(
             kl_coef=config.kl_coef,
             max_grad_norm=config.max_grad_norm,
             critic_warmup=config.critic_warmup,
+            actor_warmup=config.actor_warmup,
             rehearsal=rehearsal,
             rehearsal_coef=config.rehearsal_coef,
             # The limit is a part of the task, and the critic sees how much of it is left.
             bootstrap_truncated=False,
             task_sampling=config.task_sampling,
+            bf16=config.bf16,
             seed=config.seed,
             policy_kwargs={
                 "checkpoint": str(checkpoint),

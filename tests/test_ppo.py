@@ -548,11 +548,16 @@ def test_learns_what_the_instruction_means(distribution: str, options: dict[str,
 
 def test_tasks_are_drawn_by_the_signal_they_give() -> None:
     algorithm = toy_ppo(task_sampling="signal")
-    algorithm._episodes["solved"].extend([(1.0, 9)] * 98)
-    algorithm._episodes["open"].extend([(1.0, 9)] * 49 + [(0.0, 9)] * 49)
-    algorithm._episodes["rare"].extend([(1.0, 9)] * 9 + [(0.0, 9)] * 89)
+    # Only the last 30 episodes count: what came before lags behind the policy.
+    algorithm._episodes["solved"].extend([(0.0, 9)] * 70 + [(1.0, 9)] * 30)
+    algorithm._episodes["open"].extend([(1.0, 9)] * 49 + [(0.0, 9)] * 15 + [(1.0, 9)] * 15)
+    algorithm._episodes["rare"].extend([(1.0, 9)] * 3 + [(0.0, 9)] * 25)
     weights = algorithm._task_weights()
-    assert weights == {"solved": 0.1, "open": 1.0, "rare": pytest.approx(4 * 0.1 * 0.9)}
+    assert weights == {
+        "solved": pytest.approx(4 * 31 / 32 / 32),
+        "open": 1.0,
+        "rare": pytest.approx(4 * 4 / 30 * 26 / 30),
+    }
     told: list[Any] = []
     assert algorithm.env is not None
     algorithm.env.env_method = lambda name, *args: told.append((name, *args))  # type: ignore[assignment]

@@ -1,0 +1,476 @@
+"""A software renderer that draws what MuJoCo's own renderer draws, without OpenGL.
+
+It reads a compiled model and its data. The background, which does not move, is drawn once for each view and kept with
+its depths, once in the light and once in the shadow of what moves; a frame draws the moving triangles over it.
+Facts about MuJoCo's renderer (lighting by OpenGL's fixed functions at vertices, multisampling, shadow and texture
+mapping, the order of passes) are those of its classic OpenGL renderer at default quality.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import mujoco
+import numpy as np
+import numpy.typing as npt
+
+from mw_envs.rendering import raster
+from mw_envs.rendering.geometry import (
+    Shape,
+    box_shape,
+    capsule_shape,
+    cylinder_shape,
+    mesh_shape,
+    plane_shape,
+    sphere_shape,
+    unit,
+)
+from mw_envs.rendering.view import View
+from mw_envs.tasks import did_you_mean
+
+# Side of a texel of the shadow maps, metres.
+_TEXEL = 0.002
+_SLACK = 0.0015
+_SLOPE_TEXELS = 1.0
+# More opaque than this is opaque, to MuJoCo.
+_OPAQUE = 0.995
+_BACKGROUNDS_KEPT = 8
+_GROUPS = 3  # geoms and sites of groups 0 to 2 are visible by default
+
+
+@dataclass
+class _Drawable:
+    """One geom or site as it looks in its own coordinates."""
+
+    shape: Shape
+    scale: npt.NDArray[np.float64]
+    is_site: bool
+    index: int
+    body: int
+    rgba: npt.NDArray[np.float32]
+    gloss: tuple[float, float, float]
+    reflectance: float
+    texture: int
+    mapping: tuple[float, ...]
+    casts_shadow: bool
+
+
+@dataclass
+class _Background:
+    """The part of a view that does not move."""
+
+    bright: npt.NDArray[np.uint8]
+    dark: npt.NDArray[np.uint8]
+    nearest: npt.NDArray[np.float32]
+    light_places: npt.NDArray[np.float32]
+    shadows: raster.ShadowMap
+
+
+class SoftwareRenderer:
+    """Draws on the processor; see :class:`mw_envs.rendering.Renderer`.
+
+    :param samples: samples per pixel along each side, for smooth edges.
+    """
+
+    def __init__(self, samples: int = 2) -> None:
+        self.samples = samples
+        self._scenes: dict[str, _Scene] = {}
+        self._backgrounds: OrderedDict[Any, _Background] = OrderedDict()
+        self._buffers: dict[tuple[int, int], tuple[npt.NDArray[np.float32], npt.NDArray[np.int32]]] = {}
+
+    def render(
+        self,
+        model: mujoco.MjModel,
+        data: mujoco.MjData,
+        view: View,
+        scene: str,
+        background_bodies: Iterable[int] | None = None,
+    ) -> npt.NDArray[np.uint8]:
+        """Draw a view; see :meth:`mw_envs.rendering.Renderer.render`.
+
+        :raises ValueError: if the model has no camera of that name.
+        """
+        if scene not in self._scenes:
+            self._scenes[scene] = _Scene(model, background_bodies)
+        prepared = self._scenes[scene]
+        camera = _camera(model, data, view)
+        prepared.place(data)
+        lights = prepared.lights(data, camera)
+        background = self._background(prepared, camera, lights, view)
+        picture = background.bright.copy()
+        self._draw_moving(prepared, camera, lights, background, picture)
+        return picture
+
+    def _buffer(self, rows: int, columns: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int32]]:
+        if (rows, columns) not in self._buffers:
+            self._buffers[rows, columns] = (
+                np.zeros((rows, columns), np.float32),
+                np.full((rows, columns), raster.NOTHING, np.int32),
+            )
+        return self._buffers[rows, columns]
+
+    def _background(
+        self, scene: _Scene, camera: raster.Camera, lights: raster.Lights, view: View
+    ) -> _Background:
+        key = (
+            scene.name_of_background(),
+            camera.rotation.tobytes(),
+            camera.position.tobytes(),
+            lights.towards.tobytes(),
+            view,
+        )
+        if key not in self._backgrounds:
+            self._backgrounds[key] = self._draw_background(scene, camera, lights, view)
+            while len(self._backgrounds) > _BACKGROUNDS_KEPT:
+                self._backgrounds.popitem(last=False)
+        self._backgrounds.move_to_end(key)
+        return self._backgrounds[key]
+
+    def _draw_background(
+        self, scene: _Scene, camera: raster.Camera, lights: raster.Lights, view: View
+    ) -> _Background:
+        samples = self.samples
+        rows, columns = view.height * samples, view.width * samples
+        nearest, triangle = np.zeros((rows, columns), np.float32), np.full((rows, columns), -1, np.int32)
+        bright = np.zeros((view.height, view.width, 3), np.uint8)
+        if scene.sky >= 0:
+            raster.draw_sky(scene.textures, scene.sky, camera, bright)
+        dark = bright.copy()
+        drawables = scene.background
+        shadows = scene.shadow_map(drawables, lights)
+        scene.light_up(drawables, camera, lights)
+        whole = (0, 0, columns, rows)
+        mirror_of, mirror = -1, np.zeros((view.height, view.width, 3), np.float32)
+        raster.project(scene.geometry, drawables, scene.poses, camera, samples, scene.workspace)
+        raster.rasterise(
+            scene.geometry, drawables, scene.workspace, _facing(camera), camera.near, whole,
+            _in_samples(camera, samples), nearest, triangle,
+        )
+        light_places = np.zeros((view.height, view.width, 3), np.float32)
+        raster.resolve_background(
+            samples, triangle, scene.next_frame(), scene.geometry, scene.materials, scene.textures, lights, scene.eyes,
+            scene.towards, scene.workspace, camera, shadows, mirror_of, mirror, bright, dark, light_places,
+        )
+        return _Background(bright, dark, nearest, light_places, shadows)
+
+    def _draw_moving(
+        self,
+        scene: _Scene,
+        camera: raster.Camera,
+        lights: raster.Lights,
+        background: _Background,
+        picture: npt.NDArray[np.uint8],
+    ) -> None:
+        samples, moving = self.samples, scene.moving
+        shadows = scene.shadow_map(scene.casting, lights)
+        if len(lights.towards) > lights.unshadowed:
+            raster.darken(background.light_places, shadows, background.dark, picture)
+        nearest, triangle = self._buffer(*background.nearest.shape)
+        window = raster.project(scene.geometry, moving, scene.poses, camera, samples, scene.workspace)
+        window, pixels = _clipped(window, picture.shape, samples)
+        raster.restore(window, background.nearest, nearest, triangle)
+        focal = _in_samples(camera, samples)
+        raster.rasterise(
+            scene.geometry, moving, scene.workspace, _facing(camera), camera.near, window, focal, nearest, triangle
+        )
+        scene.light_up(moving, camera, lights)
+        raster.resolve(
+            pixels, samples, triangle, 0, scene.next_frame(), scene.geometry, scene.materials, scene.textures, lights,
+            scene.eyes, scene.towards, scene.workspace, camera, shadows, background.shadows, picture,
+        )
+
+
+class _Scene:
+    """A model's drawables, ready for the inner loops."""
+
+    def __init__(self, model: mujoco.MjModel, background_bodies: Iterable[int] | None) -> None:
+        self.model = model
+        drawables = _drawables(model)
+        self.drawables = drawables
+        self.geometry = _geometry(drawables)
+        self.textures = _textures(model)
+        skies = [i for i in range(model.ntex) if model.tex_type[i] == mujoco.mjtTexture.mjTEXTURE_SKYBOX]
+        self.sky = skies[0] if skies else -1
+        self.materials = raster.Materials(
+            np.array([d.rgba for d in drawables], np.float32),
+            np.array([d.gloss for d in drawables], np.float32),
+            np.array([d.texture for d in drawables], np.int32),
+            np.array([d.mapping for d in drawables], np.float32),
+        )
+        if background_bodies is None:
+            background_bodies = [i for i in range(model.nbody) if model.body_weldid[i] == 0]
+        still = np.isin([d.body for d in drawables], list(background_bodies))
+        still &= ~np.array([d.is_site for d in drawables])
+        opaque = self.materials.rgba[:, 3] >= _OPAQUE
+        casts = np.array([d.casts_shadow for d in drawables])
+        self.background = np.flatnonzero(still & opaque).astype(np.int32)
+        self.moving = np.flatnonzero(~still & opaque).astype(np.int32)
+        self.casting = np.flatnonzero(~(still & opaque) & casts).astype(np.int32)
+        self.transparent = np.flatnonzero(~opaque).astype(np.int32)
+        self._geoms = np.array([d.index for d in drawables if not d.is_site])
+        self._sites = np.array([d.index for d in drawables if d.is_site], dtype=np.int64)
+        self.poses = np.zeros((len(drawables), 12), np.float32)
+        self.eyes = np.zeros((len(drawables), 3), np.float32)
+        vertices, corners = len(self.geometry.x), len(self.geometry.normals)
+        self.workspace = raster.Workspace(
+            *(np.zeros(vertices, np.float32) for _ in range(9)),
+            colors=np.zeros((corners, 6), np.float32),
+            lit=np.full(corners, -1, np.int64),
+        )
+        self._frame = 0
+        self._maps: dict[int, npt.NDArray[np.float32]] = {}
+
+    def place(self, data: mujoco.MjData) -> None:
+        """Take poses from the simulation."""
+        count = len(self._geoms)
+        self.poses[:count, :9], self.poses[:count, 9:] = data.geom_xmat[self._geoms], data.geom_xpos[self._geoms]
+        self.poses[count:, :9], self.poses[count:, 9:] = data.site_xmat[self._sites], data.site_xpos[self._sites]
+
+    def name_of_background(self) -> bytes:
+        return self.poses[self.background].tobytes() + str(id(self)).encode()
+
+    def next_frame(self) -> int:
+        self._frame += 1
+        return self._frame
+
+    def lights(self, data: mujoco.MjData, camera: raster.Camera) -> raster.Lights:
+        """The model's lights and the camera's own, those without shadows first."""
+        model, head = self.model, self.model.vis.headlight
+        found = []
+        if head.active:
+            found.append((0, -camera.rotation[2], head.ambient, head.diffuse, head.specular))
+        for i in range(model.nlight):
+            if model.light_active[i]:
+                colours = model.light_ambient[i], model.light_diffuse[i], model.light_specular[i]
+                found.append((int(model.light_castshadow[i]), -data.light_xdir[i], *colours))
+        found.sort(key=lambda light: light[0])
+        columns = [np.array([light[k] for light in found], np.float32).reshape(-1, 3) for k in range(1, 5)]
+        return raster.Lights(*columns, unshadowed=sum(1 for light in found if not light[0]))
+
+    def light_up(self, drawables: npt.NDArray[np.int32], camera: raster.Camera, lights: raster.Lights) -> None:
+        """Prepare the lighting of drawables."""
+        if not hasattr(self, "towards") or self.towards.shape[1] != len(lights.towards):
+            self.towards = np.zeros((len(self.drawables), len(lights.towards), 3), np.float32)
+        raster.prepare_lighting(drawables, self.poses, camera, lights, self.eyes, self.towards)
+
+    def shadow_map(self, drawables: npt.NDArray[np.int32], lights: raster.Lights) -> raster.ShadowMap:
+        """What the light that casts shadows meets."""
+        if lights.unshadowed == len(lights.towards):
+            return raster.ShadowMap(np.zeros((0, 0), np.float32), 0, 0, 0.0)
+        axes = _light_axes(-lights.towards[lights.unshadowed])
+        # Where receivers lie in the light's space is wanted of all, also of those that do not cast.
+        everything = np.arange(len(self.drawables), dtype=np.int32)
+        casting = drawables[[self.drawables[d].casts_shadow for d in drawables]]
+        raster.project_to_light(self.geometry, everything, self.poses, axes, _TEXEL, self.workspace)
+        planes = [d for d in casting if self._is_plane(d)]
+        bounded = np.array([d for d in casting if d not in planes], np.int32)
+        left, top, right, bottom = raster.project_to_light(
+            self.geometry, bounded, self.poses, axes, _TEXEL, self.workspace
+        )
+        depth = np.full((bottom - top, right - left), np.inf, np.float32)
+        raster.rasterise_shadow(self.geometry, bounded, self.workspace, left, top, _SLOPE_TEXELS, depth)
+        return raster.ShadowMap(depth, left, top, _SLACK)
+
+    def _is_plane(self, d: int) -> bool:
+        drawable = self.drawables[d]
+        return not drawable.is_site and self.model.geom_type[drawable.index] == mujoco.mjtGeom.mjGEOM_PLANE
+
+
+def _camera(model: mujoco.MjModel, data: mujoco.MjData, view: View) -> raster.Camera:
+    camera = mujoco.mj_name2id(model, mujoco.mjtObj.mjOBJ_CAMERA, view.camera)
+    if camera < 0:
+        known = [model.camera(i).name for i in range(model.ncam)]
+        raise ValueError(f"Unknown camera {view.camera!r}; {did_you_mean(view.camera, known)}")
+    top, left, height, width = view.crop
+    rows, columns = view.height / height, view.width / width
+    focal = rows / 2 / np.tan(np.radians(model.cam_fovy[camera]) / 2)
+    axes = data.cam_xmat[camera].reshape(3, 3)
+    sign = -1.0 if view.rotated else 1.0
+    return raster.Camera(
+        rotation=np.stack([axes[:, 0], axes[:, 1], -axes[:, 2]]).astype(np.float32),
+        position=data.cam_xpos[camera].astype(np.float32),
+        focal_x=sign * focal,
+        focal_y=-sign * focal,
+        centre_x=columns * (0.5 - left),
+        centre_y=rows * (0.5 - top),
+        near=model.vis.map.znear * model.stat.extent,
+    )
+
+
+def _facing(camera: raster.Camera) -> float:
+    return float(np.sign(camera.focal_x * camera.focal_y))
+
+
+def _in_samples(camera: raster.Camera, samples: int) -> tuple[float, float, float, float]:
+    return (
+        camera.focal_x * samples,
+        camera.focal_y * samples,
+        camera.centre_x * samples,
+        camera.centre_y * samples,
+    )
+
+
+def _clipped(
+    window: tuple[int, int, int, int], shape: tuple[int, ...], samples: int
+) -> tuple[tuple[int, int, int, int], tuple[int, int, int, int]]:
+    """A window of samples inside the picture, widened to whole pixels, and those pixels."""
+    left, top, right, bottom = window
+    pixels = (
+        max(0, left // samples),
+        max(0, top // samples),
+        min(shape[1], -(-right // samples)),
+        min(shape[0], -(-bottom // samples)),
+    )
+    return tuple(samples * edge for edge in pixels), pixels  # type: ignore[return-value]
+
+
+def _light_axes(direction: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    along = unit(direction.astype(np.float64))
+    across = unit(np.cross(along, [0.0, 0.0, 1.0] if abs(along[2]) < 0.9 else [1.0, 0.0, 0.0]))
+    return np.stack([across, np.cross(along, across), along]).astype(np.float32)
+
+
+def _drawables(model: mujoco.MjModel) -> list[_Drawable]:
+    """All visible geoms, then all visible sites."""
+    kinds = mujoco.mjtGeom
+    quality = model.vis.quality
+    found = []
+    for is_site in (False, True):
+        prefix = "site" if is_site else "geom"
+        for i in range(model.nsite if is_site else model.ngeom):
+            rgba = getattr(model, f"{prefix}_rgba")[i].astype(np.float32)
+            material = int(getattr(model, f"{prefix}_matid")[i])
+            gloss, reflectance, texture, repeat, uniform = (0.0, 0.5, 0.5), 0.0, -1, (1.0, 1.0), False
+            if material >= 0:
+                if np.all(rgba == np.float32([0.5, 0.5, 0.5, 1.0])):
+                    rgba = model.mat_rgba[material].astype(np.float32)
+                gloss = model.mat_emission[material], model.mat_specular[material], model.mat_shininess[material]
+                reflectance = float(model.mat_reflectance[material])
+                texture = _material_texture(model, material)
+                repeat, uniform = model.mat_texrepeat[material], bool(model.mat_texuniform[material])
+            if getattr(model, f"{prefix}_group")[i] >= _GROUPS or rgba[3] == 0:
+                continue
+            kind = getattr(model, f"{prefix}_type")[i]
+            size = np.asarray(getattr(model, f"{prefix}_size")[i], dtype=np.float64)
+            scale, has_data = np.ones(3), False
+            if kind == kinds.mjGEOM_PLANE:
+                shape = plane_shape(*size, far=model.vis.map.zfar * model.stat.extent)
+                has_data = True
+            elif kind == kinds.mjGEOM_SPHERE:
+                shape, scale = sphere_shape(quality.numslices, quality.numstacks), np.repeat(size[0], 3)
+            elif kind == kinds.mjGEOM_ELLIPSOID:
+                shape, scale = sphere_shape(quality.numslices, quality.numstacks), size
+            elif kind == kinds.mjGEOM_CYLINDER:
+                shape, scale = cylinder_shape(quality.numslices, quality.numstacks), size[[0, 0, 1]]
+            elif kind == kinds.mjGEOM_CAPSULE:
+                shape = capsule_shape(size[0], size[1], quality.numslices, quality.numstacks)
+            elif kind == kinds.mjGEOM_BOX:
+                shape, scale = box_shape(quality.numquads), size
+            elif kind == kinds.mjGEOM_MESH:
+                shape, has_data = mesh_shape(model, model.geom_dataid[i]), True
+            else:
+                name = kinds(kind).name.removeprefix("mjGEOM_").lower()
+                raise ValueError(f"The software renderer cannot draw a {name}; use renderer='egl' or 'osmesa'")
+            mapping = (0.0,) * 6
+            if texture >= 0:
+                mapping = _mapping(model, texture, size, np.asarray(repeat, float), uniform, has_data)
+            found.append(
+                _Drawable(
+                    shape, scale, is_site, i, int(getattr(model, f"{prefix}_bodyid")[i]), rgba,
+                    (float(gloss[0]), float(gloss[1]), 128.0 * float(gloss[2])), reflectance, texture, mapping, True,
+                )
+            )
+    return found
+
+
+def _material_texture(model: mujoco.MjModel, material: int) -> int:
+    textures = np.atleast_1d(model.mat_texid[material])
+    # Since MuJoCo 3.2 a material has a texture for each role; the second is its colour.
+    return int(textures[1] if len(textures) > 1 else textures[0])
+
+
+def _mapping(
+    model: mujoco.MjModel,
+    texture: int,
+    size: npt.NDArray[np.float64],
+    repeat: npt.NDArray[np.float64],
+    uniform: bool,
+    has_data: bool,
+) -> tuple[float, ...]:
+    """How places become texture coordinates; see :class:`mw_envs.rendering.raster.Materials`."""
+    if model.tex_type[texture] != mujoco.mjtTexture.mjTEXTURE_2D:
+        x, y, z = size if uniform else (1.0, 1.0, 1.0)
+        return 1.0, x, 0.0, y, 0.0, z
+    scale = repeat.copy()
+    for k in range(2):
+        if size[k] > 0:
+            scale[k] *= (size[k] if uniform else 1.0) / (size[k] if has_data else 1.0)
+    return 0.0, 0.5 * scale[0], -0.5, -0.5 * scale[1], -0.5, 0.0
+
+
+def _geometry(drawables: list[_Drawable]) -> raster.Geometry:
+    places, normals, triangles, corners, owners, corner_vertex, texture_places = [], [], [], [], [], [], []
+    first_vertex, first_triangle, first_corner = [0], [0], 0
+    for number, drawable in enumerate(drawables):
+        shape = drawable.shape
+        places.append(shape.places * drawable.scale)
+        texture_places.append(shape.places)
+        normals.append(unit(shape.normals / drawable.scale))
+        triangles.append(shape.triangles + first_vertex[-1])
+        corners.append(shape.corners + first_corner)
+        corner_vertex.append(shape.corner_places + first_vertex[-1])
+        owners.append(np.full(len(shape.triangles), number))
+        first_vertex.append(first_vertex[-1] + len(shape.places))
+        first_triangle.append(first_triangle[-1] + len(shape.triangles))
+        first_corner += len(shape.normals)
+    xyz = np.concatenate(places).astype(np.float32)
+    return raster.Geometry(
+        *(np.ascontiguousarray(xyz[:, k]) for k in range(3)),
+        triangles=np.concatenate(triangles).astype(np.int32),
+        corners=np.concatenate(corners).astype(np.int32),
+        drawable=np.concatenate(owners).astype(np.int32),
+        normals=np.concatenate(normals).astype(np.float32),
+        corner_vertex=np.concatenate(corner_vertex).astype(np.int32),
+        texture_places=np.concatenate(texture_places).astype(np.float32),
+        first_vertex=np.array(first_vertex, np.int32),
+        first_triangle=np.array(first_triangle, np.int32),
+    )
+
+
+def _textures(model: mujoco.MjModel) -> raster.Textures:
+    """All textures with their reductions."""
+    pixels: list[npt.NDArray[np.uint8]] = [np.zeros((1, 3), np.uint8)]
+    levels = np.zeros((max(model.ntex, 1), 16, 4), np.int32)
+    first = 1
+    for texture in range(model.ntex):
+        width, height, channels = model.tex_width[texture], model.tex_height[texture], model.tex_nchannel[texture]
+        start = model.tex_adr[texture]
+        picture = model.tex_data[start : start + width * height * channels].reshape(height, width, channels)[..., :3]
+        faces = 1
+        if model.tex_type[texture] != mujoco.mjtTexture.mjTEXTURE_2D and height != width:
+            faces = 6
+        level = picture.reshape(faces, height // faces, width, 3).astype(np.float32)
+        for number in range(levels.shape[1]):
+            levels[texture, number] = first, level.shape[2], level.shape[1], faces
+            pixels.append(np.floor(level + 0.5).astype(np.uint8).reshape(-1, 3))
+            first += len(pixels[-1])
+            if level.shape[1] == level.shape[2] == 1:
+                break
+            level = np.floor(_halved(_halved(level, 1), 2) + 0.5)
+    return raster.Textures(np.concatenate(pixels), levels)
+
+
+def _halved(pictures: npt.NDArray[np.float32], axis: int) -> npt.NDArray[np.float32]:
+    """Pictures with half the pixels along an axis, each the linear interpolation at its centre."""
+    size = pictures.shape[axis]
+    if size == 1:
+        return pictures
+    half = size // 2
+    centre = (np.arange(half) + 0.5) * size / half - 0.5
+    low = np.floor(centre).astype(int)
+    weight = (centre - low).reshape([-1 if k == axis else 1 for k in range(4)]).astype(np.float32)
+    upper = np.minimum(low + 1, size - 1)
+    return pictures.take(low, axis) * (1 - weight) + pictures.take(upper, axis) * weight
