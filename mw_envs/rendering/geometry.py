@@ -64,6 +64,37 @@ def shape_of(places: Floats, normals: Floats) -> Shape:
     )
 
 
+def coarsened(shape: Shape, cell: float) -> Shape:
+    """A shape in which vertices within a cube of side ``cell`` are one (Rossignac and Borrel 1993).
+
+    They move to their mean; triangles that collapse or repeat another go. Corners of a vertex whose normals are alike
+    become one, with their mean normal.
+    """
+    _, cluster = np.unique(np.floor(shape.places / cell).astype(np.int64), axis=0, return_inverse=True)
+    cluster = cluster.reshape(-1)
+    size = np.bincount(cluster)
+    places = np.stack([np.bincount(cluster, shape.places[:, k]) / size for k in range(3)], axis=1)
+    triangles = cluster[shape.triangles]
+    # Turned so that the least vertex comes first: the two sides of a thin sheet stay two triangles.
+    turned = np.take_along_axis(triangles, (triangles.argmin(1)[:, None] + np.arange(3)) % 3, axis=1)
+    kept = np.zeros(len(triangles), dtype=bool)
+    kept[np.unique(turned, axis=0, return_index=True)[1]] = True
+    kept &= (turned[:, 0] != turned[:, 1]) & (turned[:, 1] != turned[:, 2]) & (turned[:, 2] != turned[:, 0])
+    if not kept.any():  # smaller than a cell: leave it as it is
+        return shape
+    key = np.concatenate([cluster[shape.corner_places][:, None], np.round(2 * shape.normals).astype(np.int64)], axis=1)
+    corner_key, corner = np.unique(key, axis=0, return_inverse=True)
+    corner = corner.reshape(-1)
+    normals = np.stack([np.bincount(corner, shape.normals[:, k]) for k in range(3)], axis=1)
+    return Shape(
+        places,
+        triangles[kept].astype(np.int32),
+        corner[shape.corners][kept].astype(np.int32),
+        unit(normals),
+        corner_key[:, 0].astype(np.int32),
+    )
+
+
 def unit(vectors: Floats) -> Floats:
     """Vectors (..., 3) at length one; zero stays zero."""
     length = np.linalg.norm(vectors, axis=-1, keepdims=True)

@@ -9,7 +9,7 @@ over the distance along the camera's axis, which is linear on the screen; a larg
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
@@ -17,10 +17,10 @@ import numpy.typing as npt
 
 Array = npt.NDArray[np.generic]
 
-_compiled = numba.njit(cache=True, nogil=True, fastmath={"nnan", "ninf", "nsz", "arcp", "contract"}, error_model="numpy")
-_inlined = numba.njit(
-    cache=True, nogil=True, inline="never", fastmath={"nnan", "ninf", "nsz", "arcp", "contract"}, error_model="numpy"
-)
+_OPTIONS: dict[str, Any] = {"cache": True, "nogil": True, "fastmath": True, "error_model": "numpy"}
+_compiled = numba.njit(**_OPTIONS)
+# A call would hand over each field of each array.
+_inlined = numba.njit(**_OPTIONS, inline="always")
 
 NOTHING = -1
 F = np.float32
@@ -35,7 +35,6 @@ class Geometry(NamedTuple):
     :param corners: corners of each triangle, int32 (T, 3).
     :param drawable: drawable of each triangle, int32 (T,).
     :param normals: object coordinates of the corners' normals, float32 (C, 3).
-    :param corner_vertex: vertex of each corner, int32 (C,).
     :param texture_places: object coordinates that textures are mapped by, float32 (V, 3).
     :param first_vertex: first vertex of each drawable and the end, int32 (D + 1,).
     :param first_triangle: first triangle of each drawable and the end, int32 (D + 1,).
@@ -48,7 +47,6 @@ class Geometry(NamedTuple):
     corners: Array
     drawable: Array
     normals: Array
-    corner_vertex: Array
     texture_places: Array
     first_vertex: Array
     first_triangle: Array
@@ -58,7 +56,8 @@ class Materials(NamedTuple):
     """Looks of the drawables.
 
     :param rgba: float32 (D, 4).
-    :param gloss: emission, specular reflection, exponent of the highlight, float32 (D, 3).
+    :param gloss: emission, specular reflection, exponent of the highlight, and the squared cosine below which there is
+        none to be seen, float32 (D, 4).
     :param texture: index of the texture or -1, int32 (D,).
     :param mapping: 0 for a flat texture whose u = a x + b and v = c y + d, 1 for a cube of directions (a x, c y, e z);
         float32 (D, 6): kind, a, b, c, d, e.
@@ -123,6 +122,8 @@ class Workspace(NamedTuple):
     :param light_u: vertices in texels of the shadow map, float32 (V,); so are light_v and light_d (metres).
     :param colors: of corners: by unshadowed lights, by shadowed ones, float32 (C, 6).
     :param lit: frame in which a corner's colours were computed, int64 (C,).
+    :param planes: of triangles: what times a ray (x, y, 1) is each quantity times its weight, float32 (T, 3, 16).
+    :param ready: frame in which a triangle's planes were computed, int64 (T,).
     """
 
     camera_x: Array
@@ -136,6 +137,13 @@ class Workspace(NamedTuple):
     light_d: Array
     colors: Array
     lit: Array
+    planes: Array
+    ready: Array
+
+
+# Quantities that vary over a triangle: colour by unshadowed lights, by shadowed ones, place in the light's space, place
+# on the texture, and the weight that all of them are multiplied by.
+_U, _V, _D, _S, _WEIGHT, _QUANTITIES = 6, 7, 8, 9, 12, 13
 
 
 class ShadowMap(NamedTuple):
@@ -252,11 +260,12 @@ def rasterise(geometry, drawables, workspace, facing, near, window, focal, neare
     :param triangle: and its triangle, int32 (rows, columns); updated.
     """
     x_first, y_first, x_end, y_end = window
+    # Fields of a tuple are counted references each time they are read; local names are not.
     sx, sy, iw = workspace.screen_x, workspace.screen_y, workspace.inverse_w
-    triangles = geometry.triangles
+    triangles, first_triangle = geometry.triangles, geometry.first_triangle
     sign = F(facing)
     for d in drawables:
-        for t in range(geometry.first_triangle[d], geometry.first_triangle[d + 1]):
+        for t in range(first_triangle[d], first_triangle[d + 1]):
             a, b, c = triangles[t, 0], triangles[t, 1], triangles[t, 2]
             za, zb, zc = iw[a], iw[b], iw[c]
             if za == _ZERO or zb == _ZERO or zc == _ZERO:
@@ -323,7 +332,7 @@ def _rasterise_crossing(t, a, b, c, workspace, sign, near, window, focal, neares
                 triangle[y, x] = t
 
 
-@_compiled
+@_inlined
 def _weights(workspace, a, b, c):
     """Determinant of a triangle's camera coordinates, and the vectors whose products with a ray are its weights."""
     x, y, w = workspace.camera_x, workspace.camera_y, workspace.camera_w
@@ -336,22 +345,23 @@ def _weights(workspace, a, b, c):
 
 @_compiled
 def rasterise_shadow(geometry, drawables, workspace, u0, v0, slope_texels, depth):
-    """Distances from the light of what it meets first; both sides of a triangle cast shadows.
+    """Distances from the light of what it meets first, by the triangles whose front it sees.
 
     :param slope_texels: a triangle lies that many texels' worth of its slope deeper, against shadows on itself.
     :param depth: metres, float32 (rows, columns); updated.
     """
     lu, lv, ld = workspace.light_u, workspace.light_v, workspace.light_d
+    triangles, first_triangle = geometry.triangles, geometry.first_triangle
     rows, columns = depth.shape
-    shift_u, shift_v = F(u0), F(v0)
+    shift_u, shift_v, slope = F(u0), F(v0), F(slope_texels)
     for d in drawables:
-        for t in range(geometry.first_triangle[d], geometry.first_triangle[d + 1]):
-            a, b, c = geometry.triangles[t, 0], geometry.triangles[t, 1], geometry.triangles[t, 2]
+        for t in range(first_triangle[d], first_triangle[d + 1]):
+            a, b, c = triangles[t, 0], triangles[t, 1], triangles[t, 2]
             ax, ay = lu[a], lv[a]
             bx, by = lu[b] - ax, lv[b] - ay
             cx, cy = lu[c] - ax, lv[c] - ay
             area = bx * cy - cx * by
-            if area == _ZERO:
+            if area >= _ZERO:
                 continue
             low_x, high_x = min(_ZERO, bx, cx) + ax - shift_u, max(_ZERO, bx, cx) + ax - shift_u
             x0, x1 = max(0, int(np.ceil(low_x - _HALF))), min(columns - 1, int(np.floor(high_x - _HALF)))
@@ -368,7 +378,7 @@ def rasterise_shadow(geometry, drawables, workspace, u0, v0, slope_texels, depth
             zdx, zdy = bdx * (zb - za) + cdx * (zc - za), bdy * (zb - za) + cdy * (zc - za)
             dx, dy = F(x0) + _HALF - ax + shift_u, F(y0) + _HALF - ay + shift_v
             row_b, row_c = bdx * dx + bdy * dy, cdx * dx + cdy * dy
-            row_z = za + zdx * dx + zdy * dy + F(slope_texels) * max(abs(zdx), abs(zdy))
+            row_z = za + zdx * dx + zdy * dy + slope * max(abs(zdx), abs(zdy))
             for y in range(y0, y1 + 1):
                 wb, wc, z = row_b, row_c, row_z
                 for x in range(x0, x1 + 1):
@@ -382,50 +392,48 @@ def rasterise_shadow(geometry, drawables, workspace, u0, v0, slope_texels, depth
                 row_z += zdy
 
 
-@_compiled
-def shadowed(shadow, u, v, d):
+@_inlined
+def _in_shadow(depth, u0, v0, slack, u, v, d):
     """Whether a point of the light's space lies behind what a shadow map holds."""
-    column, row = int(np.floor(u)) - shadow.u0, int(np.floor(v)) - shadow.v0
-    if column < 0 or row < 0 or column >= shadow.depth.shape[1] or row >= shadow.depth.shape[0]:
-        return False
-    return d > shadow.depth[row, column] + F(shadow.slack)
+    column, row = u - u0, v - v0
+    inside = column >= _ZERO and row >= _ZERO
+    if inside and column < F(depth.shape[1]) and row < F(depth.shape[0]):
+        return d > depth[int(row), int(column)] + slack
+    return False
 
 
 @_compiled
-def _light_corner(corner, d, geometry, materials, lights, eye, towards, workspace):
-    """Colours of a corner by OpenGL's fixed-function lighting with a local viewer, clamped as OpenGL does.
-
-    :param eye: the camera in the drawable's coordinates, and towards the lights.
-    """
-    v = geometry.corner_vertex[corner]
+def _light_corner(corner, v, d, geometry, materials, lights, eyes, towards, workspace):
+    """Colours of a corner by OpenGL's fixed-function lighting with a local viewer, clamped as OpenGL does."""
     nx, ny, nz = geometry.normals[corner, 0], geometry.normals[corner, 1], geometry.normals[corner, 2]
-    ex, ey, ez = eye[0] - geometry.x[v], eye[1] - geometry.y[v], eye[2] - geometry.z[v]
+    ex, ey, ez = eyes[d, 0] - geometry.x[v], eyes[d, 1] - geometry.y[v], eyes[d, 2] - geometry.z[v]
     length = _ONE / np.sqrt(ex * ex + ey * ey + ez * ez)
     ex, ey, ez = ex * length, ey * length, ez * length
     rgba = materials.rgba
     emission, gloss, exponent = materials.gloss[d, 0], materials.gloss[d, 1], materials.gloss[d, 2]
-    out = workspace.colors[corner]
+    out = workspace.colors
     for k in range(3):
-        out[k], out[3 + k] = emission * rgba[d, k], _ZERO
-    for s in range(len(towards)):
+        out[corner, k], out[corner, 3 + k] = emission * rgba[d, k], _ZERO
+    for s in range(towards.shape[1]):
         first = 0 if s < lights.unshadowed else 3
-        lx, ly, lz = towards[s, 0], towards[s, 1], towards[s, 2]
+        lx, ly, lz = towards[d, s, 0], towards[d, s, 1], towards[d, s, 2]
         diffuse, specular = nx * lx + ny * ly + nz * lz, _ZERO
         if diffuse > _ZERO:
             hx, hy, hz = ex + lx, ey + ly, ez + lz
-            cosine = (nx * hx + ny * hy + nz * hz) / np.sqrt(hx * hx + hy * hy + hz * hz)
-            if cosine > _ZERO:
-                specular = gloss * np.exp(exponent * np.log(cosine))
+            along, square = nx * hx + ny * hy + nz * hz, hx * hx + hy * hy + hz * hz
+            # Most places are so far from the highlight that it adds less than a thousandth.
+            if along > _ZERO and along * along > materials.gloss[d, 3] * square:
+                specular = gloss * np.exp(_HALF * exponent * np.log(along * along / square))
         else:
             diffuse = _ZERO
         for k in range(3):
-            out[first + k] += (lights.ambient[s, k] + diffuse * lights.diffuse[s, k]) * rgba[d, k]
-            out[first + k] += specular * lights.specular[s, k]
+            out[corner, first + k] += (lights.ambient[s, k] + diffuse * lights.diffuse[s, k]) * rgba[d, k]
+            out[corner, first + k] += specular * lights.specular[s, k]
     for k in range(6):
-        out[k] = min(out[k], _ONE)
+        out[corner, k] = min(out[corner, k], _ONE)
 
 
-@_compiled
+@_inlined
 def _texel(pixels, first, width, height, u, v, clamp):
     """Bilinear colour at (u, v) in pixels of one face; repeated or clamped at its edges."""
     u, v = u - _HALF, v - _HALF
@@ -446,7 +454,7 @@ def _texel(pixels, first, width, height, u, v, clamp):
     return r, g, b
 
 
-@_compiled
+@_inlined
 def _cube_face(s, t, r):
     """Face of a cube map in OpenGL's order, and (u, v) in 0..1 on it, of a direction."""
     a, b, c = abs(s), abs(t), abs(r)
@@ -501,68 +509,79 @@ def sample_texture(textures, texture, kind, s, t, r, sx, tx, rx, sy, ty, ry):
 
 
 @_compiled
-def _texture_at(geometry, mapping, a, b, c, wa, wb, wc):
-    """Texture coordinates of a point of a triangle."""
-    p = geometry.texture_places
-    x = wa * p[a, 0] + wb * p[b, 0] + wc * p[c, 0]
-    y = wa * p[a, 1] + wb * p[b, 1] + wc * p[c, 1]
-    if mapping[0] == _ONE:
-        z = wa * p[a, 2] + wb * p[b, 2] + wc * p[c, 2]
-        return mapping[1] * x, mapping[3] * y, mapping[5] * z
-    return mapping[1] * x + mapping[2], mapping[3] * y + mapping[4], _ZERO
-
-
-@_compiled
-def _ray_weights(ray_x, ray_y, na, nb, nc):
-    wa = na[0] * ray_x + na[1] * ray_y + na[2]
-    wb = nb[0] * ray_x + nb[1] * ray_y + nb[2]
-    wc = nc[0] * ray_x + nc[1] * ray_y + nc[2]
-    total = _ONE / (wa + wb + wc)
-    return wa * total, wb * total, wc * total
-
-
-@_compiled
-def shade(t, ray_x, ray_y, step_x, step_y, frame, geometry, materials, textures, lights, eyes, towards, workspace):
-    """Colour of a triangle where a ray meets its plane.
-
-    :param ray_x: the ray (ray_x, ray_y, 1) in camera space; the next pixel's differs by step_x or step_y.
-    :return: colour by unshadowed lights, colour by shadowed ones, and the point in the light's space.
-    """
+def _ready(t, frame, geometry, materials, lights, eyes, towards, workspace):
+    """Colours and places of a triangle as functions of the ray; wanted once a frame, when a pixel sees it."""
+    workspace.ready[t] = frame
     d = geometry.drawable[t]
     a, b, c = geometry.triangles[t, 0], geometry.triangles[t, 1], geometry.triangles[t, 2]
-    ca, cb, cc = geometry.corners[t, 0], geometry.corners[t, 1], geometry.corners[t, 2]
-    for corner in (ca, cb, cc):
+    _, na, nb, nc = _weights(workspace, a, b, c)
+    k = workspace.colors
+    for i in range(3):
+        v = geometry.triangles[t, i]
+        corner = geometry.corners[t, i]
         if workspace.lit[corner] != frame:
             workspace.lit[corner] = frame
-            _light_corner(corner, d, geometry, materials, lights, eyes[d], towards[d], workspace)
-    _, na, nb, nc = _weights(workspace, a, b, c)
-    wa, wb, wc = _ray_weights(ray_x, ray_y, na, nb, nc)
-    # Beyond an edge by up to a pixel the plane goes on; far beyond, where it is seen edge on, its colours must not.
-    wa, wb, wc = max(wa, F(-1)), max(wb, F(-1)), max(wc, F(-1))
-    total = _ONE / (wa + wb + wc)
-    wa, wb, wc = wa * total, wb * total, wc * total
-    k = workspace.colors
-    r1 = max(wa * k[ca, 0] + wb * k[cb, 0] + wc * k[cc, 0], _ZERO)
-    g1 = max(wa * k[ca, 1] + wb * k[cb, 1] + wc * k[cc, 1], _ZERO)
-    b1 = max(wa * k[ca, 2] + wb * k[cb, 2] + wc * k[cc, 2], _ZERO)
-    r2 = max(wa * k[ca, 3] + wb * k[cb, 3] + wc * k[cc, 3], _ZERO)
-    g2 = max(wa * k[ca, 4] + wb * k[cb, 4] + wc * k[cc, 4], _ZERO)
-    b2 = max(wa * k[ca, 5] + wb * k[cb, 5] + wc * k[cc, 5], _ZERO)
-    if materials.texture[d] >= 0:
-        mapping = materials.mapping[d]
-        s, q, r = _texture_at(geometry, mapping, a, b, c, wa, wb, wc)
-        xa, xb, xc = _ray_weights(ray_x + step_x, ray_y, na, nb, nc)
-        sx, tx, rx = _texture_at(geometry, mapping, a, b, c, xa, xb, xc)
-        ya, yb, yc = _ray_weights(ray_x, ray_y + step_y, na, nb, nc)
-        sy, ty, ry = _texture_at(geometry, mapping, a, b, c, ya, yb, yc)
-        red, green, blue = sample_texture(
-            textures, materials.texture[d], mapping[0], s, q, r, sx, tx, rx, sy, ty, ry
-        )
-        r1, g1, b1, r2, g2, b2 = r1 * red, g1 * green, b1 * blue, r2 * red, g2 * green, b2 * blue
-    u = wa * workspace.light_u[a] + wb * workspace.light_u[b] + wc * workspace.light_u[c]
-    v = wa * workspace.light_v[a] + wb * workspace.light_v[b] + wc * workspace.light_v[c]
-    z = wa * workspace.light_d[a] + wb * workspace.light_d[b] + wc * workspace.light_d[c]
-    return r1, g1, b1, r2, g2, b2, u, v, z
+            _light_corner(corner, v, d, geometry, materials, lights, eyes, towards, workspace)
+        n0, n1, n2 = na if i == 0 else (nb if i == 1 else nc)
+        for j in range(_QUANTITIES):
+            if j < 6:
+                value = k[corner, j]
+            elif j == _U:
+                value = workspace.light_u[v]
+            elif j == _V:
+                value = workspace.light_v[v]
+            elif j == _D:
+                value = workspace.light_d[v]
+            elif j == _WEIGHT:
+                value = _ONE
+            else:
+                value = geometry.texture_places[v, j - _S]
+            if i == 0:
+                workspace.planes[t, 0, j] = n0 * value
+                workspace.planes[t, 1, j] = n1 * value
+                workspace.planes[t, 2, j] = n2 * value
+            else:
+                workspace.planes[t, 0, j] += n0 * value
+                workspace.planes[t, 1, j] += n1 * value
+                workspace.planes[t, 2, j] += n2 * value
+
+
+@_inlined
+def _evaluate(planes, t, ray_x, ray_y, out):
+    """All quantities of a triangle where a ray meets its plane."""
+    for j in range(_QUANTITIES):
+        out[j] = planes[t, 0, j] * ray_x + planes[t, 1, j] * ray_y + planes[t, 2, j]
+    # Seen edge on, a triangle's plane may lie along the ray.
+    weight = out[_WEIGHT]
+    inverse = _ONE / (weight if abs(weight) > F(1e-20) else F(1e-20))
+    for j in range(_QUANTITIES):
+        out[j] *= inverse
+    for j in range(6):
+        out[j] = min(max(out[j], _ZERO), _ONE)
+
+
+@_compiled
+def _textured(t, ray_x, ray_y, step_x, step_y, geometry, materials, textures, workspace, out):
+    """Multiply the colours of a triangle by its texture."""
+    d = geometry.drawable[t]
+    p = workspace.planes
+    s, q, r = _texture_place(p, t, ray_x, ray_y, materials.mapping, d)
+    sx, qx, rx = _texture_place(p, t, ray_x + step_x, ray_y, materials.mapping, d)
+    sy, qy, ry = _texture_place(p, t, ray_x, ray_y + step_y, materials.mapping, d)
+    color = sample_texture(textures, materials.texture[d], materials.mapping[d, 0], s, q, r, sx, qx, rx, sy, qy, ry)
+    for j in range(3):
+        out[j] *= color[j]
+        out[3 + j] *= color[j]
+
+
+@_inlined
+def _texture_place(p, t, ray_x, ray_y, mapping, d):
+    """Texture coordinates where a ray meets a triangle's plane."""
+    inverse = _ONE / (p[t, 0, _WEIGHT] * ray_x + p[t, 1, _WEIGHT] * ray_y + p[t, 2, _WEIGHT])
+    x = (p[t, 0, _S] * ray_x + p[t, 1, _S] * ray_y + p[t, 2, _S]) * inverse
+    y = (p[t, 0, _S + 1] * ray_x + p[t, 1, _S + 1] * ray_y + p[t, 2, _S + 1]) * inverse
+    z = (p[t, 0, _S + 2] * ray_x + p[t, 1, _S + 2] * ray_y + p[t, 2, _S + 2]) * inverse
+    return mapping[d, 1] * x + mapping[d, 2], mapping[d, 3] * y + mapping[d, 4], mapping[d, 5] * z
 
 
 @_compiled
@@ -585,13 +604,13 @@ def prepare_lighting(drawables, poses, camera, lights, eyes, towards):
 
 @_compiled
 def resolve(
-    window, samples, triangle, first, frame, geometry, materials, textures, lights, eyes, towards, workspace, camera,
-    shadows, other_shadows, picture,
+    window, samples, triangle, frame, geometry, materials, textures, lights, eyes, towards, workspace, camera, shadows,
+    other_shadows, picture,
 ):
     """Colours of the pixels that see moving triangles, over a picture that shows the background.
 
     :param window: pixels: left, top, right, bottom.
-    :param triangle: what each sample sees, int32; below ``first`` it is the background.
+    :param triangle: what each sample sees, int32.
     :param picture: uint8 (rows, columns, 3); updated.
     """
     left, top, right, bottom = window
@@ -601,6 +620,12 @@ def resolve(
     seen = np.empty(count, np.int32)
     times = np.empty(count, np.int32)
     share = F(1 / count)
+    out = np.empty(16, np.float32)
+    # Fields of a tuple are counted references each time they are read; local names are not.
+    ready, planes, texture, drawable = workspace.ready, workspace.planes, materials.texture, geometry.drawable
+    depth, u0, v0, slack = shadows.depth, F(shadows.u0), F(shadows.v0), F(shadows.slack)
+    other_depth, other_u0, other_v0 = other_shadows.depth, F(other_shadows.u0), F(other_shadows.v0)
+    other_slack = F(other_shadows.slack)
     for y in range(top, bottom):
         ray_y = (F(y) + _HALF - oy) * fy
         for x in range(left, right):
@@ -608,7 +633,7 @@ def resolve(
             for sy in range(y * samples, (y + 1) * samples):
                 for sx in range(x * samples, (x + 1) * samples):
                     t = triangle[sy, sx]
-                    if t < first:
+                    if t < 0:
                         continue
                     covered += 1
                     i = 0
@@ -623,21 +648,26 @@ def resolve(
             ray_x = (F(x) + _HALF - ox) * fx
             red, green, blue = _ZERO, _ZERO, _ZERO
             for i in range(different):
-                r1, g1, b1, r2, g2, b2, u, v, d = shade(
-                    seen[i], ray_x, ray_y, fx, fy, frame, geometry, materials, textures, lights, eyes, towards, workspace
-                )
-                if r2 + g2 + b2 > _ZERO and not (shadowed(shadows, u, v, d) or shadowed(other_shadows, u, v, d)):
-                    r1, g1, b1 = r1 + r2, g1 + g2, b1 + b2
+                t = seen[i]
+                if ready[t] != frame:
+                    _ready(t, frame, geometry, materials, lights, eyes, towards, workspace)
+                _evaluate(planes, t, ray_x, ray_y, out)
+                if texture[drawable[t]] >= 0:
+                    _textured(t, ray_x, ray_y, fx, fy, geometry, materials, textures, workspace, out)
+                u, v, d = out[_U], out[_V], out[_D]
+                if out[3] + out[4] + out[5] > _ZERO and not _in_shadow(depth, u0, v0, slack, u, v, d):
+                    if not _in_shadow(other_depth, other_u0, other_v0, other_slack, u, v, d):
+                        for j in range(3):
+                            out[j] += out[3 + j]
                 weight = F(times[i]) * share
-                red += weight * min(r1, _ONE)
-                green += weight * min(g1, _ONE)
-                blue += weight * min(b1, _ONE)
+                red += weight * min(out[0], _ONE)
+                green += weight * min(out[1], _ONE)
+                blue += weight * min(out[2], _ONE)
             rest = F(count - covered) * share
             full = F(255)
-            pixel = picture[y, x]
-            pixel[0] = np.uint8(red * full + rest * F(pixel[0]) + _HALF)
-            pixel[1] = np.uint8(green * full + rest * F(pixel[1]) + _HALF)
-            pixel[2] = np.uint8(blue * full + rest * F(pixel[2]) + _HALF)
+            picture[y, x, 0] = np.uint8(red * full + rest * F(picture[y, x, 0]) + _HALF)
+            picture[y, x, 1] = np.uint8(green * full + rest * F(picture[y, x, 1]) + _HALF)
+            picture[y, x, 2] = np.uint8(blue * full + rest * F(picture[y, x, 2]) + _HALF)
 
 
 @_compiled
@@ -657,39 +687,47 @@ def resolve_background(
     fx, fy = F(1 / camera.focal_x), F(1 / camera.focal_y)
     ox, oy = F(camera.centre_x), F(camera.centre_y)
     share = F(1 / (samples * samples))
+    out = np.empty(16, np.float32)
+    ready, planes, texture, drawable = workspace.ready, workspace.planes, materials.texture, geometry.drawable
+    depth, u0, v0, slack = shadows.depth, F(shadows.u0), F(shadows.v0), F(shadows.slack)
+    lit = np.empty(3, np.float32)
+    unlit = np.empty(3, np.float32)
     for y in range(rows):
         ray_y = (F(y) + _HALF - oy) * fy
         for x in range(columns):
             ray_x = (F(x) + _HALF - ox) * fx
             light_places[y, x, 2] = F(-1e9)
             rest = _ONE
-            lit = np.zeros(3, np.float32)
-            unlit = np.zeros(3, np.float32)
+            lit[:] = _ZERO
+            unlit[:] = _ZERO
             for sy in range(y * samples, (y + 1) * samples):
                 for sx in range(x * samples, (x + 1) * samples):
                     t = triangle[sy, sx]
                     if t < 0:
                         continue
                     rest -= share
-                    r1, g1, b1, r2, g2, b2, u, v, d = shade(
-                        t, ray_x, ray_y, fx, fy, frame, geometry, materials, textures, lights, eyes, towards, workspace
-                    )
-                    if geometry.drawable[t] == mirror_of:
-                        r1, g1, b1 = r1 + mirror[y, x, 0], g1 + mirror[y, x, 1], b1 + mirror[y, x, 2]
-                    unlit[0] += share * min(r1, _ONE)
-                    unlit[1] += share * min(g1, _ONE)
-                    unlit[2] += share * min(b1, _ONE)
-                    if r2 + g2 + b2 > _ZERO and not shadowed(shadows, u, v, d):
-                        r1, g1, b1 = r1 + r2, g1 + g2, b1 + b2
-                        light_places[y, x, 0], light_places[y, x, 1], light_places[y, x, 2] = u, v, d
-                    lit[0] += share * min(r1, _ONE)
-                    lit[1] += share * min(g1, _ONE)
-                    lit[2] += share * min(b1, _ONE)
+                    if ready[t] != frame:
+                        _ready(t, frame, geometry, materials, lights, eyes, towards, workspace)
+                    _evaluate(planes, t, ray_x, ray_y, out)
+                    if texture[drawable[t]] >= 0:
+                        _textured(t, ray_x, ray_y, fx, fy, geometry, materials, textures, workspace, out)
+                    if drawable[t] == mirror_of:
+                        for j in range(3):
+                            out[j] += mirror[y, x, j]
+                    for j in range(3):
+                        unlit[j] += share * min(out[j], _ONE)
+                    u, v, d = out[_U], out[_V], out[_D]
+                    if out[3] + out[4] + out[5] > _ZERO and not _in_shadow(depth, u0, v0, slack, u, v, d):
+                        for j in range(3):
+                            out[j] += out[3 + j]
+                            light_places[y, x, j] = out[_U + j]
+                    for j in range(3):
+                        lit[j] += share * min(out[j], _ONE)
             rest = max(rest, _ZERO)
-            for k in range(3):
-                behind = rest * F(bright[y, x, k]) + _HALF
-                bright[y, x, k] = np.uint8(min(lit[k] * F(255) + behind, F(255)))
-                dark[y, x, k] = np.uint8(min(unlit[k] * F(255) + behind, F(255)))
+            for j in range(3):
+                behind = rest * F(bright[y, x, j]) + _HALF
+                bright[y, x, j] = np.uint8(min(lit[j] * F(255) + behind, F(255)))
+                dark[y, x, j] = np.uint8(min(unlit[j] * F(255) + behind, F(255)))
 
 
 @_compiled
@@ -701,12 +739,12 @@ def darken(light_places, shadows, dark, picture):
     rows, columns = picture.shape[:2]
     u0, v0 = F(shadows.u0), F(shadows.v0)
     width, height = F(shadows.depth.shape[1]), F(shadows.depth.shape[0])
-    slack = F(shadows.slack)
+    slack, depth = F(shadows.slack), shadows.depth
     for y in range(rows):
         for x in range(columns):
             u, v = light_places[y, x, 0] - u0, light_places[y, x, 1] - v0
             if u >= _ZERO and v >= _ZERO and u < width and v < height:
-                if light_places[y, x, 2] > shadows.depth[int(v), int(u)] + slack:
+                if light_places[y, x, 2] > depth[int(v), int(u)] + slack:
                     picture[y, x, 0], picture[y, x, 1], picture[y, x, 2] = dark[y, x, 0], dark[y, x, 1], dark[y, x, 2]
 
 
@@ -723,6 +761,7 @@ def blend(
     fx, fy = F(1 / camera.focal_x), F(1 / camera.focal_y)
     ox, oy = F(camera.centre_x), F(camera.centre_y)
     share = F(1 / (samples * samples))
+    out = np.empty(16, np.float32)
     for y in range(top, bottom):
         ray_y = (F(y) + _HALF - oy) * fy
         for x in range(left, right):
@@ -735,15 +774,16 @@ def blend(
             if covered == 0:
                 continue
             ray_x = (F(x) + _HALF - ox) * fx
-            r1, g1, b1, r2, g2, b2, _, _, _ = shade(
-                t, ray_x, ray_y, fx, fy, frame, geometry, materials, textures, lights, eyes, towards, workspace
-            )
+            if workspace.ready[t] != frame:
+                _ready(t, frame, geometry, materials, lights, eyes, towards, workspace)
+            _evaluate(workspace.planes, t, ray_x, ray_y, out)
+            if materials.texture[geometry.drawable[t]] >= 0:
+                _textured(t, ray_x, ray_y, fx, fy, geometry, materials, textures, workspace, out)
             alpha = F(drawable_alpha) * F(covered) * share
             full = F(255)
-            pixel = picture[y, x]
-            pixel[0] = np.uint8(alpha * min(r1 + r2, _ONE) * full + (_ONE - alpha) * F(pixel[0]) + _HALF)
-            pixel[1] = np.uint8(alpha * min(g1 + g2, _ONE) * full + (_ONE - alpha) * F(pixel[1]) + _HALF)
-            pixel[2] = np.uint8(alpha * min(b1 + b2, _ONE) * full + (_ONE - alpha) * F(pixel[2]) + _HALF)
+            for j in range(3):
+                over = alpha * min(out[j] + out[3 + j], _ONE) * full
+                picture[y, x, j] = np.uint8(over + (_ONE - alpha) * F(picture[y, x, j]) + _HALF)
 
 
 @_compiled
@@ -772,7 +812,5 @@ def draw_sky(textures, texture, camera, picture):
 def restore(window, background, nearest, triangle):
     """Depths of the background in a window of samples, and no triangle."""
     left, top, right, bottom = window
-    for y in range(top, bottom):
-        for x in range(left, right):
-            nearest[y, x] = background[y, x]
-            triangle[y, x] = -1
+    nearest[top:bottom, left:right] = background[top:bottom, left:right]
+    triangle[top:bottom, left:right] = NOTHING

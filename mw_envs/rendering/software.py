@@ -8,9 +8,10 @@ mapping, the order of passes) are those of its classic OpenGL renderer at defaul
 
 from __future__ import annotations
 
+import hashlib
 from collections import OrderedDict
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import mujoco
@@ -22,6 +23,7 @@ from mw_envs.rendering.geometry import (
     Shape,
     box_shape,
     capsule_shape,
+    coarsened,
     cylinder_shape,
     mesh_shape,
     plane_shape,
@@ -31,10 +33,15 @@ from mw_envs.rendering.geometry import (
 from mw_envs.rendering.view import View
 from mw_envs.tasks import did_you_mean
 
-# Side of a texel of the shadow maps, metres.
-_TEXEL = 0.002
-_SLACK = 0.0015
+# Distance at which the side of a pixel is measured: the robot seen from a camera that stands beside the table, and the
+# gripper seen from one that it carries, metres.
+_STANDING_DISTANCE, _CARRIED_DISTANCE = 1.0, 0.1
+# Cells of coarsened meshes and texels of shadow maps, in pixels.
+_CELL, _TEXEL = 0.5, 0.75
+# A surface is in shadow if it lies this much behind what the light meets first, in texels.
+_SLACK = 0.75
 _SLOPE_TEXELS = 1.0
+_FAINTEST = 5e-4  # of a highlight, where 1 is white
 # More opaque than this is opaque, to MuJoCo.
 _OPAQUE = 0.995
 _BACKGROUNDS_KEPT = 8
@@ -55,7 +62,7 @@ class _Drawable:
     reflectance: float
     texture: int
     mapping: tuple[float, ...]
-    casts_shadow: bool
+    unbounded: bool
 
 
 @dataclass
@@ -77,7 +84,7 @@ class SoftwareRenderer:
 
     def __init__(self, samples: int = 2) -> None:
         self.samples = samples
-        self._scenes: dict[str, _Scene] = {}
+        self._scenes: dict[tuple[str, float], _Scene] = {}
         self._backgrounds: OrderedDict[Any, _Background] = OrderedDict()
         self._buffers: dict[tuple[int, int], tuple[npt.NDArray[np.float32], npt.NDArray[np.int32]]] = {}
 
@@ -93,35 +100,26 @@ class SoftwareRenderer:
 
         :raises ValueError: if the model has no camera of that name.
         """
-        if scene not in self._scenes:
-            self._scenes[scene] = _Scene(model, background_bodies)
-        prepared = self._scenes[scene]
-        camera = _camera(model, data, view)
+        number = mujoco.mj_name2id(model, mujoco.mjtObj.mjOBJ_CAMERA, view.camera)
+        if number < 0:
+            known = [model.camera(i).name for i in range(model.ncam)]
+            raise ValueError(f"Unknown camera {view.camera!r}; {did_you_mean(view.camera, known)}")
+        camera = _camera(model, data, number, view)
+        pixel = _pixel_size(model, number, view)
+        if (scene, pixel) not in self._scenes:
+            self._scenes[scene, pixel] = _Scene(model, background_bodies, pixel)
+        prepared = self._scenes[scene, pixel]
         prepared.place(data)
         lights = prepared.lights(data, camera)
+        prepared.light_up(camera, lights)
         background = self._background(prepared, camera, lights, view)
         picture = background.bright.copy()
         self._draw_moving(prepared, camera, lights, background, picture)
         return picture
 
-    def _buffer(self, rows: int, columns: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int32]]:
-        if (rows, columns) not in self._buffers:
-            self._buffers[rows, columns] = (
-                np.zeros((rows, columns), np.float32),
-                np.full((rows, columns), raster.NOTHING, np.int32),
-            )
-        return self._buffers[rows, columns]
-
-    def _background(
-        self, scene: _Scene, camera: raster.Camera, lights: raster.Lights, view: View
-    ) -> _Background:
-        key = (
-            scene.name_of_background(),
-            camera.rotation.tobytes(),
-            camera.position.tobytes(),
-            lights.towards.tobytes(),
-            view,
-        )
+    def _background(self, scene: _Scene, camera: raster.Camera, lights: raster.Lights, view: View) -> _Background:
+        poses = scene.poses[scene.background]
+        key = (id(scene), view, *(a.tobytes() for a in (poses, camera.rotation, camera.position, lights.towards)))
         if key not in self._backgrounds:
             self._backgrounds[key] = self._draw_background(scene, camera, lights, view)
             while len(self._backgrounds) > _BACKGROUNDS_KEPT:
@@ -129,30 +127,23 @@ class SoftwareRenderer:
         self._backgrounds.move_to_end(key)
         return self._backgrounds[key]
 
-    def _draw_background(
-        self, scene: _Scene, camera: raster.Camera, lights: raster.Lights, view: View
-    ) -> _Background:
-        samples = self.samples
+    def _draw_background(self, scene: _Scene, camera: raster.Camera, lights: raster.Lights, view: View) -> _Background:
+        samples, drawables = self.samples, scene.background
         rows, columns = view.height * samples, view.width * samples
-        nearest, triangle = np.zeros((rows, columns), np.float32), np.full((rows, columns), -1, np.int32)
+        nearest, triangle = np.zeros((rows, columns), np.float32), np.full((rows, columns), raster.NOTHING, np.int32)
         bright = np.zeros((view.height, view.width, 3), np.uint8)
         if scene.sky >= 0:
             raster.draw_sky(scene.textures, scene.sky, camera, bright)
-        dark = bright.copy()
-        drawables = scene.background
+        dark, light_places = bright.copy(), np.zeros((view.height, view.width, 3), np.float32)
         shadows = scene.shadow_map(drawables, lights)
-        scene.light_up(drawables, camera, lights)
-        whole = (0, 0, columns, rows)
-        mirror_of, mirror = -1, np.zeros((view.height, view.width, 3), np.float32)
         raster.project(scene.geometry, drawables, scene.poses, camera, samples, scene.workspace)
+        whole, focal = (0, 0, columns, rows), _in_samples(camera, samples)
         raster.rasterise(
-            scene.geometry, drawables, scene.workspace, _facing(camera), camera.near, whole,
-            _in_samples(camera, samples), nearest, triangle,
+            scene.geometry, drawables, scene.workspace, _facing(camera), camera.near, whole, focal, nearest, triangle
         )
-        light_places = np.zeros((view.height, view.width, 3), np.float32)
+        mirror_of, mirror = -1, np.zeros((view.height, view.width, 3), np.float32)
         raster.resolve_background(
-            samples, triangle, scene.next_frame(), scene.geometry, scene.materials, scene.textures, lights, scene.eyes,
-            scene.towards, scene.workspace, camera, shadows, mirror_of, mirror, bright, dark, light_places,
+            samples, triangle, *scene.shading(lights), camera, shadows, mirror_of, mirror, bright, dark, light_places
         )
         return _Background(bright, dark, nearest, light_places, shadows)
 
@@ -164,77 +155,86 @@ class SoftwareRenderer:
         background: _Background,
         picture: npt.NDArray[np.uint8],
     ) -> None:
-        samples, moving = self.samples, scene.moving
+        samples = self.samples
         shadows = scene.shadow_map(scene.casting, lights)
-        if len(lights.towards) > lights.unshadowed:
-            raster.darken(background.light_places, shadows, background.dark, picture)
+        raster.darken(background.light_places, shadows, background.dark, picture)
         nearest, triangle = self._buffer(*background.nearest.shape)
-        window = raster.project(scene.geometry, moving, scene.poses, camera, samples, scene.workspace)
+        everything = np.concatenate([scene.moving, scene.transparent])
+        window = raster.project(scene.geometry, everything, scene.poses, camera, samples, scene.workspace)
         window, pixels = _clipped(window, picture.shape, samples)
         raster.restore(window, background.nearest, nearest, triangle)
-        focal = _in_samples(camera, samples)
+        focal, facing = _in_samples(camera, samples), _facing(camera)
+        shading = scene.shading(lights)
         raster.rasterise(
-            scene.geometry, moving, scene.workspace, _facing(camera), camera.near, window, focal, nearest, triangle
+            scene.geometry, scene.moving, scene.workspace, facing, camera.near, window, focal, nearest, triangle
         )
-        scene.light_up(moving, camera, lights)
-        raster.resolve(
-            pixels, samples, triangle, 0, scene.next_frame(), scene.geometry, scene.materials, scene.textures, lights,
-            scene.eyes, scene.towards, scene.workspace, camera, shadows, background.shadows, picture,
-        )
+        raster.resolve(pixels, samples, triangle, *shading, camera, shadows, background.shadows, picture)
+        if len(scene.transparent):
+            distance = np.linalg.norm(scene.poses[scene.transparent, 9:] - camera.position, axis=1)
+            order = scene.transparent[np.argsort(distance, kind="stable")]
+            # MuJoCo draws what is transparent twice, from front to back and from back to front.
+            for d in [*order, *order[::-1]]:
+                seen = np.full_like(triangle, raster.NOTHING)
+                raster.rasterise(
+                    scene.geometry, np.array([d], np.int32), scene.workspace, facing, camera.near, window, focal,
+                    nearest.copy(), seen,
+                )
+                raster.blend(pixels, samples, seen, scene.materials.rgba[d, 3], *shading, camera, picture)
+
+    def _buffer(self, rows: int, columns: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int32]]:
+        if (rows, columns) not in self._buffers:
+            depths = np.zeros((rows, columns), np.float32)
+            self._buffers[rows, columns] = (depths, np.full((rows, columns), raster.NOTHING, np.int32))
+        return self._buffers[rows, columns]
 
 
 class _Scene:
-    """A model's drawables, ready for the inner loops."""
+    """A model's drawables, ready for the inner loops, fine enough for a size of pixel in metres."""
 
-    def __init__(self, model: mujoco.MjModel, background_bodies: Iterable[int] | None) -> None:
+    def __init__(self, model: mujoco.MjModel, background_bodies: Iterable[int] | None, pixel: float) -> None:
         self.model = model
-        drawables = _drawables(model)
-        self.drawables = drawables
-        self.geometry = _geometry(drawables)
+        self._texel = _TEXEL * pixel
+        self.drawables = _drawables(model, _CELL * pixel)
+        self.geometry = _geometry(self.drawables)
         self.textures = _textures(model)
         skies = [i for i in range(model.ntex) if model.tex_type[i] == mujoco.mjtTexture.mjTEXTURE_SKYBOX]
         self.sky = skies[0] if skies else -1
         self.materials = raster.Materials(
-            np.array([d.rgba for d in drawables], np.float32),
-            np.array([d.gloss for d in drawables], np.float32),
-            np.array([d.texture for d in drawables], np.int32),
-            np.array([d.mapping for d in drawables], np.float32),
+            np.array([d.rgba for d in self.drawables], np.float32),
+            np.array([(*d.gloss, _FAINTEST ** (2 / max(d.gloss[2], 1e-3))) for d in self.drawables], np.float32),
+            np.array([d.texture for d in self.drawables], np.int32),
+            np.array([d.mapping for d in self.drawables], np.float32),
         )
         if background_bodies is None:
             background_bodies = [i for i in range(model.nbody) if model.body_weldid[i] == 0]
-        still = np.isin([d.body for d in drawables], list(background_bodies))
-        still &= ~np.array([d.is_site for d in drawables])
+        still = np.array([not d.is_site and d.body in set(background_bodies) for d in self.drawables])
         opaque = self.materials.rgba[:, 3] >= _OPAQUE
-        casts = np.array([d.casts_shadow for d in drawables])
+        bounded = np.array([not d.unbounded for d in self.drawables])
         self.background = np.flatnonzero(still & opaque).astype(np.int32)
         self.moving = np.flatnonzero(~still & opaque).astype(np.int32)
-        self.casting = np.flatnonzero(~(still & opaque) & casts).astype(np.int32)
         self.transparent = np.flatnonzero(~opaque).astype(np.int32)
-        self._geoms = np.array([d.index for d in drawables if not d.is_site])
-        self._sites = np.array([d.index for d in drawables if d.is_site], dtype=np.int64)
-        self.poses = np.zeros((len(drawables), 12), np.float32)
-        self.eyes = np.zeros((len(drawables), 3), np.float32)
+        self.casting = np.flatnonzero(~(still & opaque)).astype(np.int32)
+        self._bounded = set(np.flatnonzero(bounded).tolist())
+        self._geoms = np.array([d.index for d in self.drawables if not d.is_site], dtype=np.int64)
+        self._sites = np.array([d.index for d in self.drawables if d.is_site], dtype=np.int64)
+        self.poses = np.zeros((len(self.drawables), 12), np.float32)
+        self._eyes = np.zeros((len(self.drawables), 3), np.float32)
+        self._towards = np.zeros((len(self.drawables), 0, 3), np.float32)
         vertices, corners = len(self.geometry.x), len(self.geometry.normals)
         self.workspace = raster.Workspace(
             *(np.zeros(vertices, np.float32) for _ in range(9)),
             colors=np.zeros((corners, 6), np.float32),
             lit=np.full(corners, -1, np.int64),
+            planes=np.empty((len(self.geometry.triangles), 3, 16), np.float32),
+            ready=np.full(len(self.geometry.triangles), -1, np.int64),
         )
         self._frame = 0
-        self._maps: dict[int, npt.NDArray[np.float32]] = {}
 
     def place(self, data: mujoco.MjData) -> None:
         """Take poses from the simulation."""
         count = len(self._geoms)
         self.poses[:count, :9], self.poses[:count, 9:] = data.geom_xmat[self._geoms], data.geom_xpos[self._geoms]
         self.poses[count:, :9], self.poses[count:, 9:] = data.site_xmat[self._sites], data.site_xpos[self._sites]
-
-    def name_of_background(self) -> bytes:
-        return self.poses[self.background].tobytes() + str(id(self)).encode()
-
-    def next_frame(self) -> int:
-        self._frame += 1
-        return self._frame
 
     def lights(self, data: mujoco.MjData, camera: raster.Camera) -> raster.Lights:
         """The model's lights and the camera's own, those without shadows first."""
@@ -250,40 +250,45 @@ class _Scene:
         columns = [np.array([light[k] for light in found], np.float32).reshape(-1, 3) for k in range(1, 5)]
         return raster.Lights(*columns, unshadowed=sum(1 for light in found if not light[0]))
 
-    def light_up(self, drawables: npt.NDArray[np.int32], camera: raster.Camera, lights: raster.Lights) -> None:
-        """Prepare the lighting of drawables."""
-        if not hasattr(self, "towards") or self.towards.shape[1] != len(lights.towards):
-            self.towards = np.zeros((len(self.drawables), len(lights.towards), 3), np.float32)
-        raster.prepare_lighting(drawables, self.poses, camera, lights, self.eyes, self.towards)
+    def light_up(self, camera: raster.Camera, lights: raster.Lights) -> None:
+        """Prepare the lighting of a frame."""
+        if self._towards.shape[1] != len(lights.towards):
+            self._towards = np.zeros((len(self.drawables), len(lights.towards), 3), np.float32)
+        everything = np.arange(len(self.drawables), dtype=np.int32)
+        raster.prepare_lighting(everything, self.poses, camera, lights, self._eyes, self._towards)
+        self._frame += 1
+
+    def shading(self, lights: raster.Lights) -> tuple[Any, ...]:
+        """What the inner loops want to know to compute colours."""
+        return (
+            self._frame, self.geometry, self.materials, self.textures, lights, self._eyes, self._towards,
+            self.workspace,
+        )  # fmt: skip
 
     def shadow_map(self, drawables: npt.NDArray[np.int32], lights: raster.Lights) -> raster.ShadowMap:
-        """What the light that casts shadows meets."""
+        """What the light that casts shadows meets of these drawables, whose places in its space are computed, too."""
         if lights.unshadowed == len(lights.towards):
             return raster.ShadowMap(np.zeros((0, 0), np.float32), 0, 0, 0.0)
         axes = _light_axes(-lights.towards[lights.unshadowed])
-        # Where receivers lie in the light's space is wanted of all, also of those that do not cast.
-        everything = np.arange(len(self.drawables), dtype=np.int32)
-        casting = drawables[[self.drawables[d].casts_shadow for d in drawables]]
-        raster.project_to_light(self.geometry, everything, self.poses, axes, _TEXEL, self.workspace)
-        planes = [d for d in casting if self._is_plane(d)]
-        bounded = np.array([d for d in casting if d not in planes], np.int32)
+        casting = np.array([d for d in drawables if d in self._bounded], np.int32)
+        if len(casting) < len(drawables):
+            raster.project_to_light(self.geometry, drawables, self.poses, axes, self._texel, self.workspace)
         left, top, right, bottom = raster.project_to_light(
-            self.geometry, bounded, self.poses, axes, _TEXEL, self.workspace
+            self.geometry, casting, self.poses, axes, self._texel, self.workspace
         )
         depth = np.full((bottom - top, right - left), np.inf, np.float32)
-        raster.rasterise_shadow(self.geometry, bounded, self.workspace, left, top, _SLOPE_TEXELS, depth)
-        return raster.ShadowMap(depth, left, top, _SLACK)
-
-    def _is_plane(self, d: int) -> bool:
-        drawable = self.drawables[d]
-        return not drawable.is_site and self.model.geom_type[drawable.index] == mujoco.mjtGeom.mjGEOM_PLANE
+        raster.rasterise_shadow(self.geometry, casting, self.workspace, left, top, _SLOPE_TEXELS, depth)
+        return raster.ShadowMap(depth, left, top, _SLACK * self._texel)
 
 
-def _camera(model: mujoco.MjModel, data: mujoco.MjData, view: View) -> raster.Camera:
-    camera = mujoco.mj_name2id(model, mujoco.mjtObj.mjOBJ_CAMERA, view.camera)
-    if camera < 0:
-        known = [model.camera(i).name for i in range(model.ncam)]
-        raise ValueError(f"Unknown camera {view.camera!r}; {did_you_mean(view.camera, known)}")
+def _pixel_size(model: mujoco.MjModel, camera: int, view: View) -> float:
+    """Side of a pixel where it is least, metres; few different ones, so that views share what is prepared."""
+    distance = _STANDING_DISTANCE if model.cam_bodyid[camera] == 0 else _CARRIED_DISTANCE
+    pixel = 2 * np.tan(np.radians(model.cam_fovy[camera]) / 2) * distance * view.crop[2] / view.height
+    return round(float(2.0 ** np.floor(np.log2(pixel))), 6)
+
+
+def _camera(model: mujoco.MjModel, data: mujoco.MjData, camera: int, view: View) -> raster.Camera:
     top, left, height, width = view.crop
     rows, columns = view.height / height, view.width / width
     focal = rows / 2 / np.tan(np.radians(model.cam_fovy[camera]) / 2)
@@ -333,8 +338,8 @@ def _light_axes(direction: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     return np.stack([across, np.cross(along, across), along]).astype(np.float32)
 
 
-def _drawables(model: mujoco.MjModel) -> list[_Drawable]:
-    """All visible geoms, then all visible sites."""
+def _drawables(model: mujoco.MjModel, cell: float) -> list[_Drawable]:
+    """All visible geoms, then all visible sites; meshes with vertices no nearer to each other than a cell, metres."""
     kinds = mujoco.mjtGeom
     quality = model.vis.quality
     found = []
@@ -370,7 +375,7 @@ def _drawables(model: mujoco.MjModel) -> list[_Drawable]:
             elif kind == kinds.mjGEOM_BOX:
                 shape, scale = box_shape(quality.numquads), size
             elif kind == kinds.mjGEOM_MESH:
-                shape, has_data = mesh_shape(model, model.geom_dataid[i]), True
+                shape, has_data = _coarse_mesh(model, int(model.geom_dataid[i]), cell), True
             else:
                 name = kinds(kind).name.removeprefix("mjGEOM_").lower()
                 raise ValueError(f"The software renderer cannot draw a {name}; use renderer='egl' or 'osmesa'")
@@ -380,10 +385,26 @@ def _drawables(model: mujoco.MjModel) -> list[_Drawable]:
             found.append(
                 _Drawable(
                     shape, scale, is_site, i, int(getattr(model, f"{prefix}_bodyid")[i]), rgba,
-                    (float(gloss[0]), float(gloss[1]), 128.0 * float(gloss[2])), reflectance, texture, mapping, True,
+                    (float(gloss[0]), float(gloss[1]), 128.0 * float(gloss[2])), reflectance, texture, mapping,
+                    bool(kind == kinds.mjGEOM_PLANE),
                 )
             )
     return found
+
+
+# A robot's meshes are the same in all scenes.
+_coarse_meshes: dict[tuple[bytes, float], Shape] = {}
+
+
+def _coarse_mesh(model: mujoco.MjModel, mesh: int, cell: float) -> Shape:
+    faces = slice(model.mesh_faceadr[mesh], model.mesh_faceadr[mesh] + model.mesh_facenum[mesh])
+    vertices = slice(model.mesh_vertadr[mesh], model.mesh_vertadr[mesh] + model.mesh_vertnum[mesh])
+    digest = hashlib.blake2b(model.mesh_vert[vertices].tobytes(), digest_size=16)
+    digest.update(model.mesh_face[faces].tobytes())
+    key = digest.digest(), cell
+    if key not in _coarse_meshes:
+        _coarse_meshes[key] = coarsened(mesh_shape(model, mesh), cell)
+    return _coarse_meshes[key]
 
 
 def _material_texture(model: mujoco.MjModel, material: int) -> int:
@@ -412,7 +433,7 @@ def _mapping(
 
 
 def _geometry(drawables: list[_Drawable]) -> raster.Geometry:
-    places, normals, triangles, corners, owners, corner_vertex, texture_places = [], [], [], [], [], [], []
+    places, normals, triangles, corners, owners, texture_places = [], [], [], [], [], []
     first_vertex, first_triangle, first_corner = [0], [0], 0
     for number, drawable in enumerate(drawables):
         shape = drawable.shape
@@ -421,7 +442,6 @@ def _geometry(drawables: list[_Drawable]) -> raster.Geometry:
         normals.append(unit(shape.normals / drawable.scale))
         triangles.append(shape.triangles + first_vertex[-1])
         corners.append(shape.corners + first_corner)
-        corner_vertex.append(shape.corner_places + first_vertex[-1])
         owners.append(np.full(len(shape.triangles), number))
         first_vertex.append(first_vertex[-1] + len(shape.places))
         first_triangle.append(first_triangle[-1] + len(shape.triangles))
@@ -433,7 +453,6 @@ def _geometry(drawables: list[_Drawable]) -> raster.Geometry:
         corners=np.concatenate(corners).astype(np.int32),
         drawable=np.concatenate(owners).astype(np.int32),
         normals=np.concatenate(normals).astype(np.float32),
-        corner_vertex=np.concatenate(corner_vertex).astype(np.int32),
         texture_places=np.concatenate(texture_places).astype(np.float32),
         first_vertex=np.array(first_vertex, np.int32),
         first_triangle=np.array(first_triangle, np.int32),
