@@ -73,7 +73,7 @@ class MetaWorldEnv(gym.Env[dict[str, Any], npt.NDArray[np.float32]]):
     :param image_size: side of the square picture, or (height, width).
     :param camera: a camera of MetaWorld's; ``corner2`` stands where the published data has it.
     :param crop: window of the view, a name in :data:`mw_envs.rendering.CROPS` or (top, left, height, width).
-    :param renderer: ``auto``, ``egl`` or ``osmesa``.
+    :param renderer: ``auto``, ``software``, ``egl`` or ``osmesa``; see :func:`mw_envs.rendering.get_renderer`.
     :param privileged_state: whether the observation holds the simulator's state, for a critic or a scripted expert.
     :param elapsed_time: whether the observation holds ``elapsed_time``, float32 (1,), the share of the horizon that has
         passed, for a critic.
@@ -295,7 +295,7 @@ class MetaWorldEnv(gym.Env[dict[str, Any], npt.NDArray[np.float32]]):
     def _draw(self, view: View) -> npt.NDArray[np.uint8]:
         assert self._simulator is not None
         simulator = self._simulator
-        return get_renderer(self._renderer).render(simulator.model, simulator.data, view, simulator.task)
+        return get_renderer(self._renderer).render(simulator.model, simulator.data, view, simulator.scene)
 
     def _info(self, env_steps: int) -> dict[str, Any]:
         assert self._trial is not None

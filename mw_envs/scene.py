@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from gymnasium import spaces
 
-from mw_envs.rendering.view import explained_mujoco_import
+from mw_envs.rendering.view import Scene, explained_mujoco_import
 from mw_envs.tasks import GOALS_PER_TASK, Trial, get_task
 
 with explained_mujoco_import():
@@ -28,6 +28,17 @@ with explained_mujoco_import():
 
 # Camera pose of the published demonstrations and checkpoints (MetaWorld 3.1 calls it corner4; 3.0 does not have it).
 CORNER2_POSITION = (0.75, 0.075, 0.7)
+# Bodies of the base scene, which no task moves: floor, table, walls around it, the robot's stand.
+_BACKGROUND = (
+    "world",
+    "tablelink",
+    "RetainingWall",
+    "controller_box",
+    "pedestal_feet",
+    "torso",
+    "pedestal",
+    "right_arm_base_link",
+)
 # All that MetaWorld's resets write in the model: places of bodies and of goal markers.
 _MODEL_FIELDS = ("body_pos", "site_pos")
 # Attributes that belong to the process, not to the episode.
@@ -37,7 +48,7 @@ _KEPT_ATTRIBUTES = frozenset({"model", "data", "mujoco_renderer", "_np_random", 
 class Simulator:
     """One task's MuJoCo simulation.
 
-    :param task: a task name.
+    :param task: a task name. ``scene`` is what renderers know it by.
     :raises ValueError: for an unknown task.
     """
 
@@ -53,6 +64,8 @@ class Simulator:
         self.model: mujoco.MjModel = sawyer.model
         self.data: mujoco.MjData = sawyer.data
         self.model.cam_pos[mujoco.mj_name2id(self.model, mujoco.mjtObj.mjOBJ_CAMERA, "corner2")] = CORNER2_POSITION
+        known = {self.model.body(i).name: i for i in range(self.model.nbody)}
+        self.scene = Scene(self.task, frozenset(known[name] for name in _BACKGROUND if name in known))
         self._initial_model = {name: getattr(self.model, name).copy() for name in _MODEL_FIELDS}
         self._initial_attributes = {
             name: _detached(value) for name, value in sawyer.__dict__.items() if name not in _KEPT_ATTRIBUTES

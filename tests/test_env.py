@@ -22,7 +22,7 @@ import mw_envs.env
 from mw_envs import TASKS, Trial, decode_instruction, suite_tasks
 from mw_envs.env import MetaWorldEnv
 from mw_envs.experts import ScriptedExpert
-from mw_envs.rendering import View, get_renderer
+from mw_envs.rendering import Scene, View, get_renderer
 from mw_envs.scene import Simulator
 
 # Pressing the handle takes the expert some 35 steps; held on to, the handle then leaves the success region again.
@@ -38,6 +38,7 @@ class FakeSimulator:
         self.task = task
         self.success_at = success_at
         self.model = self.data = self  # so that the fake renderer sees the steps
+        self.scene = Scene(task)
         self.steps = 0
         self.actions: list[npt.NDArray[np.float32]] = []
         self.trials: list[Trial] = []
@@ -71,8 +72,8 @@ class Fakes:
     def release(self, simulator: FakeSimulator) -> None:
         self.in_use.remove(simulator)
 
-    def render(self, model: FakeSimulator, data: FakeSimulator, view: View, scene: str) -> npt.NDArray[np.uint8]:
-        assert scene == model.task
+    def render(self, model: FakeSimulator, data: FakeSimulator, view: View, scene: Scene) -> npt.NDArray[np.uint8]:
+        assert scene is model.scene
         self.views.append(view)
         return np.full((view.height, view.width, 3), model.steps, dtype=np.uint8)
 
@@ -141,7 +142,7 @@ def test_what_is_observed() -> None:
         np.testing.assert_array_equal(observation["privileged_state"], reference.astype(np.float32))
         np.testing.assert_array_equal(
             observation["image"],
-            get_renderer().render(simulator.model, simulator.data, View("corner2", 24, 40), "push-v3"),
+            get_renderer().render(simulator.model, simulator.data, View("corner2", 24, 40), simulator.scene),
         )
         assert decode_instruction(observation["instruction"]) == info["instruction"] == TASKS["push-v3"].instruction
         assert observation["elapsed_time"] == pytest.approx(elapsed / 8)

@@ -43,7 +43,7 @@ def hammer() -> Simulator:
 
 
 def draw(simulator: Simulator, view: View) -> npt.NDArray[np.uint8]:
-    return get_renderer().render(simulator.model, simulator.data, view, simulator.task)
+    return get_renderer().render(simulator.model, simulator.data, view, simulator.scene)
 
 
 def difference(a: npt.NDArray[np.uint8], b: npt.NDArray[np.uint8]) -> float:

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mw_envs.rendering.mesh_detail import coarsen_meshes
-from mw_envs.rendering.view import RendererUnavailableError, View
+from mw_envs.rendering.view import RendererUnavailableError, Scene, View
 from mw_envs.tasks import did_you_mean
 
 # Distance at which the cell of a coarsened mesh is smaller than a pixel, metres: the robot seen from a camera that
@@ -44,7 +44,7 @@ class OpenGLRenderer:
         self._options = mujoco.MjvOption()
         atexit.register(self._free)
 
-    def render(self, model: mujoco.MjModel, data: mujoco.MjData, view: View, scene: str) -> npt.NDArray[np.uint8]:
+    def render(self, model: mujoco.MjModel, data: mujoco.MjData, view: View, scene: Scene) -> npt.NDArray[np.uint8]:
         """Draw a view; see :meth:`mw_envs.rendering.Renderer.render`.
 
         :raises ValueError: if the model has no camera of that name.
@@ -54,12 +54,12 @@ class OpenGLRenderer:
             known = [model.camera(i).name for i in range(model.ncam)]
             raise ValueError(f"Unknown camera {view.camera!r}; {did_you_mean(view.camera, known)}")
         self._gl.make_current()
-        context = self._context(model, camera, view, scene)
-        if scene not in self._graph:
-            self._graph[scene] = mujoco.MjvScene(model, _MAX_GEOMS)
+        context = self._context(model, camera, view, scene.name)
+        if scene.name not in self._graph:
+            self._graph[scene.name] = mujoco.MjvScene(model, _MAX_GEOMS)
             for flag in (mujoco.mjtRndFlag.mjRND_SHADOW, mujoco.mjtRndFlag.mjRND_REFLECTION):
-                self._graph[scene].flags[flag] = 0
-        graph = self._graph[scene]
+                self._graph[scene.name].flags[flag] = 0
+        graph = self._graph[scene.name]
         self._camera.fixedcamid = camera
         mujoco.mjv_updateScene(model, data, self._options, None, self._camera, mujoco.mjtCatBit.mjCAT_ALL.value, graph)
         _narrow_frustum(graph, view)

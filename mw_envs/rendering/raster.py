@@ -2,9 +2,9 @@
 
 Letters: V vertices (places), C corners (a vertex with a normal), T triangles, D drawables, S lights.
 
-*Samples* are the points at which coverage and depth are decided: ``s x s`` a pixel, at the centres of its cells. Colours
-are computed once per pixel and triangle, at the pixel's centre, as OpenGL's multisampling does. Depths are kept as one
-over the distance along the camera's axis, which is linear on the screen; a larger one is nearer.
+*Samples* are the points at which coverage and depth are decided: ``s x s`` a pixel, at the centres of its cells.
+Colours are computed once per pixel and triangle, at the pixel's centre, as OpenGL's multisampling does. Depths are kept
+as one over the distance along the camera's axis, which is linear on the screen; a larger one is nearer.
 """
 
 from __future__ import annotations
@@ -604,8 +604,21 @@ def prepare_lighting(drawables, poses, camera, lights, eyes, towards):
 
 @_compiled
 def resolve(
-    window, samples, triangle, frame, geometry, materials, textures, lights, eyes, towards, workspace, camera, shadows,
-    other_shadows, picture,
+    window,
+    samples,
+    triangle,
+    frame,
+    geometry,
+    materials,
+    textures,
+    lights,
+    eyes,
+    towards,
+    workspace,
+    camera,
+    shadows,
+    other_shadows,
+    picture,
 ):
     """Colours of the pixels that see moving triangles, over a picture that shows the background.
 
@@ -672,8 +685,23 @@ def resolve(
 
 @_compiled
 def resolve_background(
-    samples, triangle, frame, geometry, materials, textures, lights, eyes, towards, workspace, camera, shadows,
-    mirror_of, mirror, bright, dark, light_places,
+    samples,
+    triangle,
+    frame,
+    geometry,
+    materials,
+    textures,
+    lights,
+    eyes,
+    towards,
+    workspace,
+    camera,
+    shadows,
+    mirror_of,
+    mirror,
+    bright,
+    dark,
+    light_places,
 ):
     """The background's picture as the lights show it, as it is in shadow, and where it lies in the light's space.
 
@@ -750,8 +778,20 @@ def darken(light_places, shadows, dark, picture):
 
 @_compiled
 def blend(
-    window, samples, triangle, drawable_alpha, frame, geometry, materials, textures, lights, eyes, towards, workspace,
-    camera, picture,
+    window,
+    samples,
+    triangle,
+    drawable_alpha,
+    frame,
+    geometry,
+    materials,
+    textures,
+    lights,
+    eyes,
+    towards,
+    workspace,
+    camera,
+    picture,
 ):
     """Put a transparent drawable over a picture, as much as its samples cover.
 

@@ -7,14 +7,15 @@ import os
 from mw_envs.rendering.view import Renderer, RendererUnavailableError, explained_mujoco_import
 from mw_envs.tasks import did_you_mean
 
-RENDERERS = ("auto", "egl", "osmesa")
+RENDERERS = ("auto", "software", "egl", "osmesa")
 _renderers: dict[tuple[int, str], Renderer] = {}
 
 
 def get_renderer(kind: str = "auto") -> Renderer:
     """This process's renderer of a kind, created on the first call.
 
-    :param kind: ``egl`` or ``osmesa``; ``auto`` takes the first of them that works.
+    :param kind: ``software`` needs nothing but the processor; ``egl`` and ``osmesa`` are MuJoCo's own renderer, and
+        ``auto`` takes the first of these two that works.
     :raises ValueError: for an unknown kind.
     :raises RendererUnavailableError: if the library is missing.
     """
@@ -39,6 +40,10 @@ def _create(kind: str) -> Renderer:
     with explained_mujoco_import():
         from mw_envs.rendering.opengl import OpenGLRenderer
 
+    if kind == "software":
+        from mw_envs.rendering.software import SoftwareRenderer
+
+        return SoftwareRenderer()
     if kind != "auto":
         return OpenGLRenderer(kind)
     reasons = []

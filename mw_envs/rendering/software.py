@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +29,7 @@ from mw_envs.rendering.geometry import (
     sphere_shape,
     unit,
 )
-from mw_envs.rendering.view import View
+from mw_envs.rendering.view import Scene, View
 from mw_envs.tasks import did_you_mean
 
 # Distance at which the side of a pixel is measured: the robot seen from a camera that stands beside the table, and the
@@ -84,7 +83,7 @@ class SoftwareRenderer:
 
     def __init__(self, samples: int = 2) -> None:
         self.samples = samples
-        self._scenes: dict[tuple[str, float], _Scene] = {}
+        self._scenes: dict[tuple[Scene, float], _Prepared] = {}
         self._backgrounds: OrderedDict[Any, _Background] = OrderedDict()
         self._buffers: dict[tuple[int, int], tuple[npt.NDArray[np.float32], npt.NDArray[np.int32]]] = {}
 
@@ -93,8 +92,7 @@ class SoftwareRenderer:
         model: mujoco.MjModel,
         data: mujoco.MjData,
         view: View,
-        scene: str,
-        background_bodies: Iterable[int] | None = None,
+        scene: Scene,
     ) -> npt.NDArray[np.uint8]:
         """Draw a view; see :meth:`mw_envs.rendering.Renderer.render`.
 
@@ -107,7 +105,7 @@ class SoftwareRenderer:
         camera = _camera(model, data, number, view)
         pixel = _pixel_size(model, number, view)
         if (scene, pixel) not in self._scenes:
-            self._scenes[scene, pixel] = _Scene(model, background_bodies, pixel)
+            self._scenes[scene, pixel] = _Prepared(model, scene.background, pixel)
         prepared = self._scenes[scene, pixel]
         prepared.place(data)
         lights = prepared.lights(data, camera)
@@ -117,7 +115,7 @@ class SoftwareRenderer:
         self._draw_moving(prepared, camera, lights, background, picture)
         return picture
 
-    def _background(self, scene: _Scene, camera: raster.Camera, lights: raster.Lights, view: View) -> _Background:
+    def _background(self, scene: _Prepared, camera: raster.Camera, lights: raster.Lights, view: View) -> _Background:
         poses = scene.poses[scene.background]
         key = (id(scene), view, *(a.tobytes() for a in (poses, camera.rotation, camera.position, lights.towards)))
         if key not in self._backgrounds:
@@ -127,7 +125,9 @@ class SoftwareRenderer:
         self._backgrounds.move_to_end(key)
         return self._backgrounds[key]
 
-    def _draw_background(self, scene: _Scene, camera: raster.Camera, lights: raster.Lights, view: View) -> _Background:
+    def _draw_background(
+        self, scene: _Prepared, camera: raster.Camera, lights: raster.Lights, view: View
+    ) -> _Background:
         samples, drawables = self.samples, scene.background
         rows, columns = view.height * samples, view.width * samples
         nearest, triangle = np.zeros((rows, columns), np.float32), np.full((rows, columns), raster.NOTHING, np.int32)
@@ -149,7 +149,7 @@ class SoftwareRenderer:
 
     def _draw_moving(
         self,
-        scene: _Scene,
+        scene: _Prepared,
         camera: raster.Camera,
         lights: raster.Lights,
         background: _Background,
@@ -176,8 +176,15 @@ class SoftwareRenderer:
             for d in [*order, *order[::-1]]:
                 seen = np.full_like(triangle, raster.NOTHING)
                 raster.rasterise(
-                    scene.geometry, np.array([d], np.int32), scene.workspace, facing, camera.near, window, focal,
-                    nearest.copy(), seen,
+                    scene.geometry,
+                    np.array([d], np.int32),
+                    scene.workspace,
+                    facing,
+                    camera.near,
+                    window,
+                    focal,
+                    nearest.copy(),
+                    seen,
                 )
                 raster.blend(pixels, samples, seen, scene.materials.rgba[d, 3], *shading, camera, picture)
 
@@ -188,10 +195,10 @@ class SoftwareRenderer:
         return self._buffers[rows, columns]
 
 
-class _Scene:
+class _Prepared:
     """A model's drawables, ready for the inner loops, fine enough for a size of pixel in metres."""
 
-    def __init__(self, model: mujoco.MjModel, background_bodies: Iterable[int] | None, pixel: float) -> None:
+    def __init__(self, model: mujoco.MjModel, background: frozenset[int], pixel: float) -> None:
         self.model = model
         self._texel = _TEXEL * pixel
         self.drawables = _drawables(model, _CELL * pixel)
@@ -205,9 +212,7 @@ class _Scene:
             np.array([d.texture for d in self.drawables], np.int32),
             np.array([d.mapping for d in self.drawables], np.float32),
         )
-        if background_bodies is None:
-            background_bodies = [i for i in range(model.nbody) if model.body_weldid[i] == 0]
-        still = np.array([not d.is_site and d.body in set(background_bodies) for d in self.drawables])
+        still = np.array([not d.is_site and d.body in background for d in self.drawables])
         opaque = self.materials.rgba[:, 3] >= _OPAQUE
         bounded = np.array([not d.unbounded for d in self.drawables])
         self.background = np.flatnonzero(still & opaque).astype(np.int32)
@@ -384,8 +389,16 @@ def _drawables(model: mujoco.MjModel, cell: float) -> list[_Drawable]:
                 mapping = _mapping(model, texture, size, np.asarray(repeat, float), uniform, has_data)
             found.append(
                 _Drawable(
-                    shape, scale, is_site, i, int(getattr(model, f"{prefix}_bodyid")[i]), rgba,
-                    (float(gloss[0]), float(gloss[1]), 128.0 * float(gloss[2])), reflectance, texture, mapping,
+                    shape,
+                    scale,
+                    is_site,
+                    i,
+                    int(getattr(model, f"{prefix}_bodyid")[i]),
+                    rgba,
+                    (float(gloss[0]), float(gloss[1]), 128.0 * float(gloss[2])),
+                    reflectance,
+                    texture,
+                    mapping,
                     bool(kind == kinds.mjGEOM_PLANE),
                 )
             )

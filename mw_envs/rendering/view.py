@@ -68,16 +68,28 @@ class View:
     rotated: bool = True
 
 
+@dataclass(frozen=True)
+class Scene:
+    """What a renderer may prepare once and use again.
+
+    :param name: models of one name have the same meshes, textures and materials.
+    :param background: bodies that no trial moves.
+    """
+
+    name: str
+    background: frozenset[int] = frozenset()
+
+
 class Renderer(Protocol):
     """Draws views of MuJoCo scenes."""
 
-    def render(self, model: Any, data: Any, view: View, scene: str) -> npt.NDArray[np.uint8]:
+    def render(self, model: Any, data: Any, view: View, scene: Scene) -> npt.NDArray[np.uint8]:
         """Draw a view.
 
         :param model: compiled ``MjModel``.
         :param data: its ``MjData`` after ``mj_forward``.
         :param view: what to draw.
-        :param scene: name of the scene; models of one name have the same meshes and textures, which are prepared once.
+        :param scene: which scene it is.
         :return: a new contiguous array, uint8, shape (height, width, 3).
         """
         ...
