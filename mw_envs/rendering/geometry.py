@@ -115,7 +115,7 @@ def mesh_shape(model: mujoco.MjModel, mesh: int) -> Shape:
 
 def _quads(places: Floats, normals: Floats) -> tuple[Floats, Floats]:
     """Quadrilaterals (Q, 4, 3) as two triangles each."""
-    order = np.array([[0, 1, 2], [0, 2, 3]])
+    order = np.array([[0, 1, 3], [1, 2, 3]])
     return places[:, order].reshape(-1, 3, 3), normals[:, order].reshape(-1, 3, 3)
 
 

@@ -250,12 +250,14 @@ def project_to_light(geometry, drawables, poses, axes, texel, workspace):
 
 
 @_compiled
-def rasterise(geometry, drawables, workspace, facing, near, window, focal, nearest, triangle):
+def rasterise(geometry, drawables, workspace, facing, near, window, focal, stagger, nearest, triangle):
     """Find the triangle that each sample sees.
 
     :param facing: sign that the screen area of a triangle has when it shows its front.
     :param window: samples to draw in: left, top, right, bottom.
     :param focal: camera.focal_x, focal_y, centre_x, centre_y in samples.
+    :param stagger: how far the samples of even rows lie to the right, and those of odd rows to the left, of the centres
+        of their cells, and those of odd columns below them and of even ones above, in cells.
     :param nearest: one over the distance of what each sample sees, float32 (rows, columns); updated.
     :param triangle: and its triangle, int32 (rows, columns); updated.
     """
@@ -263,7 +265,8 @@ def rasterise(geometry, drawables, workspace, facing, near, window, focal, neare
     # Fields of a tuple are counted references each time they are read; local names are not.
     sx, sy, iw = workspace.screen_x, workspace.screen_y, workspace.inverse_w
     triangles, first_triangle = geometry.triangles, geometry.first_triangle
-    sign = F(facing)
+    sign, stagger = F(facing), F(stagger)
+    margin = _HALF + abs(stagger)
     for d in drawables:
         for t in range(first_triangle[d], first_triangle[d + 1]):
             a, b, c = triangles[t, 0], triangles[t, 1], triangles[t, 2]
@@ -280,10 +283,10 @@ def rasterise(geometry, drawables, workspace, facing, near, window, focal, neare
                 continue
             low_x, high_x = min(_ZERO, bx, cx) + ax, max(_ZERO, bx, cx) + ax
             low_y, high_y = min(_ZERO, by, cy) + ay, max(_ZERO, by, cy) + ay
-            x0, x1 = max(x_first, int(np.ceil(low_x - _HALF))), min(x_end - 1, int(np.floor(high_x - _HALF)))
+            x0, x1 = max(x_first, int(np.ceil(low_x - margin))), min(x_end - 1, int(np.floor(high_x + margin)) - 1)
             if x0 > x1:
                 continue
-            y0, y1 = max(y_first, int(np.ceil(low_y - _HALF))), min(y_end - 1, int(np.floor(high_y - _HALF)))
+            y0, y1 = max(y_first, int(np.ceil(low_y - margin))), min(y_end - 1, int(np.floor(high_y + margin)) - 1)
             if y0 > y1:
                 continue
             inverse = _ONE / area
@@ -294,11 +297,17 @@ def rasterise(geometry, drawables, workspace, facing, near, window, focal, neare
             dx, dy = F(x0) + _HALF - ax, F(y0) + _HALF - ay
             row_b, row_c, row_z = bdx * dx + bdy * dy, cdx * dx + cdy * dy, za + zdx * dx + zdy * dy
             for y in range(y0, y1 + 1):
-                wb, wc, z = row_b, row_c, row_z
+                across = stagger if y & 1 == 0 else -stagger
+                down = stagger if x0 & 1 else -stagger
+                wb, wc, z = row_b + across * bdx, row_c + across * cdx, row_z + across * zdx
                 for x in range(x0, x1 + 1):
-                    if wb >= _ZERO and wc >= _ZERO and wb + wc <= _ONE and z > nearest[y, x]:
-                        nearest[y, x] = z
-                        triangle[y, x] = t
+                    b_here, c_here = wb + down * bdy, wc + down * cdy
+                    if b_here >= _ZERO and c_here >= _ZERO and b_here + c_here <= _ONE:
+                        z_here = z + down * zdy
+                        if z_here > nearest[y, x]:
+                            nearest[y, x] = z_here
+                            triangle[y, x] = t
+                    down = -down
                     wb += bdx
                     wc += cdx
                     z += zdx

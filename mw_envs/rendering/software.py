@@ -40,6 +40,7 @@ _CELL, _TEXEL = 0.5, 0.75
 # A surface is in shadow if it lies this much behind what the light meets first, in texels.
 _SLACK = 0.75
 _SLOPE_TEXELS = 1.0
+_STAGGER = -0.25
 _FAINTEST = 5e-4  # of a highlight, where 1 is white
 # More opaque than this is opaque, to MuJoCo.
 _OPAQUE = 0.995
@@ -83,6 +84,8 @@ class SoftwareRenderer:
 
     def __init__(self, samples: int = 2) -> None:
         self.samples = samples
+        # Four samples stand where those of OpenGL's multisampling usually do, no two in one row or column.
+        self._stagger = _STAGGER if samples == 2 else 0.0
         self._scenes: dict[tuple[Scene, float], _Prepared] = {}
         self._backgrounds: OrderedDict[Any, _Background] = OrderedDict()
         self._buffers: dict[tuple[int, int], tuple[npt.NDArray[np.float32], npt.NDArray[np.int32]]] = {}
@@ -139,7 +142,16 @@ class SoftwareRenderer:
         raster.project(scene.geometry, drawables, scene.poses, camera, samples, scene.workspace)
         whole, focal = (0, 0, columns, rows), _in_samples(camera, samples)
         raster.rasterise(
-            scene.geometry, drawables, scene.workspace, _facing(camera), camera.near, whole, focal, nearest, triangle
+            scene.geometry,
+            drawables,
+            scene.workspace,
+            _facing(camera),
+            camera.near,
+            whole,
+            focal,
+            self._stagger,
+            nearest,
+            triangle,
         )
         mirror_of, mirror = -1, np.zeros((view.height, view.width, 3), np.float32)
         raster.resolve_background(
@@ -166,7 +178,16 @@ class SoftwareRenderer:
         focal, facing = _in_samples(camera, samples), _facing(camera)
         shading = scene.shading(lights)
         raster.rasterise(
-            scene.geometry, scene.moving, scene.workspace, facing, camera.near, window, focal, nearest, triangle
+            scene.geometry,
+            scene.moving,
+            scene.workspace,
+            facing,
+            camera.near,
+            window,
+            focal,
+            self._stagger,
+            nearest,
+            triangle,
         )
         raster.resolve(pixels, samples, triangle, *shading, camera, shadows, background.shadows, picture)
         if len(scene.transparent):
@@ -183,6 +204,7 @@ class SoftwareRenderer:
                     camera.near,
                     window,
                     focal,
+                    self._stagger,
                     nearest.copy(),
                     seen,
                 )
@@ -491,12 +513,12 @@ def _textures(model: mujoco.MjModel) -> raster.Textures:
             first += len(pixels[-1])
             if level.shape[1] == level.shape[2] == 1:
                 break
-            level = np.floor(_halved(_halved(level, 1), 2) + 0.5)
+            level = _halved(_halved(level, 2), 1)
     return raster.Textures(np.concatenate(pixels), levels)
 
 
 def _halved(pictures: npt.NDArray[np.float32], axis: int) -> npt.NDArray[np.float32]:
-    """Pictures with half the pixels along an axis, each the linear interpolation at its centre."""
+    """Pictures with half the pixels along an axis, each the linear interpolation at its centre, halves rounded up."""
     size = pictures.shape[axis]
     if size == 1:
         return pictures
@@ -505,4 +527,4 @@ def _halved(pictures: npt.NDArray[np.float32], axis: int) -> npt.NDArray[np.floa
     low = np.floor(centre).astype(int)
     weight = (centre - low).reshape([-1 if k == axis else 1 for k in range(4)]).astype(np.float32)
     upper = np.minimum(low + 1, size - 1)
-    return pictures.take(low, axis) * (1 - weight) + pictures.take(upper, axis) * weight
+    return np.floor(pictures.take(low, axis) * (1 - weight) + pictures.take(upper, axis) * weight + 0.5)
