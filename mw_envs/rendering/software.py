@@ -36,7 +36,7 @@ from mw_envs.tasks import did_you_mean
 # gripper seen from one that it carries, metres.
 _STANDING_DISTANCE, _CARRIED_DISTANCE = 1.0, 0.1
 # Cells of coarsened meshes and texels of shadow maps, in pixels.
-_CELL, _TEXEL = 0.5, 0.75
+_CELL, _TEXEL = 1.5, 1.25
 # A surface is in shadow if it lies this much behind what the light meets first, in texels.
 _SLACK = 0.75
 _SLOPE_TEXELS = 1.0

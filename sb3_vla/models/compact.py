@@ -210,17 +210,17 @@ class ActionBlock(nn.Module):
 
     def keys_values(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values (N, heads, tokens, 64) of the context for the cross-attention."""
-        keys, values = self._projected(self.cross_kv, tokens, 2)
+        keys, values = self._split(self.cross_kv(tokens), 2)
         return keys, values
 
     def forward(self, h: Tensor, condition: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2, shift3, scale3, gate3 = self.modulation(condition)[:, None].chunk(
             9, dim=2
         )
-        q, k, v = self._projected(self.self_qkv, self.norm(h) * (1 + scale1) + shift1, 3)
+        q, k, v = self._split(self.self_qkv(self.norm(h) * (1 + scale1) + shift1), 3)
         attended = F.scaled_dot_product_attention(q, k, v)
         h = h + gate1 * self.self_out(rearrange(attended, "n heads t d -> n t (heads d)"))
-        (q,) = self._projected(self.cross_q, self.norm(h) * (1 + scale2) + shift2, 1)
+        (q,) = self._split(self.cross_q(self.norm(h) * (1 + scale2) + shift2), 1)
         # All R denoisings of a context query it together.
         q = rearrange(q, "(r n) heads t d -> n heads (r t) d", n=len(keys))
         attended = F.scaled_dot_product_attention(q, keys, values)
@@ -228,16 +228,8 @@ class ActionBlock(nn.Module):
         h = h + gate2 * self.cross_out(attended)
         return h + gate3 * self.mlp(self.norm(h) * (1 + scale3) + shift3)
 
-    def _projected(self, layer: nn.Linear, x: Tensor, parts: int) -> list[Tensor]:
-        """The layer's output in parts, each (N, heads, tokens, 64).
-
-        Part by part: the gradient of one product's parts would have to be put together again, which costs more.
-        """
-        weights, biases = layer.weight.chunk(parts), layer.bias.chunk(parts)
-        return [
-            rearrange(F.linear(x, weight, bias), "n t (heads d) -> n heads t d", heads=self.heads)
-            for weight, bias in zip(weights, biases, strict=True)
-        ]
+    def _split(self, x: Tensor, parts: int) -> tuple[Tensor, ...]:
+        return rearrange(x, "n t (parts heads d) -> parts n heads t d", parts=parts, heads=self.heads).unbind()
 
 
 def expected_position(grid: Tensor) -> Tensor:
