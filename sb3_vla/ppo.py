@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
-from stable_baselines3.common.utils import explained_variance, obs_as_tensor
+from stable_baselines3.common.utils import FloatSchedule, explained_variance, obs_as_tensor
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 
@@ -71,6 +71,8 @@ class PPO(stable_baselines3.PPO):
         weights stay float32.
     :param bootstrap_truncated: add the value of the last observation where a time limit cut an episode, as
         Stable-Baselines3 does. False takes the limit as a part of the task; let the critic see ``elapsed_time`` then.
+    :param noise_scale: factor of the exploration noise, a number or a schedule. What acts in the end is the policy
+        without noise; where that falls towards the end, the last updates fit it.
     :param task_sampling: ``uniform`` leaves the environments' own weights; ``signal`` draws a task in proportion to the
         variance p (1 - p) of its recent success, which is what a success can teach, and not below a tenth of the most.
     """
@@ -119,6 +121,7 @@ class PPO(stable_baselines3.PPO):
         rehearsal_batch_size: int = 128,
         bf16: bool | None = False,
         bootstrap_truncated: bool = True,
+        noise_scale: float | Schedule = 1.0,
         task_sampling: str = "uniform",
     ) -> None:
         self.value_lr = value_lr
@@ -130,6 +133,7 @@ class PPO(stable_baselines3.PPO):
         self.rehearsal_batch_size = rehearsal_batch_size
         self.bf16 = bf16
         self.bootstrap_truncated = bootstrap_truncated
+        self.noise_scale = FloatSchedule(noise_scale)
         if task_sampling not in TASK_SAMPLING:
             raise ValueError(f"Unknown task_sampling={task_sampling!r}; {did_you_mean(task_sampling, TASK_SAMPLING)}")
         self.task_sampling = task_sampling
@@ -212,6 +216,7 @@ class PPO(stable_baselines3.PPO):
         if self.task_sampling == "signal" and self._episodes:
             env.env_method("set_task_weights", self._task_weights())
         self.policy.set_training_mode(False)
+        self.policy.distribution.noise_scale = self.noise_scale(self._current_progress_remaining)
         buffer.reset()
         callback.on_rollout_start()
         started, env_steps_before, simulating, inferring = time.perf_counter(), self.env_steps, 0.0, 0.0
@@ -271,6 +276,8 @@ class PPO(stable_baselines3.PPO):
             clip_range_vf = self.clip_range_vf(self._current_progress_remaining)  # type: ignore[operator]
         if self.kl_coef > 0 and self._reference is None:
             self._reference = copy.deepcopy(policy).requires_grad_(False)
+        if self._reference is not None:
+            self._reference.distribution.noise_scale = policy.distribution.noise_scale
         old = self._old_policy(buffer)
         train_actor = self._n_updates >= self.critic_warmup * self.n_epochs
         metrics: defaultdict[str, list[float]] = defaultdict(list)

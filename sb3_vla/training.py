@@ -49,6 +49,7 @@ class PPOConfig:
     :param trainable: ``all``, or ``expert`` to freeze the model's backbone.
     :param distribution: name of the action distribution.
     :param distribution_kwargs: its options.
+    :param final_noise_scale: factor of the exploration noise at the end; it falls linearly from 1.
     :param task_sampling: ``uniform``, or ``signal`` to draw more often what is solved now and then.
     :param rehearsal_coef: weight of the imitation loss on demonstrations; 0 for none.
     :param bf16: bfloat16 autocast of updates; None where the processor has it.
@@ -78,6 +79,7 @@ class PPOConfig:
     trainable: str = "expert"
     distribution: str = "gaussian"
     distribution_kwargs: dict[str, Any] = field(default_factory=lambda: {"std": 0.2, "coherence": "offset"})
+    final_noise_scale: float = 1.0
     task_sampling: str = "signal"
     rehearsal_coef: float = 0.0
     bf16: bool | None = None
@@ -157,6 +159,7 @@ def train_ppo(
             rehearsal_coef=config.rehearsal_coef,
             # The limit is a part of the task, and the critic sees how much of it is left.
             bootstrap_truncated=False,
+            noise_scale=lambda remaining: np.interp(remaining, [0, 1], [config.final_noise_scale, 1.0]).item(),
             task_sampling=config.task_sampling,
             bf16=config.bf16,
             seed=config.seed,

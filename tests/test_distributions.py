@@ -352,6 +352,22 @@ def test_a_generator_makes_samples_reproducible(name: str, options: dict[str, An
 
 
 @pytest.mark.parametrize(("name", "options"), DISTRIBUTIONS)
+def test_noise_scale_is_a_factor_of_the_deviation(name: str, options: dict[str, Any]) -> None:
+    model, context = encoded(8)
+    distribution = make_distribution(name, 5, 4, **options)
+    with torch.no_grad():
+        _, trace = distribution.sample(model, context, torch.Generator().manual_seed(0))
+        _, std = distribution.transition(model, context, trace)
+        distribution.noise_scale = 0.25
+        _, lowered = distribution.transition(model, context, trace)
+        action, trace = distribution.sample(model, context, torch.Generator().manual_seed(0))
+        mean, _ = distribution.transition(model, context, trace)
+    torch.testing.assert_close(lowered, 0.25 * std)
+    if name == "gaussian":
+        assert (action - mean).std().item() == pytest.approx(0.25 * std.mean().item(), rel=0.5)
+
+
+@pytest.mark.parametrize(("name", "options"), DISTRIBUTIONS)
 def test_only_executed_steps_get_a_gradient(name: str, options: dict[str, Any]) -> None:
     if options.get("coherence") == "offset":
         pytest.skip("one offset is common to the chunk")

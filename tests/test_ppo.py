@@ -243,6 +243,46 @@ def test_critic_warmup_leaves_the_actor_alone() -> None:
     assert not same(actor(algorithm.policy), before)
 
 
+def test_actor_warmup_raises_the_actors_rate_alone() -> None:
+    rates: list[tuple[float, float]] = []
+
+    class Watch(BaseCallback):
+        def _on_step(self) -> bool:
+            return True
+
+        def _on_rollout_start(self) -> None:
+            rates.append(tuple(group["lr"] for group in self.model.policy.optimizer.param_groups))  # type: ignore[arg-type]
+
+    algorithm = toy_ppo(learning_rate=4e-3, value_lr=1e-2, critic_warmup=1, actor_warmup=3, n_epochs=2)
+    algorithm.learn(algorithm.n_steps * algorithm.n_envs * 6, Watch())
+    # As each rollout begins, the rates are those of the update before: one for the critic, then three that rise.
+    assert [actor for actor, _ in rates[2:]] == pytest.approx([1e-3, 2e-3, 3e-3, 4e-3])
+    assert [critic for _, critic in rates[1:]] == pytest.approx([1e-2] * 5)
+
+
+@pytest.mark.parametrize(("distribution", "options"), DISTRIBUTIONS)
+def test_noise_scale_follows_its_schedule(distribution: str, options: dict[str, Any]) -> None:
+    scales: list[float] = []
+
+    class Watch(BaseCallback):
+        def _on_step(self) -> bool:
+            return True
+
+        def _on_rollout_end(self) -> None:
+            scales.append(self.model.policy.distribution.noise_scale)  # type: ignore[union-attr,arg-type]
+
+    algorithm = toy_ppo(
+        distribution=distribution,
+        distribution_kwargs=options,
+        learning_rate=0.0,
+        noise_scale=lambda left: 0.5 + left / 2,
+    )
+    algorithm.learn(4 * algorithm.n_steps * algorithm.n_envs, Watch())
+    assert scales == pytest.approx([1.0, 0.875, 0.75, 0.625])
+    # Rollout and update agree on it.
+    assert metrics(algorithm)["train/ratio_max"] == pytest.approx(1.0, abs=1e-5)
+
+
 @pytest.mark.parametrize(("distribution", "options"), [("gaussian", {}), ("flow_sde", {})])
 def test_divergence_penalty_holds_the_policy_at_the_reference(distribution: str, options: dict[str, Any]) -> None:
     drift = {}

@@ -70,7 +70,8 @@ def coarsened(shape: Shape, cell: float) -> Shape:
     They move to their mean; triangles that collapse or repeat another go. Corners of a vertex whose normals are alike
     become one, with their mean normal.
     """
-    _, cluster = np.unique(np.floor(shape.places / cell).astype(np.int64), axis=0, return_inverse=True)
+    cell_of = np.floor((shape.places - shape.places.min(axis=0)) / cell).astype(np.int64)
+    _, cluster = np.unique(cell_of, axis=0, return_inverse=True)
     cluster = cluster.reshape(-1)
     size = np.bincount(cluster)
     places = np.stack([np.bincount(cluster, shape.places[:, k]) / size for k in range(3)], axis=1)
@@ -85,7 +86,7 @@ def coarsened(shape: Shape, cell: float) -> Shape:
     key = np.concatenate([cluster[shape.corner_places][:, None], np.round(2 * shape.normals).astype(np.int64)], axis=1)
     corner_key, corner = np.unique(key, axis=0, return_inverse=True)
     corner = corner.reshape(-1)
-    normals = np.stack([np.bincount(corner, shape.normals[:, k]) for k in range(3)], axis=1)
+    normals = np.stack([np.bincount(corner, shape.normals[:, k]) for k in range(3)], axis=1).astype(np.float64)
     return Shape(
         places,
         triangles[kept].astype(np.int32),

@@ -15,7 +15,7 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
-Array = npt.NDArray[np.generic]
+Array = npt.NDArray[Any]
 
 _OPTIONS: dict[str, Any] = {"cache": True, "nogil": True, "fastmath": True, "error_model": "numpy"}
 _compiled = numba.njit(**_OPTIONS)
@@ -202,7 +202,8 @@ def project(geometry, drawables, poses, camera, samples, workspace):
             nearest = min(nearest, cw)
             left, right = min(left, sx), max(right, sx)
             top, bottom = min(top, sy), max(bottom, sy)
-        crossing = crossing or nearest <= near
+        if nearest <= near:
+            crossing = True
     if crossing:
         return -(1 << 30), -(1 << 30), 1 << 30, 1 << 30
     if left > right:
@@ -706,8 +707,6 @@ def resolve_background(
     workspace,
     camera,
     shadows,
-    mirror_of,
-    mirror,
     bright,
     dark,
     light_places,
@@ -716,8 +715,6 @@ def resolve_background(
 
     :param bright: uint8 (rows, columns, 3), shows what is seen where no triangle is; updated.
     :param dark: the same without lights that cast shadows; updated.
-    :param mirror_of: drawable that adds ``mirror`` to its own colour, or -1.
-    :param mirror: float32 (rows, columns, 3) in 0..1.
     :param light_places: u, v and depth, float32 (rows, columns, 3); set, with depth -1e9 where shadow changes nothing.
     """
     rows, columns = bright.shape[:2]
@@ -748,9 +745,6 @@ def resolve_background(
                     _evaluate(planes, t, ray_x, ray_y, out)
                     if texture[drawable[t]] >= 0:
                         _textured(t, ray_x, ray_y, fx, fy, geometry, materials, textures, workspace, out)
-                    if drawable[t] == mirror_of:
-                        for j in range(3):
-                            out[j] += mirror[y, x, j]
                     for j in range(3):
                         unlit[j] += share * min(out[j], _ONE)
                     u, v, d = out[_U], out[_V], out[_D]

@@ -45,6 +45,7 @@ _FAINTEST = 5e-4  # of a highlight, where 1 is white
 # More opaque than this is opaque, to MuJoCo.
 _OPAQUE = 0.995
 _BACKGROUNDS_KEPT = 8
+_NO_COLOUR = np.array([0.5, 0.5, 0.5, 1.0], np.float32)  # what the model's compiler puts where no colour is given
 _GROUPS = 3  # geoms and sites of groups 0 to 2 are visible by default
 
 
@@ -59,7 +60,6 @@ class _Drawable:
     body: int
     rgba: npt.NDArray[np.float32]
     gloss: tuple[float, float, float]
-    reflectance: float
     texture: int
     mapping: tuple[float, ...]
     unbounded: bool
@@ -153,9 +153,8 @@ class SoftwareRenderer:
             nearest,
             triangle,
         )
-        mirror_of, mirror = -1, np.zeros((view.height, view.width, 3), np.float32)
         raster.resolve_background(
-            samples, triangle, *scene.shading(lights), camera, shadows, mirror_of, mirror, bright, dark, light_places
+            samples, triangle, *scene.shading(lights), camera, shadows, bright, dark, light_places
         )
         return _Background(bright, dark, nearest, light_places, shadows)
 
@@ -248,12 +247,15 @@ class _Prepared:
         self._eyes = np.zeros((len(self.drawables), 3), np.float32)
         self._towards = np.zeros((len(self.drawables), 0, 3), np.float32)
         vertices, corners = len(self.geometry.x), len(self.geometry.normals)
-        self.workspace = raster.Workspace(
-            *(np.zeros(vertices, np.float32) for _ in range(9)),
-            colors=np.zeros((corners, 6), np.float32),
-            lit=np.full(corners, -1, np.int64),
-            planes=np.empty((len(self.geometry.triangles), 3, 16), np.float32),
-            ready=np.full(len(self.geometry.triangles), -1, np.int64),
+        triangles = len(self.geometry.triangles)
+        self.workspace = raster.Workspace._make(
+            [
+                *np.zeros((9, vertices), np.float32),
+                np.zeros((corners, 6), np.float32),
+                np.full(corners, -1, np.int64),
+                np.empty((triangles, 3, 16), np.float32),
+                np.full(triangles, -1, np.int64),
+            ]
         )
         self._frame = 0
 
@@ -275,7 +277,9 @@ class _Prepared:
                 found.append((int(model.light_castshadow[i]), -data.light_xdir[i], *colours))
         found.sort(key=lambda light: light[0])
         columns = [np.array([light[k] for light in found], np.float32).reshape(-1, 3) for k in range(1, 5)]
-        return raster.Lights(*columns, unshadowed=sum(1 for light in found if not light[0]))
+        towards, ambient, diffuse, specular = columns
+        unshadowed = sum(1 for light in found if not light[0])
+        return raster.Lights(towards, ambient, diffuse, specular, unshadowed)
 
     def light_up(self, camera: raster.Camera, lights: raster.Lights) -> None:
         """Prepare the lighting of a frame."""
@@ -367,64 +371,65 @@ def _light_axes(direction: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
 
 def _drawables(model: mujoco.MjModel, cell: float) -> list[_Drawable]:
     """All visible geoms, then all visible sites; meshes with vertices no nearer to each other than a cell, metres."""
-    kinds = mujoco.mjtGeom
-    quality = model.vis.quality
     found = []
-    for is_site in (False, True):
-        prefix = "site" if is_site else "geom"
-        for i in range(model.nsite if is_site else model.ngeom):
-            rgba = getattr(model, f"{prefix}_rgba")[i].astype(np.float32)
-            material = int(getattr(model, f"{prefix}_matid")[i])
-            gloss, reflectance, texture, repeat, uniform = (0.0, 0.5, 0.5), 0.0, -1, (1.0, 1.0), False
-            if material >= 0:
-                if np.all(rgba == np.float32([0.5, 0.5, 0.5, 1.0])):
-                    rgba = model.mat_rgba[material].astype(np.float32)
-                gloss = model.mat_emission[material], model.mat_specular[material], model.mat_shininess[material]
-                reflectance = float(model.mat_reflectance[material])
-                texture = _material_texture(model, material)
-                repeat, uniform = model.mat_texrepeat[material], bool(model.mat_texuniform[material])
-            if getattr(model, f"{prefix}_group")[i] >= _GROUPS or rgba[3] == 0:
+    for prefix, count in (("geom", model.ngeom), ("site", model.nsite)):
+        groups, kinds, sizes, colours, materials, bodies = (
+            getattr(model, f"{prefix}_{field}") for field in ("group", "type", "size", "rgba", "matid", "bodyid")
+        )
+        for i in range(count):
+            material = int(materials[i])
+            rgba, gloss = _look(model, colours[i], material)
+            if groups[i] >= _GROUPS or rgba[3] == 0:
                 continue
-            kind = getattr(model, f"{prefix}_type")[i]
-            size = np.asarray(getattr(model, f"{prefix}_size")[i], dtype=np.float64)
-            scale, has_data = np.ones(3), False
-            if kind == kinds.mjGEOM_PLANE:
-                shape = plane_shape(*size, far=model.vis.map.zfar * model.stat.extent)
-                has_data = True
-            elif kind == kinds.mjGEOM_SPHERE:
-                shape, scale = sphere_shape(quality.numslices, quality.numstacks), np.repeat(size[0], 3)
-            elif kind == kinds.mjGEOM_ELLIPSOID:
-                shape, scale = sphere_shape(quality.numslices, quality.numstacks), size
-            elif kind == kinds.mjGEOM_CYLINDER:
-                shape, scale = cylinder_shape(quality.numslices, quality.numstacks), size[[0, 0, 1]]
-            elif kind == kinds.mjGEOM_CAPSULE:
-                shape = capsule_shape(size[0], size[1], quality.numslices, quality.numstacks)
-            elif kind == kinds.mjGEOM_BOX:
-                shape, scale = box_shape(quality.numquads), size
-            elif kind == kinds.mjGEOM_MESH:
-                shape, has_data = _coarse_mesh(model, int(model.geom_dataid[i]), cell), True
-            else:
-                name = kinds(kind).name.removeprefix("mjGEOM_").lower()
-                raise ValueError(f"The software renderer cannot draw a {name}; use renderer='egl' or 'osmesa'")
-            mapping = (0.0,) * 6
-            if texture >= 0:
-                mapping = _mapping(model, texture, size, np.asarray(repeat, float), uniform, has_data)
+            kind, size = mujoco.mjtGeom(kinds[i]), np.asarray(sizes[i], dtype=np.float64)
+            mesh = int(model.geom_dataid[i]) if prefix == "geom" else -1
+            shape, scale = _shape(model, kind, size, mesh, cell)
+            texture = _texture(model, material)
+            # A plane and a mesh have their size already; other shapes are scaled to it.
+            sized = kind in (mujoco.mjtGeom.mjGEOM_PLANE, mujoco.mjtGeom.mjGEOM_MESH)
+            mapping = _mapping(model, texture, material, size, sized) if texture >= 0 else (0.0,) * 6
+            unbounded = kind == mujoco.mjtGeom.mjGEOM_PLANE
             found.append(
-                _Drawable(
-                    shape,
-                    scale,
-                    is_site,
-                    i,
-                    int(getattr(model, f"{prefix}_bodyid")[i]),
-                    rgba,
-                    (float(gloss[0]), float(gloss[1]), 128.0 * float(gloss[2])),
-                    reflectance,
-                    texture,
-                    mapping,
-                    bool(kind == kinds.mjGEOM_PLANE),
-                )
+                _Drawable(shape, scale, prefix == "site", i, int(bodies[i]), rgba, gloss, texture, mapping, unbounded)
             )
     return found
+
+
+def _look(
+    model: mujoco.MjModel, rgba: npt.NDArray[Any], material: int
+) -> tuple[npt.NDArray[np.float32], tuple[float, float, float]]:
+    """Colour, and emission, specular reflection and exponent of the highlight; a material colours what has none."""
+    if material < 0:
+        return rgba.astype(np.float32), (0.0, 0.5, 128 * 0.5)
+    if np.array_equal(rgba, _NO_COLOUR):
+        rgba = model.mat_rgba[material]
+    shininess = 128.0 * float(model.mat_shininess[material])
+    gloss = float(model.mat_emission[material]), float(model.mat_specular[material]), shininess
+    return rgba.astype(np.float32), gloss
+
+
+def _shape(
+    model: mujoco.MjModel, kind: mujoco.mjtGeom, size: npt.NDArray[np.float64], mesh: int, cell: float
+) -> tuple[Shape, npt.NDArray[np.float64]]:
+    """An object's shape and what it is to be scaled by."""
+    kinds, quality = mujoco.mjtGeom, model.vis.quality
+    slices, stacks, one = int(quality.numslices), int(quality.numstacks), np.ones(3)
+    if kind == kinds.mjGEOM_PLANE:
+        return plane_shape(size[0], size[1], size[2], model.vis.map.zfar * model.stat.extent), one
+    if kind == kinds.mjGEOM_SPHERE:
+        return sphere_shape(slices, stacks), size[[0, 0, 0]]
+    if kind == kinds.mjGEOM_ELLIPSOID:
+        return sphere_shape(slices, stacks), size
+    if kind == kinds.mjGEOM_CYLINDER:
+        return cylinder_shape(slices, stacks), size[[0, 0, 1]]
+    if kind == kinds.mjGEOM_CAPSULE:
+        return capsule_shape(size[0], size[1], slices, stacks), one
+    if kind == kinds.mjGEOM_BOX:
+        return box_shape(int(quality.numquads)), size
+    if kind == kinds.mjGEOM_MESH:
+        return _coarse_mesh(model, mesh, cell), one
+    name = kind.name.removeprefix("mjGEOM_").lower()
+    raise ValueError(f"The software renderer cannot draw a {name}; use renderer='egl' or 'osmesa'")
 
 
 # A robot's meshes are the same in all scenes.
@@ -442,28 +447,27 @@ def _coarse_mesh(model: mujoco.MjModel, mesh: int, cell: float) -> Shape:
     return _coarse_meshes[key]
 
 
-def _material_texture(model: mujoco.MjModel, material: int) -> int:
-    textures = np.atleast_1d(model.mat_texid[material])
+def _texture(model: mujoco.MjModel, material: int) -> int:
+    """The texture that colours a material, or -1."""
+    if material < 0:
+        return -1
     # Since MuJoCo 3.2 a material has a texture for each role; the second is its colour.
+    textures = np.atleast_1d(model.mat_texid[material])
     return int(textures[1] if len(textures) > 1 else textures[0])
 
 
 def _mapping(
-    model: mujoco.MjModel,
-    texture: int,
-    size: npt.NDArray[np.float64],
-    repeat: npt.NDArray[np.float64],
-    uniform: bool,
-    has_data: bool,
+    model: mujoco.MjModel, texture: int, material: int, size: npt.NDArray[np.float64], sized: bool
 ) -> tuple[float, ...]:
     """How places become texture coordinates; see :class:`mw_envs.rendering.raster.Materials`."""
+    uniform = bool(model.mat_texuniform[material])
     if model.tex_type[texture] != mujoco.mjtTexture.mjTEXTURE_2D:
         x, y, z = size if uniform else (1.0, 1.0, 1.0)
         return 1.0, x, 0.0, y, 0.0, z
-    scale = repeat.copy()
+    scale = model.mat_texrepeat[material].astype(np.float64)
     for k in range(2):
         if size[k] > 0:
-            scale[k] *= (size[k] if uniform else 1.0) / (size[k] if has_data else 1.0)
+            scale[k] *= (size[k] if uniform else 1.0) / (size[k] if sized else 1.0)
     return 0.0, 0.5 * scale[0], -0.5, -0.5 * scale[1], -0.5, 0.0
 
 
@@ -481,16 +485,17 @@ def _geometry(drawables: list[_Drawable]) -> raster.Geometry:
         first_vertex.append(first_vertex[-1] + len(shape.places))
         first_triangle.append(first_triangle[-1] + len(shape.triangles))
         first_corner += len(shape.normals)
-    xyz = np.concatenate(places).astype(np.float32)
-    return raster.Geometry(
-        *(np.ascontiguousarray(xyz[:, k]) for k in range(3)),
-        triangles=np.concatenate(triangles).astype(np.int32),
-        corners=np.concatenate(corners).astype(np.int32),
-        drawable=np.concatenate(owners).astype(np.int32),
-        normals=np.concatenate(normals).astype(np.float32),
-        texture_places=np.concatenate(texture_places).astype(np.float32),
-        first_vertex=np.array(first_vertex, np.int32),
-        first_triangle=np.array(first_triangle, np.int32),
+    return raster.Geometry._make(
+        [
+            *np.ascontiguousarray(np.concatenate(places).T, np.float32),
+            np.concatenate(triangles).astype(np.int32),
+            np.concatenate(corners).astype(np.int32),
+            np.concatenate(owners).astype(np.int32),
+            np.concatenate(normals).astype(np.float32),
+            np.concatenate(texture_places).astype(np.float32),
+            np.array(first_vertex, np.int32),
+            np.array(first_triangle, np.int32),
+        ]
     )
 
 

@@ -29,6 +29,8 @@ class ActionDistribution(nn.Module, ABC):
     needs_trace = True
     #: whether the entropy depends on the weights, so that a bonus on it has an effect
     has_entropy = False
+    #: factor of the exploration noise, which an algorithm may lower as it learns
+    noise_scale = 1.0
 
     def __init__(self, action_chunk: int, denoising_steps: int) -> None:
         super().__init__()

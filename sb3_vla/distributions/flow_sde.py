@@ -98,7 +98,7 @@ class FlowSDE(ActionDistribution):
         t, s = grid[index], grid[index + 1]
         velocity = model.denoise(context, x, t)
         denominator = torch.where(t == 1, 1 - grid[1], 1 - t)
-        sigma = self.noise_level * (t / denominator).sqrt()
+        sigma = self.noise_scale * self.noise_level * (t / denominator).sqrt()
         t, s, sigma = t[:, None, None], s[:, None, None], sigma[:, None, None]
         step = t - s
         x0 = x - t * velocity

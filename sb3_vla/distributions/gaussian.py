@@ -66,13 +66,16 @@ class GaussianChunk(ActionDistribution):
         mean = self.mode(model, context)
         steps = 1 if self.coherent else self.action_chunk
         noise = torch.randn((len(mean), steps, mean.shape[2]), generator=generator, device=mean.device)
-        action = mean + self.log_std.exp() * noise
+        action = mean + self._std() * noise
         return action, {"action": action}
 
     def transition(self, model: VLAModel, context: Context, trace: Trace) -> tuple[Tensor, Tensor]:
         x = torch.zeros(len(context.features), model.action_horizon, model.action_dim, device=context.features.device)
         mean = self.executed_actions(model, integrate(model, context, x, self.denoising_steps))
-        return mean, self.log_std.exp().expand_as(mean)
+        return mean, self._std().expand_as(mean)
+
+    def _std(self) -> Tensor:
+        return self.noise_scale * self.log_std.exp()
 
     def log_prob(self, mean: Tensor, std: Tensor, trace: Trace, executed: Tensor) -> Tensor:
         action = trace["action"].reshape(mean.shape)
