@@ -74,15 +74,15 @@ class PPOConfig:
     ent_coef: float = 0.0
     kl_coef: float = 0.0
     max_grad_norm: float = 0.5
-    critic_warmup: int = 2
-    actor_warmup: int = 8
+    critic_warmup: int = 1
+    actor_warmup: int = 0
     trainable: str = "expert"
     distribution: str = "gaussian"
     distribution_kwargs: dict[str, Any] = field(default_factory=lambda: {"std": 0.2, "coherence": "offset"})
     final_noise_scale: float = 1.0
     task_sampling: str = "signal"
     rehearsal_coef: float = 0.0
-    bf16: bool | None = None
+    bf16: bool | None = False
     checkpoint_interval: int = 5
     seed: int = 0
 
