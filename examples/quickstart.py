@@ -22,20 +22,22 @@ from pathlib import Path
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 from rich.console import Console
+from rich.markup import escape
 
 from mw_envs import suite_tasks
 from sb3_vla.collecting import collect
 from sb3_vla.config import ConfigError, load_config
 from sb3_vla.demonstrations import Demonstrations
-from sb3_vla.evaluation import Comparison, EvaluationResult, VideoOptions, compare, evaluate
+from sb3_vla.evaluation import Comparison, EvaluationResult, VideoOptions, compare, evaluate, find_protocol
 from sb3_vla.figures import before_after_bars, learning_curve
 from sb3_vla.policies import load_policy
+from sb3_vla.results import TRIAL_SEED
 from sb3_vla.run import RunDirectory, RunError
 from sb3_vla.sft import SFTConfig, sft
 from sb3_vla.training import PPOConfig, train_ppo, view_of
 
-# Three sets of trials that share no goal: demonstrations and PPO use seeds below the others.
-CHOICE_SEED, TEST_SEED = 1_000_000, 2_000_000
+# Three sets of trials that share no goal: demonstrations and PPO use seeds below these.
+TEST_SEED, CHOICE_SEED = TRIAL_SEED, TRIAL_SEED + 1_000_000
 
 
 @dataclass
@@ -102,7 +104,7 @@ def main() -> int:
         config = load_config(QuickstartConfig, overrides=(FULL if arguments.full else []) + arguments.settings)
         quickstart(RunDirectory(folder, config), config, console)
     except (ConfigError, RunError, ValueError, RuntimeError, OSError) as error:
-        console.print(f"[bold red]error:[/] {error}", highlight=False)
+        console.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)
         return 2
     except KeyboardInterrupt:
         console.print(f"\nInterrupted; the same command goes on from here ({folder}).")
@@ -117,7 +119,8 @@ def quickstart(run: RunDirectory, config: QuickstartConfig, console: Console) ->
     seed = config.seed
 
     console.rule(f"1  demonstrations by scripted experts, {suite}")
-    with run.stage("collect", {"collect": config.collect, "seed": seed}, outputs=["demonstrations"]) as stage:
+    inputs = {"collect": config.collect, "seed": seed, "renderer": config.renderer}
+    with run.stage("collect", inputs, outputs=["demonstrations"]) as stage:
         if not stage.done:
             report = collect(
                 run.path / "demonstrations",
@@ -157,7 +160,7 @@ def quickstart(run: RunDirectory, config: QuickstartConfig, console: Console) ->
         if films and config.evaluation.videos_per_task:
             videos = VideoOptions(run.path / "videos" / name, per_task=config.evaluation.videos_per_task)
         result = evaluate(
-            load_policy(checkpoint),
+            load_policy(checkpoint, find_protocol(config.evaluation.protocol).action_chunk),
             tasks=config.collect.tasks or suite_tasks(suite),
             trials_per_task=trials,
             trial_seed=trial_seed,

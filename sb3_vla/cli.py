@@ -18,8 +18,10 @@ from typing import Any
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 from rich.console import Console
+from rich.markup import escape
 
 from sb3_vla.config import ConfigError, load_config, to_yaml
+from sb3_vla.results import TRIAL_SEED
 from sb3_vla.run import RunDirectory, RunError
 from sb3_vla.sft import SFTConfig
 from sb3_vla.training import PPOConfig
@@ -112,7 +114,7 @@ class EvalCommand:
     tasks: list[str] | None = None
     protocol: str = "rlinf-160"
     trials_per_task: int = 20
-    trial_seed: int = 2_000_000
+    trial_seed: int = TRIAL_SEED
     videos: str | None = None
     renderer: str = "auto"
 
@@ -153,13 +155,19 @@ def run_sft(command: SFTCommand, console: Console) -> None:
 
 def run_train(command: TrainCommand, console: Console) -> None:
     """``sb3-vla train``."""
+    from sb3_vla.checkpoints import checkpoint_digest, load_checkpoint
     from sb3_vla.demonstrations import Demonstrations
     from sb3_vla.training import train_ppo
 
     run = RunDirectory(command.run, command)
-    data = Demonstrations.load(command.data) if command.data is not None else None
-    with run.stage("ppo", {"train": command}, outputs=["ppo"]) as stage:
+    # The same folder may hold another checkpoint by now.
+    inputs = {"train": command, "checkpoint": checkpoint_digest(command.checkpoint)}
+    with run.stage("ppo", inputs, outputs=["ppo"]) as stage:
         if not stage.done:
+            data = None
+            if command.data is not None and command.ppo.rehearsal_coef > 0:
+                size = load_checkpoint(command.checkpoint).model.image_size[0]
+                data = Demonstrations.load(command.data, image_size=size)
             train_ppo(
                 run,
                 "ppo",
@@ -179,14 +187,14 @@ def run_train(command: TrainCommand, console: Console) -> None:
 def run_eval(command: EvalCommand, console: Console) -> None:
     """``sb3-vla eval``."""
     from sb3_vla.checkpoints import load_checkpoint
-    from sb3_vla.evaluation import VideoOptions, evaluate
+    from sb3_vla.evaluation import VideoOptions, evaluate, find_protocol
     from sb3_vla.policies import load_policy
     from sb3_vla.training import view_of
 
     loaded = load_checkpoint(command.checkpoint)
     chosen: dict[str, Any] = {"suite": command.suite, "split": command.split}
     result = evaluate(
-        load_policy(command.checkpoint),
+        load_policy(command.checkpoint, find_protocol(command.protocol).action_chunk),
         **({"tasks": command.tasks} if command.tasks else chosen),
         trials_per_task=command.trials_per_task,
         trial_seed=command.trial_seed,
@@ -242,7 +250,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         run(load_config(kind, parsed.config, parsed.settings), console)
     except (ConfigError, RunError, ValueError, RuntimeError, OSError) as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False)
+        Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)
         return 2
     except KeyboardInterrupt:
         console.print("\ninterrupted")

@@ -36,6 +36,7 @@ from mw_envs import Trial, suite_tasks
 from mw_envs.tasks import GOALS_PER_TASK, select_tasks
 from sb3_vla.results import (
     PROTOCOLS,
+    TRIAL_SEED,
     Comparison,
     EvaluationResult,
     Protocol,
@@ -75,9 +76,6 @@ __all__ = [
     "make_trial_vec_env",
     "trials_for",
 ]
-
-# Far from the small seeds that training starts its environments with, so that no training episode is a trial.
-TRIAL_SEED = 10_000
 
 
 class Policy(TypingProtocol):

@@ -370,7 +370,9 @@ def load_policy(
     :param action_chunk: K, actions executed per decision; None for the whole predicted horizon.
     :raises ValueError: if the model predicts fewer actions than that.
     """
-    model = load_checkpoint(checkpoint).model
+    loaded = load_checkpoint(checkpoint)
+    model = loaded.model
+    name, options = loaded.distribution or ("gaussian", {})
     state_dim = int(model.config.get("state_dim", 4))
     observation_space = spaces.Dict(
         {
@@ -382,6 +384,11 @@ def load_policy(
     chunk = model.action_horizon if action_chunk is None else action_chunk
     shape = (model.action_dim,) if chunk == 1 else (chunk, model.action_dim)
     policy = VLAPolicy(
-        observation_space, spaces.Box(-1.0, 1.0, shape, np.float32), lambda _: 0.0, checkpoint=checkpoint
+        observation_space,
+        spaces.Box(-1.0, 1.0, shape, np.float32),
+        lambda _: 0.0,
+        checkpoint=checkpoint,
+        distribution=name,
+        distribution_kwargs=options,
     )
     return policy.to(device)

@@ -7,6 +7,8 @@ than VLAPolicy this class is ``stable_baselines3.PPO``: its code runs.
 from __future__ import annotations
 
 import copy
+import inspect
+import math
 import time
 from collections import defaultdict, deque
 from collections.abc import Mapping
@@ -30,6 +32,16 @@ from sb3_vla.policies import Evaluation, VLAPolicy
 from sb3_vla.precision import autocast
 from sb3_vla.sft import DemonstrationBatches
 
+_OWN_OPTIONS = (
+    "value_lr",
+    "kl_coef",
+    "critic_warmup",
+    "actor_warmup",
+    "rehearsal",
+    "bf16",
+    "bootstrap_truncated",
+    "task_sampling",
+)
 TASK_SAMPLING = ("uniform", "signal")
 # Least weight of a task that is always or never solved, where 1 is that of a task solved every other time.
 _LEAST_TASK_WEIGHT = 0.1
@@ -138,6 +150,8 @@ class PPO(stable_baselines3.PPO):
             raise ValueError(f"Unknown task_sampling={task_sampling!r}; {did_you_mean(task_sampling, TASK_SAMPLING)}")
         self.task_sampling = task_sampling
         self.env_steps = 0
+        #: rollouts that have been trained on; ``_n_updates`` counts epochs, which ``target_kl`` may cut short
+        self.updates = 0
         super().__init__(
             policy,
             env,
@@ -169,12 +183,14 @@ class PPO(stable_baselines3.PPO):
 
     def _setup_model(self) -> None:
         if not issubclass(self.policy_class, VLAPolicy):
+            self._refuse_own_options()
             super()._setup_model()
             return
         # The stock set-up would allocate its own buffer at the size of the raw images.
-        if self.rollout_buffer_class is not None:
+        if self.rollout_buffer_class is not None or self.rollout_buffer_kwargs:
             raise ValueError(
-                f"rollout_buffer_class={self.rollout_buffer_class!r}: VLAPolicy has its own rollout buffer"
+                f"rollout_buffer_class={self.rollout_buffer_class!r}, rollout_buffer_kwargs="
+                f"{self.rollout_buffer_kwargs!r}: VLAPolicy has its own rollout buffer"
             )
         self.rollout_buffer_class = _NoBuffer  # type: ignore[assignment]
         super()._setup_model()
@@ -189,7 +205,23 @@ class PPO(stable_baselines3.PPO):
         )
         self._reference: VLAPolicy | None = None
 
+    def _refuse_own_options(self) -> None:
+        """Options that only VLAPolicy's update knows must not be given in vain."""
+        defaults = inspect.signature(PPO.__init__).parameters
+        for name in _OWN_OPTIONS:
+            if getattr(self, name) != defaults[name].default:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} acts on VLAPolicy alone; got {self.policy_class.__name__}"
+                )
+
+    def anchor(self) -> None:
+        """Take the present policy as the reference of ``kl_coef``; the first update does so if nobody did."""
+        self._reference = copy.deepcopy(self.policy).requires_grad_(False)
+
     def _check_options(self) -> None:
+        for left in (0.0, 1.0):
+            if not (math.isfinite(self.noise_scale(left)) and self.noise_scale(left) > 0):
+                raise ValueError(f"noise_scale is {self.noise_scale(left)} at one end of training; expected above 0")
         model, distribution = self.policy.model, self.policy.distribution
         if self.ent_coef != 0 and not distribution.has_entropy:
             raise ValueError(
@@ -275,11 +307,11 @@ class PPO(stable_baselines3.PPO):
         if self.clip_range_vf is not None:
             clip_range_vf = self.clip_range_vf(self._current_progress_remaining)  # type: ignore[operator]
         if self.kl_coef > 0 and self._reference is None:
-            self._reference = copy.deepcopy(policy).requires_grad_(False)
+            self.anchor()
         if self._reference is not None:
             self._reference.distribution.noise_scale = policy.distribution.noise_scale
         old = self._old_policy(buffer)
-        train_actor = self._n_updates >= self.critic_warmup * self.n_epochs
+        train_actor = self.updates >= self.critic_warmup
         metrics: defaultdict[str, list[float]] = defaultdict(list)
         stopped = False
         for _ in range(self.n_epochs):
@@ -301,6 +333,7 @@ class PPO(stable_baselines3.PPO):
             self._n_updates += 1
             if stopped:
                 break
+        self.updates += 1
         self._log_update(buffer, metrics, clip_range, clip_range_vf, time.perf_counter() - started)
 
     def _actor_loss(
@@ -483,8 +516,8 @@ class PPO(stable_baselines3.PPO):
         actor, critic = self.policy.optimizer.param_groups
         if self.value_lr is not None:
             critic["lr"] *= self.value_lr / self.lr_schedule(1.0)
-        actor_rollouts = self._n_updates / self.n_epochs - self.critic_warmup
-        actor["lr"] *= min(1.0, (actor_rollouts + 1) / (self.actor_warmup + 1))
+        actor["lr"] *= min(1.0, (self.updates - self.critic_warmup + 1) / (self.actor_warmup + 1))
+        self.logger.record("train/actor_learning_rate", actor["lr"])
 
     def _excluded_save_params(self) -> list[str]:
         # Pictures of the last observation, the reference copy and data do not belong in a saved algorithm.

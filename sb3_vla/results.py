@@ -60,6 +60,8 @@ class Protocol:
         return f"{self.name} ({self.horizon} steps, {chunk}, {self.settle_steps} settle steps, success at any step)"
 
 
+# Seeds of trials begin here; those of training and demonstrations stay below, so that no training episode is a trial.
+TRIAL_SEED = 2**31
 PROTOCOLS: dict[str, Protocol] = {
     protocol.name: protocol
     for protocol in (

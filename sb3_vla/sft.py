@@ -69,6 +69,11 @@ class SFTConfig:
     bf16: bool | None = None
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "draws", "action_horizon", "validation_interval"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"sft.{name}={getattr(self, name)}; expected at least 1")
+
 
 @dataclass
 class SFTResult:

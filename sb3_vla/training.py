@@ -86,6 +86,11 @@ class PPOConfig:
     checkpoint_interval: int = 5
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        for name in ("iterations", "num_envs", "decisions", "horizon", "batch_size", "epochs", "checkpoint_interval"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"ppo.{name}={getattr(self, name)}; expected at least 1")
+
 
 def train_ppo(
     run: RunDirectory,
@@ -130,8 +135,14 @@ def train_ppo(
     }
     if suite in ("ML10", "ML45"):
         env_kwargs["split"] = split
+    if suite == "MT1":
+        if tasks is None or len(tasks) != 1:
+            raise ValueError(f"MT1 practises one task, got tasks={tasks}; give one, or another suite")
+        env_kwargs.update(task=tasks[0], tasks=None)
     rehearsal = None
-    if config.rehearsal_coef > 0 and demonstrations is not None:
+    if config.rehearsal_coef > 0:
+        if demonstrations is None:
+            raise ValueError(f"rehearsal_coef={config.rehearsal_coef} needs demonstrations; give data, or set it to 0")
         rehearsal = DemonstrationBatches(demonstrations, None, start.model.action_horizon, shift=4, seed=config.seed)
     rates = [config.final_learning_rate, config.learning_rate]
     make = functools.partial(gym.make, f"mw_envs:MetaWorld{suite}-v0", **env_kwargs)
@@ -172,6 +183,8 @@ def train_ppo(
             },
         )
         latest = run.latest_checkpoint(stage) if resume else None
+        if config.kl_coef > 0:  # also after an interrupt it is the policy at the start
+            model.anchor()
         if latest is not None:
             _restore(model, latest)
         done = model.num_timesteps
@@ -192,7 +205,8 @@ def train_ppo(
     finally:
         env.close()
     notes = {**start.notes, "ppo": {"iterations": config.iterations, "env_steps": model.env_steps, "tasks": tasks}}
-    save_checkpoint(output, model.policy.model, model.policy.value_head, notes)
+    distribution = (config.distribution, config.distribution_kwargs)
+    save_checkpoint(output, model.policy.model, model.policy.value_head, notes, distribution)
 
 
 def view_of(notes: dict[str, Any]) -> dict[str, Any]:
@@ -264,6 +278,7 @@ class _Progress(BaseCallback):
             "num_timesteps": model.num_timesteps,
             "env_steps": model.env_steps,
             "n_updates": model._n_updates,
+            "updates": model.updates,
             "episodes": {task: list(episodes) for task, episodes in model._episodes.items()},
         }
         with self.run.checkpoint(self.stage, self._iterations_done()) as folder:
@@ -278,6 +293,7 @@ def _restore(model: PPO, folder: Path) -> None:
     model.num_timesteps = values["num_timesteps"]
     model.env_steps = values["env_steps"]
     model._n_updates = values["n_updates"]
+    model.updates = values["updates"]
     for task, episodes in values["episodes"].items():
         model._episodes[task] = deque(map(tuple, episodes), maxlen=model._stats_window_size)
 

@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from toy import tiny_model, toy_observation
 
-from sb3_vla.checkpoints import load_checkpoint, native, save_checkpoint
-from sb3_vla.policies import ValueHead
+from sb3_vla.checkpoints import checkpoint_digest, load_checkpoint, native, save_checkpoint
+from sb3_vla.distributions.flow_sde import FlowSDE
+from sb3_vla.policies import ValueHead, load_policy
 
 
 @pytest.fixture
@@ -114,6 +115,26 @@ def test_what_a_killed_writer_left_does_not_stop_the_next(saved: Path, monkeypat
     for horizon in (3, 4):
         save_checkpoint(saved, tiny_model(action_horizon=horizon))
         assert load_checkpoint(saved).model.action_horizon == horizon
+
+
+def test_the_policy_acts_by_the_distribution_it_was_trained_with(tmp_path: Path) -> None:
+    options = {"denoising_steps": 7, "noise_level": 0.25}
+    save_checkpoint(tmp_path / "a", tiny_model(), distribution=("flow_sde", options))
+    assert load_checkpoint(tmp_path / "a").distribution == ("flow_sde", options)
+    found = load_policy(tmp_path / "a").distribution
+    assert isinstance(found, FlowSDE) and (found.denoising_steps, found.noise_level) == (7, 0.25)
+    save_checkpoint(tmp_path / "a", tiny_model())
+    assert load_checkpoint(tmp_path / "a").distribution is None
+    assert load_policy(tmp_path / "a").distribution.denoising_steps == 2
+
+
+def test_a_digest_tells_checkpoints_apart(saved: Path) -> None:
+    first = checkpoint_digest(saved)
+    assert checkpoint_digest(saved) == first
+    save_checkpoint(saved, tiny_model(), notes={"step": 8})
+    assert checkpoint_digest(saved) != first
+    with pytest.raises(FileNotFoundError, match=r"has no config.json"):
+        checkpoint_digest(saved.parent)
 
 
 def test_a_writer_killed_between_its_two_renames_loses_nothing(saved: Path) -> None:

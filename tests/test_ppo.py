@@ -605,3 +605,25 @@ def test_tasks_are_drawn_by_the_signal_they_give() -> None:
     assert told == [("set_task_weights", weights)]
     with pytest.raises(ValueError, match="did you mean 'signal'"):
         toy_ppo(task_sampling="signals")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"kl_coef": 0.1}, {"critic_warmup": 2}, {"bootstrap_truncated": False}, {"value_lr": 1e-3}, {"bf16": True}],
+)
+def test_options_that_a_stock_policy_would_ignore_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"{next(iter(options))}=.* acts on VLAPolicy alone"):
+        PPO("MlpPolicy", "CartPole-v1", device="cpu", **options)
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, math.nan, lambda left: left])
+def test_noise_must_not_vanish(scale: Any) -> None:
+    with pytest.raises(ValueError, match="noise_scale is .* expected above 0"):
+        toy_ppo(noise_scale=scale)
+
+
+def test_a_stopped_update_counts_as_one_rollout() -> None:
+    algorithm = toy_ppo(learning_rate=0.1, target_kl=1e-4, n_epochs=4, actor_warmup=4)
+    algorithm.learn(3 * algorithm.n_steps * algorithm.n_envs)
+    assert algorithm._n_updates < 12 and algorithm.updates == 3
+    assert metrics(algorithm)["train/actor_learning_rate"] == pytest.approx(0.1 * 3 / 5)

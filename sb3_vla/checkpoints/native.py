@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -26,6 +27,7 @@ class LoadedCheckpoint:
 
     :param value_head: weights of the critic, if they were saved.
     :param notes: what the writer noted: how it was trained, on what.
+    :param distribution: name and options of the action distribution that the model was trained with, if any.
     """
 
     model: VLAModel
@@ -33,14 +35,20 @@ class LoadedCheckpoint:
     model_kwargs: dict[str, Any]
     value_head: dict[str, Tensor] | None
     notes: dict[str, Any]
+    distribution: tuple[str, dict[str, Any]] | None = None
 
 
 def save_checkpoint(
-    folder: str | Path, model: VLAModel, value_head: nn.Module | None = None, notes: Mapping[str, Any] | None = None
+    folder: str | Path,
+    model: VLAModel,
+    value_head: nn.Module | None = None,
+    notes: Mapping[str, Any] | None = None,
+    distribution: tuple[str, Mapping[str, Any]] | None = None,
 ) -> None:
     """Write a checkpoint folder; it appears whole or not at all, and takes the place of one that is there.
 
     :param notes: JSON values kept beside the weights.
+    :param distribution: name and options of the action distribution that the model acts by.
     :raises FileExistsError: if the folder holds something else than a checkpoint.
     """
     folder = Path(folder)
@@ -52,6 +60,7 @@ def save_checkpoint(
         "model": names[type(model)],
         "model_kwargs": model.config,
         "notes": dict(notes or {}),
+        **({} if distribution is None else {"distribution": [distribution[0], dict(distribution[1])]}),
     }
     tensors = {f"model.{key}": value for key, value in model.state_dict().items()}
     if value_head is not None:
@@ -102,6 +111,7 @@ def load_checkpoint(folder: str | Path) -> LoadedCheckpoint:
         found_format = config["format"]
         name, kwargs = config["model"], config["model_kwargs"]
         notes = config.get("notes", {})
+        distribution = config.get("distribution")
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{folder / 'config.json'} is no sb3_vla checkpoint configuration: {error!r}") from error
     if found_format != FORMAT:
@@ -126,7 +136,23 @@ def load_checkpoint(folder: str | Path) -> LoadedCheckpoint:
     if problems:
         raise ValueError(f"{folder} does not fit its configuration: {'; '.join(problems[:8])} ({len(problems)} in all)")
     model.load_state_dict(weights)
-    return LoadedCheckpoint(model, name, kwargs, _with_prefix(tensors, "value_head.") or None, notes)
+    value_head = _with_prefix(tensors, "value_head.") or None
+    acted_by = None if distribution is None else (str(distribution[0]), dict(distribution[1]))
+    return LoadedCheckpoint(model, name, kwargs, value_head, notes, acted_by)
+
+
+def checkpoint_digest(folder: str | Path) -> str:
+    """What tells one checkpoint from another in the same folder: a digest of its files.
+
+    :raises FileNotFoundError: if one is missing.
+    """
+    digest = hashlib.sha256()
+    for name in ("config.json", "model.safetensors"):
+        path = Path(folder) / name
+        if not path.is_file():
+            raise FileNotFoundError(f"Checkpoint {folder} has no {name}")
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def _replaced(folder: Path) -> Path:
