@@ -618,7 +618,7 @@ def test_options_that_a_stock_policy_would_ignore_are_refused(options: dict[str,
 
 @pytest.mark.parametrize("scale", [0.0, -1.0, math.nan, lambda left: left])
 def test_noise_must_not_vanish(scale: Any) -> None:
-    with pytest.raises(ValueError, match="noise_scale is .* expected above 0"):
+    with pytest.raises(ValueError, match=r"noise_scale is .* expected above 0"):
         toy_ppo(noise_scale=scale)
 
 
