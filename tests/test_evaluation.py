@@ -30,6 +30,7 @@ from mw_envs import TASKS, Trial, decode_instruction, suite_tasks
 from mw_envs.experts import ScriptedExpert
 from sb3_vla.evaluation import (
     PROTOCOLS,
+    TRIAL_SEED,
     EvaluationResult,
     Protocol,
     TrialResult,
@@ -264,7 +265,7 @@ def test_stable_baselines3_model(small_env: DummyVecEnv) -> None:
 def test_videos_show_every_step(renderer: None, tmp_path: Path) -> None:
     """Two episodes of one process are filmed at the same time."""
     films = VideoOptions(tmp_path, per_task=1, fps=40)
-    (tmp_path / "coffee-button-v3_seed10000_goal00_failure.mp4").touch()  # of an earlier evaluation
+    (tmp_path / f"coffee-button-v3_seed{TRIAL_SEED}_goal00_failure.mp4").touch()  # of an earlier evaluation
     result = evaluate(
         ExpertPolicy(),
         tasks=EASY,
@@ -274,7 +275,7 @@ def test_videos_show_every_step(renderer: None, tmp_path: Path) -> None:
         videos=films,
         progress=False,
     )
-    names = [f"{task}_seed10000_goal00_success.mp4" for task in EASY]
+    names = [f"{task}_seed{TRIAL_SEED}_goal00_success.mp4" for task in EASY]
     assert sorted(path.name for path in tmp_path.iterdir()) == names
     for name, outcome in zip(names, result.trials[::2], strict=True):
         with av.open(str(tmp_path / name)) as video:
