@@ -143,6 +143,7 @@ def test_pictures_are_mujocos_own(renderer: None, task: str, tmp_path: Path) -> 
     One row further the difference is above 3, so nothing is out of place.
     """
     simulator = placed(task)
+    mujoco.mj_forward(simulator.model, simulator.data)  # MetaWorld moves joints after its last
     states, own = [state_of(simulator)], [draw(simulator, View("corner2", 480, 480))]
     expert, observation = ScriptedExpert(task), simulator.place(Trial(task, 0, 0))
     for _ in range(50):
