@@ -208,6 +208,8 @@ class PPO(stable_baselines3.PPO):
     def _refuse_own_options(self) -> None:
         """Options that only VLAPolicy's update knows must not be given in vain."""
         defaults = inspect.signature(PPO.__init__).parameters
+        if (self.noise_scale(0.0), self.noise_scale(1.0)) != (1.0, 1.0):
+            raise ValueError(f"noise_scale acts on VLAPolicy alone; got {self.policy_class.__name__}")
         for name in _OWN_OPTIONS:
             if getattr(self, name) != defaults[name].default:
                 raise ValueError(

@@ -128,6 +128,13 @@ def test_the_policy_acts_by_the_distribution_it_was_trained_with(tmp_path: Path)
     assert load_policy(tmp_path / "a").distribution.denoising_steps == 2
 
 
+@pytest.mark.parametrize("entry", [5, ["gaussian"], ["gaussian", 5], {"gaussian": {}}])
+def test_a_distribution_that_is_none(saved: Path, entry: Any) -> None:
+    edit_config(saved, distribution=entry)
+    with pytest.raises(ValueError, match=r"is no sb3_vla checkpoint configuration"):
+        load_checkpoint(saved)
+
+
 def test_a_digest_tells_checkpoints_apart(saved: Path) -> None:
     first = checkpoint_digest(saved)
     assert checkpoint_digest(saved) == first

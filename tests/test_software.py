@@ -286,3 +286,21 @@ def test_a_floor_that_goes_on_behind_the_camera() -> None:
     )
     picture = SoftwareRenderer().render(model, data, View("along", 100, 100, rotated=False), Scene("floor"))
     assert (picture[55:, :, 1] > 0).all() and not picture[:45].any()
+
+
+@pytest.mark.parametrize(
+    "light",
+    ['<light pos="0 0 3" dir="0 0 -1"/>', 2 * '<light directional="true" pos="0 0 3" dir="1 0 -1"/>'],
+    ids=["spot", "two shadows"],
+)
+def test_lights_that_it_does_not_know_are_refused(light: str) -> None:
+    model, data = scene_of(CAMERA + light + '<geom type="sphere" size=".1"/>')
+    with pytest.raises(ValueError, match="knows directional lights, one of them with shadows; use renderer='egl'"):
+        SoftwareRenderer().render(model, data, View("down", 16, 16, rotated=False), Scene("light"))
+
+
+def test_a_diverged_simulation_is_an_error() -> None:
+    simulator = placed("reach-v3")
+    simulator.data.geom_xpos[21] = np.nan  # a link of the arm
+    with pytest.raises(ValueError, match="poses are not finite"):
+        draw(simulator, View("corner2", 16, 16))

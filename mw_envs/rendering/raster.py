@@ -17,7 +17,9 @@ import numpy.typing as npt
 
 Array = npt.NDArray[Any]
 
-_OPTIONS: dict[str, Any] = {"cache": True, "nogil": True, "fastmath": True, "error_model": "numpy"}
+# Arithmetic may be regrouped, but what is not finite stays what it is: comparisons keep it from becoming an index.
+_FAST = {"arcp", "contract", "nsz", "reassoc"}
+_OPTIONS: dict[str, Any] = {"cache": True, "nogil": True, "fastmath": _FAST, "error_model": "numpy"}
 _compiled = numba.njit(**_OPTIONS)
 # A call would hand over each field of each array.
 _inlined = numba.njit(**_OPTIONS, inline="always")

@@ -140,19 +140,7 @@ class SoftwareRenderer:
         dark, light_places = bright.copy(), np.zeros((view.height, view.width, 3), np.float32)
         shadows = scene.shadow_map(drawables, lights)
         raster.project(scene.geometry, drawables, scene.poses, camera, samples, scene.workspace)
-        whole, focal = (0, 0, columns, rows), _in_samples(camera, samples)
-        raster.rasterise(
-            scene.geometry,
-            drawables,
-            scene.workspace,
-            _facing(camera),
-            camera.near,
-            whole,
-            focal,
-            self._stagger,
-            nearest,
-            triangle,
-        )
+        self._find_visible(scene, drawables, camera, (0, 0, columns, rows), nearest, triangle)
         raster.resolve_background(
             samples, triangle, *scene.shading(lights), camera, shadows, bright, dark, light_places
         )
@@ -174,20 +162,8 @@ class SoftwareRenderer:
         window = raster.project(scene.geometry, everything, scene.poses, camera, samples, scene.workspace)
         window, pixels = _clipped(window, picture.shape, samples)
         raster.restore(window, background.nearest, nearest, triangle)
-        focal, facing = _in_samples(camera, samples), _facing(camera)
         shading = scene.shading(lights)
-        raster.rasterise(
-            scene.geometry,
-            scene.moving,
-            scene.workspace,
-            facing,
-            camera.near,
-            window,
-            focal,
-            self._stagger,
-            nearest,
-            triangle,
-        )
+        self._find_visible(scene, scene.moving, camera, window, nearest, triangle)
         raster.resolve(pixels, samples, triangle, *shading, camera, shadows, background.shadows, picture)
         if len(scene.transparent):
             distance = np.linalg.norm(scene.poses[scene.transparent, 9:] - camera.position, axis=1)
@@ -195,19 +171,26 @@ class SoftwareRenderer:
             # MuJoCo draws what is transparent twice, from front to back and from back to front.
             for d in [*order, *order[::-1]]:
                 seen = np.full_like(triangle, raster.NOTHING)
-                raster.rasterise(
-                    scene.geometry,
-                    np.array([d], np.int32),
-                    scene.workspace,
-                    facing,
-                    camera.near,
-                    window,
-                    focal,
-                    self._stagger,
-                    nearest.copy(),
-                    seen,
-                )
+                self._find_visible(scene, np.array([d], np.int32), camera, window, nearest.copy(), seen)
                 raster.blend(pixels, samples, seen, scene.materials.rgba[d, 3], *shading, camera, picture)
+
+    def _find_visible(
+        self,
+        scene: _Prepared,
+        drawables: npt.NDArray[np.int32],
+        camera: raster.Camera,
+        window: tuple[int, int, int, int],
+        nearest: npt.NDArray[np.float32],
+        triangle: npt.NDArray[np.int32],
+    ) -> None:
+        """Update what the samples of a window see by drawables that have been projected."""
+        fx, fy, ox, oy = camera.focal_x, camera.focal_y, camera.centre_x, camera.centre_y
+        focal = tuple(self.samples * value for value in (fx, fy, ox, oy))
+        facing = float(np.sign(fx * fy))  # a triangle's front, counter-clockwise, on a screen whose rows run downwards
+        raster.rasterise(
+            scene.geometry, drawables, scene.workspace, facing, camera.near, window, focal, self._stagger, nearest,
+            triangle,
+        )  # fmt: skip
 
     def _buffer(self, rows: int, columns: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int32]]:
         if (rows, columns) not in self._buffers:
@@ -220,6 +203,7 @@ class _Prepared:
     """A model's drawables, ready for the inner loops, fine enough for a size of pixel in metres."""
 
     def __init__(self, model: mujoco.MjModel, background: frozenset[int], pixel: float) -> None:
+        _check_lights(model)
         self.model = model
         self._texel = _TEXEL * pixel
         self.drawables = _drawables(model, _CELL * pixel)
@@ -260,10 +244,15 @@ class _Prepared:
         self._frame = 0
 
     def place(self, data: mujoco.MjData) -> None:
-        """Take poses from the simulation."""
+        """Take poses from the simulation.
+
+        :raises ValueError: if one is not finite.
+        """
         count = len(self._geoms)
         self.poses[:count, :9], self.poses[:count, 9:] = data.geom_xmat[self._geoms], data.geom_xpos[self._geoms]
         self.poses[count:, :9], self.poses[count:, 9:] = data.site_xmat[self._sites], data.site_xpos[self._sites]
+        if not np.isfinite(self.poses).all():
+            raise ValueError("The simulation's poses are not finite: it has diverged, or mj_forward has not run")
 
     def lights(self, data: mujoco.MjData, camera: raster.Camera) -> raster.Lights:
         """The model's lights and the camera's own, those without shadows first."""
@@ -312,6 +301,17 @@ class _Prepared:
         return raster.ShadowMap(depth, left, top, _SLACK * self._texel)
 
 
+def _check_lights(model: mujoco.MjModel) -> None:
+    """Refuse what would be drawn wrongly."""
+    # A light has a type since MuJoCo 3.3.2, of which 1 is directional, before that a flag.
+    directional = model.light_type == 1 if hasattr(model, "light_type") else model.light_directional != 0
+    active = model.light_active != 0
+    if not directional[active].all() or model.light_castshadow[active].sum() > 1:
+        raise ValueError(
+            "The software renderer knows directional lights, one of them with shadows; use renderer='egl' or 'osmesa'"
+        )
+
+
 def _pixel_size(model: mujoco.MjModel, camera: int, view: View) -> float:
     """Side of a pixel where it is least, metres; few different ones, so that views share what is prepared."""
     distance = _STANDING_DISTANCE if model.cam_bodyid[camera] == 0 else _CARRIED_DISTANCE
@@ -333,19 +333,6 @@ def _camera(model: mujoco.MjModel, data: mujoco.MjData, camera: int, view: View)
         centre_x=columns * (0.5 - left),
         centre_y=rows * (0.5 - top),
         near=model.vis.map.znear * model.stat.extent,
-    )
-
-
-def _facing(camera: raster.Camera) -> float:
-    return float(np.sign(camera.focal_x * camera.focal_y))
-
-
-def _in_samples(camera: raster.Camera, samples: int) -> tuple[float, float, float, float]:
-    return (
-        camera.focal_x * samples,
-        camera.focal_y * samples,
-        camera.centre_x * samples,
-        camera.centre_y * samples,
     )
 
 

@@ -111,8 +111,11 @@ def load_checkpoint(folder: str | Path) -> LoadedCheckpoint:
         found_format = config["format"]
         name, kwargs = config["model"], config["model_kwargs"]
         notes = config.get("notes", {})
-        distribution = config.get("distribution")
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        distribution = None
+        if config.get("distribution") is not None:
+            acts_by, options = config["distribution"]
+            distribution = str(acts_by), {str(key): value for key, value in options.items()}
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{folder / 'config.json'} is no sb3_vla checkpoint configuration: {error!r}") from error
     if found_format != FORMAT:
         raise ValueError(f"{folder} has format {found_format!r}; expected {FORMAT!r}")
@@ -137,8 +140,7 @@ def load_checkpoint(folder: str | Path) -> LoadedCheckpoint:
         raise ValueError(f"{folder} does not fit its configuration: {'; '.join(problems[:8])} ({len(problems)} in all)")
     model.load_state_dict(weights)
     value_head = _with_prefix(tensors, "value_head.") or None
-    acted_by = None if distribution is None else (str(distribution[0]), dict(distribution[1]))
-    return LoadedCheckpoint(model, name, kwargs, value_head, notes, acted_by)
+    return LoadedCheckpoint(model, name, kwargs, value_head, notes, distribution)
 
 
 def checkpoint_digest(folder: str | Path) -> str:
