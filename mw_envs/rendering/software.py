@@ -17,7 +17,7 @@ import mujoco
 import numpy as np
 import numpy.typing as npt
 
-from mw_envs.rendering import raster
+from mw_envs.rendering import arrays, raster, shading
 from mw_envs.rendering.geometry import (
     Shape,
     box_shape,
@@ -73,7 +73,7 @@ class _Background:
     dark: npt.NDArray[np.uint8]
     nearest: npt.NDArray[np.float32]
     light_places: npt.NDArray[np.float32]
-    shadows: raster.ShadowMap
+    shadows: arrays.ShadowMap
 
 
 class SoftwareRenderer:
@@ -118,7 +118,7 @@ class SoftwareRenderer:
         self._draw_moving(prepared, camera, lights, background, picture)
         return picture
 
-    def _background(self, scene: _Prepared, camera: raster.Camera, lights: raster.Lights, view: View) -> _Background:
+    def _background(self, scene: _Prepared, camera: arrays.Camera, lights: arrays.Lights, view: View) -> _Background:
         poses = scene.poses[scene.background]
         key = (id(scene), view, *(a.tobytes() for a in (poses, camera.rotation, camera.position, lights.towards)))
         if key not in self._backgrounds:
@@ -129,56 +129,56 @@ class SoftwareRenderer:
         return self._backgrounds[key]
 
     def _draw_background(
-        self, scene: _Prepared, camera: raster.Camera, lights: raster.Lights, view: View
+        self, scene: _Prepared, camera: arrays.Camera, lights: arrays.Lights, view: View
     ) -> _Background:
         samples, drawables = self.samples, scene.background
         rows, columns = view.height * samples, view.width * samples
-        nearest, triangle = np.zeros((rows, columns), np.float32), np.full((rows, columns), raster.NOTHING, np.int32)
+        nearest, triangle = np.zeros((rows, columns), np.float32), np.full((rows, columns), arrays.NOTHING, np.int32)
         bright = np.zeros((view.height, view.width, 3), np.uint8)
         if scene.sky >= 0:
-            raster.draw_sky(scene.textures, scene.sky, camera, bright)
+            shading.draw_sky(scene.textures, scene.sky, camera, bright)
         dark, light_places = bright.copy(), np.zeros((view.height, view.width, 3), np.float32)
         shadows = scene.shadow_map(drawables, lights)
         raster.project(scene.geometry, drawables, scene.poses, camera, samples, scene.workspace)
         self._find_visible(scene, drawables, camera, (0, 0, columns, rows), nearest, triangle)
-        raster.resolve_background(
-            samples, triangle, *scene.shading(lights), camera, shadows, bright, dark, light_places
+        shading.resolve_background(
+            samples, triangle, *scene.colouring(lights), camera, shadows, bright, dark, light_places
         )
         return _Background(bright, dark, nearest, light_places, shadows)
 
     def _draw_moving(
         self,
         scene: _Prepared,
-        camera: raster.Camera,
-        lights: raster.Lights,
+        camera: arrays.Camera,
+        lights: arrays.Lights,
         background: _Background,
         picture: npt.NDArray[np.uint8],
     ) -> None:
         samples = self.samples
         shadows = scene.shadow_map(scene.casting, lights)
-        raster.darken(background.light_places, shadows, background.dark, picture)
+        shading.darken(background.light_places, shadows, background.dark, picture)
         nearest, triangle = self._buffer(*background.nearest.shape)
         everything = np.concatenate([scene.moving, scene.transparent])
         window = raster.project(scene.geometry, everything, scene.poses, camera, samples, scene.workspace)
         window, pixels = _clipped(window, picture.shape, samples)
         raster.restore(window, background.nearest, nearest, triangle)
-        shading = scene.shading(lights)
+        colouring = scene.colouring(lights)
         self._find_visible(scene, scene.moving, camera, window, nearest, triangle)
-        raster.resolve(pixels, samples, triangle, *shading, camera, shadows, background.shadows, picture)
+        shading.resolve(pixels, samples, triangle, *colouring, camera, shadows, background.shadows, picture)
         if len(scene.transparent):
             distance = np.linalg.norm(scene.poses[scene.transparent, 9:] - camera.position, axis=1)
             order = scene.transparent[np.argsort(distance, kind="stable")]
             # MuJoCo draws what is transparent twice, from front to back and from back to front.
             for d in [*order, *order[::-1]]:
-                seen = np.full_like(triangle, raster.NOTHING)
+                seen = np.full_like(triangle, arrays.NOTHING)
                 self._find_visible(scene, np.array([d], np.int32), camera, window, nearest.copy(), seen)
-                raster.blend(pixels, samples, seen, scene.materials.rgba[d, 3], *shading, camera, picture)
+                shading.blend(pixels, samples, seen, scene.materials.rgba[d, 3], *colouring, camera, picture)
 
     def _find_visible(
         self,
         scene: _Prepared,
         drawables: npt.NDArray[np.int32],
-        camera: raster.Camera,
+        camera: arrays.Camera,
         window: tuple[int, int, int, int],
         nearest: npt.NDArray[np.float32],
         triangle: npt.NDArray[np.int32],
@@ -195,7 +195,7 @@ class SoftwareRenderer:
     def _buffer(self, rows: int, columns: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int32]]:
         if (rows, columns) not in self._buffers:
             depths = np.zeros((rows, columns), np.float32)
-            self._buffers[rows, columns] = (depths, np.full((rows, columns), raster.NOTHING, np.int32))
+            self._buffers[rows, columns] = (depths, np.full((rows, columns), arrays.NOTHING, np.int32))
         return self._buffers[rows, columns]
 
 
@@ -211,7 +211,7 @@ class _Prepared:
         self.textures = _textures(model)
         skies = [i for i in range(model.ntex) if model.tex_type[i] == mujoco.mjtTexture.mjTEXTURE_SKYBOX]
         self.sky = skies[0] if skies else -1
-        self.materials = raster.Materials(
+        self.materials = arrays.Materials(
             np.array([d.rgba for d in self.drawables], np.float32),
             np.array([(*d.gloss, _FAINTEST ** (2 / max(d.gloss[2], 1e-3))) for d in self.drawables], np.float32),
             np.array([d.texture for d in self.drawables], np.int32),
@@ -232,7 +232,7 @@ class _Prepared:
         self._towards = np.zeros((len(self.drawables), 0, 3), np.float32)
         vertices, corners = len(self.geometry.x), len(self.geometry.normals)
         triangles = len(self.geometry.triangles)
-        self.workspace = raster.Workspace._make(
+        self.workspace = arrays.Workspace._make(
             [
                 *np.zeros((9, vertices), np.float32),
                 np.zeros((corners, 6), np.float32),
@@ -254,7 +254,7 @@ class _Prepared:
         if not np.isfinite(self.poses).all():
             raise ValueError("The simulation's poses are not finite: it has diverged, or mj_forward has not run")
 
-    def lights(self, data: mujoco.MjData, camera: raster.Camera) -> raster.Lights:
+    def lights(self, data: mujoco.MjData, camera: arrays.Camera) -> arrays.Lights:
         """The model's lights and the camera's own, those without shadows first."""
         model, head = self.model, self.model.vis.headlight
         found = []
@@ -268,27 +268,27 @@ class _Prepared:
         columns = [np.array([light[k] for light in found], np.float32).reshape(-1, 3) for k in range(1, 5)]
         towards, ambient, diffuse, specular = columns
         unshadowed = sum(1 for light in found if not light[0])
-        return raster.Lights(towards, ambient, diffuse, specular, unshadowed)
+        return arrays.Lights(towards, ambient, diffuse, specular, unshadowed)
 
-    def light_up(self, camera: raster.Camera, lights: raster.Lights) -> None:
+    def light_up(self, camera: arrays.Camera, lights: arrays.Lights) -> None:
         """Prepare the lighting of a frame."""
         if self._towards.shape[1] != len(lights.towards):
             self._towards = np.zeros((len(self.drawables), len(lights.towards), 3), np.float32)
         everything = np.arange(len(self.drawables), dtype=np.int32)
-        raster.prepare_lighting(everything, self.poses, camera, lights, self._eyes, self._towards)
+        shading.prepare_lighting(everything, self.poses, camera, lights, self._eyes, self._towards)
         self._frame += 1
 
-    def shading(self, lights: raster.Lights) -> tuple[Any, ...]:
+    def colouring(self, lights: arrays.Lights) -> tuple[Any, ...]:
         """What the inner loops want to know to compute colours."""
         return (
             self._frame, self.geometry, self.materials, self.textures, lights, self._eyes, self._towards,
             self.workspace,
         )  # fmt: skip
 
-    def shadow_map(self, drawables: npt.NDArray[np.int32], lights: raster.Lights) -> raster.ShadowMap:
+    def shadow_map(self, drawables: npt.NDArray[np.int32], lights: arrays.Lights) -> arrays.ShadowMap:
         """What the light that casts shadows meets of these drawables, whose places in its space are computed, too."""
         if lights.unshadowed == len(lights.towards):
-            return raster.ShadowMap(np.zeros((0, 0), np.float32), 0, 0, 0.0)
+            return arrays.ShadowMap(np.zeros((0, 0), np.float32), 0, 0, 0.0)
         axes = _light_axes(-lights.towards[lights.unshadowed])
         casting = np.array([d for d in drawables if d in self._bounded], np.int32)
         if len(casting) < len(drawables):
@@ -298,7 +298,7 @@ class _Prepared:
         )
         depth = np.full((bottom - top, right - left), np.inf, np.float32)
         raster.rasterise_shadow(self.geometry, casting, self.workspace, left, top, _SLOPE_TEXELS, depth)
-        return raster.ShadowMap(depth, left, top, _SLACK * self._texel)
+        return arrays.ShadowMap(depth, left, top, _SLACK * self._texel)
 
 
 def _check_lights(model: mujoco.MjModel) -> None:
@@ -319,13 +319,13 @@ def _pixel_size(model: mujoco.MjModel, camera: int, view: View) -> float:
     return round(float(2.0 ** np.floor(np.log2(pixel))), 6)
 
 
-def _camera(model: mujoco.MjModel, data: mujoco.MjData, camera: int, view: View) -> raster.Camera:
+def _camera(model: mujoco.MjModel, data: mujoco.MjData, camera: int, view: View) -> arrays.Camera:
     top, left, height, width = view.crop
     rows, columns = view.height / height, view.width / width
     focal = rows / 2 / np.tan(np.radians(model.cam_fovy[camera]) / 2)
     axes = data.cam_xmat[camera].reshape(3, 3)
     sign = -1.0 if view.rotated else 1.0
-    return raster.Camera(
+    return arrays.Camera(
         rotation=np.stack([axes[:, 0], axes[:, 1], -axes[:, 2]]).astype(np.float32),
         position=data.cam_xpos[camera].astype(np.float32),
         focal_x=sign * focal,
@@ -446,7 +446,7 @@ def _texture(model: mujoco.MjModel, material: int) -> int:
 def _mapping(
     model: mujoco.MjModel, texture: int, material: int, size: npt.NDArray[np.float64], sized: bool
 ) -> tuple[float, ...]:
-    """How places become texture coordinates; see :class:`mw_envs.rendering.raster.Materials`."""
+    """How places become texture coordinates; see :class:`mw_envs.rendering.arrays.Materials`."""
     uniform = bool(model.mat_texuniform[material])
     if model.tex_type[texture] != mujoco.mjtTexture.mjTEXTURE_2D:
         x, y, z = size if uniform else (1.0, 1.0, 1.0)
@@ -458,7 +458,7 @@ def _mapping(
     return 0.0, 0.5 * scale[0], -0.5, -0.5 * scale[1], -0.5, 0.0
 
 
-def _geometry(drawables: list[_Drawable]) -> raster.Geometry:
+def _geometry(drawables: list[_Drawable]) -> arrays.Geometry:
     places, normals, triangles, corners, owners, texture_places = [], [], [], [], [], []
     first_vertex, first_triangle, first_corner = [0], [0], 0
     for number, drawable in enumerate(drawables):
@@ -472,7 +472,7 @@ def _geometry(drawables: list[_Drawable]) -> raster.Geometry:
         first_vertex.append(first_vertex[-1] + len(shape.places))
         first_triangle.append(first_triangle[-1] + len(shape.triangles))
         first_corner += len(shape.normals)
-    return raster.Geometry._make(
+    return arrays.Geometry._make(
         [
             *np.ascontiguousarray(np.concatenate(places).T, np.float32),
             np.concatenate(triangles).astype(np.int32),
@@ -486,7 +486,7 @@ def _geometry(drawables: list[_Drawable]) -> raster.Geometry:
     )
 
 
-def _textures(model: mujoco.MjModel) -> raster.Textures:
+def _textures(model: mujoco.MjModel) -> arrays.Textures:
     """All textures with their reductions."""
     pixels: list[npt.NDArray[np.uint8]] = [np.zeros((1, 3), np.uint8)]
     levels = np.zeros((max(model.ntex, 1), 16, 4), np.int32)
@@ -506,7 +506,7 @@ def _textures(model: mujoco.MjModel) -> raster.Textures:
             if level.shape[1] == level.shape[2] == 1:
                 break
             level = _halved(_halved(level, 2), 1)
-    return raster.Textures(np.concatenate(pixels), levels)
+    return arrays.Textures(np.concatenate(pixels), levels)
 
 
 def _halved(pictures: npt.NDArray[np.float32], axis: int) -> npt.NDArray[np.float32]:
