@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 import threading
+import types
 from collections import defaultdict
 from typing import Any, cast
 
@@ -147,7 +149,63 @@ def _sawyer_class(task: str) -> type[SawyerXYZEnv]:
         model = copy.copy(compiled[0])
         return model, mujoco.MjData(model)
 
-    return type(base.__name__, (base,), {"_initialize_simulation": initialize_simulation})
+    methods = {
+        "_initialize_simulation": initialize_simulation,
+        "_get_curr_obs_combined_no_goal": _hand_and_objects,
+        "_get_quat_objects": _with_fast_rotations(base._get_quat_objects),
+    }
+    return type(base.__name__, (base,), methods)
+
+
+def _hand_and_objects(self: SawyerXYZEnv) -> npt.NDArray[np.float64]:
+    """MetaWorld's own vector of one moment, float64 (18,), to the last bit and in a third of the time."""
+    data = self.data
+    apart = data.body("rightclaw").xpos - data.body("leftclaw").xpos
+    observation = np.zeros(4 + self._obs_obj_max_len)
+    observation[:3] = self.get_endeff_pos()
+    observation[3] = min(max(math.sqrt(apart.dot(apart)) / 0.1, 0.0), 1.0)
+    places, turns = self._get_pos_objects(), self._get_quat_objects()
+    for number in range(len(places) // 3):
+        start = 4 + 7 * number
+        observation[start : start + 3] = places[3 * number : 3 * number + 3]
+        observation[start + 3 : start + 7] = turns[4 * number : 4 * number + 4]
+    return observation
+
+
+def _with_fast_rotations(method: types.FunctionType) -> types.FunctionType:
+    """A copy of a method of MetaWorld's in which ``Rotation`` is :class:`_FastRotation`."""
+    names = {**method.__globals__, "Rotation": _FastRotation}
+    return types.FunctionType(method.__code__, names, method.__name__, method.__defaults__, method.__closure__)
+
+
+class _FastRotation:
+    """Of SciPy's ``Rotation``, all that MetaWorld uses; it computes the same without checking a matrix of MuJoCo's."""
+
+    def __init__(self, quaternion: npt.NDArray[np.float64]) -> None:
+        self._quaternion = quaternion
+
+    @classmethod
+    def from_matrix(cls, matrix: npt.NDArray[np.float64]) -> _FastRotation:
+        """Shepperd's method with Markley's choice of the largest component, as SciPy has it."""
+        m = matrix.tolist()
+        diagonal = [m[0][0], m[1][1], m[2][2]]
+        trace = diagonal[0] + diagonal[1] + diagonal[2]
+        largest = max(diagonal)
+        if trace >= largest:
+            q = [m[2][1] - m[1][2], m[0][2] - m[2][0], m[1][0] - m[0][1], 1 + trace]
+        else:
+            i = diagonal.index(largest)
+            j, k = (i + 1) % 3, (i + 2) % 3
+            q = [0.0, 0.0, 0.0, m[k][j] - m[j][k]]
+            q[i] = 1 - trace + 2 * m[i][i]
+            q[j] = m[j][i] + m[i][j]
+            q[k] = m[k][i] + m[i][k]
+        length = math.sqrt(q[0] * q[0] + q[1] * q[1] + q[2] * q[2] + q[3] * q[3])
+        return cls(np.array(q) / length)
+
+    def as_quat(self) -> npt.NDArray[np.float64]:
+        """The quaternion, scalar last, (4,)."""
+        return self._quaternion
 
 
 def _detached(value: Any) -> Any:

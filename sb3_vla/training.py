@@ -52,20 +52,21 @@ class PPOConfig:
     :param final_noise_scale: factor of the exploration noise at the end; it falls linearly from 1.
     :param task_sampling: ``uniform``, or ``signal`` to draw more often what is solved now and then.
     :param rehearsal_coef: weight of the imitation loss on demonstrations; 0 for none.
+    :param rehearsal_batch_size: frames of demonstrations per minibatch.
     :param bf16: bfloat16 autocast of updates; None where the processor has it.
     :param checkpoint_interval: iterations between checkpoints.
     :param seed: of environments and exploration.
     """
 
-    iterations: int = 40
+    iterations: int = 60
     num_envs: int = 16
     num_workers: int | None = None
     decisions: int = 128
     horizon: int = 160
     batch_size: int = 512
     epochs: int = 4
-    learning_rate: float = 7e-5
-    final_learning_rate: float = 7e-5
+    learning_rate: float = 1.2e-4
+    final_learning_rate: float = 2e-5
     value_lr: float = 5e-4
     gamma: float = 0.99
     gae_lambda: float = 0.95
@@ -74,14 +75,15 @@ class PPOConfig:
     ent_coef: float = 0.0
     kl_coef: float = 0.0
     max_grad_norm: float = 0.5
-    critic_warmup: int = 1
-    actor_warmup: int = 0
+    critic_warmup: int = 2
+    actor_warmup: int = 5
     trainable: str = "expert"
     distribution: str = "gaussian"
     distribution_kwargs: dict[str, Any] = field(default_factory=lambda: {"std": 0.2, "coherence": "offset"})
-    final_noise_scale: float = 1.0
+    final_noise_scale: float = 0.4
     task_sampling: str = "signal"
     rehearsal_coef: float = 0.0
+    rehearsal_batch_size: int = 64
     bf16: bool | None = False
     checkpoint_interval: int = 5
     seed: int = 0
@@ -168,6 +170,7 @@ def train_ppo(
             actor_warmup=config.actor_warmup,
             rehearsal=rehearsal,
             rehearsal_coef=config.rehearsal_coef,
+            rehearsal_batch_size=config.rehearsal_batch_size,
             # The limit is a part of the task, and the critic sees how much of it is left.
             bootstrap_truncated=False,
             noise_scale=lambda remaining: np.interp(remaining, [0, 1], [config.final_noise_scale, 1.0]).item(),

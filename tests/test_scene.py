@@ -17,9 +17,10 @@ import mujoco
 import numpy as np
 import numpy.typing as npt
 import pytest
+from scipy.spatial.transform import Rotation
 
 from mw_envs import TASKS, Trial
-from mw_envs.scene import Simulator, acquire_simulator, release_simulator
+from mw_envs.scene import Simulator, _FastRotation, acquire_simulator, release_simulator
 
 # One that moves only its goal, two that reject goals near the object, one that moves bodies of the model, one with two
 # objects, one that keeps views into the simulation's data as attributes.
@@ -189,3 +190,15 @@ def test_simulators_are_handed_on_within_a_process() -> None:
 def test_an_unknown_task() -> None:
     with pytest.raises(ValueError, match=r"'reach-v2'; did you mean 'reach-v3'\?"):
         Simulator("reach-v2")
+
+
+def test_rotations_are_scipys() -> None:
+    generator = np.random.default_rng(0)
+    turns = [np.eye(3), *(np.diag(d) for d in ([1.0, -1, -1], [-1.0, 1, -1], [-1.0, -1, 1]))]
+    for scale in ([1, 1, 1, 1], [1e-9, 1e-3, 1e-9, 1], [1, 1e-9, 1e-3, 1e-9]):
+        quaternions = generator.normal(size=(500, 4)) * scale
+        turns += [Rotation.from_quat(quaternion).as_matrix() for quaternion in quaternions]
+    for matrix in turns:
+        np.testing.assert_array_equal(
+            _FastRotation.from_matrix(matrix).as_quat(), Rotation.from_matrix(matrix).as_quat()
+        )

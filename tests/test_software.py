@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
+from typing import Any
 
 import mujoco
 import numpy as np
@@ -15,6 +18,7 @@ import pytest
 from mw_envs import TASKS, Trial
 from mw_envs.experts import ScriptedExpert
 from mw_envs.rendering import CROPS, Scene, View, get_renderer, renderer_available
+from mw_envs.rendering.compiling import CompiledOnce
 from mw_envs.rendering.geometry import (
     Shape,
     box_shape,
@@ -225,8 +229,46 @@ assert observation["image"].std() > 10
 
 
 def test_it_is_the_renderer_of_that_name() -> None:
-    assert isinstance(get_renderer("software"), SoftwareRenderer)
-    assert get_renderer("software") is get_renderer("software")
+    renderer = get_renderer("software")
+    assert isinstance(renderer, CompiledOnce)
+    assert get_renderer("software") is renderer
+    simulator, view = placed("reach-v3"), View("corner2", 32, 32)
+    for _ in range(2):  # the first picture and those after it
+        picture = renderer.render(simulator.model, simulator.data, view, simulator.scene)
+        np.testing.assert_array_equal(picture, draw(simulator, view))
+
+
+class SlowRenderer:
+    """Takes its time for the first picture, as a renderer does that is compiled."""
+
+    def __init__(self) -> None:
+        self.pictures = 0
+
+    def render(self, *_: Any) -> Picture:
+        self.pictures += 1
+        time.sleep(0.3 if self.pictures == 1 else 0.0)
+        return np.zeros((1, 1, 3), np.uint8)
+
+
+def test_compiling_is_announced_and_done_by_one_process_at_a_time(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr("mw_envs.rendering.compiling._PATIENCE_SECONDS", 0.1)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    simulator, view = placed("reach-v3"), View("corner2", 16, 16)
+    request = simulator.model, simulator.data, view, simulator.scene
+    compiling, waiting = CompiledOnce(SlowRenderer()), CompiledOnce(SoftwareRenderer())
+    thread = threading.Thread(target=compiling.render, args=request)
+    thread.start()
+    time.sleep(0.05)
+    started = time.monotonic()
+    waiting.render(*request)
+    assert time.monotonic() - started > 0.2  # the other's first picture was being drawn
+    thread.join()
+    assert capsys.readouterr().err.count("is being compiled, once on this machine") == 2
+    compiling.render(*request)
+    time.sleep(0.15)
+    assert capsys.readouterr().err == ""
 
 
 # --- Scenes that MetaWorld does not have ------------------------------------------------------------------------------

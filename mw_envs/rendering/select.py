@@ -41,9 +41,10 @@ def _create(kind: str) -> Renderer:
         from mw_envs.rendering.opengl import OpenGLRenderer
 
     if kind == "software":
+        from mw_envs.rendering.compiling import CompiledOnce
         from mw_envs.rendering.software import SoftwareRenderer
 
-        return SoftwareRenderer()
+        return CompiledOnce(SoftwareRenderer())
     if kind != "auto":
         return OpenGLRenderer(kind)
     reasons = []

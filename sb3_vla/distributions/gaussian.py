@@ -32,7 +32,8 @@ class GaussianChunk(ActionDistribution):
     :param std: standard deviation in environment units (the box is -1..1), one or A numbers.
     :param coherence: ``independent`` or ``offset``.
     :param learn_std: whether the deviation is trained; only then does it have an entropy worth a bonus.
-    :param denoising_steps: Euler steps to the mean; from zero noise a second one is enough.
+    :param denoising_steps: Euler steps to the mean. From zero noise the first one leads to the mean of the actions that
+        were imitated (the velocity there is minus that mean), and more steps measured the same success.
     """
 
     needs_trace = False
@@ -45,7 +46,7 @@ class GaussianChunk(ActionDistribution):
         std: float | Sequence[float] = 0.2,
         coherence: str = "independent",
         learn_std: bool = False,
-        denoising_steps: int = 2,
+        denoising_steps: int = 1,
     ) -> None:
         super().__init__(action_chunk, denoising_steps)
         if coherence not in ("independent", "offset"):

@@ -2,7 +2,8 @@
 
 A small residual convolutional network, modulated by the instruction (FiLM, Perez et al. 2018), gives a grid of visual
 tokens; a byte-level encoder reads the instruction, so any sentence can be given; a transformer over the action chunk
-attends to visual, language and proprioceptive tokens and predicts the velocity of a flow (pi0's action expert, small).
+attends to visual and language tokens, is modulated by a summary of these and of the hand's state, and predicts the
+velocity of a flow. As in pi0, what the chunk attends to depends on picture and sentence alone.
 """
 
 from __future__ import annotations
@@ -88,15 +89,23 @@ class CompactVLA(VLAModel):
         yield from self.instruction_encoder.parameters()
         yield from self.vision_encoder.parameters()
         yield self.sharpness
+        yield from self.visual_projection.parameters()
+        yield self.visual_position
+        yield from self.context_norm.parameters()
+        for block in self.blocks:
+            yield from block.cross_kv.parameters()  # type: ignore[union-attr]
 
     def perceive(self, observation: dict[str, Tensor]) -> dict[str, Tensor]:
         """See :meth:`VLAModel.perceive`."""
         words = self.instruction_encoder(observation["instruction"])  # (N, width)
         image = observation["image"].float().div_(127.5).sub_(1.0).contiguous(memory_format=torch.channels_last)
         fine, grid = self.vision_encoder(image, words)  # (N, C', 2h, 2w), (N, C, h, w)
+        tokens = self.visual_projection(rearrange(grid, "n c h w -> n (h w) c")) + self.visual_position
+        tokens = self.context_norm(torch.cat([tokens, words[:, None]], dim=1))
+        keys_values = [torch.stack(block.keys_values(tokens), dim=1) for block in self.blocks]  # type: ignore[operator]
         return {
             PERCEPTION + "words": words,
-            PERCEPTION + "grid": rearrange(grid, "n c h w -> n (h w) c"),
+            PERCEPTION + "keys_values": torch.stack(keys_values, dim=1),  # (N, blocks, 2, heads, tokens, 64)
             PERCEPTION + "position": torch.cat([expected_position(fine * self.sharpness), expected_position(grid)], 1),
             "state": observation["state"],
         }
@@ -106,11 +115,8 @@ class CompactVLA(VLAModel):
         words = perception[PERCEPTION + "words"]
         state = (perception["state"].float() - self.state_mean) / self.state_std
         state = self.state_encoder(state.clamp(-10, 10))  # (N, width)
-        tokens = self.visual_projection(perception[PERCEPTION + "grid"]) + self.visual_position
-        tokens = self.context_norm(torch.cat([tokens, words[:, None], state[:, None]], dim=1))
         features = torch.cat([perception[PERCEPTION + "position"], words, state], dim=1)
-        keys_values = [block.keys_values(tokens) for block in self.blocks]  # type: ignore[operator]
-        return Context(features.float(), (keys_values, self.summary(features)))
+        return Context(features.float(), (perception[PERCEPTION + "keys_values"], self.summary(features)))
 
     def denoise(self, context: Context, x: Tensor, t: Tensor) -> Tensor:
         """See :meth:`VLAModel.denoise`."""
@@ -118,7 +124,7 @@ class CompactVLA(VLAModel):
         h = self.action_in(x) + self.action_position  # (R * N, H, width)
         condition = self.time_encoder(time_embedding(t)) + summary.repeat(len(x) // len(summary), 1)
         condition = F.silu(condition)
-        for block, (keys, values) in zip(self.blocks, keys_values, strict=True):
+        for block, (keys, values) in zip(self.blocks, (kv.unbind(1) for kv in keys_values.unbind(1)), strict=True):
             h = block(h, condition, keys, values)
         shift, scale = self.action_modulation(condition)[:, None].chunk(2, dim=2)
         return self.action_out(self.action_norm(h) * (1 + scale) + shift).float()

@@ -1,0 +1,54 @@
+"""The first picture of a process, for which the software renderer's inner loops are compiled or read from disk."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import sys
+import tempfile
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mw_envs.rendering.view import Renderer, Scene, View
+
+# What was compiled before is there after a second or three.
+_PATIENCE_SECONDS = 5.0
+_MESSAGE = "mw_envs: the software renderer is being compiled, once on this machine; it takes about half a minute"
+
+
+class CompiledOnce:
+    """A renderer whose first picture in a process is drawn by one process at a time.
+
+    So many workers that start together compile once: the first one compiles and keeps the result on disk, the others
+    wait and read it. Where that takes long, a line on the standard error says why.
+
+    :param renderer: the renderer that compiles when it draws.
+    """
+
+    def __init__(self, renderer: Renderer) -> None:
+        self._renderer = renderer
+        self._compiled = False
+
+    def render(self, model: Any, data: Any, view: View, scene: Scene) -> npt.NDArray[np.uint8]:
+        """Draw a view; see :meth:`mw_envs.rendering.Renderer.render`."""
+        if self._compiled:
+            return self._renderer.render(model, data, view, scene)
+        timer = threading.Timer(_PATIENCE_SECONDS, print, (_MESSAGE,), {"file": sys.stderr, "flush": True})
+        timer.daemon = True
+        timer.start()
+        try:
+            with open(_lock_file(), "w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)  # given up when the file is closed, also by a process that dies
+                picture = self._renderer.render(model, data, view, scene)
+        finally:
+            timer.cancel()
+        self._compiled = True
+        return picture
+
+
+def _lock_file() -> Path:
+    return Path(tempfile.gettempdir()) / f"mw_envs-compiling-{os.getuid()}.lock"
