@@ -88,6 +88,18 @@ class Simulator:
         sawyer.__dict__.update({name: _detached(value) for name, value in self._initial_attributes.items()})
         mujoco.mj_resetData(self.model, self.data)
         sawyer._last_rand_vec = goals[trial.goal].copy()
+
+        def place_without_simulating() -> npt.NDArray[np.float64]:
+            del sawyer.reset_model  # MetaWorld's own again, for the second time
+            vars(sawyer).update(do_simulation=_stand_still)
+            try:
+                return sawyer.reset_model()
+            finally:
+                del sawyer.do_simulation
+
+        # MetaWorld places the model, forgets the simulation's data and places it again; so what it simulates first, a
+        # hand that takes its place, is lost.
+        vars(sawyer).update(reset_model=place_without_simulating)
         observation, _ = sawyer.reset()
         return np.asarray(observation, dtype=np.float64)
 
@@ -123,11 +135,8 @@ class Simulator:
         def hold_hand(steps: int = 50) -> None:
             sawyer.init_tcp = sawyer.tcp_center
 
-        def stand_still(ctrl: object, n_frames: int) -> None:
-            pass
-
         # Attributes of the instance, which place() removes.
-        vars(sawyer).update(_get_state_rand_vec=draw, _reset_hand=hold_hand, do_simulation=stand_still)
+        vars(sawyer).update(_get_state_rand_vec=draw, _reset_hand=hold_hand, do_simulation=_stand_still)
         table = []
         for _ in range(GOALS_PER_TASK):
             sawyer.reset_model()
@@ -155,6 +164,10 @@ def _sawyer_class(task: str) -> type[SawyerXYZEnv]:
         "_get_quat_objects": _with_fast_rotations(base._get_quat_objects),
     }
     return type(base.__name__, (base,), methods)
+
+
+def _stand_still(ctrl: object, n_frames: int) -> None:
+    """In the place of a simulator's ``do_simulation``."""
 
 
 def _hand_and_objects(self: SawyerXYZEnv) -> npt.NDArray[np.float64]:
