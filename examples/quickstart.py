@@ -2,7 +2,7 @@
 
     bash examples/quickstart.sh                      # sets up, then runs this
     bash examples/quickstart.sh --full               # MT50
-    bash examples/quickstart.sh --run runs/mine ppo.iterations=60 seed=1
+    bash examples/quickstart.sh --run runs/mine ppo.iterations=80 seed=1
 
 Scripted experts show the tasks, the model imitates them, is measured, practises by PPO the tasks that it solves now and
 then, and is measured again on the same trials. Started a second time, it goes on where it was interrupted.
@@ -69,10 +69,10 @@ class QuickstartConfig:
     """All settings; any of them can be given as ``key=value``."""
 
     seed: int = 0
-    renderer: str = "software"
+    renderer: str = "auto"
     collect: CollectConfig = field(default_factory=CollectConfig)
-    # Many demonstrations, seen few times: a policy that is right everywhere and precise nowhere, which is what practice
-    # improves. Seen more often, few demonstrations leave tasks that are solved in one place and hopeless in the others.
+    # Many demonstrations, seen few times: such a policy is imprecise, which practice mends. Few demonstrations, seen
+    # often, make one that fails wherever it was not shown, and practice finds no success there to start from.
     sft: SFTConfig = field(default_factory=lambda: SFTConfig(steps=310, seed="${seed}"))  # type: ignore[arg-type]
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     ppo: PPOConfig = field(default_factory=lambda: PPOConfig(rehearsal_coef=0.5, seed="${seed}"))  # type: ignore[arg-type]

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Set up what the project needs: a virtual environment with the tested versions, and the system's OpenGL library.
+# Set up what the project needs: a virtual environment with the tested versions.
 #
 #   bash examples/setup.sh          to use the project
 #   bash examples/setup.sh dev      to work on it as well (dev: an extra of pyproject.toml)
@@ -107,48 +107,11 @@ install_packages() {
     rm "$unfinished"
 }
 
-opengl_libraries_load() {
-    "$python" - <<'PY'
-import ctypes
-import sys
-
-
-def loads(*names):
-    for name in names:
-        try:
-            return ctypes.CDLL(name)
-        except OSError:
-            pass
-
-
-egl = loads("libEGL.so.1") and loads("libOpenGL.so.0", "libGL.so.1")
-sys.exit(not (egl or loads("libOSMesa.so.8", "libOSMesa.so.6")))
-PY
-}
-
-context_opens() {
-    "$python" -c "from mujoco.$1 import GLContext; GLContext(64, 64).make_current()"
-}
-
-opengl_works() {
-    context_opens egl || context_opens osmesa
-}
-
-# ensure_opengl CHECK: make the command CHECK succeed, with system packages where it does not.
-ensure_opengl() {
-    if [ "$(uname)" = Linux ] && ! "$1" 2>/dev/null; then
-        apt_install "MuJoCo's pictures need OpenGL without a screen (EGL)" libegl1 libgl1 libgl1-mesa-dri
-        "$1" || fail "OpenGL without a screen still does not work, with the packages above installed"
-    fi
-}
-
 if ! "$python" -c 'import pip' 2>/dev/null; then make_venv; fi
-ensure_opengl opengl_libraries_load
 
 # Any stamp that names at least this extra will do. The path is part of the key: a moved checkout is installed again.
 key="$(cat "$root/pyproject.toml" "$root/constraints.txt" | cksum) $root"
 if [ -e "$unfinished" ] || ! grep -qsxF -- "$key" "$stamp"*.stamp; then
     install_packages
-    ensure_opengl opengl_works
     printf '%s\n' "$key" >"$stamp.stamp"
 fi

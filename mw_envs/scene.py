@@ -171,7 +171,7 @@ def _stand_still(ctrl: object, n_frames: int) -> None:
 
 
 def _hand_and_objects(self: SawyerXYZEnv) -> npt.NDArray[np.float64]:
-    """MetaWorld's own vector of one moment, float64 (18,), to the last bit and in a third of the time."""
+    """MetaWorld's own vector of one moment, float64 (18,), to the last bit."""
     data = self.data
     apart = data.body("rightclaw").xpos - data.body("leftclaw").xpos
     observation = np.zeros(4 + self._obs_obj_max_len)
@@ -204,7 +204,7 @@ class _FastRotation:
         diagonal = [m[0][0], m[1][1], m[2][2]]
         trace = diagonal[0] + diagonal[1] + diagonal[2]
         largest = max(diagonal)
-        if trace >= largest:
+        if trace > largest:  # of equal ones SciPy takes the first, which is not the trace
             q = [m[2][1] - m[1][2], m[0][2] - m[2][0], m[1][0] - m[0][1], 1 + trace]
         else:
             i = diagonal.index(largest)

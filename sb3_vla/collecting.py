@@ -144,7 +144,7 @@ def collect(
     :param seed: Seed of the trials' goals and of the noise.
     :param num_workers: Worker processes; None for one a CPU.
     :param image_storage: ``png`` (exact) or ``mp4`` (smaller).
-    :param renderer: ``auto``, ``egl`` or ``osmesa``.
+    :param renderer: ``auto``, ``software``, ``egl`` or ``osmesa``.
     :param camera: A camera of MetaWorld's.
     :param settle_steps: Zero actions after a reset, not in the dataset.
     :param start_method: How workers start: ``forkserver``, ``spawn`` or ``fork``.

@@ -518,7 +518,8 @@ class PPO(stable_baselines3.PPO):
         actor, critic = self.policy.optimizer.param_groups
         if self.value_lr is not None:
             critic["lr"] *= self.value_lr / self.lr_schedule(1.0)
-        actor["lr"] *= min(1.0, (self.updates - self.critic_warmup + 1) / (self.actor_warmup + 1))
+        risen = (self.updates - self.critic_warmup + 1) / (self.actor_warmup + 1)
+        actor["lr"] *= min(max(risen, 0.0), 1.0)
         self.logger.record("train/actor_learning_rate", actor["lr"])
 
     def _excluded_save_params(self) -> list[str]:

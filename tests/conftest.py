@@ -30,12 +30,14 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 @pytest.fixture(scope="session")
-def renderer() -> None:
-    """Skip a test that needs pictures where no renderer works."""
+def opengl() -> str:
+    """The OpenGL renderer that works here, ``egl`` or ``osmesa``; a test that needs one is skipped where none does."""
     from mw_envs.rendering import renderer_available
 
-    if not renderer_available():
-        pytest.skip("no renderer works on this machine; see the OpenGL check of examples/setup.sh")
+    for kind in ("egl", "osmesa"):
+        if renderer_available(kind):
+            return kind
+    pytest.skip("neither EGL nor OSMesa works on this machine")
 
 
 @pytest.fixture

@@ -125,7 +125,7 @@ def test_the_policy_acts_by_the_distribution_it_was_trained_with(tmp_path: Path)
     assert isinstance(found, FlowSDE) and (found.denoising_steps, found.noise_level) == (7, 0.25)
     save_checkpoint(tmp_path / "a", tiny_model())
     assert load_checkpoint(tmp_path / "a").distribution is None
-    assert load_policy(tmp_path / "a").distribution.denoising_steps == 2
+    assert load_policy(tmp_path / "a").distribution.denoising_steps == 1
 
 
 @pytest.mark.parametrize("entry", [5, ["gaussian"], ["gaussian", 5], {"gaussian": {}}])
@@ -205,7 +205,7 @@ def test_damaged_configuration(saved: Path, text: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format": "sb3-vla-99"}, "format 'sb3-vla-99'; expected 'sb3-vla-1'"),
+        ({"format": "sb3-vla-99"}, "format 'sb3-vla-99'; expected 'sb3-vla-2'"),
         ({"model": "compct"}, "Unknown model 'compct'; did you mean 'compact'"),
         ({"model_kwargs": {"wings": 2}}, "does not describe a 'compact' model.*wings"),
         ({"model_kwargs": [1]}, "does not describe a 'compact' model"),

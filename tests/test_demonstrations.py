@@ -19,12 +19,10 @@ import pytest
 from PIL import Image
 
 from mw_envs import TASKS, Trial
-from mw_envs.rendering import RendererUnavailableError, renderer_available
+from mw_envs.rendering import RendererUnavailableError
 from sb3_vla import collecting, demonstrations, lerobot_writer
 from sb3_vla.demonstrations import Demonstrations, DemonstrationWriter, Episode, collect
 from sb3_vla.lerobot_writer import encode_png
-
-needs_renderer = pytest.mark.skipif(not renderer_available(), reason="no OpenGL library (libegl1 or libosmesa6)")
 
 SIZE = 32
 # The published lerobot/metaworld_mt50, and next.done; dtype and shape as its info.json has them.
@@ -604,7 +602,6 @@ def contents(root: Path) -> dict[str, bytes]:
     return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
 
 
-@needs_renderer
 def test_collect_does_not_depend_on_the_number_of_workers(tmp_path: Path) -> None:
     options: dict[str, Any] = {
         "tasks": ["reach-v3", "drawer-close-v3"],
@@ -634,7 +631,6 @@ def test_collect_does_not_depend_on_the_number_of_workers(tmp_path: Path) -> Non
     assert "drawer-close-v3" in str(report)
 
 
-@needs_renderer
 def test_noise_moves_the_hand_but_not_the_label(tmp_path: Path) -> None:
     options: dict[str, Any] = {"tasks": ["reach-v3"], "episodes_per_task": 1, "image_size": 16, "progress": False}
     collect(tmp_path / "clean", **options)

@@ -98,7 +98,6 @@ def still(env: gym.Env) -> npt.NDArray[np.float32]:
 # Checkers, spaces and observations
 
 
-@pytest.mark.usefixtures("renderer")
 @pytest.mark.parametrize(
     "kwargs",
     [
@@ -130,7 +129,6 @@ def test_the_default_spaces() -> None:
     assert MetaWorldEnv("MT50", action_chunk=5).action_space == gym.spaces.Box(-1, 1, (5, 4), np.float32)
 
 
-@pytest.mark.usefixtures("renderer")
 def test_what_is_observed() -> None:
     env = MetaWorldEnv("MT10", image_size=(24, 40), privileged_state=True, elapsed_time=True, horizon=8, settle_steps=0)
     observation, info = env.reset(options={"task": "push-v3", "goal": 4, "seed": 9})
@@ -190,7 +188,7 @@ def run(actions: npt.NDArray[np.float32], **kwargs: Any) -> list[Step]:
 
 
 @pytest.fixture(scope="module")
-def expert_actions(renderer: None) -> npt.NDArray[np.float32]:
+def expert_actions() -> npt.NDArray[np.float32]:
     """The expert's actions up to its success."""
     env = MetaWorldEnv("MT1", task=EXPERT_TASK, image_size=32, privileged_state=True, horizon=EXPERT_HORIZON)
     expert = ScriptedExpert(EXPERT_TASK)
@@ -392,7 +390,7 @@ def test_options_pin_the_trial(fakes: Fakes) -> None:
     assert len(tasks) > 3
 
 
-def test_a_group_of_pinned_trials_is_one_trial(renderer: None) -> None:
+def test_a_group_of_pinned_trials_is_one_trial() -> None:
     options = {"task": "push-v3", "goal": 11, "seed": 2}
     envs = [MetaWorldEnv("MT10", image_size=16, privileged_state=True) for _ in range(2)]
     for env, seed in zip(envs, (0, 1), strict=True):
@@ -457,7 +455,6 @@ def test_recorded_frames(fakes: Fakes) -> None:
     assert info["frames"].shape == (2, 480, 480, 3)
 
 
-@pytest.mark.usefixtures("renderer")
 def test_render_shows_the_full_view() -> None:
     env = MetaWorldEnv("MT10", render_mode="rgb_array", image_size=32, crop="workspace", record_frames=True)
     with pytest.raises(gym.error.ResetNeeded, match=r"call reset\(\)"):
@@ -636,7 +633,7 @@ def assert_equal(a: Any, b: Any) -> None:
 
 
 @pytest.fixture(scope="module")
-def in_this_process(renderer: None) -> list[Any]:
+def in_this_process() -> list[Any]:
     """What DummyVecEnv gives; from here on this process has rendered."""
     return sb3_rollout(DummyVecEnv(makers()))
 
@@ -743,7 +740,6 @@ def one_task_a_process() -> Iterator[Callable[[], Any]]:
         yield opened
 
 
-@pytest.mark.usefixtures("renderer")
 def test_many_environments_in_a_process_do_not_disturb_each_other(one_task_a_process: Callable[[], Any]) -> None:
     together = views_of(*EIGHT)
     alone = [pictures for (pictures,) in one_task_a_process().map(views_of, EIGHT, chunksize=1)]

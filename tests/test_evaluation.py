@@ -91,7 +91,7 @@ class ExpertPolicy:
 
 
 @pytest.fixture(scope="module")
-def small_env(renderer: None) -> Iterator[DummyVecEnv]:
+def small_env() -> Iterator[DummyVecEnv]:
     """One environment in this process, chunk 5."""
     env = DummyVecEnv([functools.partial(make_trial_env, PROTOCOLS["rlinf-160"], SMALL)])
     yield env
@@ -103,7 +103,7 @@ def expert_env(count: int, protocol: Protocol = EXPERT_PROTOCOL) -> DummyVecEnv:
 
 
 @pytest.fixture(scope="module")
-def expert_result(renderer: None) -> EvaluationResult:
+def expert_result() -> EvaluationResult:
     env = expert_env(1)
     policy = ExpertPolicy()
     result = evaluate(policy, tasks=EASY, trials_per_task=3, protocol=EXPERT_PROTOCOL, vec_env=env, progress=False)
@@ -213,7 +213,7 @@ def test_random_actions_do_not_succeed(small_env: DummyVecEnv, untouched_global_
     assert {(outcome.length, outcome.steps_to_success) for outcome in result.trials} == {(160, None)}
 
 
-def test_success_that_does_not_last(renderer: None) -> None:
+def test_success_that_does_not_last() -> None:
     """The coffee button's expert draws back, and the button with it: success once, but not at the end."""
     protocol = dataclasses.replace(EXPERT_PROTOCOL, horizon=110, terminate_on_success=False)
     env = expert_env(1, protocol)
@@ -226,7 +226,7 @@ def test_success_that_does_not_last(renderer: None) -> None:
     assert "at the last step" in result.to_markdown()
 
 
-def test_the_policys_own_chunk(renderer: None) -> None:
+def test_the_policys_own_chunk() -> None:
     protocol = dataclasses.replace(PROTOCOLS["lerobot-500"], horizon=12)
     env = DummyVecEnv([functools.partial(make_trial_env, dataclasses.replace(protocol, action_chunk=5), SMALL)])
     result = evaluate(RandomPolicy(), tasks=EASY[:1], trials_per_task=1, protocol=protocol, vec_env=env, progress=False)
@@ -262,7 +262,7 @@ def test_stable_baselines3_model(small_env: DummyVecEnv) -> None:
         evaluate(model, tasks=EASY, protocol=EXPERT_PROTOCOL, env_kwargs={"image_size": 36})
 
 
-def test_videos_show_every_step(renderer: None, tmp_path: Path) -> None:
+def test_videos_show_every_step(tmp_path: Path) -> None:
     """Two episodes of one process are filmed at the same time."""
     films = VideoOptions(tmp_path, per_task=1, fps=40)
     (tmp_path / f"coffee-button-v3_seed{TRIAL_SEED}_goal00_failure.mp4").touch()  # of an earlier evaluation
@@ -297,7 +297,7 @@ def test_videos_show_every_step(renderer: None, tmp_path: Path) -> None:
         by_hand.close()
 
 
-def test_environments_without_a_trial_forget_those_of_an_evaluation_broken_off(renderer: None, tmp_path: Path) -> None:
+def test_environments_without_a_trial_forget_those_of_an_evaluation_broken_off(tmp_path: Path) -> None:
     env = expert_env(2)
     options: dict[str, Any] = {"protocol": EXPERT_PROTOCOL, "vec_env": env, "progress": False}
     with pytest.raises(KeyboardInterrupt):
@@ -398,7 +398,7 @@ class Breaking(RandomPolicy):
         return super().predict(observation)
 
 
-def test_dead_worker_and_interrupt_leave_no_process_and_no_file(renderer: None, tmp_path: Path) -> None:
+def test_dead_worker_and_interrupt_leave_no_process_and_no_file(tmp_path: Path) -> None:
     options: dict[str, Any] = {"tasks": EASY, "num_envs": 2, "num_workers": 1, "env_kwargs": SMALL, "progress": False}
     with pytest.raises(RuntimeError, match=r"Worker 0 \(environments 0 to 1\) died with exit code -9"):
         evaluate(Breaking("kill"), videos={"directory": tmp_path}, start_method="fork", **options)

@@ -420,7 +420,7 @@ def test_a_policy_to_act_with_from_a_checkpoint_alone(
 # --- The simulator ----------------------------------------------------------------------------------------------------
 
 
-def test_trains_and_acts_in_metaworld(renderer: None) -> None:
+def test_trains_and_acts_in_metaworld() -> None:
     env = gym.make("mw_envs:MetaWorldMT1-v0", task="reach-v3", image_size=32, action_chunk=5, horizon=10)
     try:
         algorithm = PPO(

@@ -253,11 +253,11 @@ def test_actor_warmup_raises_the_actors_rate_alone() -> None:
         def _on_rollout_start(self) -> None:
             rates.append(tuple(group["lr"] for group in self.model.policy.optimizer.param_groups))  # type: ignore[arg-type]
 
-    algorithm = toy_ppo(learning_rate=4e-3, value_lr=1e-2, critic_warmup=1, actor_warmup=3, n_epochs=2)
-    algorithm.learn(algorithm.n_steps * algorithm.n_envs * 6, Watch())
-    # As each rollout begins, the rates are those of the update before: one for the critic, then three that rise.
-    assert [actor for actor, _ in rates[2:]] == pytest.approx([1e-3, 2e-3, 3e-3, 4e-3])
-    assert [critic for _, critic in rates[1:]] == pytest.approx([1e-2] * 5)
+    algorithm = toy_ppo(learning_rate=4e-3, value_lr=1e-2, critic_warmup=2, actor_warmup=3, n_epochs=2)
+    algorithm.learn(algorithm.n_steps * algorithm.n_envs * 7, Watch())
+    # As each rollout begins, the rates are those of the update before: two for the critic, then three that rise.
+    assert [actor for actor, _ in rates[1:]] == pytest.approx([0.0, 0.0, 1e-3, 2e-3, 3e-3, 4e-3])
+    assert [critic for _, critic in rates[1:]] == pytest.approx([1e-2] * 6)
 
 
 @pytest.mark.parametrize(("distribution", "options"), DISTRIBUTIONS)

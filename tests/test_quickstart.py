@@ -56,7 +56,7 @@ def group_is_alive(group: int) -> bool:
     return True
 
 
-def test_from_nothing_to_a_table_and_again(renderer: None, tmp_path: Path) -> None:
+def test_from_nothing_to_a_table_and_again(tmp_path: Path) -> None:
     run = tmp_path / "run"
     first = quickstart(run)
     assert first.returncode == 0, first.stdout + first.stderr
@@ -87,7 +87,7 @@ def test_from_nothing_to_a_table_and_again(renderer: None, tmp_path: Path) -> No
     assert (run / "ppo/model.safetensors").read_bytes() == weights
 
 
-def test_an_interrupt_leaves_no_process_and_the_next_start_goes_on(renderer: None, tmp_path: Path) -> None:
+def test_an_interrupt_leaves_no_process_and_the_next_start_goes_on(tmp_path: Path) -> None:
     run = tmp_path / "run"
     command = [sys.executable, str(QUICKSTART), "--run", str(run), *SMALL, "ppo.iterations=400"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import multiprocessing
 import pickle
 
@@ -194,7 +195,10 @@ def test_an_unknown_task() -> None:
 
 def test_rotations_are_scipys() -> None:
     generator = np.random.default_rng(0)
-    turns = [np.eye(3), *(np.diag(d) for d in ([1.0, -1, -1], [-1.0, 1, -1], [-1.0, -1, 1]))]
+    signs = itertools.product((1.0, -1.0), repeat=3)
+    axes = [np.eye(3)[list(order)] * s for s in signs for order in itertools.permutations(range(3))]
+    turns = [matrix for matrix in axes if np.linalg.det(matrix) > 0]  # the 24 along the axes, where components tie
+    assert len(turns) == 24
     for scale in ([1, 1, 1, 1], [1e-9, 1e-3, 1e-9, 1], [1, 1e-9, 1e-3, 1e-9]):
         quaternions = generator.normal(size=(500, 4)) * scale
         turns += [Rotation.from_quat(quaternion).as_matrix() for quaternion in quaternions]

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import pytest
 
 from mw_envs import TASKS, Trial
 from mw_envs.experts import ScriptedExpert
-from mw_envs.rendering import CROPS, Scene, View, get_renderer, renderer_available
+from mw_envs.rendering import CROPS, Scene, View, get_renderer
 from mw_envs.rendering.compiling import CompiledOnce
 from mw_envs.rendering.geometry import (
     Shape,
@@ -123,12 +123,14 @@ np.savez(sys.argv[3], pictures=np.stack(pictures))
 """
 
 
-def stock_pictures(simulator: Simulator, states: list[npt.NDArray[np.float64]], camera: str, tmp_path: Path) -> Picture:
+def stock_pictures(
+    simulator: Simulator, states: list[npt.NDArray[np.float64]], camera: str, opengl: str, tmp_path: Path
+) -> Picture:
     """MuJoCo's own pictures at default quality, from a process that has OpenGL, since this one need not."""
     mujoco.mj_saveModel(simulator.model, str(tmp_path / "model.mjb"), None)
     np.savez(tmp_path / "states.npz", states=np.stack(states))
     files = [str(tmp_path / name) for name in ("model.mjb", "states.npz", "pictures.npz")]
-    environment = {**os.environ, "MUJOCO_GL": "egl" if renderer_available("egl") else "osmesa"}
+    environment = {**os.environ, "MUJOCO_GL": opengl}
     subprocess.run([sys.executable, "-c", STOCK, *files, camera], check=True, env=environment)
     return np.load(files[2])["pictures"]
 
@@ -141,7 +143,7 @@ def state_of(simulator: Simulator) -> npt.NDArray[np.float64]:
 
 
 @pytest.mark.parametrize("task", EVERY_TASK)
-def test_pictures_are_mujocos_own(renderer: None, task: str, tmp_path: Path) -> None:
+def test_pictures_are_mujocos_own(opengl: str, task: str, tmp_path: Path) -> None:
     """At the start and where a scripted expert is half-way. Measured at the start over all tasks: 0.28 to 0.47.
 
     One row further the difference is above 3, so nothing is out of place.
@@ -155,16 +157,16 @@ def test_pictures_are_mujocos_own(renderer: None, task: str, tmp_path: Path) -> 
     mujoco.mj_forward(simulator.model, simulator.data)
     states.append(state_of(simulator))
     own.append(draw(simulator, View("corner2", 480, 480)))
-    for picture, stock in zip(own, stock_pictures(simulator, states, "corner2", tmp_path), strict=True):
+    for picture, stock in zip(own, stock_pictures(simulator, states, "corner2", opengl, tmp_path), strict=True):
         turned = np.rot90(stock, 2)
         assert difference(picture, turned) < 0.6
         assert difference(picture[1:], turned[:-1]) > 2
 
 
 @pytest.mark.parametrize("camera", ["topview", "corner3", "gripperPOV"])
-def test_other_cameras(renderer: None, camera: str, tmp_path: Path) -> None:
+def test_other_cameras(opengl: str, camera: str, tmp_path: Path) -> None:
     simulator = placed("hammer-v3")
-    (stock,) = stock_pictures(simulator, [state_of(simulator)], camera, tmp_path)
+    (stock,) = stock_pictures(simulator, [state_of(simulator)], camera, opengl, tmp_path)
     assert difference(draw(simulator, View(camera, 480, 480, rotated=False)), stock) < 1.0
 
 
@@ -239,36 +241,52 @@ def test_it_is_the_renderer_of_that_name() -> None:
 
 
 class SlowRenderer:
-    """Takes its time for the first picture, as a renderer does that is compiled."""
-
-    def __init__(self) -> None:
-        self.pictures = 0
+    """Takes its time, as a renderer does that is compiled."""
 
     def render(self, *_: Any) -> Picture:
-        self.pictures += 1
-        time.sleep(0.3 if self.pictures == 1 else 0.0)
+        time.sleep(0.5)
         return np.zeros((1, 1, 3), np.uint8)
 
 
-def test_compiling_is_announced_and_done_by_one_process_at_a_time(
+NOWHERE = (None, None, View("corner2", 1, 1), Scene("nothing"))
+
+
+def test_only_the_first_picture_is_announced(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     monkeypatch.setattr("mw_envs.rendering.compiling._PATIENCE_SECONDS", 0.1)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    simulator, view = placed("reach-v3"), View("corner2", 16, 16)
-    request = simulator.model, simulator.data, view, simulator.scene
-    compiling, waiting = CompiledOnce(SlowRenderer()), CompiledOnce(SoftwareRenderer())
-    thread = threading.Thread(target=compiling.render, args=request)
-    thread.start()
-    time.sleep(0.05)
-    started = time.monotonic()
-    waiting.render(*request)
-    assert time.monotonic() - started > 0.2  # the other's first picture was being drawn
-    thread.join()
-    assert capsys.readouterr().err.count("is being compiled, once on this machine") == 2
-    compiling.render(*request)
-    time.sleep(0.15)
+    renderer = CompiledOnce(SlowRenderer())
+    renderer.render(*NOWHERE)
+    assert capsys.readouterr().err.count("is being compiled, once on this machine") == 1
+    renderer.render(*NOWHERE)
     assert capsys.readouterr().err == ""
+
+
+def test_one_process_compiles_while_the_others_wait(tmp_path: Path) -> None:
+    program = """
+import sys, time
+from mw_envs.rendering import Scene, View
+from mw_envs.rendering.compiling import CompiledOnce
+
+class SlowRenderer:
+    def render(self, *_):
+        start = time.monotonic()
+        time.sleep(0.5)
+        print(start, time.monotonic())
+
+CompiledOnce(SlowRenderer()).render(None, None, View("corner2", 1, 1), Scene("nothing"))
+"""
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    command = [sys.executable, "-c", program]
+    runs = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    spans = sorted(tuple(map(float, run.communicate(timeout=60)[0].split())) for run in runs)
+    assert all(before[1] <= after[0] for before, after in itertools.pairwise(spans))
+
+
+def test_where_no_file_can_be_locked_it_draws_all_the_same(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "missing"))
+    assert CompiledOnce(SlowRenderer()).render(*NOWHERE).shape == (1, 1, 3)
 
 
 # --- Scenes that MetaWorld does not have ------------------------------------------------------------------------------

@@ -186,7 +186,7 @@ def test_start_methods_and_functions_that_pickle_refuses(start_method: str) -> N
     assert not living([process.pid or 0 for process in env.processes])
 
 
-def test_metaworld(renderer: None) -> None:
+def test_metaworld() -> None:
     """Environments of one process share simulators and an OpenGL context; the processes do not see each other."""
     make = functools.partial(
         gym.make, "mw_envs:MetaWorldMT10-v0", tasks=["reach-v3", "push-v3"], image_size=24, horizon=5, action_chunk=2

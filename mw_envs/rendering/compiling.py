@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import sys
 import tempfile
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,8 @@ _MESSAGE = "mw_envs: the software renderer is being compiled, once on this machi
 class CompiledOnce:
     """A renderer whose first picture in a process is drawn by one process at a time.
 
-    So many workers that start together compile once: the first one compiles and keeps the result on disk, the others
-    wait and read it. Where that takes long, a line on the standard error says why.
+    So workers that start together compile once: the first one compiles and keeps the result on disk, the others wait
+    and read it. Where that takes long, the one that compiles says so on the standard error.
 
     :param renderer: the renderer that compiles when it draws.
     """
@@ -37,18 +38,28 @@ class CompiledOnce:
         """Draw a view; see :meth:`mw_envs.rendering.Renderer.render`."""
         if self._compiled:
             return self._renderer.render(model, data, view, scene)
-        timer = threading.Timer(_PATIENCE_SECONDS, print, (_MESSAGE,), {"file": sys.stderr, "flush": True})
-        timer.daemon = True
-        timer.start()
-        try:
-            with open(_lock_file(), "w") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)  # given up when the file is closed, also by a process that dies
+        with _alone():
+            timer = threading.Timer(_PATIENCE_SECONDS, print, (_MESSAGE,), {"file": sys.stderr, "flush": True})
+            timer.daemon = True
+            timer.start()
+            try:
                 picture = self._renderer.render(model, data, view, scene)
-        finally:
-            timer.cancel()
+            finally:
+                timer.cancel()
         self._compiled = True
         return picture
 
 
-def _lock_file() -> Path:
-    return Path(tempfile.gettempdir()) / f"mw_envs-compiling-{os.getuid()}.lock"
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Keep this user's other processes from doing the same; where files cannot be locked, go on without."""
+    try:
+        import fcntl
+
+        lock = open(Path(tempfile.gettempdir()) / f"mw_envs-compiling-{os.getuid()}.lock", "w")
+        fcntl.flock(lock, fcntl.LOCK_EX)  # given up when the file is closed, also by a process that dies
+    except (ImportError, OSError):
+        yield
+        return
+    with lock:
+        yield

@@ -14,8 +14,8 @@ _renderers: dict[tuple[int, str], Renderer] = {}
 def get_renderer(kind: str = "auto") -> Renderer:
     """This process's renderer of a kind, created on the first call.
 
-    :param kind: ``software`` needs nothing but the processor; ``egl`` and ``osmesa`` are MuJoCo's own renderer, and
-        ``auto`` takes the first of these two that works.
+    :param kind: ``software`` needs nothing but the processor, and is what ``auto`` means; ``egl`` and ``osmesa`` are
+        MuJoCo's own renderer.
     :raises ValueError: for an unknown kind.
     :raises RendererUnavailableError: if the library is missing.
     """
@@ -37,20 +37,15 @@ def renderer_available(kind: str = "auto") -> bool:
 
 
 def _create(kind: str) -> Renderer:
+    if kind == "auto":
+        return get_renderer("software")
     with explained_mujoco_import():
-        from mw_envs.rendering.opengl import OpenGLRenderer
-
+        import mujoco  # noqa: F401
     if kind == "software":
         from mw_envs.rendering.compiling import CompiledOnce
         from mw_envs.rendering.software import SoftwareRenderer
 
         return CompiledOnce(SoftwareRenderer())
-    if kind != "auto":
-        return OpenGLRenderer(kind)
-    reasons = []
-    for candidate in ("egl", "osmesa"):
-        try:
-            return get_renderer(candidate)
-        except RendererUnavailableError as error:
-            reasons.append(str(error))
-    raise RendererUnavailableError("\n".join(reasons))
+    from mw_envs.rendering.opengl import OpenGLRenderer
+
+    return OpenGLRenderer(kind)

@@ -88,6 +88,7 @@ class SoftwareRenderer:
         self._stagger = _STAGGER if samples == 2 else 0.0
         self._scenes: dict[tuple[Scene, float], _Prepared] = {}
         self._backgrounds: OrderedDict[Any, _Background] = OrderedDict()
+        self._complete = False
         self._buffers: dict[tuple[int, int], tuple[npt.NDArray[np.float32], npt.NDArray[np.int32]]] = {}
 
     def render(
@@ -165,14 +166,18 @@ class SoftwareRenderer:
         colouring = scene.colouring(lights)
         self._find_visible(scene, scene.moving, camera, window, nearest, triangle)
         shading.resolve(pixels, samples, triangle, *colouring, camera, shadows, background.shadows, picture)
-        if len(scene.transparent):
-            distance = np.linalg.norm(scene.poses[scene.transparent, 9:] - camera.position, axis=1)
-            order = scene.transparent[np.argsort(distance, kind="stable")]
-            # MuJoCo draws what is transparent twice, from front to back and from back to front.
-            for d in [*order, *order[::-1]]:
-                seen = np.full_like(triangle, arrays.NOTHING)
-                self._find_visible(scene, np.array([d], np.int32), camera, window, nearest.copy(), seen)
-                shading.blend(pixels, samples, seen, scene.materials.rgba[d, 3], *colouring, camera, picture)
+        if not self._complete:  # what is compiled with the first picture includes what that one has no use for
+            shading.blend((0, 0, 0, 0), samples, triangle, np.float32(1), *colouring, camera, picture)
+            self._complete = True
+        distance = np.linalg.norm(scene.poses[scene.transparent, 9:] - camera.position, axis=1)
+        layers = []
+        for d in scene.transparent[np.argsort(distance, kind="stable")]:
+            seen = np.full_like(triangle, arrays.NOTHING)
+            self._find_visible(scene, np.array([d], np.int32), camera, window, nearest.copy(), seen)
+            layers.append((scene.materials.rgba[d, 3], seen))
+        # MuJoCo draws what is transparent twice, from front to back and from back to front.
+        for alpha, seen in layers + layers[::-1]:
+            shading.blend(pixels, samples, seen, alpha, *colouring, camera, picture)
 
     def _find_visible(
         self,

@@ -30,7 +30,8 @@ class RendererUnavailableError(RuntimeError):
         """The error about a platform, ``egl`` or ``osmesa``, whose library is missing or fails."""
         return cls(
             f"The {platform} renderer does not work on this machine ({type(cause).__name__}: {cause}). "
-            f"Install its library, on Debian and Ubuntu: apt-get install {_PACKAGES[platform]}"
+            f"Use renderer='software', which needs none, or install its library, on Debian and Ubuntu: "
+            f"apt-get install {_PACKAGES[platform]}"
         )
 
 

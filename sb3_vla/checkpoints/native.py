@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from sb3_vla.models import MODELS, VLAModel, model_class
 
-FORMAT = "sb3-vla-1"
+# 2: CompactVLA attends to picture and sentence alone.
+FORMAT = "sb3-vla-2"
 
 
 @dataclass

@@ -3,7 +3,7 @@
 A small residual convolutional network, modulated by the instruction (FiLM, Perez et al. 2018), gives a grid of visual
 tokens; a byte-level encoder reads the instruction, so any sentence can be given; a transformer over the action chunk
 attends to visual and language tokens, is modulated by a summary of these and of the hand's state, and predicts the
-velocity of a flow. As in pi0, what the chunk attends to depends on picture and sentence alone.
+velocity of a flow. What the chunk attends to depends on picture and sentence alone, like pi0's cached prefix.
 """
 
 from __future__ import annotations
