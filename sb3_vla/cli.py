@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 from rich.console import Console
 from rich.markup import escape
 
+from mw_envs.tasks import select_tasks
 from sb3_vla.config import ConfigError, load_config, to_yaml
 from sb3_vla.results import TRIAL_SEED
 from sb3_vla.run import RunDirectory, RunError
@@ -149,8 +151,19 @@ def run_sft(command: SFTCommand, console: Console) -> None:
     data = Demonstrations.load(
         command.data, tasks=command.tasks, image_size=command.image_size, rename=command.rename or None
     )
-    result = sft(data, command.sft, output=command.output)
-    console.print(f"{command.output}: {result.seconds:.0f} s, loss {result.history[-1]['train_loss']:.3f}")
+    output = Path(command.output)
+    # Until the result is there, what a second start goes on from after an interrupt.
+    unfinished = RunDirectory(output.parent / f".{output.name}.unfinished", command)
+    with unfinished.stage("sft", {"sft": command}) as stage:
+        result = sft(
+            data,
+            command.sft,
+            output=output,
+            save_state=lambda step: unfinished.checkpoint("sft", step),
+            resume_from=unfinished.latest_checkpoint("sft") if stage.resumed else None,
+        )
+    shutil.rmtree(unfinished.path)
+    console.print(f"{output}: {result.seconds:.0f} s, loss {result.history[-1]['train_loss']:.3f}", highlight=False)
 
 
 def run_train(command: TrainCommand, console: Console) -> None:
@@ -165,7 +178,9 @@ def run_train(command: TrainCommand, console: Console) -> None:
     with run.stage("ppo", inputs, outputs=["ppo"]) as stage:
         if not stage.done:
             data = None
-            if command.data is not None and command.ppo.rehearsal_coef > 0:
+            if command.data is not None:
+                if command.ppo.rehearsal_coef == 0:
+                    raise ConfigError(f"data={command.data} is for rehearsal; set ppo.rehearsal_coef as well")
                 size = load_checkpoint(command.checkpoint).model.image_size[0]
                 data = Demonstrations.load(command.data, image_size=size)
             train_ppo(
@@ -192,10 +207,9 @@ def run_eval(command: EvalCommand, console: Console) -> None:
     from sb3_vla.training import view_of
 
     loaded = load_checkpoint(command.checkpoint)
-    chosen: dict[str, Any] = {"suite": command.suite, "split": command.split}
     result = evaluate(
         load_policy(command.checkpoint, find_protocol(command.protocol).action_chunk),
-        **({"tasks": command.tasks} if command.tasks else chosen),
+        tasks=select_tasks(command.suite, command.split, command.tasks),
         trials_per_task=command.trials_per_task,
         trial_seed=command.trial_seed,
         protocol=command.protocol,

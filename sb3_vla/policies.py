@@ -65,7 +65,7 @@ class VLAPolicy(BasePolicy):
     :param distribution_kwargs: the distribution's own options.
     :param value_width: width of the critic's two hidden layers.
     :param trainable: ``all``, or ``expert`` to freeze the model's backbone; a rollout then keeps what the backbone
-        perceived, and an update costs the expert alone.
+        perceived (114 kB a decision with CompactVLA's default size), and an update costs the expert alone.
     :param optimizer_class: optimiser.
     :param optimizer_kwargs: its options besides the learning rate.
     :raises ValueError: if the spaces are not those of a vision-language-action environment.

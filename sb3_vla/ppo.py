@@ -10,6 +10,7 @@ import copy
 import inspect
 import math
 import time
+import warnings
 from collections import defaultdict, deque
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -71,12 +72,12 @@ class PPO(stable_baselines3.PPO):
     :param value_lr: the critic's learning rate at the start; it follows the schedule of ``learning_rate``. None: that
         of the actor.
     :param kl_coef: weight of KL(policy || reference), where the reference is the policy as it was at the first update:
-        after imitation, the imitation policy.
+        after imitation, the imitation policy. It is not saved with the algorithm, see :meth:`anchor`.
     :param critic_warmup: rollouts at the start from which the critic alone learns.
     :param actor_warmup: rollouts after those over which the actor's learning rate rises linearly. Adam's first steps
         are of full length in every weight, whatever the gradient; from a good policy they lead to a worse one.
     :param rehearsal: demonstrations whose imitation loss is added to each minibatch, so that what is not practised now
-        is not forgotten.
+        is not forgotten. They are not saved with the algorithm: set them again after ``load``.
     :param rehearsal_coef: weight of that loss.
     :param rehearsal_batch_size: demonstration frames per minibatch.
     :param bf16: bfloat16 autocast of the update, None where the machine computes it faster; log-probabilities and
@@ -309,6 +310,12 @@ class PPO(stable_baselines3.PPO):
         if self.clip_range_vf is not None:
             clip_range_vf = self.clip_range_vf(self._current_progress_remaining)  # type: ignore[operator]
         if self.kl_coef > 0 and self._reference is None:
+            if self.updates > 0:
+                warnings.warn(
+                    "kl_coef keeps this policy near what it was when it was loaded; load an earlier one, call anchor() "
+                    "and set_parameters() to take that as the reference",
+                    stacklevel=2,
+                )
             self.anchor()
         if self._reference is not None:
             self._reference.distribution.noise_scale = policy.distribution.noise_scale

@@ -40,6 +40,7 @@ class PPOConfig:
     :param gamma: discount per decision.
     :param gae_lambda: per decision.
     :param clip_range: of the ratio.
+    :param clip_range_vf: of the change of a value; None for no clip.
     :param target_kl: divergence at which an update stops.
     :param ent_coef: weight of the entropy bonus.
     :param kl_coef: weight of the divergence from the policy at the start.
@@ -71,6 +72,7 @@ class PPOConfig:
     gamma: float = 0.99
     gae_lambda: float = 0.95
     clip_range: float = 0.2
+    clip_range_vf: float | None = None
     target_kl: float | None = 0.03
     ent_coef: float = 0.0
     kl_coef: float = 0.0
@@ -161,6 +163,7 @@ def train_ppo(
             gamma=config.gamma,
             gae_lambda=config.gae_lambda,
             clip_range=config.clip_range,
+            clip_range_vf=config.clip_range_vf,
             target_kl=config.target_kl,
             ent_coef=config.ent_coef,
             vf_coef=1.0,

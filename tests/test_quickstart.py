@@ -11,6 +11,8 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from sb3_vla.evaluation import EvaluationResult
 
@@ -34,6 +36,7 @@ SMALL = [
     "ppo.batch_size=8",
     "ppo.horizon=40",
     "ppo.checkpoint_interval=1",
+    "ppo.critic_warmup=0",
 ]
 pytestmark = pytest.mark.timeout(300)
 
@@ -76,7 +79,10 @@ def test_from_nothing_to_a_table_and_again(tmp_path: Path) -> None:
     before, after = (EvaluationResult.from_json(run / f"evaluation_{name}.json") for name in ("before", "after"))
     assert list(before.successes) == list(after.successes)
     assert len(before.successes) == 4
+    imitated, practised = (load_file(run / name / "model.safetensors") for name in ("sft", "ppo"))
+    assert any(not torch.equal(imitated[name], practised[name]) for name in imitated)  # the actor, not the critic alone
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert all(row["train/rehearsal_loss"] > 0 for row in rows[1:])
     assert [row["time/total_timesteps"] for row in rows] == [16, 32]
 
     weights = (run / "ppo/model.safetensors").read_bytes()

@@ -41,6 +41,8 @@ def test_settings_of_nothing(name: str) -> None:
 
 @pytest.mark.slow
 def test_mt1_trains(tmp_path: Path) -> None:
-    config = PPOConfig(iterations=1, num_envs=2, num_workers=1, decisions=4, batch_size=8, epochs=1, horizon=15)
+    config = PPOConfig(
+        iterations=1, num_envs=2, num_workers=1, decisions=4, batch_size=8, epochs=1, horizon=15, critic_warmup=0
+    )
     train(tmp_path, config, suite="MT1", tasks=["reach-v3"], progress=False)
     assert (tmp_path / "ppo" / "model.safetensors").is_file()
