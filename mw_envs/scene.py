@@ -185,7 +185,7 @@ def _hand_and_objects(self: SawyerXYZEnv) -> npt.NDArray[np.float64]:
     return observation
 
 
-def _with_fast_rotations(method: types.FunctionType) -> types.FunctionType:
+def _with_fast_rotations(method: Any) -> types.FunctionType:
     """A copy of a method of MetaWorld's in which ``Rotation`` is :class:`_FastRotation`."""
     names = {**method.__globals__, "Rotation": _FastRotation}
     return types.FunctionType(method.__code__, names, method.__name__, method.__defaults__, method.__closure__)
