@@ -2,8 +2,10 @@
 
 Letters: V vertices (places), C corners (a vertex with a normal), T triangles, D drawables, S lights.
 
-*Samples* are the points at which coverage and depth are decided: ``s x s`` a pixel, one in each of its cells. Depths
-are kept as one over the distance along the camera's axis, which is linear on the screen; a larger one is nearer.
+*Samples* are the points at which coverage and depth are decided, four a pixel. What they see is kept in one array,
+``seen``, int64 (rows, 4 (columns + margin)): in the upper half of a number are the bits of one over the distance along
+the camera's axis, which is linear on the screen, and in the lower half is the triangle, counted from 1, or 0 for what
+was there before. So the larger number is what hides the other, and one comparison updates both.
 """
 
 from __future__ import annotations
@@ -23,9 +25,23 @@ compiled = numba.njit(**_OPTIONS)
 # A call would hand over each field of each array.
 inlined = numba.njit(**_OPTIONS, inline="always")
 
-NOTHING = -1  # the triangle of a sample that sees none
 F = np.float32
 ZERO, HALF, ONE = F(0), F(0.5), F(1)
+
+SAMPLES = 4
+# The triangles' inner loops treat this many samples, or texels of a shadow map, at a time, so that they become vector
+# instructions; rows have a margin for what that writes beyond their end.
+LANES = 16
+MARGIN = LANES // SAMPLES - 1  # pixels
+TRIANGLE = (1 << 32) - 1  # the lower half of a number, which holds the triangle
+# Samples stand where those of OpenGL's multisampling usually do, no two of a pixel in one row or column.
+SAMPLE_X = np.array([0.125, 0.625, 0.375, 0.875], np.float32)
+SAMPLE_Y = np.array([0.375, 0.125, 0.875, 0.625], np.float32)
+LANE_X = np.array([lane // SAMPLES + SAMPLE_X[lane % SAMPLES] for lane in range(LANES)], np.float32)
+LANE_Y = np.array([SAMPLE_Y[lane % SAMPLES] for lane in range(LANES)], np.float32)
+# Quantities that vary over a triangle: colour by unshadowed lights, by shadowed ones, place in the light's space, place
+# on the texture, and the weight that all of them are multiplied by.
+U, V, D, S, WEIGHT, QUANTITIES = 6, 7, 8, 9, 12, 16
 
 
 class Geometry(NamedTuple):
@@ -118,13 +134,17 @@ class Workspace(NamedTuple):
     """What is computed anew for each frame, in memory that is kept.
 
     :param camera_x: vertices in camera space, float32 (V,); so are camera_y and camera_w.
-    :param screen_x: vertices on the screen in samples, float32 (V,); so is screen_y.
+    :param screen_x: vertices on the screen in pixels, float32 (V,); so is screen_y.
     :param inverse_w: one over the distance, 0 if nearer than the near plane, float32 (V,).
     :param light_u: vertices in texels of the shadow map, float32 (V,); so are light_v and light_d (metres).
-    :param colors: of corners: by unshadowed lights, by shadowed ones, float32 (C, 6).
-    :param lit: frame in which a corner's colours were computed, int64 (C,).
-    :param planes: of triangles: what times a ray (x, y, 1) is each quantity times its weight, float32 (T, 3, 16).
-    :param ready: frame in which a triangle's planes were computed, int64 (T,).
+    :param corners: quantities at the corners, float32 (C, 16).
+    :param lit: frame in which a corner's quantities were computed, int64 (C,).
+    :param slots: of triangles: in the upper half of a number the frame that showed it last, in the lower half its place
+        among the visible ones, int64 (T,).
+    :param visible: triangles that a frame shows, int32 (T,).
+    :param planes: of visible triangles: three rows that, times a ray (x, y, 1), are each quantity times its weight, and
+        room for the result, float32 (T, 4, 16). Of as many as a frame shows, memory is touched.
+    :param shadows: room for a shadow map, float32 (n,).
     """
 
     camera_x: Array
@@ -136,21 +156,77 @@ class Workspace(NamedTuple):
     light_u: Array
     light_v: Array
     light_d: Array
-    colors: Array
+    corners: Array
     lit: Array
+    slots: Array
+    visible: Array
     planes: Array
-    ready: Array
+    shadows: Array
+
+
+class Look(NamedTuple):
+    """All that colours are computed from.
+
+    :param frame: number of the frame, counted from 1.
+    :param eyes: the camera in each drawable's coordinates, float32 (D, 3).
+    :param towards: the directions to the lights in each drawable's coordinates, float32 (D, S, 3).
+    """
+
+    frame: int
+    geometry: Geometry
+    materials: Materials
+    textures: Textures
+    lights: Lights
+    workspace: Workspace
+    eyes: Array
+    towards: Array
 
 
 class ShadowMap(NamedTuple):
     """Distances from the light of what it meets first, in a window of the light's plane.
 
-    :param depth: metres, float32 (rows, columns); inf where it meets nothing.
+    :param depth: metres, float32 (rows, columns + margin); inf where it meets nothing.
+    :param columns: columns that count.
     :param u0: texel of the first column, and v0 of the first row.
     :param slack: metres that a surface may lie behind the stored depth and still be lit.
     """
 
     depth: Array
+    columns: int
     u0: int
     v0: int
     slack: float
+
+
+class Background(NamedTuple):
+    """The part of a view that does not move.
+
+    :param bright: its picture in the light, uint8 (rows, columns, 3).
+    :param dark: the same in the shadow of something, uint8 (rows, columns, 3).
+    :param seen: what its samples see, with no triangle.
+    :param light_u: texel of the light's plane that a pixel lies in, int32 (rows, columns); so is light_v.
+    :param light_d: its depth there, float32 (rows, columns); -1e9 marks a pixel that a shadow does not change.
+    :param shadows: what the light meets of it.
+    """
+
+    bright: Array
+    dark: Array
+    seen: Array
+    light_u: Array
+    light_v: Array
+    light_d: Array
+    shadows: ShadowMap
+
+
+class Canvas(NamedTuple):
+    """Samples that moving things are drawn into, over a background's.
+
+    :param seen: what the samples see; outside the spans it is the background's.
+    :param spans: first and last pixel of each row that may see a triangle, int32 (rows, 2).
+    :param layer: room for what transparent things cover, as ``seen``, and layer_spans as ``spans``.
+    """
+
+    seen: Array
+    spans: Array
+    layer: Array
+    layer_spans: Array

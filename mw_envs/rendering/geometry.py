@@ -178,6 +178,7 @@ def cylinder_shape(slices: int, stacks: int) -> Shape:
     return _joined([_revolve(wall, normal, slices), *_disks(slices, stacks // 2)])
 
 
+@functools.lru_cache
 def capsule_shape(radius: float, half_length: float, slices: int, stacks: int) -> Shape:
     """Capsule at its real size."""
     half = stacks // 2
@@ -211,6 +212,7 @@ def box_shape(divisions: int) -> Shape:
     return _joined(parts)
 
 
+@functools.lru_cache
 def plane_shape(half_x: float, half_y: float, spacing: float, far: float) -> Shape:
     """Plane at its real size, in a grid; a half side of 0 reaches as far as the camera sees.
 

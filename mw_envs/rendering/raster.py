@@ -4,22 +4,39 @@ from __future__ import annotations
 
 import numpy as np
 
-from mw_envs.rendering.arrays import HALF, NOTHING, ONE, ZERO, F, compiled, inlined
+from mw_envs.rendering.arrays import (
+    HALF,
+    LANE_X,
+    LANE_Y,
+    LANES,
+    ONE,
+    SAMPLE_X,
+    SAMPLE_Y,
+    SAMPLES,
+    ZERO,
+    F,
+    compiled,
+    inlined,
+)
+
+_FIRST_SAMPLE, _LAST_SAMPLE = F(SAMPLE_X.min()), F(SAMPLE_X.max())  # of a pixel's row, and of its column
+_BLOCK = LANES // SAMPLES  # pixels
+_UNLIMITED = 1 << 30
 
 
 @compiled
-def project(geometry, drawables, poses, camera, samples, workspace):
+def project(geometry, drawables, poses, camera, workspace):
     """Vertices of some drawables to camera space and to the screen.
 
     :param drawables: their indices, int32.
     :param poses: rotation (row by row) and position of every drawable, float32 (D, 12).
-    :return: the window of samples that they touch: left, top, right, bottom, the last two exclusive.
+    :return: the window of pixels that they touch: left, top, right, bottom, the last two exclusive.
     """
     left, top, right, bottom = F(1e9), F(1e9), F(-1e9), F(-1e9)
     crossing = False
     c = camera.rotation
-    scale_x, scale_y = F(camera.focal_x * samples), F(camera.focal_y * samples)
-    shift_x, shift_y = F(camera.centre_x * samples), F(camera.centre_y * samples)
+    scale_x, scale_y = F(camera.focal_x), F(camera.focal_y)
+    shift_x, shift_y = F(camera.centre_x), F(camera.centre_y)
     near = F(camera.near)
     m = np.empty((3, 4), np.float32)
     for d in drawables:
@@ -52,15 +69,15 @@ def project(geometry, drawables, poses, camera, samples, workspace):
         if nearest <= near:
             crossing = True
     if crossing:
-        return -(1 << 30), -(1 << 30), 1 << 30, 1 << 30
+        return -_UNLIMITED, -_UNLIMITED, _UNLIMITED, _UNLIMITED
     if left > right:
         return 0, 0, 0, 0
     limit = F(1 << 28)
     return (
-        int(np.floor(max(left, -limit))) - 1,
-        int(np.floor(max(top, -limit))) - 1,
-        int(np.ceil(min(right, limit))) + 1,
-        int(np.ceil(min(bottom, limit))) + 1,
+        int(np.floor(max(left, -limit))),
+        int(np.floor(max(top, -limit))),
+        int(np.floor(min(right, limit))) + 1,
+        int(np.floor(min(bottom, limit))) + 1,
     )
 
 
@@ -98,30 +115,27 @@ def project_to_light(geometry, drawables, poses, axes, texel, workspace):
 
 
 @compiled
-def rasterise(geometry, drawables, workspace, facing, near, window, focal, stagger, nearest, triangle):
-    """Find the triangle that each sample sees.
+def rasterise(geometry, drawables, camera, window, workspace, seen, spans):
+    """Find the triangle that each sample sees, of drawables that have been projected.
 
-    :param facing: sign that the screen area of a triangle has when it shows its front.
-    :param window: samples to draw in: left, top, right, bottom.
-    :param focal: camera.focal_x, focal_y, centre_x, centre_y in samples.
-    :param stagger: how far the samples of even rows lie to the right, and those of odd rows to the left, of the centres
-        of their cells, and those of odd columns below them and of even ones above, in cells.
-    :param nearest: one over the distance of what each sample sees, float32 (rows, columns); updated.
-    :param triangle: and its triangle, int32 (rows, columns); updated.
+    :param window: pixels to draw in: left, top, right, bottom.
+    :param seen: see :mod:`mw_envs.rendering.arrays`; updated.
+    :param spans: first and last pixel of each row that may see a triangle, int32 (rows, 2); widened.
     """
     x_first, y_first, x_end, y_end = window
     # Fields of a tuple are counted references each time they are read; local names are not.
     sx, sy, iw = workspace.screen_x, workspace.screen_y, workspace.inverse_w
     triangles, first_triangle = geometry.triangles, geometry.first_triangle
-    sign, stagger = F(facing), F(stagger)
-    margin = HALF + abs(stagger)
+    # A triangle's front is counter-clockwise, on a screen whose rows run downwards.
+    sign = F(np.sign(camera.focal_x * camera.focal_y))
+    block = F(_BLOCK)
     for d in drawables:
         for t in range(first_triangle[d], first_triangle[d + 1]):
             a, b, c = triangles[t, 0], triangles[t, 1], triangles[t, 2]
             za, zb, zc = iw[a], iw[b], iw[c]
             if za == ZERO or zb == ZERO or zc == ZERO:
                 if za != ZERO or zb != ZERO or zc != ZERO:
-                    _rasterise_crossing(t, a, b, c, workspace, sign, F(near), window, focal, nearest, triangle)
+                    _rasterise_crossing(t, a, b, c, workspace, camera, window, seen, spans)
                 continue
             ax, ay = sx[a], sy[a]
             bx, by = sx[b] - ax, sy[b] - ay
@@ -130,63 +144,68 @@ def rasterise(geometry, drawables, workspace, facing, near, window, focal, stagg
             if area * sign <= ZERO:
                 continue
             low_x, high_x = min(ZERO, bx, cx) + ax, max(ZERO, bx, cx) + ax
-            low_y, high_y = min(ZERO, by, cy) + ay, max(ZERO, by, cy) + ay
-            x0, x1 = max(x_first, int(np.ceil(low_x - margin))), min(x_end - 1, int(np.floor(high_x + margin)) - 1)
+            x0 = max(x_first, int(np.ceil(low_x - _LAST_SAMPLE)))
+            x1 = min(x_end - 1, int(np.floor(high_x - _FIRST_SAMPLE)))
             if x0 > x1:
                 continue
-            y0, y1 = max(y_first, int(np.ceil(low_y - margin))), min(y_end - 1, int(np.floor(high_y + margin)) - 1)
+            low_y, high_y = min(ZERO, by, cy) + ay, max(ZERO, by, cy) + ay
+            y0 = max(y_first, int(np.ceil(low_y - _LAST_SAMPLE)))
+            y1 = min(y_end - 1, int(np.floor(high_y - _FIRST_SAMPLE)))
             if y0 > y1:
                 continue
             inverse = ONE / area
-            # Barycentric weights of b and c, and the depth: linear in x and y.
+            # Barycentric weights of b and c, and one over the distance: linear in x and y.
             bdx, bdy = cy * inverse, -cx * inverse
             cdx, cdy = -by * inverse, bx * inverse
             zdx, zdy = bdx * (zb - za) + cdx * (zc - za), bdy * (zb - za) + cdy * (zc - za)
-            dx, dy = F(x0) + HALF - ax, F(y0) + HALF - ay
+            dx, dy = F(x0) - ax, F(y0) - ay
             row_b, row_c, row_z = bdx * dx + bdy * dy, cdx * dx + cdy * dy, za + zdx * dx + zdy * dy
+            number = np.int64(t + 1)
             for y in range(y0, y1 + 1):
-                across = stagger if y & 1 == 0 else -stagger
-                down = stagger if x0 & 1 else -stagger
-                wb, wc, z = row_b + across * bdx, row_c + across * cdx, row_z + across * zdx
-                for x in range(x0, x1 + 1):
-                    b_here, c_here = wb + down * bdy, wc + down * cdy
-                    if b_here >= ZERO and c_here >= ZERO and b_here + c_here <= ONE:
-                        z_here = z + down * zdy
-                        if z_here > nearest[y, x]:
-                            nearest[y, x] = z_here
-                            triangle[y, x] = t
-                    down = -down
-                    wb += bdx
-                    wc += cdx
-                    z += zdx
+                spans[y, 0], spans[y, 1] = min(spans[y, 0], x0), max(spans[y, 1], x1)
+                wb, wc, z = row_b, row_c, row_z
+                for x in range(x0, x1 + 1, _BLOCK):
+                    first = np.uint64(x * SAMPLES)
+                    for lane in range(np.uint64(LANES)):
+                        b_here = wb + bdx * LANE_X[lane] + bdy * LANE_Y[lane]
+                        c_here = wc + cdx * LANE_X[lane] + cdy * LANE_Y[lane]
+                        z_here = z + zdx * LANE_X[lane] + zdy * LANE_Y[lane]
+                        new = (np.int64(np.float32(z_here).view(np.int32)) << 32) | number
+                        old = seen[y, first + lane]
+                        # One expression, without a branch, so that all lanes are one vector.
+                        hit = (b_here >= ZERO) & (c_here >= ZERO) & (b_here + c_here <= ONE) & (new > old)
+                        seen[y, first + lane] = new if hit else old
+                    wb += bdx * block
+                    wc += cdx * block
+                    z += zdx * block
                 row_b += bdy
                 row_c += cdy
                 row_z += zdy
 
 
 @compiled
-def _rasterise_crossing(t, a, b, c, workspace, sign, near, window, focal, nearest, triangle):
+def _rasterise_crossing(t, a, b, c, workspace, camera, window, seen, spans):
     """A triangle that the near plane cuts, by rays through the samples."""
     x_first, y_first, x_end, y_end = window
-    fx, fy, ox, oy = focal
     n, na, nb, nc = ray_weights(workspace, a, b, c)
-    # The determinant is positive where the front is seen in camera space; the screen may be a mirror image of it.
-    if n * sign * F(fx) * F(fy) <= ZERO:
+    # The determinant is positive where the front is seen in camera space, which is a mirror image of the world's.
+    if n <= ZERO:
         return
     for y in range(y_first, y_end):
-        ray_y = (F(y) + HALF - F(oy)) / F(fy)
+        spans[y, 0], spans[y, 1] = x_first, x_end - 1
         for x in range(x_first, x_end):
-            ray_x = (F(x) + HALF - F(ox)) / F(fx)
-            wa = na[0] * ray_x + na[1] * ray_y + na[2]
-            wb = nb[0] * ray_x + nb[1] * ray_y + nb[2]
-            wc = nc[0] * ray_x + nc[1] * ray_y + nc[2]
-            total = wa + wb + wc
-            if wa * n < ZERO or wb * n < ZERO or wc * n < ZERO:
-                continue
-            z = total / n  # one over the distance
-            if z > ZERO and z * near <= ONE and z > nearest[y, x]:
-                nearest[y, x] = z
-                triangle[y, x] = t
+            for i in range(SAMPLES):
+                ray_x = (F(x) + SAMPLE_X[i] - F(camera.centre_x)) / F(camera.focal_x)
+                ray_y = (F(y) + SAMPLE_Y[i] - F(camera.centre_y)) / F(camera.focal_y)
+                wa = na[0] * ray_x + na[1] * ray_y + na[2]
+                wb = nb[0] * ray_x + nb[1] * ray_y + nb[2]
+                wc = nc[0] * ray_x + nc[1] * ray_y + nc[2]
+                if wa < ZERO or wb < ZERO or wc < ZERO:
+                    continue
+                z = (wa + wb + wc) / n  # one over the distance
+                new = (np.int64(np.float32(z).view(np.int32)) << 32) | np.int64(t + 1)
+                if z > ZERO and z * F(camera.near) <= ONE and new > seen[y, x * SAMPLES + i]:
+                    seen[y, x * SAMPLES + i] = new
 
 
 @inlined
@@ -201,16 +220,17 @@ def ray_weights(workspace, a, b, c):
 
 
 @compiled
-def rasterise_shadow(geometry, drawables, workspace, u0, v0, slope_texels, depth):
+def rasterise_shadow(geometry, drawables, workspace, columns, u0, v0, slope_texels, depth):
     """Distances from the light of what it meets first, by the triangles whose front it sees.
 
+    :param columns: columns of the map that count.
     :param slope_texels: a triangle lies that many texels' worth of its slope deeper, against shadows on itself.
-    :param depth: metres, float32 (rows, columns); updated.
+    :param depth: metres, float32 (rows, columns + margin); updated.
     """
     lu, lv, ld = workspace.light_u, workspace.light_v, workspace.light_d
     triangles, first_triangle = geometry.triangles, geometry.first_triangle
-    rows, columns = depth.shape
-    shift_u, shift_v, slope = F(u0), F(v0), F(slope_texels)
+    rows = depth.shape[0]
+    shift_u, shift_v, slope, block = F(u0), F(v0), F(slope_texels), F(LANES)
     for d in drawables:
         for t in range(first_triangle[d], first_triangle[d + 1]):
             a, b, c = triangles[t, 0], triangles[t, 1], triangles[t, 2]
@@ -238,20 +258,17 @@ def rasterise_shadow(geometry, drawables, workspace, u0, v0, slope_texels, depth
             row_z = za + zdx * dx + zdy * dy + slope * max(abs(zdx), abs(zdy))
             for y in range(y0, y1 + 1):
                 wb, wc, z = row_b, row_c, row_z
-                for x in range(x0, x1 + 1):
-                    if wb >= ZERO and wc >= ZERO and wb + wc <= ONE and z < depth[y, x]:
-                        depth[y, x] = z
-                    wb += bdx
-                    wc += cdx
-                    z += zdx
+                for x in range(x0, x1 + 1, LANES):
+                    first = np.uint64(x)
+                    for lane in range(np.uint64(LANES)):
+                        right = F(np.int32(lane))
+                        b_here, c_here, z_here = wb + bdx * right, wc + cdx * right, z + zdx * right
+                        old = depth[y, first + lane]
+                        hit = (b_here >= ZERO) & (c_here >= ZERO) & (b_here + c_here <= ONE) & (z_here < old)
+                        depth[y, first + lane] = z_here if hit else old
+                    wb += bdx * block
+                    wc += cdx * block
+                    z += zdx * block
                 row_b += bdy
                 row_c += cdy
                 row_z += zdy
-
-
-@compiled
-def restore(window, background, nearest, triangle):
-    """Depths of the background in a window of samples, and no triangle."""
-    left, top, right, bottom = window
-    nearest[top:bottom, left:right] = background[top:bottom, left:right]
-    triangle[top:bottom, left:right] = NOTHING

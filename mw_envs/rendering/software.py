@@ -8,6 +8,7 @@ mapping, the order of passes) are those of its classic OpenGL renderer at defaul
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ import mujoco
 import numpy as np
 import numpy.typing as npt
 
-from mw_envs.rendering import arrays, raster, shading
+from mw_envs.rendering import arrays, frame, shading
 from mw_envs.rendering.geometry import (
     Shape,
     box_shape,
@@ -29,22 +30,19 @@ from mw_envs.rendering.geometry import (
     sphere_shape,
     unit,
 )
+from mw_envs.rendering.textures import TexturePool
 from mw_envs.rendering.view import Scene, View
 from mw_envs.tasks import did_you_mean
 
 # Distance at which the side of a pixel is measured: the robot seen from a camera that stands beside the table, and the
 # gripper seen from one that it carries, metres.
 _STANDING_DISTANCE, _CARRIED_DISTANCE = 1.0, 0.1
-# Cells of coarsened meshes and texels of shadow maps, in pixels.
-_CELL, _TEXEL = 1.5, 1.25
-# A surface is in shadow if it lies this much behind what the light meets first, in texels.
-_SLACK = 0.75
-_SLOPE_TEXELS = 1.0
-_STAGGER = -0.25
+_CELL = 1.5  # of coarsened meshes, in pixels
 _FAINTEST = 5e-4  # of a highlight, where 1 is white
 # More opaque than this is opaque, to MuJoCo.
 _OPAQUE = 0.995
 _BACKGROUNDS_KEPT = 8
+_HEADLIGHT = -1
 _NO_COLOUR = np.array([0.5, 0.5, 0.5, 1.0], np.float32)  # what the model's compiler puts where no colour is given
 _GROUPS = 3  # geoms and sites of groups 0 to 2 are visible by default
 
@@ -65,31 +63,16 @@ class _Drawable:
     unbounded: bool
 
 
-@dataclass
-class _Background:
-    """The part of a view that does not move."""
-
-    bright: npt.NDArray[np.uint8]
-    dark: npt.NDArray[np.uint8]
-    nearest: npt.NDArray[np.float32]
-    light_places: npt.NDArray[np.float32]
-    shadows: arrays.ShadowMap
-
-
 class SoftwareRenderer:
-    """Draws on the processor; see :class:`mw_envs.rendering.Renderer`.
+    """Draws on the processor; see :class:`mw_envs.rendering.Renderer`."""
 
-    :param samples: samples per pixel along each side, for smooth edges.
-    """
-
-    def __init__(self, samples: int = 2) -> None:
-        self.samples = samples
-        # Four samples stand where those of OpenGL's multisampling usually do, no two in one row or column.
-        self._stagger = _STAGGER if samples == 2 else 0.0
+    def __init__(self) -> None:
         self._scenes: dict[tuple[Scene, float], _Prepared] = {}
-        self._backgrounds: OrderedDict[Any, _Background] = OrderedDict()
-        self._complete = False
-        self._buffers: dict[tuple[int, int], tuple[npt.NDArray[np.float32], npt.NDArray[np.int32]]] = {}
+        self._backgrounds: OrderedDict[Any, arrays.Background] = OrderedDict()
+        self._canvases: dict[tuple[int, int], tuple[arrays.Background, arrays.Canvas]] = {}
+        self._textures = TexturePool()
+        self._workspace = _workspace(0, 0, 0)
+        self._frame = 0
 
     def render(
         self,
@@ -109,117 +92,131 @@ class SoftwareRenderer:
         camera = _camera(model, data, number, view)
         pixel = _pixel_size(model, number, view)
         if (scene, pixel) not in self._scenes:
-            self._scenes[scene, pixel] = _Prepared(model, scene.background, pixel)
+            self._scenes[scene, pixel] = _Prepared(model, scene.background, pixel, self._textures)
         prepared = self._scenes[scene, pixel]
-        prepared.place(data)
-        lights = prepared.lights(data, camera)
-        prepared.light_up(camera, lights)
-        background = self._background(prepared, camera, lights, view)
+        poses = prepared.poses(data)
+        look = self._look(prepared, prepared.lights(data, camera), camera, poses)
+        axes = _light_axes(look.lights)
+        background = self._background(prepared, look, camera, poses, axes, view)
+        look, window = self._to_light(look, prepared, prepared.casting, poses, axes)
+        canvas = self._canvas(background)
+        transparent = prepared.transparent
+        if len(transparent) > 1:
+            distance = np.linalg.norm(poses[transparent, 9:] - camera.position, axis=1)
+            transparent = transparent[np.argsort(distance, kind="stable")]
         picture = background.bright.copy()
-        self._draw_moving(prepared, camera, lights, background, picture)
+        frame.draw_moving(
+            look, camera, poses, prepared.moving, transparent, prepared.casting, window, pixel, background, canvas,
+            picture,
+        )  # fmt: skip
         return picture
 
-    def _background(self, scene: _Prepared, camera: arrays.Camera, lights: arrays.Lights, view: View) -> _Background:
-        poses = scene.poses[scene.background]
-        key = (id(scene), view, *(a.tobytes() for a in (poses, camera.rotation, camera.position, lights.towards)))
+    def _look(
+        self, scene: _Prepared, lights: arrays.Lights, camera: arrays.Camera, poses: npt.NDArray[np.float32]
+    ) -> arrays.Look:
+        """What colours are computed from."""
+        geometry, space = scene.geometry, self._workspace
+        wanted = len(geometry.x), len(geometry.normals), len(geometry.triangles)
+        there = len(space.camera_x), len(space.corners), len(space.planes)
+        if any(w > t for w, t in zip(wanted, there, strict=True)):
+            self._workspace = space = _workspace(*map(max, wanted, there))
+        eyes = np.empty((len(poses), 3), np.float32)
+        towards = np.empty((len(poses), len(lights.towards), 3), np.float32)
+        shading.prepare_lighting(poses, camera, lights, eyes, towards)
+        textures = self._textures.arrays
+        return arrays.Look(self._frame, geometry, scene.materials, textures, lights, space, eyes, towards)
+
+    def _to_light(
+        self,
+        look: arrays.Look,
+        scene: _Prepared,
+        casting: npt.NDArray[np.int32],
+        poses: npt.NDArray[np.float32],
+        axes: npt.NDArray[np.float32],
+    ) -> tuple[arrays.Look, tuple[int, int, int, int]]:
+        """Project drawables to the light's plane; a new frame's look, with room for their shadows, and their window."""
+        window = frame.light_window(look.geometry, casting, scene.endless, poses, axes, scene.pixel, look.workspace)
+        wanted = frame.texels(window)
+        if wanted > len(self._workspace.shadows):
+            self._workspace = self._workspace._replace(shadows=np.empty(wanted + wanted // 4, np.float32))
+        self._frame += 1
+        return look._replace(frame=self._frame, workspace=self._workspace), window
+
+    def _background(
+        self,
+        scene: _Prepared,
+        look: arrays.Look,
+        camera: arrays.Camera,
+        poses: npt.NDArray[np.float32],
+        axes: npt.NDArray[np.float32],
+        view: View,
+    ) -> arrays.Background:
+        """The view's background, drawn if it is not there yet; scenes that look alike share it."""
+        seen_from = camera.rotation, camera.position, look.lights.towards, poses[scene.background]
+        key = (scene.still, view, *(array.tobytes() for array in seen_from))
         if key not in self._backgrounds:
-            self._backgrounds[key] = self._draw_background(scene, camera, lights, view)
+            look, window = self._to_light(look, scene, scene.background_casting, poses, axes)
+            shadows = frame.cast_shadows(
+                look.geometry, scene.background_casting, window, scene.pixel, look.workspace
+            )
+            size = view.height, view.width
+            background = arrays.Background(
+                *np.empty((2, *size, 3), np.uint8), frame.blank(*size), *np.zeros((2, *size), np.int32),
+                np.empty(size, np.float32), shadows._replace(depth=shadows.depth.copy()),
+            )  # fmt: skip
+            frame.draw_background(look, camera, poses, scene.background, scene.sky, background)
+            self._backgrounds[key] = background
             while len(self._backgrounds) > _BACKGROUNDS_KEPT:
                 self._backgrounds.popitem(last=False)
         self._backgrounds.move_to_end(key)
         return self._backgrounds[key]
 
-    def _draw_background(
-        self, scene: _Prepared, camera: arrays.Camera, lights: arrays.Lights, view: View
-    ) -> _Background:
-        samples, drawables = self.samples, scene.background
-        rows, columns = view.height * samples, view.width * samples
-        nearest, triangle = np.zeros((rows, columns), np.float32), np.full((rows, columns), arrays.NOTHING, np.int32)
-        bright = np.zeros((view.height, view.width, 3), np.uint8)
-        if scene.sky >= 0:
-            shading.draw_sky(scene.textures, scene.sky, camera, bright)
-        dark, light_places = bright.copy(), np.zeros((view.height, view.width, 3), np.float32)
-        shadows = scene.shadow_map(drawables, lights)
-        raster.project(scene.geometry, drawables, scene.poses, camera, samples, scene.workspace)
-        self._find_visible(scene, drawables, camera, (0, 0, columns, rows), nearest, triangle)
-        shading.resolve_background(
-            samples, triangle, *scene.colouring(lights), camera, shadows, bright, dark, light_places
-        )
-        return _Background(bright, dark, nearest, light_places, shadows)
+    def _canvas(self, background: arrays.Background) -> arrays.Canvas:
+        """Samples of a view's size that hold its background."""
+        size = background.light_d.shape
+        before, canvas = self._canvases.get(size, (None, None))
+        if canvas is None or before is not background:
+            rows, columns = size
+            spans = np.tile(np.array([columns, -1], np.int32), (2, rows, 1))
+            if canvas is None:
+                canvas = arrays.Canvas(background.seen.copy(), spans[0], np.empty_like(background.seen), spans[1])
+            else:
+                canvas.seen[:], canvas.spans[:] = background.seen, spans[0]
+            self._canvases[size] = background, canvas
+        return canvas
 
-    def _draw_moving(
-        self,
-        scene: _Prepared,
-        camera: arrays.Camera,
-        lights: arrays.Lights,
-        background: _Background,
-        picture: npt.NDArray[np.uint8],
-    ) -> None:
-        samples = self.samples
-        shadows = scene.shadow_map(scene.casting, lights)
-        shading.darken(background.light_places, shadows, background.dark, picture)
-        nearest, triangle = self._buffer(*background.nearest.shape)
-        everything = np.concatenate([scene.moving, scene.transparent])
-        window = raster.project(scene.geometry, everything, scene.poses, camera, samples, scene.workspace)
-        window, pixels = _clipped(window, picture.shape, samples)
-        raster.restore(window, background.nearest, nearest, triangle)
-        colouring = scene.colouring(lights)
-        self._find_visible(scene, scene.moving, camera, window, nearest, triangle)
-        shading.resolve(pixels, samples, triangle, *colouring, camera, shadows, background.shadows, picture)
-        if not self._complete:  # what is compiled with the first picture includes what that one has no use for
-            shading.blend((0, 0, 0, 0), samples, triangle, np.float32(1), *colouring, camera, picture)
-            self._complete = True
-        distance = np.linalg.norm(scene.poses[scene.transparent, 9:] - camera.position, axis=1)
-        layers = []
-        for d in scene.transparent[np.argsort(distance, kind="stable")]:
-            seen = np.full_like(triangle, arrays.NOTHING)
-            self._find_visible(scene, np.array([d], np.int32), camera, window, nearest.copy(), seen)
-            layers.append((scene.materials.rgba[d, 3], seen))
-        # MuJoCo draws what is transparent twice, from front to back and from back to front.
-        for alpha, seen in layers + layers[::-1]:
-            shading.blend(pixels, samples, seen, alpha, *colouring, camera, picture)
 
-    def _find_visible(
-        self,
-        scene: _Prepared,
-        drawables: npt.NDArray[np.int32],
-        camera: arrays.Camera,
-        window: tuple[int, int, int, int],
-        nearest: npt.NDArray[np.float32],
-        triangle: npt.NDArray[np.int32],
-    ) -> None:
-        """Update what the samples of a window see by drawables that have been projected."""
-        fx, fy, ox, oy = camera.focal_x, camera.focal_y, camera.centre_x, camera.centre_y
-        focal = tuple(self.samples * value for value in (fx, fy, ox, oy))
-        facing = float(np.sign(fx * fy))  # a triangle's front, counter-clockwise, on a screen whose rows run downwards
-        raster.rasterise(
-            scene.geometry, drawables, scene.workspace, facing, camera.near, window, focal, self._stagger, nearest,
-            triangle,
-        )  # fmt: skip
-
-    def _buffer(self, rows: int, columns: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int32]]:
-        if (rows, columns) not in self._buffers:
-            depths = np.zeros((rows, columns), np.float32)
-            self._buffers[rows, columns] = (depths, np.full((rows, columns), arrays.NOTHING, np.int32))
-        return self._buffers[rows, columns]
+def _workspace(vertices: int, corners: int, triangles: int) -> arrays.Workspace:
+    return arrays.Workspace(
+        *np.empty((9, vertices), np.float32),
+        np.zeros((corners, arrays.QUANTITIES), np.float32),
+        np.zeros(corners, np.int64),
+        np.zeros(triangles, np.int64),
+        np.empty(triangles, np.int32),
+        np.empty((triangles, 4, arrays.QUANTITIES), np.float32),
+        np.empty(0, np.float32),
+    )
 
 
 class _Prepared:
     """A model's drawables, ready for the inner loops, fine enough for a size of pixel in metres."""
 
-    def __init__(self, model: mujoco.MjModel, background: frozenset[int], pixel: float) -> None:
+    def __init__(
+        self, model: mujoco.MjModel, background: frozenset[int], pixel: float, textures: TexturePool
+    ) -> None:
         _check_lights(model)
         self.model = model
-        self._texel = _TEXEL * pixel
+        self.pixel = pixel
         self.drawables = _drawables(model, _CELL * pixel)
         self.geometry = _geometry(self.drawables)
-        self.textures = _textures(model)
-        skies = [i for i in range(model.ntex) if model.tex_type[i] == mujoco.mjtTexture.mjTEXTURE_SKYBOX]
+        pooled = [textures.add(_picture(model, texture)) for texture in range(model.ntex)]
+        skies = [pooled[i] for i in range(model.ntex) if model.tex_type[i] == mujoco.mjtTexture.mjTEXTURE_SKYBOX]
         self.sky = skies[0] if skies else -1
+        self._lights, self._unshadowed, self._light_colors = _lights_of(model)
         self.materials = arrays.Materials(
             np.array([d.rgba for d in self.drawables], np.float32),
             np.array([(*d.gloss, _FAINTEST ** (2 / max(d.gloss[2], 1e-3))) for d in self.drawables], np.float32),
-            np.array([d.texture for d in self.drawables], np.int32),
+            np.array([pooled[d.texture] if d.texture >= 0 else -1 for d in self.drawables], np.int32),
             np.array([d.mapping for d in self.drawables], np.float32),
         )
         still = np.array([not d.is_site and d.body in background for d in self.drawables])
@@ -228,82 +225,58 @@ class _Prepared:
         self.background = np.flatnonzero(still & opaque).astype(np.int32)
         self.moving = np.flatnonzero(~still & opaque).astype(np.int32)
         self.transparent = np.flatnonzero(~opaque).astype(np.int32)
-        self.casting = np.flatnonzero(~(still & opaque)).astype(np.int32)
-        self._bounded = set(np.flatnonzero(bounded).tolist())
+        # An endless plane casts no shadow.
+        self.casting = np.flatnonzero(~(still & opaque) & bounded).astype(np.int32)
+        self.background_casting = np.flatnonzero(still & opaque & bounded).astype(np.int32)
+        self.endless = np.flatnonzero(~bounded).astype(np.int32)
+        self.still = self._digest()
         self._geoms = np.array([d.index for d in self.drawables if not d.is_site], dtype=np.int64)
         self._sites = np.array([d.index for d in self.drawables if d.is_site], dtype=np.int64)
-        self.poses = np.zeros((len(self.drawables), 12), np.float32)
-        self._eyes = np.zeros((len(self.drawables), 3), np.float32)
-        self._towards = np.zeros((len(self.drawables), 0, 3), np.float32)
-        vertices, corners = len(self.geometry.x), len(self.geometry.normals)
-        triangles = len(self.geometry.triangles)
-        self.workspace = arrays.Workspace._make(
-            [
-                *np.zeros((9, vertices), np.float32),
-                np.zeros((corners, 6), np.float32),
-                np.full(corners, -1, np.int64),
-                np.empty((triangles, 3, 16), np.float32),
-                np.full(triangles, -1, np.int64),
-            ]
-        )
-        self._frame = 0
 
-    def place(self, data: mujoco.MjData) -> None:
-        """Take poses from the simulation.
+    def _digest(self) -> bytes:
+        """The same for scenes whose backgrounds look alike."""
+        found = hashlib.sha256(repr((self.pixel, self.sky)).encode())
+        for d in self.background:
+            shape = self.drawables[d].shape
+            for array in (shape.places, shape.triangles, shape.corners, shape.normals, self.drawables[d].scale):
+                found.update(array.tobytes())
+            for array in self.materials:
+                found.update(array[d].tobytes())
+        return found.digest()
+
+    def poses(self, data: mujoco.MjData) -> npt.NDArray[np.float32]:
+        """Rotations and positions of the drawables in the simulation, float32 (D, 12).
 
         :raises ValueError: if one is not finite.
         """
+        poses = np.empty((len(self.drawables), 12), np.float32)
         count = len(self._geoms)
-        self.poses[:count, :9], self.poses[:count, 9:] = data.geom_xmat[self._geoms], data.geom_xpos[self._geoms]
-        self.poses[count:, :9], self.poses[count:, 9:] = data.site_xmat[self._sites], data.site_xpos[self._sites]
-        if not np.isfinite(self.poses).all():
+        poses[:count, :9], poses[:count, 9:] = data.geom_xmat[self._geoms], data.geom_xpos[self._geoms]
+        poses[count:, :9], poses[count:, 9:] = data.site_xmat[self._sites], data.site_xpos[self._sites]
+        if not np.isfinite(poses).all():
             raise ValueError("The simulation's poses are not finite: it has diverged, or mj_forward has not run")
+        return poses
 
     def lights(self, data: mujoco.MjData, camera: arrays.Camera) -> arrays.Lights:
         """The model's lights and the camera's own, those without shadows first."""
-        model, head = self.model, self.model.vis.headlight
-        found = []
-        if head.active:
-            found.append((0, -camera.rotation[2], head.ambient, head.diffuse, head.specular))
-        for i in range(model.nlight):
-            if model.light_active[i]:
-                colours = model.light_ambient[i], model.light_diffuse[i], model.light_specular[i]
-                found.append((int(model.light_castshadow[i]), -data.light_xdir[i], *colours))
-        found.sort(key=lambda light: light[0])
-        columns = [np.array([light[k] for light in found], np.float32).reshape(-1, 3) for k in range(1, 5)]
-        towards, ambient, diffuse, specular = columns
-        unshadowed = sum(1 for light in found if not light[0])
-        return arrays.Lights(towards, ambient, diffuse, specular, unshadowed)
+        towards = np.empty((len(self._lights), 3), np.float32)
+        for number, light in enumerate(self._lights):
+            towards[number] = -camera.rotation[2] if light == _HEADLIGHT else -data.light_xdir[light]
+        return arrays.Lights(towards, *self._light_colors, self._unshadowed)
 
-    def light_up(self, camera: arrays.Camera, lights: arrays.Lights) -> None:
-        """Prepare the lighting of a frame."""
-        if self._towards.shape[1] != len(lights.towards):
-            self._towards = np.zeros((len(self.drawables), len(lights.towards), 3), np.float32)
-        everything = np.arange(len(self.drawables), dtype=np.int32)
-        shading.prepare_lighting(everything, self.poses, camera, lights, self._eyes, self._towards)
-        self._frame += 1
 
-    def colouring(self, lights: arrays.Lights) -> tuple[Any, ...]:
-        """What the inner loops want to know to compute colours."""
-        return (
-            self._frame, self.geometry, self.materials, self.textures, lights, self._eyes, self._towards,
-            self.workspace,
-        )  # fmt: skip
-
-    def shadow_map(self, drawables: npt.NDArray[np.int32], lights: arrays.Lights) -> arrays.ShadowMap:
-        """What the light that casts shadows meets of these drawables, whose places in its space are computed, too."""
-        if lights.unshadowed == len(lights.towards):
-            return arrays.ShadowMap(np.zeros((0, 0), np.float32), 0, 0, 0.0)
-        axes = _light_axes(-lights.towards[lights.unshadowed])
-        casting = np.array([d for d in drawables if d in self._bounded], np.int32)
-        if len(casting) < len(drawables):
-            raster.project_to_light(self.geometry, drawables, self.poses, axes, self._texel, self.workspace)
-        left, top, right, bottom = raster.project_to_light(
-            self.geometry, casting, self.poses, axes, self._texel, self.workspace
-        )
-        depth = np.full((bottom - top, right - left), np.inf, np.float32)
-        raster.rasterise_shadow(self.geometry, casting, self.workspace, left, top, _SLOPE_TEXELS, depth)
-        return arrays.ShadowMap(depth, left, top, _SLACK * self._texel)
+def _lights_of(model: mujoco.MjModel) -> tuple[list[int], int, npt.NDArray[np.float32]]:
+    """Active lights, those without shadows first, how many these are, and ambient, diffuse and specular colours."""
+    numbers = np.flatnonzero(model.light_active)
+    lights = sorted(numbers.tolist(), key=lambda light: int(model.light_castshadow[light]))
+    unshadowed = int((model.light_castshadow[numbers] == 0).sum())
+    head = model.vis.headlight
+    colors = [(model.light_ambient[i], model.light_diffuse[i], model.light_specular[i]) for i in lights]
+    if head.active:
+        lights.insert(0, _HEADLIGHT)
+        colors.insert(0, (head.ambient, head.diffuse, head.specular))
+        unshadowed += 1
+    return lights, unshadowed, np.array(colors, np.float32).reshape(-1, 3, 3).transpose(1, 0, 2).copy()
 
 
 def _check_lights(model: mujoco.MjModel) -> None:
@@ -341,22 +314,16 @@ def _camera(model: mujoco.MjModel, data: mujoco.MjData, camera: int, view: View)
     )
 
 
-def _clipped(
-    window: tuple[int, int, int, int], shape: tuple[int, ...], samples: int
-) -> tuple[tuple[int, int, int, int], tuple[int, int, int, int]]:
-    """A window of samples inside the picture, widened to whole pixels, and those pixels."""
-    left, top, right, bottom = window
-    pixels = (
-        max(0, left // samples),
-        max(0, top // samples),
-        min(shape[1], -(-right // samples)),
-        min(shape[0], -(-bottom // samples)),
-    )
-    return tuple(samples * edge for edge in pixels), pixels  # type: ignore[return-value]
+def _light_axes(lights: arrays.Lights) -> npt.NDArray[np.float32]:
+    """Two directions across the light that casts shadows and the one along it, float32 (3, 3), or empty."""
+    if lights.unshadowed == len(lights.towards):
+        return np.empty((0, 3), np.float32)
+    return _axes_along(lights.towards[lights.unshadowed].tobytes())
 
 
-def _light_axes(direction: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    along = unit(direction.astype(np.float64))
+@functools.lru_cache
+def _axes_along(towards: bytes) -> npt.NDArray[np.float32]:
+    along = unit(-np.frombuffer(towards, np.float32).astype(np.float64))
     across = unit(np.cross(along, [0.0, 0.0, 1.0] if abs(along[2]) < 0.9 else [1.0, 0.0, 0.0]))
     return np.stack([across, np.cross(along, across), along]).astype(np.float32)
 
@@ -491,37 +458,10 @@ def _geometry(drawables: list[_Drawable]) -> arrays.Geometry:
     )
 
 
-def _textures(model: mujoco.MjModel) -> arrays.Textures:
-    """All textures with their reductions."""
-    pixels: list[npt.NDArray[np.uint8]] = [np.zeros((1, 3), np.uint8)]
-    levels = np.zeros((max(model.ntex, 1), 16, 4), np.int32)
-    first = 1
-    for texture in range(model.ntex):
-        width, height, channels = model.tex_width[texture], model.tex_height[texture], model.tex_nchannel[texture]
-        start = model.tex_adr[texture]
-        picture = model.tex_data[start : start + width * height * channels].reshape(height, width, channels)[..., :3]
-        faces = 1
-        if model.tex_type[texture] != mujoco.mjtTexture.mjTEXTURE_2D and height != width:
-            faces = 6
-        level = picture.reshape(faces, height // faces, width, 3).astype(np.float32)
-        for number in range(levels.shape[1]):
-            levels[texture, number] = first, level.shape[2], level.shape[1], faces
-            pixels.append(np.floor(level + 0.5).astype(np.uint8).reshape(-1, 3))
-            first += len(pixels[-1])
-            if level.shape[1] == level.shape[2] == 1:
-                break
-            level = _halved(_halved(level, 2), 1)
-    return arrays.Textures(np.concatenate(pixels), levels)
-
-
-def _halved(pictures: npt.NDArray[np.float32], axis: int) -> npt.NDArray[np.float32]:
-    """Pictures with half the pixels along an axis, each the linear interpolation at its centre, halves rounded up."""
-    size = pictures.shape[axis]
-    if size == 1:
-        return pictures
-    half = size // 2
-    centre = (np.arange(half) + 0.5) * size / half - 0.5
-    low = np.floor(centre).astype(int)
-    weight = (centre - low).reshape([-1 if k == axis else 1 for k in range(4)]).astype(np.float32)
-    upper = np.minimum(low + 1, size - 1)
-    return np.floor(pictures.take(low, axis) * (1 - weight) + pictures.take(upper, axis) * weight + 0.5)
+def _picture(model: mujoco.MjModel, texture: int) -> npt.NDArray[np.uint8]:
+    """A texture's faces, one or six, uint8 (faces, height, width, 3)."""
+    width, height, channels = model.tex_width[texture], model.tex_height[texture], model.tex_nchannel[texture]
+    start = model.tex_adr[texture]
+    picture = model.tex_data[start : start + width * height * channels].reshape(height, width, channels)[..., :3]
+    flat = model.tex_type[texture] == mujoco.mjtTexture.mjTEXTURE_2D or height == width
+    return picture.reshape(1 if flat else 6, -1, width, 3)

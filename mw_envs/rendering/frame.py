@@ -1,0 +1,144 @@
+"""One frame from its parts, compiled as a whole: the software renderer's order of passes."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from mw_envs.rendering import raster, shading
+from mw_envs.rendering.arrays import LANES, MARGIN, SAMPLES, TRIANGLE, ShadowMap, compiled
+from mw_envs.rendering.textures import draw_sky
+
+# Side of a shadow map's texels, in pixels; a surface is in shadow if it lies _SLACK texels behind what the light meets
+# first, which itself lies as much deeper as its slope makes of _SLOPE_TEXELS.
+_TEXEL, _SLACK, _SLOPE_TEXELS = 1.25, 0.75, 1.0
+_UNLIMITED = 1 << 30
+_BAND = 16  # rows that are coloured as one, few enough to stay in a core's cache
+
+
+def blank(rows, columns):
+    """Samples that see nothing yet."""
+    return np.zeros((rows, SAMPLES * (columns + MARGIN)), np.int64)
+
+
+@compiled
+def light_window(geometry, casting, unbounded, poses, axes, pixel, workspace):
+    """Where in the plane of the light that casts shadows some drawables are, in texels: left, top, right, bottom.
+
+    :param casting: those that cast shadows, and count; unbounded are others.
+    :param axes: two directions across the light and the one along it, float32 (3, 3); empty if no light casts shadows.
+    :param pixel: side of a pixel, metres.
+    """
+    if len(axes) == 0:
+        return 0, 0, 0, 0
+    raster.project_to_light(geometry, unbounded, poses, axes, _TEXEL * pixel, workspace)
+    return raster.project_to_light(geometry, casting, poses, axes, _TEXEL * pixel, workspace)
+
+
+def texels(window):
+    """How many numbers the shadow map of such a window takes."""
+    left, top, right, bottom = window
+    return (bottom - top) * (right - left + LANES)
+
+
+@compiled
+def cast_shadows(geometry, casting, window, pixel, workspace):
+    """What the light meets of drawables that have been projected to its plane, kept in the workspace.
+
+    :param window: see :func:`light_window`.
+    """
+    left, top, right, bottom = window
+    rows, columns = bottom - top, right - left + LANES
+    depth = workspace.shadows[: rows * columns].reshape(rows, columns)
+    depth[:] = np.inf
+    raster.rasterise_shadow(geometry, casting, workspace, right - left, left, top, _SLOPE_TEXELS, depth)
+    return ShadowMap(depth, right - left, left, top, _SLACK * _TEXEL * pixel)
+
+
+@compiled
+def draw_background(look, camera, poses, drawables, sky, background):
+    """Draw what does not move.
+
+    :param drawables: opaque ones, projected to the light's plane.
+    :param sky: the texture of the sky, or -1.
+    :param background: its ``shadows`` are given, all else is set.
+    """
+    geometry, workspace = look.geometry, look.workspace
+    rows, columns = background.bright.shape[:2]
+    window = 0, 0, columns, rows
+    background.bright[:] = 0
+    if sky >= 0:
+        draw_sky(look.textures, sky, camera, background.bright)
+    background.dark[:] = background.bright
+    raster.project(geometry, drawables, poses, camera, workspace)
+    background.seen[:] = 0
+    spans = np.empty((rows, 2), np.int32)
+    _empty(spans)
+    raster.rasterise(geometry, drawables, camera, window, workspace, background.seen, spans)
+    count = shading.find_visible(0, rows, spans, (1, TRIANGLE), background.seen, look.frame, 0, workspace)
+    shading.prepare_visible(0, count, look)
+    shading.resolve_background(look, camera, background)
+
+
+@compiled
+def draw_moving(look, camera, poses, moving, transparent, casting, lit, pixel, background, canvas, picture):
+    """Draw what moves over the background.
+
+    :param moving: opaque drawables, and transparent ones, nearest first, int32.
+    :param casting: those of them that cast shadows, int32.
+    :param lit: their window in the light's plane, to which all have been projected.
+    :param canvas: see :class:`mw_envs.rendering.arrays.Canvas`; left with the frame's own spans.
+    :param picture: uint8 (rows, columns, 3); shows the background, updated.
+    """
+    geometry, workspace, frame = look.geometry, look.workspace, look.frame
+    shadows = cast_shadows(geometry, casting, lit, pixel, workspace)
+    shading.darken(background, shadows, picture)
+    seen, spans = canvas.seen, canvas.spans
+    _restore(seen, spans, background.seen)
+    left, top, right, bottom = _clipped(raster.project(geometry, moving, poses, camera, workspace), picture)
+    raster.rasterise(geometry, moving, camera, (left, top, right, bottom), workspace, seen, spans)
+    count = 0
+    for y in range(top, bottom, _BAND):
+        end, start = min(y + _BAND, bottom), count
+        count = shading.find_visible(y, end, spans, (1, TRIANGLE), seen, frame, start, workspace)
+        shading.prepare_visible(start, count, look)
+        shading.resolve(y, end, spans, seen, look, camera, shadows, background.shadows, picture)
+    # MuJoCo draws what is transparent twice, from front to back and from back to front.
+    layers = len(transparent)
+    for k in range(2 * layers):
+        i = k if k < layers else 2 * layers - 1 - k
+        one = transparent[i : i + 1]
+        window = _clipped(raster.project(geometry, one, poses, camera, workspace), picture)
+        left, top, right, bottom = window
+        for y in range(top, bottom):
+            first, end = SAMPLES * left, SAMPLES * (right + MARGIN)
+            canvas.layer[y, first:end] = seen[y, first:end]
+        _empty(canvas.layer_spans)
+        raster.rasterise(geometry, one, camera, window, workspace, canvas.layer, canvas.layer_spans)
+        numbers, start = (geometry.first_triangle[one[0]] + 1, geometry.first_triangle[one[0] + 1]), count
+        count = shading.find_visible(top, bottom, canvas.layer_spans, numbers, canvas.layer, frame, start, workspace)
+        shading.prepare_visible(start, count, look)
+        alpha = look.materials.rgba[one[0], 3]
+        shading.blend(top, bottom, canvas.layer_spans, numbers, canvas.layer, alpha, look, camera, picture)
+
+
+@compiled
+def _restore(seen, spans, background):
+    """Take away what the last frame drew."""
+    for y in range(len(spans)):
+        if spans[y, 0] <= spans[y, 1]:
+            first, end = SAMPLES * spans[y, 0], SAMPLES * (spans[y, 1] + 1)
+            seen[y, first:end] = background[y, first:end]
+    _empty(spans)
+
+
+@compiled
+def _empty(spans):
+    spans[:, 0], spans[:, 1] = _UNLIMITED, -1
+
+
+@compiled
+def _clipped(window, picture):
+    """A window inside the picture."""
+    rows, columns = picture.shape[:2]
+    left, top = max(0, window[0]), max(0, window[1])
+    return left, top, max(left, min(columns, window[2])), max(top, min(rows, window[3]))
