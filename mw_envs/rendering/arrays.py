@@ -144,6 +144,7 @@ class Workspace(NamedTuple):
     :param visible: triangles that a frame shows, int32 (T,).
     :param planes: of visible triangles: three rows that, times a ray (x, y, 1), are each quantity times its weight, and
         room for the result, float32 (T, 4, 16). Of as many as a frame shows, memory is touched.
+    :param fresh: corners to be lit, their vertices and their drawables; int32 (C + 1,).
     :param shadows: room for a shadow map, float32 (n,).
     """
 
@@ -161,6 +162,9 @@ class Workspace(NamedTuple):
     slots: Array
     visible: Array
     planes: Array
+    fresh: Array
+    fresh_vertices: Array
+    fresh_drawables: Array
     shadows: Array
 
 

@@ -77,10 +77,13 @@ def find_visible(top, bottom, spans, numbers, seen, frame, count, workspace):
                 if number == before or number < low or number > high:
                     continue
                 before = number
-                if slots[number - 1] < now:
-                    slots[number - 1] = now | count
-                    visible[count] = number - 1
-                    count += 1
+                # Without a branch, which would have to wait for memory: a number that is there already is overwritten.
+                t = number - 1
+                slot = slots[t]
+                fresh = slot < now
+                visible[count] = t
+                slots[t] = now | count if fresh else slot
+                count += fresh
     return count
 
 
@@ -99,41 +102,44 @@ def prepare_visible(start, count, look):
     corners, lit, planes, visible = workspace.corners, workspace.lit, workspace.planes, workspace.visible
     eyes, towards = look.eyes, look.towards
     ambient, diffuse, specular, unshadowed = lights.ambient, lights.diffuse, lights.specular, lights.unshadowed
+    fresh, fresh_vertices, fresh_drawables = workspace.fresh, workspace.fresh_vertices, workspace.fresh_drawables
+    used = 0
     for i in range(start, count):
         t = visible[i]
-        d = drawable[t]
         for k in range(3):
-            corner, v = triangle_corners[t, k], triangles[t, k]
-            if lit[corner] == frame:
-                continue
+            corner = triangle_corners[t, k]
+            fresh[used], fresh_vertices[used], fresh_drawables[used] = corner, triangles[t, k], drawable[t]
+            used += lit[corner] != frame
             lit[corner] = frame
-            # OpenGL's fixed-function lighting with a local viewer.
-            nx, ny, nz = normals[corner, 0], normals[corner, 1], normals[corner, 2]
-            ex, ey, ez = eyes[d, 0] - xs[v], eyes[d, 1] - ys[v], eyes[d, 2] - zs[v]
-            length = ONE / np.sqrt(ex * ex + ey * ey + ez * ez)
-            ex, ey, ez = ex * length, ey * length, ez * length
+    for i in range(used):
+        corner, v, d = fresh[i], fresh_vertices[i], fresh_drawables[i]
+        # OpenGL's fixed-function lighting with a local viewer.
+        nx, ny, nz = normals[corner, 0], normals[corner, 1], normals[corner, 2]
+        ex, ey, ez = eyes[d, 0] - xs[v], eyes[d, 1] - ys[v], eyes[d, 2] - zs[v]
+        length = ONE / np.sqrt(ex * ex + ey * ey + ez * ez)
+        ex, ey, ez = ex * length, ey * length, ez * length
+        for j in range(3):
+            corners[corner, j], corners[corner, 3 + j] = gloss[d, 0] * rgba[d, j], ZERO
+            corners[corner, S + j] = texture_places[v, j]
+        corners[corner, U], corners[corner, V], corners[corner, D] = lu[v], lv[v], ld[v]
+        corners[corner, WEIGHT] = ONE
+        for s in range(towards.shape[1]):
+            first = 0 if s < unshadowed else 3
+            lx, ly, lz = towards[d, s, 0], towards[d, s, 1], towards[d, s, 2]
+            facing, shine = nx * lx + ny * ly + nz * lz, ZERO
+            hx, hy, hz = ex + lx, ey + ly, ez + lz
+            along, square = nx * hx + ny * hy + nz * hz, hx * hx + hy * hy + hz * hz
+            # Most places are so far from the highlight that it adds less than a thousandth.
+            if (along > ZERO) & (facing > ZERO) & (along * along > gloss[d, 3] * square):
+                shine = gloss[d, 1] * np.exp(HALF * gloss[d, 2] * np.log(along * along / square))
+            facing = max(facing, ZERO)
             for j in range(3):
-                corners[corner, j], corners[corner, 3 + j] = gloss[d, 0] * rgba[d, j], ZERO
-                corners[corner, S + j] = texture_places[v, j]
-            corners[corner, U], corners[corner, V], corners[corner, D] = lu[v], lv[v], ld[v]
-            corners[corner, WEIGHT] = ONE
-            for s in range(towards.shape[1]):
-                first = 0 if s < unshadowed else 3
-                lx, ly, lz = towards[d, s, 0], towards[d, s, 1], towards[d, s, 2]
-                facing, shine = nx * lx + ny * ly + nz * lz, ZERO
-                if facing > ZERO:
-                    hx, hy, hz = ex + lx, ey + ly, ez + lz
-                    along, square = nx * hx + ny * hy + nz * hz, hx * hx + hy * hy + hz * hz
-                    # Most places are so far from the highlight that it adds less than a thousandth.
-                    if along > ZERO and along * along > gloss[d, 3] * square:
-                        shine = gloss[d, 1] * np.exp(HALF * gloss[d, 2] * np.log(along * along / square))
-                else:
-                    facing = ZERO
-                for j in range(3):
-                    color = (ambient[s, j] + facing * diffuse[s, j]) * rgba[d, j] + shine * specular[s, j]
-                    corners[corner, first + j] += color
-            for j in range(6):
-                corners[corner, j] = min(corners[corner, j], ONE)
+                color = (ambient[s, j] + facing * diffuse[s, j]) * rgba[d, j] + shine * specular[s, j]
+                corners[corner, first + j] += color
+        for j in range(6):
+            corners[corner, j] = min(corners[corner, j], ONE)
+    for i in range(start, count):
+        t = visible[i]
         _, na, nb, nc = ray_weights(workspace, triangles[t, 0], triangles[t, 1], triangles[t, 2])
         ca, cb, cc = triangle_corners[t, 0], triangle_corners[t, 1], triangle_corners[t, 2]
         for j in range(QUANTITIES):

@@ -192,8 +192,9 @@ def _workspace(vertices: int, corners: int, triangles: int) -> arrays.Workspace:
         np.zeros((corners, arrays.QUANTITIES), np.float32),
         np.zeros(corners, np.int64),
         np.zeros(triangles, np.int64),
-        np.empty(triangles, np.int32),
+        np.empty(triangles + 1, np.int32),
         np.empty((triangles, 4, arrays.QUANTITIES), np.float32),
+        *np.empty((3, corners + 1), np.int32),
         np.empty(0, np.float32),
     )
 
