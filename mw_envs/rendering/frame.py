@@ -29,7 +29,7 @@ def light_window(geometry, casting, unbounded, poses, axes, pixel, workspace):
     :param pixel: side of a pixel, metres.
     """
     if len(axes) == 0:
-        return 0, 0, 0, 0
+        return 0, 0, 0, 1
     raster.project_to_light(geometry, unbounded, poses, axes, _TEXEL * pixel, workspace)
     return raster.project_to_light(geometry, casting, poses, axes, _TEXEL * pixel, workspace)
 

@@ -110,7 +110,7 @@ def project_to_light(geometry, drawables, poses, axes, texel, workspace):
             left, right = min(left, u), max(right, u)
             top, bottom = min(top, w), max(bottom, w)
     if left > right:
-        return 0, 0, 0, 0
+        return 0, 0, 0, 1  # a map has at least one row
     return int(np.floor(left)), int(np.floor(top)), int(np.ceil(right)) + 1, int(np.ceil(bottom)) + 1
 
 

@@ -94,7 +94,13 @@ def prepare_visible(start, count, look):
     :param start: the first of them in the list, and count the one after the last.
     """
     # Fields of a tuple are counted references each time they are read; local names are not.
-    frame, workspace, geometry, materials, lights = look.frame, look.workspace, look.geometry, look.materials, look.lights
+    frame, workspace, geometry, materials, lights = (
+        look.frame,
+        look.workspace,
+        look.geometry,
+        look.materials,
+        look.lights,
+    )
     triangles, triangle_corners, drawable = geometry.triangles, geometry.corners, geometry.drawable
     normals, texture_places, rgba, gloss = geometry.normals, geometry.texture_places, materials.rgba, materials.gloss
     xs, ys, zs = geometry.x, geometry.y, geometry.z
@@ -193,12 +199,14 @@ def _apply_texture(p, slot, ray_x, ray_y, step_x, step_y, mapping, d, texture, p
 
 @inlined
 def _in_shadow(depth, columns, u0, v0, slack, u, v, d):
-    """Whether a point of the light's space lies behind what a shadow map holds."""
-    column, row = u - u0, v - v0
-    inside = column >= ZERO and row >= ZERO
-    if inside and column < columns and row < F(depth.shape[0]):
-        return d > depth[int(row), int(column)] + slack
-    return False
+    """Whether a point of the light's space lies behind what a shadow map holds.
+
+    Without a branch: one that is not foreseen would have to wait for all that the point was computed from.
+    """
+    column, row, rows = u - u0, v - v0, F(depth.shape[0])
+    inside = (column >= ZERO) & (row >= ZERO) & (column < columns) & (row < rows)
+    i, j = np.uint64(row if inside else ZERO), np.uint64(column if inside else ZERO)
+    return inside & (d > depth[i, j] + slack)
 
 
 @compiled
@@ -242,14 +250,13 @@ def resolve(top, bottom, spans, seen, look, camera, shadows, other_shadows, pict
                 d = drawable[t]
                 if texture[d] >= 0:
                     _apply_texture(planes, slot, ray_x, ray_y, fx, fy, mapping, d, texture[d], pixels, levels)
-                r, g, b = planes[slot, 3, 0], planes[slot, 3, 1], planes[slot, 3, 2]
-                lit_r, lit_g, lit_b = planes[slot, 3, 3], planes[slot, 3, 4], planes[slot, 3, 5]
                 u, v, distance = planes[slot, 3, U], planes[slot, 3, V], planes[slot, 3, D]
-                if lit_r + lit_g + lit_b > ZERO and not _in_shadow(depth, columns, u0, v0, slack, u, v, distance):
-                    if not _in_shadow(
-                        other_depth, other_columns, other_u0, other_v0, other_slack, u, v, distance
-                    ):
-                        r, g, b = r + lit_r, g + lit_g, b + lit_b
+                dark = _in_shadow(depth, columns, u0, v0, slack, u, v, distance)
+                dark |= _in_shadow(other_depth, other_columns, other_u0, other_v0, other_slack, u, v, distance)
+                light = ZERO if dark else ONE
+                r = planes[slot, 3, 0] + light * planes[slot, 3, 3]
+                g = planes[slot, 3, 1] + light * planes[slot, 3, 4]
+                b = planes[slot, 3, 2] + light * planes[slot, 3, 5]
                 red += weight * min(r, ONE)
                 green += weight * min(g, ONE)
                 blue += weight * min(b, ONE)

@@ -156,14 +156,12 @@ class SoftwareRenderer:
         key = (scene.still, view, *(array.tobytes() for array in seen_from))
         if key not in self._backgrounds:
             look, window = self._to_light(look, scene, scene.background_casting, poses, axes)
-            shadows = frame.cast_shadows(
-                look.geometry, scene.background_casting, window, scene.pixel, look.workspace
-            )
+            shadows = frame.cast_shadows(look.geometry, scene.background_casting, window, scene.pixel, look.workspace)
             size = view.height, view.width
-            background = arrays.Background(
-                *np.empty((2, *size, 3), np.uint8), frame.blank(*size), *np.zeros((2, *size), np.int32),
-                np.empty(size, np.float32), shadows._replace(depth=shadows.depth.copy()),
-            )  # fmt: skip
+            bright, dark = np.empty((2, *size, 3), np.uint8)
+            light_u, light_v = np.zeros((2, *size), np.int32)
+            light_d, kept = np.empty(size, np.float32), shadows._replace(depth=shadows.depth.copy())
+            background = arrays.Background(bright, dark, frame.blank(*size), light_u, light_v, light_d, kept)
             frame.draw_background(look, camera, poses, scene.background, scene.sky, background)
             self._backgrounds[key] = background
             while len(self._backgrounds) > _BACKGROUNDS_KEPT:
@@ -187,42 +185,41 @@ class SoftwareRenderer:
 
 
 def _workspace(vertices: int, corners: int, triangles: int) -> arrays.Workspace:
-    return arrays.Workspace(
-        *np.empty((9, vertices), np.float32),
-        np.zeros((corners, arrays.QUANTITIES), np.float32),
-        np.zeros(corners, np.int64),
-        np.zeros(triangles, np.int64),
-        np.empty(triangles + 1, np.int32),
-        np.empty((triangles, 4, arrays.QUANTITIES), np.float32),
-        *np.empty((3, corners + 1), np.int32),
-        np.empty(0, np.float32),
+    return arrays.Workspace._make(
+        [
+            *np.empty((9, vertices), np.float32),
+            np.zeros((corners, arrays.QUANTITIES), np.float32),
+            np.zeros(corners, np.int64),
+            np.zeros(triangles, np.int64),
+            np.empty(triangles + 1, np.int32),
+            np.empty((triangles, 4, arrays.QUANTITIES), np.float32),
+            *np.empty((3, corners + 1), np.int32),
+            np.empty(0, np.float32),
+        ]
     )
 
 
 class _Prepared:
     """A model's drawables, ready for the inner loops, fine enough for a size of pixel in metres."""
 
-    def __init__(
-        self, model: mujoco.MjModel, background: frozenset[int], pixel: float, textures: TexturePool
-    ) -> None:
+    def __init__(self, model: mujoco.MjModel, background: frozenset[int], pixel: float, textures: TexturePool) -> None:
         _check_lights(model)
-        self.model = model
         self.pixel = pixel
-        self.drawables = _drawables(model, _CELL * pixel)
-        self.geometry = _geometry(self.drawables)
+        drawables = _drawables(model, _CELL * pixel)
+        self.geometry = _geometry(drawables)
         pooled = [textures.add(_picture(model, texture)) for texture in range(model.ntex)]
         skies = [pooled[i] for i in range(model.ntex) if model.tex_type[i] == mujoco.mjtTexture.mjTEXTURE_SKYBOX]
         self.sky = skies[0] if skies else -1
         self._lights, self._unshadowed, self._light_colors = _lights_of(model)
         self.materials = arrays.Materials(
-            np.array([d.rgba for d in self.drawables], np.float32),
-            np.array([(*d.gloss, _FAINTEST ** (2 / max(d.gloss[2], 1e-3))) for d in self.drawables], np.float32),
-            np.array([pooled[d.texture] if d.texture >= 0 else -1 for d in self.drawables], np.int32),
-            np.array([d.mapping for d in self.drawables], np.float32),
+            np.array([d.rgba for d in drawables], np.float32),
+            np.array([(*d.gloss, _FAINTEST ** (2 / max(d.gloss[2], 1e-3))) for d in drawables], np.float32),
+            np.array([pooled[d.texture] if d.texture >= 0 else -1 for d in drawables], np.int32),
+            np.array([d.mapping for d in drawables], np.float32),
         )
-        still = np.array([not d.is_site and d.body in background for d in self.drawables])
+        still = np.array([not d.is_site and d.body in background for d in drawables])
         opaque = self.materials.rgba[:, 3] >= _OPAQUE
-        bounded = np.array([not d.unbounded for d in self.drawables])
+        bounded = np.array([not d.unbounded for d in drawables])
         self.background = np.flatnonzero(still & opaque).astype(np.int32)
         self.moving = np.flatnonzero(~still & opaque).astype(np.int32)
         self.transparent = np.flatnonzero(~opaque).astype(np.int32)
@@ -230,16 +227,16 @@ class _Prepared:
         self.casting = np.flatnonzero(~(still & opaque) & bounded).astype(np.int32)
         self.background_casting = np.flatnonzero(still & opaque & bounded).astype(np.int32)
         self.endless = np.flatnonzero(~bounded).astype(np.int32)
-        self.still = self._digest()
-        self._geoms = np.array([d.index for d in self.drawables if not d.is_site], dtype=np.int64)
-        self._sites = np.array([d.index for d in self.drawables if d.is_site], dtype=np.int64)
+        self.still = self._digest([(d, drawables[d]) for d in self.background])
+        self._geoms = np.array([d.index for d in drawables if not d.is_site], dtype=np.int64)
+        self._sites = np.array([d.index for d in drawables if d.is_site], dtype=np.int64)
 
-    def _digest(self) -> bytes:
+    def _digest(self, background: list[tuple[int, _Drawable]]) -> bytes:
         """The same for scenes whose backgrounds look alike."""
         found = hashlib.sha256(repr((self.pixel, self.sky)).encode())
-        for d in self.background:
-            shape = self.drawables[d].shape
-            for array in (shape.places, shape.triangles, shape.corners, shape.normals, self.drawables[d].scale):
+        for d, drawable in background:
+            shape = drawable.shape
+            for array in (shape.places, shape.triangles, shape.corners, shape.normals, drawable.scale):
                 found.update(array.tobytes())
             for array in self.materials:
                 found.update(array[d].tobytes())
@@ -250,8 +247,8 @@ class _Prepared:
 
         :raises ValueError: if one is not finite.
         """
-        poses = np.empty((len(self.drawables), 12), np.float32)
         count = len(self._geoms)
+        poses = np.empty((count + len(self._sites), 12), np.float32)
         poses[:count, :9], poses[:count, 9:] = data.geom_xmat[self._geoms], data.geom_xpos[self._geoms]
         poses[count:, :9], poses[count:, 9:] = data.site_xmat[self._sites], data.site_xpos[self._sites]
         if not np.isfinite(poses).all():
@@ -263,7 +260,8 @@ class _Prepared:
         towards = np.empty((len(self._lights), 3), np.float32)
         for number, light in enumerate(self._lights):
             towards[number] = -camera.rotation[2] if light == _HEADLIGHT else -data.light_xdir[light]
-        return arrays.Lights(towards, *self._light_colors, self._unshadowed)
+        ambient, diffuse, specular = self._light_colors
+        return arrays.Lights(towards, ambient, diffuse, specular, self._unshadowed)
 
 
 def _lights_of(model: mujoco.MjModel) -> tuple[list[int], int, npt.NDArray[np.float32]]:

@@ -28,7 +28,7 @@ class TexturePool:
         :param picture: its faces, uint8 (faces, height, width, 3).
         """
         digest = hashlib.sha256(repr(picture.shape).encode())
-        digest.update(np.ascontiguousarray(picture))
+        digest.update(picture.tobytes())
         key = digest.digest()
         if key not in self._known:
             self._known[key] = len(self._known)
@@ -163,9 +163,7 @@ def draw_sky(textures, texture, camera, picture):
             dy = c[0, 1] * ray_x + c[1, 1] * ray_y + c[2, 1]
             dz = c[0, 2] * ray_x + c[1, 2] * ray_y + c[2, 2]
             # MuJoCo turns the sky's cube by 90 degrees about x.
-            r, g, b = sample_texture(
-                pixels, levels, texture, ONE, dx, dz, -dy, ZERO, ZERO, ZERO, ZERO, ZERO, ZERO
-            )
+            r, g, b = sample_texture(pixels, levels, texture, ONE, dx, dz, -dy, ZERO, ZERO, ZERO, ZERO, ZERO, ZERO)
             picture[y, x, 0] = np.uint8(r * F(255) + HALF)
             picture[y, x, 1] = np.uint8(g * F(255) + HALF)
             picture[y, x, 2] = np.uint8(b * F(255) + HALF)
