@@ -21,7 +21,8 @@ import pytest
 from scipy.spatial.transform import Rotation
 
 from mw_envs import TASKS, Trial
-from mw_envs.scene import Simulator, _FastRotation, acquire_simulator, release_simulator
+from mw_envs.sawyer import FastRotation
+from mw_envs.scene import Simulator, acquire_simulator, release_simulator
 
 # One that moves only its goal, two that reject goals near the object, one that moves bodies of the model, one with two
 # objects, one that keeps views into the simulation's data as attributes.
@@ -204,5 +205,5 @@ def test_rotations_are_scipys() -> None:
         turns += [Rotation.from_quat(quaternion).as_matrix() for quaternion in quaternions]
     for matrix in turns:
         np.testing.assert_array_equal(
-            _FastRotation.from_matrix(matrix).as_quat(), Rotation.from_matrix(matrix).as_quat()
+            FastRotation.from_matrix(matrix).as_quat(), Rotation.from_matrix(matrix).as_quat()
         )
