@@ -163,7 +163,7 @@ def _whole_scene(path: Path) -> npt.NDArray[np.uint8]:
 
 @functools.cache
 def _whole_digest() -> bytes:
-    return hashlib.sha256(model_bytes(compile_model(scene_file(_WHOLE_TASK)))).digest()
+    return hashlib.sha256(model_bytes(compile_model(scene_file(_WHOLE_TASK))).tobytes()).digest()
 
 
 def _pieces(content: npt.NDArray[np.uint8]) -> Iterator[bytes]:
