@@ -192,7 +192,7 @@ def test_simulators_are_handed_on_within_a_process() -> None:
 
 
 # Tasks of one scene
-SIBLINGS = [("drawer-open-v3", "drawer-close-v3"), ("coffee-pull-v3", "coffee-button-v3")]
+SIBLINGS = [("drawer-open-v3", "drawer-close-v3"), ("plate-slide-v3", "plate-slide-back-v3")]
 ALL_SIBLINGS = [(a, b) for a in TASKS for b in TASKS if a != b and scene_file(a) == scene_file(b)]
 
 
