@@ -1,35 +1,34 @@
 """MuJoCo simulators of MetaWorld tasks: shared within a process, and placed exactly by a trial.
 
 MetaWorld takes 0.2 s to construct a task, ignores ``reset(seed=...)`` and carries attributes over from one episode to
-the next. Here a simulator is constructed once per task and process, handed from environment to environment, and taken
-back to the state it had after construction before each trial; so an episode depends on its
-:class:`~mw_envs.tasks.Trial` alone.
+the next. Here a simulator is handed from environment to environment, and taken back to the state it had after
+construction before each trial; so an episode depends on its :class:`~mw_envs.tasks.Trial` alone.
+
+A simulator takes 22 MB, nearly all of it the compiled model. Tasks of one scene take turns with one model, so an
+environment that draws from all 50 tasks comes to have 36; a process keeps at most 50 that no environment uses.
 """
 
 from __future__ import annotations
 
 import copy
-import functools
-import math
 import threading
-import types
-from collections import defaultdict
 from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 from gymnasium import spaces
 
+from mw_envs.models import load_model, scene_file
 from mw_envs.rendering.view import Scene, explained_mujoco_import
+from mw_envs.sawyer import construct, look_away, stand_still
 from mw_envs.tasks import GOALS_PER_TASK, Trial, get_task
 
 with explained_mujoco_import():
     import mujoco
-    from metaworld.env_dict import ALL_V3_ENVIRONMENTS
-    from metaworld.sawyer_xyz_env import SawyerXYZEnv
 
 # Camera pose of the published demonstrations and checkpoints (MetaWorld 3.1 calls it corner4; 3.0 does not have it).
 CORNER2_POSITION = (0.75, 0.075, 0.7)
+_HAND_DOWN = np.array([1.0, 0.0, 1.0, 0.0])  # a quaternion that MuJoCo normalises
 # Bodies of the base scene, which no task moves: floor, table, walls around it, the robot's stand.
 _BACKGROUND = (
     "world",
@@ -45,29 +44,40 @@ _BACKGROUND = (
 _MODEL_FIELDS = ("body_pos", "site_pos")
 # Attributes that belong to the process, not to the episode.
 _KEPT_ATTRIBUTES = frozenset({"model", "data", "mujoco_renderer", "_np_random", "_np_random_seed"})
+_IDLE_SIMULATORS = 50
+_GOAL_TABLES = 1000  # of 2.4 kB
 
 
 class Simulator:
     """One task's MuJoCo simulation.
 
     :param task: a task name. ``scene`` is what renderers know it by.
+    :param predecessor: a simulator of the same scene, which is not used any more: its model is taken over.
     :raises ValueError: for an unknown task.
     """
 
-    def __init__(self, task: str) -> None:
+    def __init__(self, task: str, predecessor: Simulator | None = None) -> None:
         self.task = get_task(task).name
-        sawyer = _sawyer_class(task)()
+        self.scene_file = scene_file(task)
+        if predecessor is None:
+            self.model = load_model(self.scene_file)
+            self.data = mujoco.MjData(self.model)
+        else:
+            assert predecessor.scene_file == self.scene_file
+            predecessor.restore()
+            self.model, self.data = predecessor.model, predecessor.data
+        sawyer = construct(task, self.model, self.data)
         # The goal stays in the privileged state; the observation space is cached by MetaWorld before that is known.
         sawyer._partially_observable = False
         sawyer.__dict__.pop("sawyer_observation_space", None)
         sawyer._set_task_called = True
         sawyer._freeze_rand_vec = True
         self._sawyer = sawyer
-        self.model: mujoco.MjModel = sawyer.model
-        self.data: mujoco.MjData = sawyer.data
+        space = sawyer.sawyer_observation_space
+        self._lowest, self._highest = space.low, space.high
         self.model.cam_pos[mujoco.mj_name2id(self.model, mujoco.mjtObj.mjOBJ_CAMERA, "corner2")] = CORNER2_POSITION
         known = {self.model.body(i).name: i for i in range(self.model.nbody)}
-        self.scene = Scene(self.task, frozenset(known[name] for name in _BACKGROUND if name in known))
+        self.scene = Scene(self.scene_file.stem, frozenset(known[name] for name in _BACKGROUND if name in known))
         self._initial_model = {name: getattr(self.model, name).copy() for name in _MODEL_FIELDS}
         self._initial_attributes = {
             name: _detached(value) for name, value in sawyer.__dict__.items() if name not in _KEPT_ATTRIBUTES
@@ -80,18 +90,12 @@ class Simulator:
         """
         sawyer = self._sawyer
         goals = self._goal_table(trial.seed)
-        for name, values in self._initial_model.items():
-            getattr(self.model, name)[:] = values
-        kept = {name: value for name, value in sawyer.__dict__.items() if name in _KEPT_ATTRIBUTES}
-        sawyer.__dict__.clear()
-        sawyer.__dict__.update(kept)
-        sawyer.__dict__.update({name: _detached(value) for name, value in self._initial_attributes.items()})
-        mujoco.mj_resetData(self.model, self.data)
+        self.restore()
         sawyer._last_rand_vec = goals[trial.goal].copy()
 
         def place_without_simulating() -> npt.NDArray[np.float64]:
             del sawyer.reset_model  # MetaWorld's own again, for the second time
-            vars(sawyer).update(do_simulation=_stand_still)
+            vars(sawyer).update(do_simulation=stand_still)
             try:
                 return sawyer.reset_model()
             finally:
@@ -103,15 +107,36 @@ class Simulator:
         observation, _ = sawyer.reset()
         return np.asarray(observation, dtype=np.float64)
 
+    def restore(self) -> None:
+        """Take the simulation back to what it was after construction."""
+        for name, values in self._initial_model.items():
+            getattr(self.model, name)[:] = values
+        mujoco.mj_resetData(self.model, self.data)
+        attributes = vars(self._sawyer)
+        kept = {name: value for name, value in attributes.items() if name in _KEPT_ATTRIBUTES}
+        attributes.clear()
+        attributes.update(kept)
+        attributes.update({name: _detached(value) for name, value in self._initial_attributes.items()})
+
     def step(self, action: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.float64], float, bool]:
-        """Simulate one environment step (1/80 s).
+        """Simulate one environment step (1/80 s): what MetaWorld's own ``step`` does, without its limit of 500.
+
+        MetaWorld clips the displacement but not the gripper's effort. It also moves goal markers before
+        ``mj_forward``, which undoes that, and computes contact forces that nothing reads.
 
         :param action: shape (4,); values outside [-1, 1] are clipped.
         :return: observation (39,), MetaWorld's own dense reward (0..10), success at this very step.
         """
-        self._sawyer.curr_path_length = 0  # the step limit is the environment's, and settling must not count
-        # MetaWorld clips the displacement itself but not the gripper's effort.
-        observation, reward, _, _, info = self._sawyer.step(np.clip(action, -1.0, 1.0))
+        sawyer, data = self._sawyer, self.data
+        action = np.minimum(np.maximum(action, -1.0), 1.0)
+        hand = data.mocap_pos + action[:3] * sawyer.action_scale
+        data.mocap_pos = np.minimum(np.maximum(hand, sawyer.mocap_low), sawyer.mocap_high)
+        data.mocap_quat = _HAND_DOWN
+        data.ctrl[:] = action[3], -action[3]
+        mujoco.mj_step(self.model, data, nstep=sawyer.frame_skip)
+        mujoco.mj_forward(self.model, data)
+        observation = np.minimum(np.maximum(sawyer._get_obs(), self._lowest), self._highest)
+        reward, info = sawyer.evaluate_state(observation, action)
         return observation, float(reward), bool(info["success"])
 
     def _goal_table(self, seed: int) -> npt.NDArray[np.float64]:
@@ -136,113 +161,55 @@ class Simulator:
             sawyer.init_tcp = sawyer.tcp_center
 
         # Attributes of the instance, which place() removes.
-        vars(sawyer).update(_get_state_rand_vec=draw, _reset_hand=hold_hand, do_simulation=_stand_still)
+        vars(sawyer).update(
+            _get_state_rand_vec=draw,
+            _reset_hand=hold_hand,
+            do_simulation=stand_still,
+            set_state=stand_still,
+            _get_obs=look_away,
+        )
         table = []
         for _ in range(GOALS_PER_TASK):
             sawyer.reset_model()
             sawyer.reset_model()
             table.append(sawyer._last_rand_vec)
+        while len(_goal_tables) >= _GOAL_TABLES:
+            del _goal_tables[next(iter(_goal_tables))]
         _goal_tables[self.task, seed] = np.array(table)
         return _goal_tables[self.task, seed]
 
 
-@functools.cache
-def _sawyer_class(task: str) -> type[SawyerXYZEnv]:
-    """MetaWorld's environment of a task, with the model compiled once per process and copied for each simulator."""
-    base = ALL_V3_ENVIRONMENTS[task]
-    compiled: list[mujoco.MjModel] = []
-
-    def initialize_simulation(self: SawyerXYZEnv) -> tuple[mujoco.MjModel, mujoco.MjData]:
-        if not compiled:
-            compiled.append(base._initialize_simulation(self)[0])
-        model = copy.copy(compiled[0])
-        return model, mujoco.MjData(model)
-
-    methods = {
-        "_initialize_simulation": initialize_simulation,
-        "_get_curr_obs_combined_no_goal": _hand_and_objects,
-        "_get_quat_objects": _with_fast_rotations(base._get_quat_objects),
-    }
-    return type(base.__name__, (base,), methods)
-
-
-def _stand_still(ctrl: object, n_frames: int) -> None:
-    """In the place of a simulator's ``do_simulation``."""
-
-
-def _hand_and_objects(self: SawyerXYZEnv) -> npt.NDArray[np.float64]:
-    """MetaWorld's own vector of one moment, float64 (18,), to the last bit."""
-    data = self.data
-    apart = data.body("rightclaw").xpos - data.body("leftclaw").xpos
-    observation = np.zeros(4 + self._obs_obj_max_len)
-    observation[:3] = self.get_endeff_pos()
-    observation[3] = min(max(math.sqrt(apart.dot(apart)) / 0.1, 0.0), 1.0)
-    places, turns = self._get_pos_objects(), self._get_quat_objects()
-    for number in range(len(places) // 3):
-        start = 4 + 7 * number
-        observation[start : start + 3] = places[3 * number : 3 * number + 3]
-        observation[start + 3 : start + 7] = turns[4 * number : 4 * number + 4]
-    return observation
-
-
-def _with_fast_rotations(method: Any) -> types.FunctionType:
-    """A copy of a method of MetaWorld's in which ``Rotation`` is :class:`_FastRotation`."""
-    names = {**method.__globals__, "Rotation": _FastRotation}
-    return types.FunctionType(method.__code__, names, method.__name__, method.__defaults__, method.__closure__)
-
-
-class _FastRotation:
-    """Of SciPy's ``Rotation``, all that MetaWorld uses; it computes the same without checking a matrix of MuJoCo's."""
-
-    def __init__(self, quaternion: npt.NDArray[np.float64]) -> None:
-        self._quaternion = quaternion
-
-    @classmethod
-    def from_matrix(cls, matrix: npt.NDArray[np.float64]) -> _FastRotation:
-        """Shepperd's method with Markley's choice of the largest component, as SciPy has it."""
-        m = matrix.tolist()
-        diagonal = [m[0][0], m[1][1], m[2][2]]
-        trace = diagonal[0] + diagonal[1] + diagonal[2]
-        largest = max(diagonal)
-        if trace > largest:  # of equal ones SciPy takes the first, which is not the trace
-            q = [m[2][1] - m[1][2], m[0][2] - m[2][0], m[1][0] - m[0][1], 1 + trace]
-        else:
-            i = diagonal.index(largest)
-            j, k = (i + 1) % 3, (i + 2) % 3
-            q = [0.0, 0.0, 0.0, m[k][j] - m[j][k]]
-            q[i] = 1 - trace + 2 * m[i][i]
-            q[j] = m[j][i] + m[i][j]
-            q[k] = m[k][i] + m[i][k]
-        length = math.sqrt(q[0] * q[0] + q[1] * q[1] + q[2] * q[2] + q[3] * q[3])
-        return cls(np.array(q) / length)
-
-    def as_quat(self) -> npt.NDArray[np.float64]:
-        """The quaternion, scalar last, (4,)."""
-        return self._quaternion
-
-
 def _detached(value: Any) -> Any:
     """A copy of an attribute; but a view into the simulation's data stays a view of it, as MetaWorld has it."""
-    if isinstance(value, np.ndarray) and not value.flags.owndata:
+    if isinstance(value, np.ndarray):
+        return value.copy() if value.flags.owndata else value
+    if isinstance(value, _UNCHANGING):
         return value
     return copy.deepcopy(value)
 
 
-# 2.4 kB a table; a process meets some dozens of (task, seed) pairs.
+_UNCHANGING = (bool, int, float, str, np.generic, type(None), spaces.Space)
 _goal_tables: dict[tuple[str, int], npt.NDArray[np.float64]] = {}
-_idle: defaultdict[str, list[Simulator]] = defaultdict(list)
+_idle: list[Simulator] = []  # those given back last at the end
 _idle_lock = threading.Lock()
 
 
 def acquire_simulator(task: str) -> Simulator:
-    """Take an idle simulator of this task from the process, or construct one."""
+    """Take from the process an idle simulator of this task, or make one, of an idle one of the same scene if it can."""
+    wanted = scene_file(task)
+    predecessor = None
     with _idle_lock:
-        if _idle[task]:
-            return _idle[task].pop()
-    return Simulator(task)
+        of_scene = [simulator for simulator in reversed(_idle) if simulator.scene_file == wanted]
+        if of_scene:
+            predecessor = next((simulator for simulator in of_scene if simulator.task == task), of_scene[0])
+            _idle.remove(predecessor)
+    if predecessor is not None and predecessor.task == task:
+        return predecessor
+    return Simulator(task, predecessor)
 
 
 def release_simulator(simulator: Simulator) -> None:
-    """Give a simulator back for the next environment of this process that wants its task."""
+    """Give a simulator back for the next environment of this process that wants its task or its scene."""
     with _idle_lock:
-        _idle[simulator.task].append(simulator)
+        _idle.append(simulator)
+        del _idle[:-_IDLE_SIMULATORS]

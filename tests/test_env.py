@@ -271,6 +271,9 @@ def test_one_frame_per_decision(fakes: Fakes) -> None:
     for decision in range(3):
         env.step(still(env))
         assert len(fakes.views) == 2 + decision
+    fakes.success_at |= {15 + 15 + 2}
+    assert env.step(still(env))[4]["env_steps"] == 2
+    assert len(fakes.views) == 5  # also where the episode ends inside the chunk
 
 
 def test_settle_steps_are_not_counted(fakes: Fakes) -> None:
@@ -453,6 +456,26 @@ def test_recorded_frames(fakes: Fakes) -> None:
     _, _, _, _, info = env.step(still(env))
     assert info["frames"][:, 0, 0, 0].tolist() == [6, 7]
     assert info["frames"].shape == (2, 480, 480, 3)
+
+
+@pytest.mark.parametrize("chunk", [4, 5])
+def test_recorded_frames_are_what_single_steps_show(expert_actions: npt.NDArray[np.float32], chunk: int) -> None:
+    actions = expert_actions[:7]
+    options: dict[str, Any] = {"task": EXPERT_TASK, "image_size": 32, "horizon": EXPERT_HORIZON}
+    single = MetaWorldEnv("MT1", render_mode="rgb_array", **options)
+    chunks = MetaWorldEnv("MT1", record_frames=True, action_chunk=chunk, **{**options, "horizon": len(actions)})
+    for env in (single, chunks):
+        env.reset(options=EXPERT_TRIAL)
+    padded = np.concatenate([actions, np.ones((-len(actions) % chunk, 4), dtype=np.float32)])
+    recorded = [chunks.step(part)[4] for part in padded.reshape(-1, chunk, 4)]
+    assert [info["env_steps"] for info in recorded] == [chunk, len(actions) - chunk]
+    frames = np.concatenate([info["frames"] for info in recorded])
+    assert len(frames) == len(actions)
+    for action, frame in zip(actions, frames, strict=True):
+        single.step(action)
+        np.testing.assert_array_equal(frame, single.render())
+    single.close()
+    chunks.close()
 
 
 def test_render_shows_the_full_view() -> None:

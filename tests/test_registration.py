@@ -75,12 +75,12 @@ try:
 except gym.error.Error as error:
     bare = type(error).__name__
 env = gym.make("mw_envs:MetaWorldMT50-v0")
-from mw_envs import scene
+from mw_envs import sawyer
 print(json.dumps({
     "bare": bare,
     "tasks": len(env.unwrapped.tasks),
     "drawing": [name for name in ("mujoco.egl", "mujoco.osmesa", "OpenGL") if name in sys.modules],
-    "simulators": scene._sawyer_class.cache_info().currsize,
+    "simulators": sawyer.sawyer_class.cache_info().currsize,
 }))
 """
     environment = {key: value for key, value in os.environ.items() if key != "MUJOCO_GL"}

@@ -7,10 +7,13 @@ All comparisons are of equality; nothing here has a tolerance.
 from __future__ import annotations
 
 import functools
+import gc
 import hashlib
-import itertools
 import multiprocessing
+import os
 import pickle
+import weakref
+from pathlib import Path
 
 import gymnasium as gym
 import metaworld
@@ -18,10 +21,10 @@ import mujoco
 import numpy as np
 import numpy.typing as npt
 import pytest
-from scipy.spatial.transform import Rotation
 
-from mw_envs import TASKS, Trial
-from mw_envs.scene import Simulator, _FastRotation, acquire_simulator, release_simulator
+from mw_envs import TASKS, Trial, scene, suite_tasks
+from mw_envs.models import scene_file
+from mw_envs.scene import Simulator, acquire_simulator, release_simulator
 
 # One that moves only its goal, two that reject goals near the object, one that moves bodies of the model, one with two
 # objects, one that keeps views into the simulation's data as attributes.
@@ -188,21 +191,139 @@ def test_simulators_are_handed_on_within_a_process() -> None:
     release_simulator(another)
 
 
+# Tasks of one scene
+SIBLINGS = [("drawer-open-v3", "drawer-close-v3"), ("plate-slide-v3", "plate-slide-back-v3")]
+ALL_SIBLINGS = [(a, b) for a in TASKS for b in TASKS if a != b and scene_file(a) == scene_file(b)]
+
+
+@pytest.fixture
+def nothing_idle(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scene, "_idle", [])
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    SIBLINGS + [pytest.param(*pair, marks=pytest.mark.slow) for pair in ALL_SIBLINGS if pair not in SIBLINGS],
+)
+def test_tasks_of_one_scene_take_turns_with_a_model(nothing_idle: None, first: str, second: str) -> None:
+    trials = [Trial(first, SEED, 3), Trial(second, SEED, 4)] * 2
+    alone = [our_episode(Simulator(trial.task), trial) for trial in trials[:2]] * 2
+    models = []
+    for trial, expected in zip(trials, alone, strict=True):
+        simulator = acquire_simulator(trial.task)
+        assert simulator.task == trial.task
+        assert_same(our_episode(simulator, trial), expected)
+        models.append(simulator.model)
+        release_simulator(simulator)
+    assert all(model is models[0] for model in models)
+    assert len(scene._idle) == 1
+
+
+def test_a_simulator_in_use_is_nobodys_predecessor(nothing_idle: None) -> None:
+    first, second = SIBLINGS[0]
+    in_use, other = acquire_simulator(first), acquire_simulator(second)
+    assert in_use.model is not other.model
+    release_simulator(other)
+    release_simulator(in_use)
+    assert acquire_simulator(second) is other  # its own task's rather than the one that was given back last
+
+
+def test_few_simulators_wait_for_use(nothing_idle: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scene, "_IDLE_SIMULATORS", 3)
+    simulators = [acquire_simulator(task) for task in ("reach-v3", "push-v3", "reach-v3", "sweep-v3", "push-v3")]
+    for simulator in simulators:
+        simulator.place(Trial(simulator.task, SEED, 0))
+        simulator.step(np.zeros(4, dtype=np.float32))
+    kept = simulators[2:]
+    models = [weakref.ref(simulator.model) for simulator in simulators]
+    gc.disable()  # 22 MB each are not to wait for a collection
+    try:
+        for simulator in simulators:
+            release_simulator(simulator)
+        assert scene._idle == kept
+        del simulators, simulator
+        assert [model() is None for model in models] == [True, True, False, False, False]
+    finally:
+        gc.enable()
+
+
+def test_few_goal_tables_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scene, "_goal_tables", {})
+    monkeypatch.setattr(scene, "_GOAL_TABLES", 2)
+    simulator = Simulator("push-v3")
+    first = [simulator._goal_table(seed) for seed in range(4)]
+    assert list(scene._goal_tables) == [("push-v3", 2), ("push-v3", 3)]
+    for seed in range(4):
+        np.testing.assert_array_equal(simulator._goal_table(seed), first[seed])
+    assert not np.array_equal(first[0], first[1])
+
+
+def fingerprint_in_turn(trial: Trial) -> str:
+    """As an environment of a worker would have it, with what earlier trials left behind."""
+    simulator = acquire_simulator(trial.task)
+    try:
+        return fingerprint(our_episode(simulator, trial))
+    finally:
+        release_simulator(simulator)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_trial_is_the_same_in_any_order_and_number_of_workers(workers: int) -> None:
+    tasks = ("drawer-open-v3", "push-v3", "drawer-close-v3", "push-back-v3", "door-open-v3", "door-close-v3")
+    trials = [Trial(task, seed, goal) for goal, seed in ((0, 1), (17, 2)) for task in tasks]
+    expected = dict(zip(trials, map(fingerprint_of, trials), strict=True))
+    assert len(set(expected.values())) == len(trials)
+    shuffled = [trials[number] for number in np.random.default_rng(workers).permutation(2 * len(trials)) % len(trials)]
+    with multiprocessing.get_context("spawn").Pool(workers) as pool:
+        found = pool.map(fingerprint_in_turn, shuffled, chunksize=1)
+        pool.close()
+        pool.join()
+    assert found == [expected[trial] for trial in shuffled]
+
+
+# Memory
+
+
+def resident_megabytes() -> float:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+
+def growth_by_changes_of_task(tasks: list[str], changes: int) -> tuple[float, float]:
+    """Megabytes that a process has more after so many changes of task, and that all tasks took in the first place."""
+    before = resident_megabytes()
+    env = gym.make("mw_envs:MetaWorldMT50-v0", tasks=tasks, image_size=32, settle_steps=0, action_chunk=2)
+
+    def episode(**options: object) -> str:
+        _, info = env.reset(options=options)
+        env.step(np.full((2, 4), 0.3, dtype=np.float32))
+        return info["task"]
+
+    env.reset(seed=0)
+    for _ in range(2):
+        for task in tasks:
+            episode(task=task)
+    after_all = resident_megabytes()
+    drawn = [episode() for _ in range(changes)]
+    assert len(set(drawn)) == len(tasks)
+    return resident_megabytes() - after_all, after_all - before
+
+
+@pytest.mark.parametrize(
+    ("tasks", "changes"),
+    [(suite_tasks("MT10"), 100), pytest.param(suite_tasks("MT50"), 1000, marks=pytest.mark.slow)],
+    ids=["MT10", "MT50"],
+)
+def test_memory_does_not_grow_with_changes_of_task(tasks: tuple[str, ...], changes: int) -> None:
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        growth, first = pool.apply(growth_by_changes_of_task, (list(tasks), changes))
+        pool.close()
+        pool.join()
+    # A single model that is not given up is 21 MB, and the allocator's own play is some.
+    assert growth < 15
+    assert first > 9 * 21  # so it measures something: nine scenes at least
+
+
 def test_an_unknown_task() -> None:
     with pytest.raises(ValueError, match=r"'reach-v2'; did you mean 'reach-v3'\?"):
         Simulator("reach-v2")
-
-
-def test_rotations_are_scipys() -> None:
-    generator = np.random.default_rng(0)
-    signs = itertools.product((1.0, -1.0), repeat=3)
-    axes = [np.eye(3)[list(order)] * s for s in signs for order in itertools.permutations(range(3))]
-    turns = [matrix for matrix in axes if np.linalg.det(matrix) > 0]  # the 24 along the axes, where components tie
-    assert len(turns) == 24
-    for scale in ([1, 1, 1, 1], [1e-9, 1e-3, 1e-9, 1], [1, 1e-9, 1e-3, 1e-9]):
-        quaternions = generator.normal(size=(500, 4)) * scale
-        turns += [Rotation.from_quat(quaternion).as_matrix() for quaternion in quaternions]
-    for matrix in turns:
-        np.testing.assert_array_equal(
-            _FastRotation.from_matrix(matrix).as_quat(), Rotation.from_matrix(matrix).as_quat()
-        )
