@@ -33,23 +33,31 @@ from mw_envs.scene import Simulator
 # Pooled pictures. Measured: mean 0.30 (median), 0.38 (largest of the usual camera), 0.71 (of all); worst patch 12.5. A
 # shift by one pixel makes the mean 1.3 or more, missing shadows 6; 828 of 846 things of 50 pixels or more are missed.
 CLOSE = Likeness(mean=0.9, worst=15.0)
-# Surfaces that touch, or two markers in one place: which is in front is decided by a fraction of a millimetre.
-TOUCHING = {("coffee-push-v3", moment) for moment in MOMENTS} | {
-    ("stick-pull-v3", "success"),
-    ("handle-pull-side-v3", "success"),
+# Where surfaces touch (the fingers what they hold, skin and sleeve of the hand near its camera) and where two markers
+# share a place, a fraction of a millimetre decides which one is in front.
+TOUCHING = {
+    ("coffee-push-v3", CAMERA, "reset"),
+    ("coffee-push-v3", CAMERA, "half-way"),
+    ("coffee-push-v3", CAMERA, "success"),
+    ("stick-pull-v3", CAMERA, "success"),
+    ("handle-pull-side-v3", CAMERA, "success"),
+    ("window-open-v3", "gripperPOV", "success"),
 }
-TOUCHING_PATCH = 50.0
+WORST_TOUCHING = 50.0
+WORST_OF_CORNER3 = 20.0  # the table's rim, near that camera
 
 FAST_LIVE = ("reach-v3", "window-open-v3", "pick-out-of-hole-v3")
-FAST_STORED = tuple(TASKS)[::3]
+FAST_STORED = ("hammer-v3", *tuple(TASKS)[2::4])
 
 
 def every_task(fast: tuple[str, ...]) -> list[object]:
     return [task if task in fast else pytest.param(task, marks=pytest.mark.slow) for task in TASKS]
 
 
-def is_close(measured: Likeness, task: str, moment: str) -> bool:
-    worst = TOUCHING_PATCH if (task, moment) in TOUCHING else CLOSE.worst
+def is_close(measured: Likeness, task: str, camera: str, moment: str) -> bool:
+    worst = WORST_OF_CORNER3 if camera == "corner3" else CLOSE.worst
+    if (task, camera, moment) in TOUCHING:
+        worst = WORST_TOUCHING
     return measured.mean <= CLOSE.mean and measured.worst <= worst
 
 
@@ -60,7 +68,7 @@ def assert_close(task: str, own: Picture, reference: npt.NDArray[np.floating | n
         for camera, of_camera, those in zip(cameras_of(task), pooled(own), reference, strict=True)
         for moment, a, b in zip(MOMENTS, of_camera, those, strict=True)
     }
-    assert {seen: found for seen, found in measured.items() if not is_close(found, task, seen[1])} == {}
+    assert {seen: found for seen, found in measured.items() if not is_close(found, task, *seen)} == {}
 
 
 @pytest.mark.parametrize("task", every_task(FAST_LIVE))
@@ -120,6 +128,6 @@ def test_what_is_missing_or_displaced_is_noticed(references: dict[str, tuple[Mom
     passed = [
         name
         for name, picture in distorted.items()
-        if is_close(likeness(pooled(picture()), pictures[0, 0]), "hammer-v3", MOMENTS[0])
+        if is_close(likeness(pooled(picture()), pictures[0, 0]), "hammer-v3", CAMERA, MOMENTS[0])
     ]
     assert passed == ["nothing"]
