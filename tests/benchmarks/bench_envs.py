@@ -1,7 +1,7 @@
 """Environment steps per second with a picture for each decision: ours, and what public packages give, in one run.
 
-    python tests/benchmarks/bench_envs.py                                       ten to fifteen minutes
-    python tests/benchmarks/bench_envs.py --sizes 480 --seconds 5 --steps 40    a glance
+    python tests/benchmarks/bench_envs.py                                                   about fifteen minutes
+    python tests/benchmarks/bench_envs.py --sizes 480 --tasks 4 --seconds 5 --steps 40      a glance
 
 All have two worker processes and random actions; episodes end at success or after 160 steps, and each new episode has
 another of the 50 tasks. What happens once (making environments, compiling, the first visit to a task) is not counted.
@@ -40,8 +40,10 @@ from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv
 
 from mw_envs import TASKS
 from mw_envs.rendering import renderer_available
-from sb3_vla.vec_env import WorkerVecEnv
+from sb3_vla import vec_env
 
+# The name it has, or had until workers gave their pictures through shared memory.
+OurVecEnv: type[VecEnv] = getattr(vec_env, "SharedMemoryVecEnv", None) or vec_env.WorkerVecEnv
 WORKERS = 2
 HORIZON = 160
 CHUNKS = (1, 5)
@@ -113,10 +115,10 @@ class PublicEnv(gym.Env[npt.NDArray[np.float64], Actions]):
             self._env = None
 
 
-def public_envs(size: int, task_changes: bool) -> list[Callable[[], gym.Env[Any, Any]]]:
-    order = [str(task) for task in np.random.default_rng(_SEED).permutation(list(TASKS))]
-    each = len(order) // WORKERS
-    shares = [order[worker * each : (worker + 1) * each] for worker in range(WORKERS)]
+def public_envs(tasks: Sequence[str], size: int, task_changes: bool) -> list[Callable[[], gym.Env[Any, Any]]]:
+    """One for each worker, with its share of the tasks."""
+    order = [str(task) for task in np.random.default_rng(_SEED).permutation(tasks)]
+    shares = [order[worker::WORKERS] for worker in range(WORKERS)]
     return [partial(PublicEnv, share if task_changes else share[:1], size) for share in shares]
 
 
@@ -126,9 +128,11 @@ def random_actions(shape: tuple[int, ...]) -> Iterator[Actions]:
         yield generator.uniform(-1, 1, shape).astype(np.float32)
 
 
-def gymnasium_rate(size: int, task_changes: bool, steps: int, steps_a_picture: int) -> float:
+def gymnasium_rate(tasks: Sequence[str], size: int, task_changes: bool, steps: int, steps_a_picture: int) -> float:
     """Environment steps per second of Gymnasium's vector environment."""
-    envs = AsyncVectorEnv(public_envs(size, task_changes), context="forkserver", autoreset_mode=AutoresetMode.SAME_STEP)
+    envs = AsyncVectorEnv(
+        public_envs(tasks, size, task_changes), context="forkserver", autoreset_mode=AutoresetMode.SAME_STEP
+    )
     try:
         envs.reset(seed=_SEED)
         _check(envs.render(), size)
@@ -137,9 +141,9 @@ def gymnasium_rate(size: int, task_changes: bool, steps: int, steps_a_picture: i
         envs.close()
 
 
-def sb3_rate(size: int, task_changes: bool, steps: int, steps_a_picture: int) -> float:
+def sb3_rate(tasks: Sequence[str], size: int, task_changes: bool, steps: int, steps_a_picture: int) -> float:
     """Environment steps per second of Stable-Baselines3's vector environment."""
-    envs = SubprocVecEnv(public_envs(size, task_changes))
+    envs = SubprocVecEnv(public_envs(tasks, size, task_changes))
     try:
         envs.seed(_SEED)
         envs.reset()
@@ -165,17 +169,20 @@ def _check(pictures: Any, size: int) -> None:
         raise RuntimeError(f"The baseline drew pictures of shapes {shapes}; expected side {size}")
 
 
-def our_rate(vec_env: type[VecEnv], size: int, chunk: int, envs_a_worker: int, seconds: float) -> float:
+def our_rate(
+    kind: type[VecEnv], tasks: Sequence[str], size: int, chunk: int, envs_a_worker: int, seconds: float
+) -> float:
     """Environment steps per second of our environments."""
-    make = partial(gym.make, "mw_envs:MetaWorldMT50-v0", image_size=size, action_chunk=chunk, horizon=HORIZON)
+    make = partial(
+        gym.make, "mw_envs:MetaWorldMT50-v0", tasks=tasks, image_size=size, action_chunk=chunk, horizon=HORIZON
+    )
     number = WORKERS * envs_a_worker
-    options = {} if vec_env is SubprocVecEnv else {"num_workers": WORKERS}
-    envs = vec_env(number * [make], **options)  # type: ignore[call-arg, arg-type]
+    options = {} if kind is SubprocVecEnv else {"num_workers": WORKERS}
+    envs = kind(number * [make], **options)  # type: ignore[call-arg, arg-type]
     try:
         envs.seed(_SEED)
-        names = list(TASKS)
-        for visit in range(len(names)):  # each environment sees each task
-            envs.set_options([{"task": names[(i - visit) % len(names)]} for i in range(number)])
+        for visit in range(len(tasks)):  # each environment sees each task
+            envs.set_options([{"task": tasks[(i - visit) % len(tasks)]} for i in range(number)])
             envs.reset()
         actions = random_actions((number, *envs.action_space.shape))  # type: ignore[misc]
         envs.reset()
@@ -201,15 +208,19 @@ def _print_machine(opengl: str | None) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=int, nargs="+", default=[480, 224, 96], help="sides of the picture, pixels")
+    parser.add_argument("--tasks", type=int, default=len(TASKS), metavar="N", help="of the 50, at even distances")
     parser.add_argument("--seconds", type=float, default=15.0, help="measured for each row of ours")
     parser.add_argument("--steps", type=int, default=HORIZON, help="vector steps of each baseline, reset at the last")
     parser.add_argument("--envs", type=int, default=8, help="environments in a worker of our own vector environment")
     options = parser.parse_args()
+    if not WORKERS <= options.tasks <= len(TASKS):
+        parser.error(f"--tasks {options.tasks}; expected {WORKERS} to {len(TASKS)}")
+    tasks = [list(TASKS)[i * len(TASKS) // options.tasks] for i in range(options.tasks)]
     opengl = next((kind for kind in ("egl", "osmesa") if renderer_available(kind)), None)
     if opengl is not None:
         os.environ["MUJOCO_GL"] = opengl  # for the workers
     _print_machine(opengl)
-    print(f"environment steps/s, {WORKERS} workers, all tasks; ratio to the best that draws each step [each chunk]")
+    print(f"environment steps/s, {WORKERS} workers, {len(tasks)} tasks; ratio to the best that draws each step [chunk]")
 
     baselines = {"Gymnasium AsyncVectorEnv": gymnasium_rate, "SB3 SubprocVecEnv": sb3_rate}
     for size in options.sizes:
@@ -217,14 +228,14 @@ def main() -> None:
         for every in CHUNKS if opengl else ():
             for name, rate in baselines.items():
                 for task_changes in (True, False):
-                    steps_per_second = rate(size, task_changes, options.steps, every)
+                    steps_per_second = rate(tasks, size, task_changes, options.steps, every)
                     best[every] = max(best.get(every, 0.0), steps_per_second)
                     how = f"{name}, {'' if task_changes else 'no '}task changes, a picture every {every}"
                     print(f"{size:4} px  {how:66}{steps_per_second:8.1f}", flush=True)
         for chunk in CHUNKS:
             ours = {
-                "ours in SB3 SubprocVecEnv": our_rate(SubprocVecEnv, size, chunk, 1, options.seconds),
-                f"ours in {WorkerVecEnv.__name__}": our_rate(WorkerVecEnv, size, chunk, options.envs, options.seconds),
+                "ours in SB3 SubprocVecEnv": our_rate(SubprocVecEnv, tasks, size, chunk, 1, options.seconds),
+                f"ours in {OurVecEnv.__name__}": our_rate(OurVecEnv, tasks, size, chunk, options.envs, options.seconds),
             }
             for name, steps_per_second in ours.items():
                 line = f"{size:4} px  {f'{name}, chunk {chunk}':66}{steps_per_second:8.1f}"
