@@ -20,7 +20,7 @@ from sb3_vla.demonstrations import Demonstrations
 from sb3_vla.ppo import PPO
 from sb3_vla.run import RunDirectory
 from sb3_vla.sft import DemonstrationBatches
-from sb3_vla.vec_env import WorkerVecEnv
+from sb3_vla.vec_env import SharedMemoryVecEnv
 
 
 @dataclass
@@ -150,7 +150,7 @@ def train_ppo(
         rehearsal = DemonstrationBatches(demonstrations, None, start.model.action_horizon, shift=4, seed=config.seed)
     rates = [config.final_learning_rate, config.learning_rate]
     make = functools.partial(gym.make, f"mw_envs:MetaWorld{suite}-v0", **env_kwargs)
-    env = WorkerVecEnv([make] * config.num_envs, config.num_workers)
+    env = SharedMemoryVecEnv([make] * config.num_envs, num_workers=config.num_workers)
     try:
         model = PPO(
             "VLAPolicy",
