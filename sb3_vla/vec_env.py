@@ -412,10 +412,10 @@ class SharedMemoryVecEnv(SubprocVecEnv):
             dead = self._workers[number]
             if not self.restart_workers:
                 raise RuntimeError(dead.obituary())
-            self._deaths[number] += 1
-            if self._deaths[number] >= _TOO_MANY_DEATHS:
+            self._deaths[number] = min(self._deaths[number] + 1, _TOO_MANY_DEATHS)
+            if self._deaths[number] == _TOO_MANY_DEATHS:
                 raise RuntimeError(
-                    f"{dead.obituary()} It died {self._deaths[number]} times without a step between, so it is not "
+                    f"{dead.obituary()} It died {_TOO_MANY_DEATHS} times without a step between, so it is not "
                     "replaced again."
                 )
             dead.bury()

@@ -37,6 +37,7 @@ KINDS: dict[str, spaces.Space[Any]] = {
     "image": spaces.Box(0, 255, (8, 6, 3), np.uint8),
     "text": spaces.Text(8),
 }
+DEADLY = 7.0  # an action, here
 ARRAYS = [kind for kind in KINDS if kind != "text"]
 
 
@@ -108,6 +109,28 @@ def five() -> Iterator[SharedMemoryVecEnv]:
     env = SharedMemoryVecEnv(toys(5), start_method="fork", num_workers=2)
     yield env
     env.close()
+
+
+class Mortal(Toy):
+    """Kills its process when an action, or a file, says so."""
+
+    def __init__(self, deadly: Path | None = None) -> None:
+        super().__init__()
+        self.deadly = deadly
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        if self.deadly is not None and self.deadly.exists():
+            self.deadly.unlink()
+            self.end_process()
+        return super().reset(seed=seed, options=options)
+
+    def step(self, action: npt.NDArray[np.float32]) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        if action[0] == DEADLY:
+            os._exit(3)
+        return super().step(action)
+
+    def set_colour(self, colour: int) -> None:
+        self.colour = colour
 
 
 class Broad(SlowToy):
@@ -492,6 +515,157 @@ def test_a_worker_that_dies_at_work(five: SharedMemoryVecEnv) -> None:
     with pytest.raises(RuntimeError, match=r"Worker 1 .* died with exit code -9"):
         five.env_method("end_process", indices=[0 + 3])
     assert five.env_method("process", indices=[0, 1]) == [five.processes[0].pid] * 2
+
+
+# Replaced workers
+
+
+def restarting(start_method: str = "fork", deadly: Path | None = None) -> SharedMemoryVecEnv:
+    """Five environments in two workers, 0 to 1 and 2 to 4, that may die."""
+    mortal = functools.partial(Mortal, deadly)
+    return SharedMemoryVecEnv([mortal] * 5, start_method, num_workers=2, restart_workers=True)
+
+
+def row(observations: Any, i: int) -> dict[str, npt.NDArray[Any]]:
+    return {key: value[i] for key, value in observations.items()}
+
+
+def without_death(seed: int, actions: npt.NDArray[np.float32]) -> tuple[list[Any], DummyVecEnv]:
+    """The course of the same environments where nobody dies."""
+    dummy = DummyVecEnv([Mortal] * 5)
+    dummy.seed(seed)
+    dummy.reset()
+    return [(*dummy.step(action), copy.deepcopy(dummy.reset_infos)) for action in actions], dummy
+
+
+@pytest.mark.parametrize(("start_method", "how"), [("fork", "idle"), ("fork", "in step"), ("forkserver", "in step")])
+def test_a_worker_is_replaced_and_the_others_lose_nothing(start_method: str, how: str) -> None:
+    generator = np.random.default_rng(1)
+    actions = generator.uniform(-1, 1, (12, 5, 2)).astype(np.float32)
+    expected, _ = without_death(11, actions)
+    env = restarting(start_method)
+    env.seed(11)
+    last = env.reset()
+    env.set_attr("colour", 1)
+    env.env_method("set_colour", 2, indices=[3])
+    env.set_attr("colour", 3, indices=[4])
+    killed = env.processes[1].pid
+    for step, action in enumerate(actions):
+        given = action.copy()
+        if step == 3 and how == "idle":
+            os.kill(killed or 0, signal.SIGKILL)
+        elif step == 3:
+            given[4] = DEADLY
+        observations, rewards, dones, infos = env.step(given)
+        for i in (0, 1):
+            assert_equal(row(observations, i), row(expected[step][0], i))
+            assert (rewards[i], dones[i]) == (expected[step][1][i], expected[step][2][i])
+            assert_equal(infos[i], expected[step][3][i])
+            assert_equal(env.reset_infos[i], expected[step][4][i])
+        for i in (2, 3, 4):
+            assert infos[i].get("worker_restarted", False) == (step == 3)
+            if step == 3:
+                assert rewards[i] == 0 and dones[i]
+                assert infos[i]["TimeLimit.truncated"] and infos[i]["env_steps"] == 0
+                assert_equal(infos[i]["terminal_observation"], row(last, i))
+                # A trial that this environment has not had, and the same whenever this is run again.
+                seed = int(np.random.SeedSequence([11 + i, 1]).generate_state(1)[0])
+                first, info = Mortal().reset(seed=seed)
+                assert_equal(row(observations, i), first)
+                assert_equal(env.reset_infos[i], info)
+        last = observations
+    assert env.dropped_episodes == 3
+    assert env.get_attr("colour") == [1, 1, 1, 2, 3]
+    assert env.processes[1].pid != killed and not living([killed or 0])
+    env.close()
+
+
+@pytest.mark.parametrize("dying", [0, 1])
+def test_a_worker_is_replaced_between_halves(dying: int) -> None:
+    """Both halves of its environments are lost, each told of in its own step; the others go on."""
+    actions = np.random.default_rng(1).uniform(-1, 1, (6, 5, 2)).astype(np.float32)
+    expected, _ = without_death(11, actions)
+    env = restarting()
+    env.seed(11)
+    env.reset()
+    victim = int(env.halves[dying][-1])
+    assert victim in env.shares[1]
+    told: list[tuple[int, int]] = []
+    for step in range(6):
+        for half in (0, 1):
+            given = actions[step].copy()
+            given[victim] = DEADLY if step == 2 else given[victim]
+            env.step_half_async(half, given[env.halves[half]])
+            if step == 2 and half == 0:
+                time.sleep(0.3)  # the death of half 0 is found when half 1 is begun
+        for half in (0, 1):
+            observations, rewards, _, infos = env.step_half_wait(half)
+            for place, i in enumerate(env.halves[half]):
+                if i in env.shares[0]:
+                    assert_equal(row(observations, place), row(expected[step][0], i))
+                    assert rewards[place] == expected[step][1][i]
+                elif infos[place].get("worker_restarted"):
+                    told.append((step, int(i)))
+    assert sorted(i for _, i in told) == [2, 3, 4]
+    assert {step for step, _ in told} <= {2, 3}
+    assert env.dropped_episodes == 3
+    env.close()
+
+
+def test_requests_are_made_again_in_the_new_worker(tmp_path: Path) -> None:
+    env = restarting(deadly=tmp_path / "deadly")
+    dummy = DummyVecEnv([Mortal] * 5)
+    for one in (env, dummy):
+        one.seed(4)
+    (tmp_path / "deadly").touch()  # the first environment to be reset dies of it
+    assert_equal(env.reset(), dummy.reset())
+    assert_equal(env.reset_infos, dummy.reset_infos)
+    assert env.dropped_episodes == 0, "an episode that has not begun is not lost"
+    assert_same_course(env, dummy, 4)
+    os.kill(env.processes[0].pid or 0, signal.SIGKILL)
+    assert env.env_method("process", indices=[0, 1]) == [env.processes[0].pid] * 2
+    infos = env.step(np.zeros((5, 2), np.float32))[3]
+    assert [info.get("worker_restarted", False) for info in infos] == [True, True, False, False, False]
+    env.close()
+
+
+def test_a_worker_that_dies_again_and_again() -> None:
+    env = restarting()
+    env.reset()
+    deadly = np.zeros((5, 2), np.float32)
+    deadly[0] = DEADLY
+    for _ in range(3):  # with a step between, as often as one likes
+        env.step(deadly)
+        env.step(np.zeros((5, 2), np.float32))
+    assert env.dropped_episodes == 6
+    env.step(deadly)
+    env.step(deadly)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"Worker 0 .* exit code 3.* died 3 times without a step between"):
+            env.step(deadly)
+    with pytest.raises(RuntimeError, match=r"Worker 1 .* exit code -9.* died 3 times"):
+        env.env_method("end_process", indices=[2])
+    env.close()
+
+
+def test_a_replacement_that_cannot_be_made(tmp_path: Path) -> None:
+    """Its environment fails: the cause is told, and no process is left."""
+
+    def make() -> Mortal:
+        if (tmp_path / "gone").exists():
+            raise OSError("the disk is full")
+        return Mortal()
+
+    env = SharedMemoryVecEnv([make] * 2, "fork", num_workers=1, restart_workers=True)
+    env.reset()
+    (tmp_path / "gone").touch()
+    os.kill(env.processes[0].pid or 0, signal.SIGKILL)
+    with pytest.raises(RuntimeError, match=r"(?s)worker 0.*OSError: the disk is full"):
+        env.step(np.zeros((2, 2), np.float32))
+    env.close()
+
+
+# Ends
 
 
 def test_closing_while_others_are_in_the_middle_of_a_step() -> None:
