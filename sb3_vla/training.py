@@ -54,6 +54,7 @@ class PPOConfig:
     :param task_sampling: ``uniform``, or ``signal`` to draw more often what is solved now and then.
     :param rehearsal_coef: weight of the imitation loss on demonstrations; 0 for none.
     :param rehearsal_batch_size: frames of demonstrations per minibatch.
+    :param overlap: simulate one half of the environments while the policy decides for the other; pays with a GPU.
     :param bf16: bfloat16 autocast of updates; None where the processor has it.
     :param checkpoint_interval: iterations between checkpoints.
     :param seed: of environments and exploration.
@@ -86,6 +87,7 @@ class PPOConfig:
     task_sampling: str = "signal"
     rehearsal_coef: float = 0.0
     rehearsal_batch_size: int = 64
+    overlap: bool = False
     bf16: bool | None = False
     checkpoint_interval: int = 5
     seed: int = 0
@@ -178,6 +180,7 @@ def train_ppo(
             bootstrap_truncated=False,
             noise_scale=lambda remaining: np.interp(remaining, [0, 1], [config.final_noise_scale, 1.0]).item(),
             task_sampling=config.task_sampling,
+            overlap=config.overlap,
             bf16=config.bf16,
             seed=config.seed,
             policy_kwargs={

@@ -47,10 +47,10 @@ _CALL = "call"
 class SharedMemoryVecEnv(SubprocVecEnv):
     """``n`` environments in a few worker processes, contiguous shares; otherwise as ``DummyVecEnv``.
 
-    ``reset``, and a step's beginning, give up what a step before still brings (``step_async`` without ``step_wait``, or
-    a ``step`` that Ctrl-C broke off); other calls leave a step under way alone. An exception in an environment reaches
-    the caller with its traceback and leaves the workers running, so that ``reset`` can start anew. Workers end with
-    :meth:`close`, and by themselves when the parent ends.
+    ``reset``, and the beginning of a step, give up what an earlier step still brings (``step_async`` without
+    ``step_wait``, or a ``step`` that Ctrl-C broke off); other calls leave a step under way alone. An exception in an
+    environment reaches the caller with its traceback and leaves the workers running, so that ``reset`` can start anew.
+    Workers end with :meth:`close`, and by themselves when the parent ends.
 
     **Halves.** ``halves`` are the numbers of two halves of the environments, and every worker has a part in both. With
     :meth:`step_half_async` and :meth:`step_half_wait` all workers simulate one half while the caller decides for the
@@ -143,7 +143,7 @@ class SharedMemoryVecEnv(SubprocVecEnv):
         return first, second
 
     def step_async(self, actions: np.ndarray) -> None:
-        self._give_up_steps()
+        self._give_up_steps(_STEP, *_HALF_STEPS)
         self._begin_step(_STEP, actions)
 
     def step_wait(self) -> VecEnvStepReturn:
@@ -152,16 +152,14 @@ class SharedMemoryVecEnv(SubprocVecEnv):
         return self._end_step(_STEP)
 
     def step_half_async(self, half: int, actions: np.ndarray) -> None:
-        """Begin a step of a half of the environments.
+        """Begin a step of a half of the environments, whatever the other half does.
 
         :param half: 0 or 1.
         :param actions: of the environments ``halves[half]``.
         :raises ValueError: if there is no such half, or the number of actions is wrong.
-        :raises RuntimeError: if a step of these environments is under way.
         """
         kind = _half_step(half)
-        if self._under_way & {_STEP, kind}:
-            raise RuntimeError(f"A step of half {half} is under way: wait for its end before the next one")
+        self._give_up_steps(_STEP, kind)
         self._begin_step(kind, actions)
 
     def step_half_wait(self, half: int) -> VecEnvStepReturn:
@@ -175,7 +173,7 @@ class SharedMemoryVecEnv(SubprocVecEnv):
         return self._end_step(kind)
 
     def reset(self) -> VecEnvObs:
-        self._give_up_steps()
+        self._give_up_steps(_STEP, *_HALF_STEPS)
         pairs = list(zip(self._seeds, self._options, strict=True))
         answers = self._ask(
             {
@@ -377,12 +375,12 @@ class SharedMemoryVecEnv(SubprocVecEnv):
                 self._seen[i] = (arrays, row)
         return dict_to_obs(self.observation_space, dict(arrays))
 
-    def _give_up_steps(self) -> None:
-        for kind in self._under_way:
+    def _give_up_steps(self, *kinds: str) -> None:
+        for kind in self._under_way.intersection(kinds):
             for worker in self._workers:
                 with suppress(WorkerDiedError):  # reported by the request that is coming
                     worker.give_up(kind)
-        self._under_way.clear()
+            self._under_way.remove(kind)
 
     def _check_open(self) -> None:
         if self.closed:
