@@ -103,6 +103,8 @@ class SharedMemoryVecEnv(SubprocVecEnv):
         self._under_way: set[str] = set()  # kinds of steps
         self._env_fns = env_fns
         self._context: Any = mp.get_context(start_method)
+        if start_method == "forkserver":  # every worker would import for itself, for seconds and 170 MB
+            self._context.set_forkserver_preload(["__main__", "sb3_vla.env_worker"])
         self._workers: list[Worker] = []
         # By worker: deaths since its last step, replacements, and the requests to make of a replacement.
         self._deaths, self._replaced = [0] * workers, [0] * workers

@@ -252,6 +252,60 @@ def test_metaworld() -> None:
     dummy.close()
 
 
+def assert_same_arrays(one: dict[str, npt.NDArray[Any]], other: dict[str, npt.NDArray[Any]]) -> None:
+    assert one.keys() == other.keys()
+    for key, value in one.items():
+        np.testing.assert_array_equal(value, other[key], strict=True)
+
+
+TRIALS = [
+    {"task": "reach-v3", "goal": 4, "seed": 1},
+    {"task": "drawer-open-v3", "goal": 2, "seed": 0},
+    {"task": "reach-v3", "goal": 3, "seed": 0},
+    {"task": "push-v3", "goal": 1, "seed": 2},
+]
+
+
+def test_a_trial_is_the_same_in_any_process_order_and_number_of_workers() -> None:
+    make = functools.partial(
+        gym.make, "mw_envs:MetaWorldMT10-v0", image_size=40, horizon=6, action_chunk=2, privileged_state=True
+    )
+    actions = np.random.default_rng(0).uniform(-1, 1, (3, len(TRIALS), 2, 4)).astype(np.float32)
+    single = make()
+    expected: list[list[dict[str, Any]]] = []
+    for i, trial in enumerate(TRIALS):
+        course = [single.reset(options=trial)[0]]
+        course += [single.step(action[i])[0] for action in actions]
+        expected.append(course)
+    single.close()
+    assert len({course[0]["image"].tobytes() for course in expected}) == len(TRIALS)
+    for workers in (1, 2, 3):
+        order = np.roll(np.arange(len(TRIALS)), workers)[::-1]  # environment i runs trial order[i]
+        env = SharedMemoryVecEnv([make] * len(TRIALS), "fork", num_workers=workers)
+        for by_halves in (False, True):
+            env.set_options([TRIALS[i] for i in order])
+            observations: Any = env.reset()
+            for i, trial in enumerate(order):
+                assert_same_arrays(row(observations, i), expected[trial][0])
+            for step, action in enumerate(actions):
+                if by_halves:
+                    for half in (0, 1):
+                        env.step_half_async(half, action[order][env.halves[half]])
+                    infos = [{}] * len(TRIALS)
+                    for half in (0, 1):
+                        part, _, _, part_infos = env.step_half_wait(half)
+                        for place, i in enumerate(env.halves[half]):
+                            infos[i] = part_infos[place]
+                            for key in observations:
+                                observations[key][i] = part[key][place]
+                else:
+                    observations, _, _, infos = env.step(action[order])
+                for i, trial in enumerate(order):
+                    found = infos[i].get("terminal_observation", row(observations, i))
+                    assert_same_arrays(found, expected[trial][step + 1])
+        env.close()
+
+
 def test_methods_and_attributes_over_the_border_of_workers(five: SharedMemoryVecEnv) -> None:
     dummy = DummyVecEnv(toys(5))
     for env in (five, dummy):
