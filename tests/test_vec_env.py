@@ -119,9 +119,10 @@ class Mortal(Toy):
         self.deadly = deadly
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
-        if self.deadly is not None and self.deadly.exists():
-            self.deadly.unlink()
-            self.end_process()
+        if self.deadly is not None:
+            with suppress(FileNotFoundError):  # only one of the workers that come at the same time finds it
+                self.deadly.unlink()
+                self.end_process()
         return super().reset(seed=seed, options=options)
 
     def step(self, action: npt.NDArray[np.float32]) -> tuple[Any, float, bool, bool, dict[str, Any]]:
