@@ -12,10 +12,10 @@ import stable_baselines3
 import mw_envs as mw_envs
 from sb3_vla.policies import VLAPolicy
 from sb3_vla.ppo import PPO
-from sb3_vla.vec_env import WorkerVecEnv
+from sb3_vla.vec_env import SharedMemoryVecEnv
 
 __version__ = version("sb3-vla")
-__all__ = ["PPO", "VLAPolicy", "WorkerVecEnv", "__version__"]
+__all__ = ["PPO", "SharedMemoryVecEnv", "VLAPolicy", "__version__"]
 
 stable_baselines3.PPO.policy_aliases["VLAPolicy"] = VLAPolicy  # type: ignore[assignment]
 sb3_contrib.TRPO.policy_aliases["VLAPolicy"] = VLAPolicy  # type: ignore[assignment]

@@ -55,7 +55,7 @@ from sb3_vla.trial_envs import (
     make_trial_vec_env,
     plain_env_kwargs,
 )
-from sb3_vla.vec_env import WorkerVecEnv
+from sb3_vla.vec_env import SharedMemoryVecEnv
 from sb3_vla.videos import temporary_path
 
 __all__ = [
@@ -246,7 +246,7 @@ def _misfit(what: str, expected: tuple[int, ...] | None) -> ValueError:
 
 
 @contextmanager
-def _closing(vec_env: WorkerVecEnv, films: VideoOptions | None) -> Iterator[None]:
+def _closing(vec_env: SharedMemoryVecEnv, films: VideoOptions | None) -> Iterator[None]:
     """Close the workers, and delete what was not finished by those that were killed."""
     try:
         yield

@@ -32,6 +32,7 @@ from sb3_vla.buffers import ChunkRolloutBuffer, DecisionBatch
 from sb3_vla.policies import Evaluation, VLAPolicy
 from sb3_vla.precision import autocast
 from sb3_vla.sft import DemonstrationBatches
+from sb3_vla.stepping import Clock, Decision, halved, step_by_halves, step_together
 
 _OWN_OPTIONS = (
     "value_lr",
@@ -42,6 +43,7 @@ _OWN_OPTIONS = (
     "bf16",
     "bootstrap_truncated",
     "task_sampling",
+    "overlap",
 )
 TASK_SAMPLING = ("uniform", "signal")
 # Least weight of a task that is always or never solved, where 1 is that of a task solved every other time.
@@ -88,6 +90,10 @@ class PPO(stable_baselines3.PPO):
         without noise; where that falls towards the end, the last updates fit it.
     :param task_sampling: ``uniform`` leaves the environments' own weights; ``signal`` draws a task in proportion to the
         variance p (1 - p) of its recent success, which is what a success can teach, and not below a tenth of the most.
+    :param overlap: in a rollout, simulate one half of the environments while the policy decides for the other; pays
+        where the policy runs on another device than the simulators. It needs a
+        :class:`~sb3_vla.vec_env.SharedMemoryVecEnv` without wrappers, and acts on no other environment. The policy then
+        decides for two small batches instead of one: an environment meets other exploration noise than without.
     """
 
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {  # type: ignore[assignment]
@@ -136,6 +142,7 @@ class PPO(stable_baselines3.PPO):
         bootstrap_truncated: bool = True,
         noise_scale: float | Schedule = 1.0,
         task_sampling: str = "uniform",
+        overlap: bool = False,
     ) -> None:
         self.value_lr = value_lr
         self.kl_coef = kl_coef
@@ -150,6 +157,7 @@ class PPO(stable_baselines3.PPO):
         if task_sampling not in TASK_SAMPLING:
             raise ValueError(f"Unknown task_sampling={task_sampling!r}; {did_you_mean(task_sampling, TASK_SAMPLING)}")
         self.task_sampling = task_sampling
+        self.overlap = overlap
         self.env_steps = 0
         #: rollouts that have been trained on; ``_n_updates`` counts epochs, which ``target_kl`` may cut short
         self.updates = 0
@@ -254,19 +262,12 @@ class PPO(stable_baselines3.PPO):
         self.policy.distribution.noise_scale = self.noise_scale(self._current_progress_remaining)
         buffer.reset()
         callback.on_rollout_start()
-        started, env_steps_before, simulating, inferring = time.perf_counter(), self.env_steps, 0.0, 0.0
-        for _ in range(n_rollout_steps):
-            mark = time.perf_counter()
-            with torch.no_grad():
-                observation = self.policy.prepare(obs_as_tensor(self._last_obs, self.device))  # type: ignore[arg-type]
-                chunk, values, trace = self.policy.decide(observation)
-            actions = chunk.cpu().numpy()
-            inferring += time.perf_counter() - mark
-            mark = time.perf_counter()
-            clipped = np.clip(actions, self.action_space.low, self.action_space.high)  # type: ignore[attr-defined]
-            new_obs, rewards, dones, infos = env.step(clipped)
-            simulating += time.perf_counter() - mark
-
+        started, env_steps_before, clock = time.perf_counter(), self.env_steps, Clock()
+        steps = step_by_halves if self.overlap and halved(env) else step_together
+        for decision, outcome in steps(env, self._decide, self._last_obs, n_rollout_steps, clock):  # type: ignore[arg-type]
+            # Callbacks read these from the locals, by Stable-Baselines3's names.
+            actions, clipped, values = decision.actions, decision.clipped, decision.values
+            new_obs, rewards, dones, infos = outcome.new_obs, outcome.rewards, outcome.dones, outcome.infos
             self.num_timesteps += env.num_envs
             executed = np.array([info.get("env_steps", self.policy.action_chunk) for info in infos])
             self.env_steps += int(executed.sum())
@@ -277,7 +278,7 @@ class PPO(stable_baselines3.PPO):
             self._record_episodes(infos, dones)
             rewards = self._bootstrap(rewards, dones, infos)
             assert isinstance(self._last_episode_starts, np.ndarray)
-            buffer.add(observation, trace, values, rewards, executed, self._last_episode_starts)
+            buffer.add(decision.observation, decision.trace, values, rewards, executed, self._last_episode_starts)
             self._last_obs = new_obs  # type: ignore[assignment]
             self._last_episode_starts = dones
         with torch.no_grad():
@@ -291,9 +292,17 @@ class PPO(stable_baselines3.PPO):
         self.logger.record("time/env_steps", self.env_steps, exclude="tensorboard")
         self.logger.record("perf/env_steps_per_second", (self.env_steps - env_steps_before) / seconds)
         self.logger.record("perf/decisions_per_second", n_rollout_steps * env.num_envs / seconds)
-        self.logger.record("perf/simulation_share", simulating / seconds)
-        self.logger.record("perf/inference_share", inferring / seconds)
+        self.logger.record("perf/simulation_share", clock.seconds["simulation"] / seconds)
+        self.logger.record("perf/inference_share", clock.seconds["inference"] / seconds)
         return True
+
+    @torch.no_grad()
+    def _decide(self, observations: Mapping[str, np.ndarray]) -> Decision:
+        prepared = self.policy.prepare(obs_as_tensor(dict(observations), self.device))
+        chunk, values, trace = self.policy.decide(prepared)
+        actions = chunk.cpu().numpy()
+        clipped = np.clip(actions, self.action_space.low, self.action_space.high)  # type: ignore[attr-defined]
+        return Decision(prepared, actions, clipped, values, trace)
 
     def train(self) -> None:
         """Update the policy on the rollout."""
@@ -435,10 +444,12 @@ class PPO(stable_baselines3.PPO):
 
     @torch.no_grad()
     def _bootstrap(self, rewards: np.ndarray, dones: np.ndarray, infos: list[dict[str, Any]]) -> np.ndarray:
-        """Add the discounted value of the last observation to rewards of episodes that a time limit cut."""
-        if not self.bootstrap_truncated:
-            return rewards
-        cut = [i for i, done in enumerate(dones) if done and infos[i].get("TimeLimit.truncated", False)]
+        """Add the discounted value of the last observation to rewards of episodes that a time limit cut.
+
+        Where the limit is a part of the task it is not added, but the death of a worker is never a part of the task.
+        """
+        reason = "TimeLimit.truncated" if self.bootstrap_truncated else "worker_restarted"
+        cut = [i for i, done in enumerate(dones) if done and infos[i].get(reason, False)]
         if not cut:
             return rewards
         last = [infos[i]["terminal_observation"] for i in cut]

@@ -20,7 +20,7 @@ from sb3_vla.demonstrations import Demonstrations
 from sb3_vla.ppo import PPO
 from sb3_vla.run import RunDirectory
 from sb3_vla.sft import DemonstrationBatches
-from sb3_vla.vec_env import WorkerVecEnv
+from sb3_vla.vec_env import SharedMemoryVecEnv
 
 
 @dataclass
@@ -54,6 +54,7 @@ class PPOConfig:
     :param task_sampling: ``uniform``, or ``signal`` to draw more often what is solved now and then.
     :param rehearsal_coef: weight of the imitation loss on demonstrations; 0 for none.
     :param rehearsal_batch_size: frames of demonstrations per minibatch.
+    :param overlap: simulate one half of the environments while the policy decides for the other; pays with a GPU.
     :param bf16: bfloat16 autocast of updates; None where the processor has it.
     :param checkpoint_interval: iterations between checkpoints.
     :param seed: of environments and exploration.
@@ -86,6 +87,7 @@ class PPOConfig:
     task_sampling: str = "signal"
     rehearsal_coef: float = 0.0
     rehearsal_batch_size: int = 64
+    overlap: bool = False
     bf16: bool | None = False
     checkpoint_interval: int = 5
     seed: int = 0
@@ -150,7 +152,7 @@ def train_ppo(
         rehearsal = DemonstrationBatches(demonstrations, None, start.model.action_horizon, shift=4, seed=config.seed)
     rates = [config.final_learning_rate, config.learning_rate]
     make = functools.partial(gym.make, f"mw_envs:MetaWorld{suite}-v0", **env_kwargs)
-    env = WorkerVecEnv([make] * config.num_envs, config.num_workers)
+    env = SharedMemoryVecEnv([make] * config.num_envs, num_workers=config.num_workers)
     try:
         model = PPO(
             "VLAPolicy",
@@ -178,6 +180,7 @@ def train_ppo(
             bootstrap_truncated=False,
             noise_scale=lambda remaining: np.interp(remaining, [0, 1], [config.final_noise_scale, 1.0]).item(),
             task_sampling=config.task_sampling,
+            overlap=config.overlap,
             bf16=config.bf16,
             seed=config.seed,
             policy_kwargs={

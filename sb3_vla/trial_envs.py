@@ -17,7 +17,7 @@ from gymnasium import spaces
 
 from mw_envs import Trial
 from sb3_vla.results import Protocol
-from sb3_vla.vec_env import WorkerVecEnv, available_cores
+from sb3_vla.vec_env import SharedMemoryVecEnv, available_cores
 from sb3_vla.videos import Mp4Writer, annotate, enlarge
 
 Observation = dict[str, npt.NDArray[Any]]
@@ -196,7 +196,7 @@ def make_trial_vec_env(
     num_envs: int | None = None,
     num_workers: int | None = None,
     start_method: str | None = None,
-) -> WorkerVecEnv:
+) -> SharedMemoryVecEnv:
     """
     Environments in worker processes for :func:`~sb3_vla.evaluation.evaluate`; kept open, they serve several of these.
 
@@ -205,14 +205,14 @@ def make_trial_vec_env(
     :param num_envs: number of environments, and size of the policy's batch; ``None`` takes eight per worker
     :param num_workers: number of processes; ``None`` takes one per CPU core, at most one per environment
     :param start_method: how processes start: ``forkserver``, ``spawn`` or ``fork``; ``None`` as for
-        :class:`~sb3_vla.vec_env.WorkerVecEnv`
+        :class:`~sb3_vla.vec_env.SharedMemoryVecEnv`
     :return: the vector environment
     :raises ValueError: as for :func:`make_trial_env`, or if there is to be no environment or no worker
     :raises RuntimeError: if the workers do not start
     """
     make_trial_env(protocol, env_kwargs).close()  # an invalid argument is a clear error here, a traceback there
     env_fn = functools.partial(make_trial_env, protocol, env_kwargs)
-    return WorkerVecEnv([env_fn] * env_count(num_envs, num_workers), num_workers, start_method)
+    return SharedMemoryVecEnv([env_fn] * env_count(num_envs, num_workers), start_method, num_workers=num_workers)
 
 
 def env_count(num_envs: int | None, num_workers: int | None) -> int:

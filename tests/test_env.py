@@ -687,9 +687,12 @@ def test_subproc_vec_env(in_this_process: list[Any], start_method: str) -> None:
     assert_equal(sb3_rollout(SubprocVecEnv(makers(), start_method=start_method)), in_this_process)
 
 
-@pytest.mark.parametrize("mode", ["sync", "async"])
-def test_gymnasium_vector_envs(in_this_process: list[Any], mode: str) -> None:
-    envs = gym.make_vec("mw_envs:MetaWorldMT10-v0", num_envs=2, vectorization_mode=mode, **VECTOR_KWARGS)
+@pytest.mark.parametrize("start_method", ["no process", "fork", "forkserver", "spawn"])
+def test_gymnasium_vector_envs(in_this_process: list[Any], start_method: str) -> None:
+    options: dict[str, Any] = {"vectorization_mode": "sync"}
+    if start_method != "no process":
+        options = {"vectorization_mode": "async", "vector_kwargs": {"context": start_method}}
+    envs = gym.make_vec("mw_envs:MetaWorldMT10-v0", num_envs=2, **options, **VECTOR_KWARGS)
     try:
         envs.reset(seed=3)
         observation, infos = envs.reset(options=PINNED[0])

@@ -193,11 +193,11 @@ def test_by_default_a_worker_has_eight_environments(monkeypatch: pytest.MonkeyPa
     class Asked(Exception):
         pass
 
-    def ask(env_fns: list[Any], num_workers: int | None, start_method: str | None) -> None:
+    def ask(env_fns: list[Any], start_method: str | None, *, num_workers: int | None) -> None:
         asked.append((len(env_fns), num_workers))
         raise Asked
 
-    monkeypatch.setattr("sb3_vla.trial_envs.WorkerVecEnv", ask)
+    monkeypatch.setattr("sb3_vla.trial_envs.SharedMemoryVecEnv", ask)
     monkeypatch.setattr("sb3_vla.trial_envs.available_cores", lambda: 3)
     for options in choices:
         with pytest.raises(Asked):

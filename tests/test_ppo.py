@@ -616,6 +616,7 @@ def test_tasks_are_drawn_by_the_signal_they_give() -> None:
         {"value_lr": 1e-3},
         {"bf16": True},
         {"noise_scale": 0.5},
+        {"overlap": True},
     ],
 )
 def test_options_that_a_stock_policy_would_ignore_are_refused(options: dict[str, Any]) -> None:
