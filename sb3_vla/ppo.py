@@ -226,10 +226,11 @@ class PPO(stable_baselines3.PPO):
             if not (math.isfinite(self.noise_scale(left)) and self.noise_scale(left) > 0):
                 raise ValueError(f"noise_scale is {self.noise_scale(left)} at one end of training; expected above 0")
         model, distribution = self.policy.model, self.policy.distribution
+        distribution.check_trainable(model)
         if self.ent_coef != 0 and not distribution.has_entropy:
             raise ValueError(
                 f"ent_coef={self.ent_coef} has nothing to act on: the entropy of this action distribution is fixed. "
-                "Set ent_coef=0, or distribution_kwargs=dict(learn_std=True) with the Gaussian"
+                "Set ent_coef=0, or distribution_kwargs=dict(learn_std=True) with the Gaussian, or use flow_noise"
             )
         if self.value_lr is not None and self.lr_schedule(1.0) <= 0:
             raise ValueError("value_lr needs a learning_rate schedule that does not begin at zero")

@@ -248,7 +248,7 @@ def test_independent_gaussian_closed_forms() -> None:
         for ours, theirs, tolerance in (
             (gaussian.log_prob(mean, std, {"action": action.flatten(1)}, executed), p.log_prob(action.double()), 1e-4),
             (gaussian.kl_divergence(mean, std, other, std, executed), kl_divergence(p, q), 1e-4),
-            (gaussian.entropy(std, executed), p.entropy(), 1e-6),
+            (gaussian.entropy(mean, std, executed), p.entropy(), 1e-6),
         ):
             assert ours is not None
             torch.testing.assert_close(ours.double(), theirs[:, :steps].sum((1, 2)), atol=tolerance, rtol=1e-5)
@@ -266,7 +266,7 @@ def test_offset_gaussian_closed_forms() -> None:
     torch.testing.assert_close(log_prob.double(), p.log_prob(action.double().mean(1)), atol=1e-4, rtol=1e-5)
     kl = gaussian.kl_divergence(mean, std, other, std, executed)
     torch.testing.assert_close(kl.double(), kl_divergence(p, q), atol=1e-4, rtol=1e-5)
-    entropy = gaussian.entropy(std, executed)
+    entropy = gaussian.entropy(mean, std, executed)
     assert entropy is not None
     torch.testing.assert_close(entropy.double(), p.entropy(), atol=1e-6, rtol=0)
 
@@ -287,7 +287,7 @@ def test_learned_deviation_has_the_likelihoods_gradient(coherence: str) -> None:
     torch.testing.assert_close(gaussian.log_std.grad.double(), expected, atol=1e-4, rtol=1e-5)
     fixed = GaussianChunk(3, 2, std=0.3, coherence=coherence)
     assert not fixed.log_std.requires_grad
-    assert fixed.entropy(std, torch.full((5,), 3)) is None
+    assert fixed.entropy(mean, std, torch.full((5,), 3)) is None
 
 
 # --- All --------------------------------------------------------------------------------------------------------------
@@ -296,7 +296,7 @@ def test_learned_deviation_has_the_likelihoods_gradient(coherence: str) -> None:
 @pytest.mark.parametrize(("name", "options"), DISTRIBUTIONS)
 def test_log_prob_equals_torch_distributions(name: str, options: dict[str, Any]) -> None:
     model, context = encoded(6)
-    distribution = make_distribution(name, 5, 4, **options)
+    distribution = make_distribution(name, model, 5, **options)
     executed = torch.tensor([5, 4, 3, 2, 1, 5])
     with torch.no_grad():
         action, trace = distribution.sample(model, context, torch.Generator().manual_seed(0))
@@ -317,7 +317,7 @@ def test_log_prob_equals_torch_distributions(name: str, options: dict[str, Any])
 @pytest.mark.parametrize(("name", "options"), DISTRIBUTIONS)
 def test_divergence_is_zero_from_itself_and_has_the_closed_form(name: str, options: dict[str, Any]) -> None:
     model, context = encoded(4)
-    distribution = make_distribution(name, 5, 4, **options)
+    distribution = make_distribution(name, model, 5, **options)
     executed = torch.tensor([5, 4, 1, 0])
     with torch.no_grad():
         _, trace = distribution.sample(model, context)
@@ -337,7 +337,7 @@ def test_divergence_is_zero_from_itself_and_has_the_closed_form(name: str, optio
 @pytest.mark.parametrize(("name", "options"), DISTRIBUTIONS)
 def test_a_generator_makes_samples_reproducible(name: str, options: dict[str, Any]) -> None:
     model, context = encoded(8)
-    distribution = make_distribution(name, 5, 4, **options)
+    distribution = make_distribution(name, model, 5, **options)
     state = torch.random.get_rng_state()
 
     def draw(seed: int) -> list[Tensor]:
@@ -354,7 +354,7 @@ def test_a_generator_makes_samples_reproducible(name: str, options: dict[str, An
 @pytest.mark.parametrize(("name", "options"), DISTRIBUTIONS)
 def test_noise_scale_is_a_factor_of_the_deviation(name: str, options: dict[str, Any]) -> None:
     model, context = encoded(8)
-    distribution = make_distribution(name, 5, 4, **options)
+    distribution = make_distribution(name, model, 5, **options)
     with torch.no_grad():
         _, trace = distribution.sample(model, context, torch.Generator().manual_seed(0))
         _, std = distribution.transition(model, context, trace)
@@ -372,7 +372,7 @@ def test_only_executed_steps_get_a_gradient(name: str, options: dict[str, Any]) 
     if options.get("coherence") == "offset":
         pytest.skip("one offset is common to the chunk")
     model, context = encoded(1)
-    distribution = make_distribution(name, 5, 4, **options)
+    distribution = make_distribution(name, model, 5, **options)
     with torch.no_grad():
         _, trace = distribution.sample(model, context)
         mean, std = distribution.transition(model, context, trace)
@@ -387,12 +387,12 @@ def test_only_executed_steps_get_a_gradient(name: str, options: dict[str, Any]) 
 def test_chunk_is_the_start_of_the_horizon(name: str, options: dict[str, Any]) -> None:
     """K < H: the rest of the prediction is neither executed nor counted."""
     model, context = encoded(3)
-    distribution = make_distribution(name, 2, 4, **options)
+    distribution = make_distribution(name, model, 2, **options)
     with torch.no_grad():
         action, trace = distribution.sample(model, context)
         mode = distribution.mode(model, context)
         mean, std = distribution.transition(model, context, trace)
-        whole = make_distribution(name, 5, 4, **options).mode(model, context)
+        whole = make_distribution(name, model, 5, **options).mode(model, context)
         if name == "flow_sde":
             changed = {**trace, "chain": trace["chain"].clone()}
             changed["chain"][:, 1, 2:] += 1.0
@@ -423,9 +423,9 @@ def test_chunk_is_the_start_of_the_horizon(name: str, options: dict[str, Any]) -
 )
 def test_bad_options(name: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        make_distribution(name, 5, 4, **options)
+        make_distribution(name, tiny_model(), 5, **options)
 
 
 def test_names_give_distributions() -> None:
     for name in ("gaussian", "flow_sde"):
-        assert isinstance(make_distribution(name, 5, 4), ActionDistribution)
+        assert isinstance(make_distribution(name, tiny_model(), 5), ActionDistribution)
