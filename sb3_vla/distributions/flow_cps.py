@@ -13,8 +13,9 @@ class FlowCPS(FlowChain):
     """The flow's Euler steps, one or all of them with a part of the predicted noise exchanged for fresh noise.
 
     With the letters of :class:`FlowChain`, c = s cos(pi a / 2) and std = s sin(pi a / 2): action and noise keep the
-    coefficients (1 - s) and s at every number of steps, so where observation and noise tell the action, the marginals
-    are exact. The last step, s = 0, has no noise and no density; it is never the drawn one.
+    coefficients (1 - s) and s, so where the observation tells the action the marginals are exact at any number of
+    steps. Where several actions are right, they come out narrower, because the predicted noise is then an average; more
+    steps do not help. The last step, s = 0, has no noise and no density; it is never the drawn one.
 
     :param action_chunk: K.
     :param noise_level: a, above 0 and at most 1, where all noise is fresh.
