@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -109,15 +108,9 @@ class ChunkRolloutBuffer:
             continues = 1.0 - self.episode_starts[:, step]
         self.returns = self.advantages + self.values
 
-    def get(self, batch_size: int, generator: torch.Generator | None = None) -> Iterator[DecisionBatch]:
-        """All decisions once, shuffled, in minibatches; a remainder makes a smaller last one."""
-        order = torch.randperm(self.n_envs * self.n_steps, generator=generator)
-        yield from (self.batch(order[start : start + batch_size]) for start in range(0, len(order), batch_size))
-
-    def in_order(self, batch_size: int) -> Iterator[DecisionBatch]:
-        """All decisions once, in order, in minibatches."""
-        order = torch.arange(self.n_envs * self.n_steps)
-        yield from (self.batch(order[start : start + batch_size]) for start in range(0, len(order), batch_size))
+    def minibatches(self, batch_size: int, generator: torch.Generator | None = None) -> list[Tensor]:
+        """Flat indices of all decisions once, shuffled, in minibatches; a remainder makes a smaller last one."""
+        return list(torch.randperm(self.n_envs * self.n_steps, generator=generator).split(batch_size))
 
     def batch(self, indices: Tensor) -> DecisionBatch:
         """The decisions of flat indices ``environment * T + step``."""

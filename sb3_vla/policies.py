@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -37,7 +38,7 @@ class Evaluation:
     """Stored decisions under the policy's present weights.
 
     :param values: critic's values, float32 (N,).
-    :param log_prob: of the traces, executed steps only, float32 (N,).
+    :param log_prob: of the traces, executed steps only, float32; (N,), or see :meth:`ActionDistribution.log_prob`.
     :param mean: of the random transition, see :meth:`ActionDistribution.transition`.
     :param std: its standard deviation.
     :param entropy: float32 (N,) or None.
@@ -124,11 +125,14 @@ class VLAPolicy(BasePolicy):
             for parameter in self.model.backbone():
                 parameter.requires_grad_(False)
         self.distribution = make_distribution(
-            distribution, self.action_chunk, action_dim, **dict(distribution_kwargs or {})
+            distribution, self.model, self.action_chunk, **dict(distribution_kwargs or {})
         )
+        # What the distribution learned belongs to its options; with others it starts anew.
+        if checkpoint is not None and loaded.distribution == (distribution, _as_json(distribution_kwargs or {})):
+            _load_matching(self.distribution, loaded.distribution_weights)
         critic_dim = sum(sizes.get(key, 0) for key in CRITIC_KEYS)
         self.value_head = ValueHead(self.model.feature_dim, critic_dim, value_width)
-        if checkpoint is not None and loaded.value_head is not None:
+        if checkpoint is not None:
             _load_matching(self.value_head, loaded.value_head)
         # With the checkpoint's contents in the weights, a saved algorithm needs the checkpoint's folder no more.
         self.portable_kwargs: dict[str, Any] = {
@@ -147,6 +151,10 @@ class VLAPolicy(BasePolicy):
             lr=lr_schedule(1),  # type: ignore[call-arg]
             **self.optimizer_kwargs,
         )
+
+    def set_training_mode(self, mode: bool) -> None:
+        """Dropout is off in updates as in rollouts: a ratio compares weights, not two draws of a mask."""
+        super().set_training_mode(False)
 
     def forward(self, obs: dict[str, Tensor], deterministic: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """Decide, by Stable-Baselines3's contract; :meth:`decide` is ours.
@@ -174,21 +182,24 @@ class VLAPolicy(BasePolicy):
         action, trace = self.distribution.sample(self.model, context)
         return action.reshape(-1, *self.action_space.shape), self._values(context, obs), trace  # type: ignore[misc]
 
-    def evaluate(self, obs: dict[str, Tensor], trace: Trace, executed: Tensor) -> Evaluation:
+    def evaluate(
+        self, obs: dict[str, Tensor], trace: Trace, executed: Tensor, logprob_type: str = "chunk"
+    ) -> Evaluation:
         """Stored decisions under the present weights.
 
         :param obs: prepared observations.
         :param trace: as :meth:`decide` gave it.
         :param executed: environment steps run of each chunk, int64 (N,).
+        :param logprob_type: what one log-probability is of, see :meth:`ActionDistribution.log_prob`.
         """
         context = self.model.encode(obs)
         mean, std = self.distribution.transition(self.model, context, trace)
         return Evaluation(
             values=self._values(context, obs),
-            log_prob=self.distribution.log_prob(mean, std, trace, executed),
+            log_prob=self.distribution.log_prob(mean, std, trace, executed, logprob_type),
             mean=mean,
             std=std,
-            entropy=self.distribution.entropy(std, executed),
+            entropy=self.distribution.entropy(mean, std, executed),
         )
 
     def evaluate_actions(self, obs: PyTorchObs, actions: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -268,15 +279,16 @@ class VLAPolicy(BasePolicy):
         if self.distribution.needs_trace:
             raise ValueError(
                 f"{who} cannot train the {type(self.distribution).__name__} distribution: its log-probability needs "
-                'the denoising chain. Use sb3_vla.PPO, or policy_kwargs=dict(distribution="gaussian").'
+                'more than the action. Use sb3_vla.PPO, or policy_kwargs=dict(distribution="gaussian").'
             )
 
     def _check_model(self, action_dim: int) -> None:
-        if self.model.action_dim != action_dim or self.model.action_horizon < self.action_chunk:
+        horizon = self.model.action_horizon - self.model.first_action
+        if self.model.action_dim != action_dim or horizon < self.action_chunk:
             raise ValueError(
-                f"The model predicts {self.model.action_horizon} actions of {self.model.action_dim} dimensions; the "
+                f"The model predicts {horizon} actions of {self.model.action_dim} dimensions; the "
                 f"environment takes chunks of {self.action_chunk} of {action_dim}. Make the environment with "
-                f"action_chunk <= {self.model.action_horizon}, or train a model for this one."
+                f"action_chunk <= {horizon}, or train a model for this one."
             )
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
@@ -354,11 +366,16 @@ def _native_image_size(image: spaces.Space, channels_first: bool) -> int:
     return _DEFAULT_IMAGE
 
 
-def _load_matching(value_head: ValueHead, tensors: dict[str, Tensor]) -> None:
-    """Take a critic from a checkpoint, unless it was trained on other observations."""
-    own = value_head.state_dict()
-    if {key: tensor.shape for key, tensor in tensors.items()} == {key: tensor.shape for key, tensor in own.items()}:
-        value_head.load_state_dict(tensors)
+def _load_matching(part: nn.Module, tensors: dict[str, Tensor] | None) -> None:
+    """Take a critic or distribution from a checkpoint, unless it has none that fits, such as for other observations."""
+    shapes = {key: tensor.shape for key, tensor in (tensors or {}).items()}
+    if tensors and shapes == {key: tensor.shape for key, tensor in part.state_dict().items()}:
+        part.load_state_dict(tensors)
+
+
+def _as_json(options: Mapping[str, Any]) -> Any:
+    """Options as a checkpoint gives them back; what JSON has no word for equals nothing there."""
+    return json.loads(json.dumps(dict(options), default=repr))
 
 
 def load_policy(

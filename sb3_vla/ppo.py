@@ -50,8 +50,6 @@ TASK_SAMPLING = ("uniform", "signal")
 _LEAST_TASK_WEIGHT = 0.1
 # Episodes of a task that tell how often it is solved now; more would lag behind the policy.
 _RECENT_EPISODES = 30
-# Decisions evaluated at once outside of training.
-_EVALUATION_BATCH = 512
 
 
 @dataclass
@@ -234,10 +232,11 @@ class PPO(stable_baselines3.PPO):
             if not (math.isfinite(self.noise_scale(left)) and self.noise_scale(left) > 0):
                 raise ValueError(f"noise_scale is {self.noise_scale(left)} at one end of training; expected above 0")
         model, distribution = self.policy.model, self.policy.distribution
+        distribution.check_trainable(model)
         if self.ent_coef != 0 and not distribution.has_entropy:
             raise ValueError(
                 f"ent_coef={self.ent_coef} has nothing to act on: the entropy of this action distribution is fixed. "
-                "Set ent_coef=0, or distribution_kwargs=dict(learn_std=True) with the Gaussian"
+                "Set ent_coef=0, or distribution_kwargs=dict(learn_std=True) with the Gaussian, or use flow_noise"
             )
         if self.value_lr is not None and self.lr_schedule(1.0) <= 0:
             raise ValueError("value_lr needs a learning_rate schedule that does not begin at zero")
@@ -328,13 +327,16 @@ class PPO(stable_baselines3.PPO):
             self.anchor()
         if self._reference is not None:
             self._reference.distribution.noise_scale = policy.distribution.noise_scale
-        old = self._old_policy(buffer)
+        minibatches = buffer.minibatches(self.batch_size)
+        old = self._old_policy(buffer, minibatches)
         train_actor = self.updates >= self.critic_warmup
         metrics: defaultdict[str, list[float]] = defaultdict(list)
         stopped = False
-        for _ in range(self.n_epochs):
+        for epoch in range(self.n_epochs):
             divergence: list[float] = []
-            for batch in buffer.get(self.batch_size):
+            if epoch > 0:
+                minibatches = buffer.minibatches(self.batch_size)
+            for batch in map(buffer.batch, minibatches):
                 with autocast(self.bf16, self.device.type):
                     found = policy.evaluate(batch.observations, batch.trace, batch.executed)
                 loss = self.vf_coef * self._value_loss(found.values, batch, clip_range_vf, metrics)
@@ -426,21 +428,27 @@ class PPO(stable_baselines3.PPO):
             optimizer.step()
 
     @torch.no_grad()
-    def _old_policy(self, buffer: ChunkRolloutBuffer) -> _OldPolicy:
-        """The rollout under the weights that took it, in the precision of the update, so that ratios start at one."""
-        log_probs, means, stds, reference_means, reference_stds = [], [], [], [], []
-        for batch in buffer.in_order(_EVALUATION_BATCH):
+    def _old_policy(self, buffer: ChunkRolloutBuffer, minibatches: list[Tensor]) -> _OldPolicy:
+        """The rollout under the weights that took it, in buffer order.
+
+        It is computed in the update's precision and in the minibatches of its first epoch, so that ratios start at
+        exactly one: a row of a matrix product may be rounded otherwise beside other rows.
+        """
+        parts: defaultdict[str, list[Tensor]] = defaultdict(list)
+        for batch in map(buffer.batch, minibatches):
             with autocast(self.bf16, self.device.type):
                 found = self.policy.evaluate(batch.observations, batch.trace, batch.executed)
                 if self._reference is not None:
-                    reference = self._reference.evaluate(batch.observations, batch.trace, batch.executed)
-                    reference_means.append(reference.mean.cpu())
-                    reference_stds.append(reference.std.cpu())
-            log_probs.append(found.log_prob.cpu())
-            means.append(found.mean.cpu())
-            stds.append(found.std.cpu())
-        reference_moments = (torch.cat(reference_means), torch.cat(reference_stds)) if reference_means else None
-        return _OldPolicy(torch.cat(log_probs), torch.cat(means), torch.cat(stds), reference_moments)
+                    other = self._reference.evaluate(batch.observations, batch.trace, batch.executed)
+                    parts["reference_mean"].append(other.mean.cpu())
+                    parts["reference_std"].append(other.std.cpu())
+            parts["log_prob"].append(found.log_prob.cpu())
+            parts["mean"].append(found.mean.cpu())
+            parts["std"].append(found.std.cpu())
+        in_order = torch.cat(minibatches).argsort()
+        whole = {name: torch.cat(tensors)[in_order] for name, tensors in parts.items()}
+        reference = (whole["reference_mean"], whole["reference_std"]) if self._reference is not None else None
+        return _OldPolicy(whole["log_prob"], whole["mean"], whole["std"], reference)
 
     @torch.no_grad()
     def _bootstrap(self, rewards: np.ndarray, dones: np.ndarray, infos: list[dict[str, Any]]) -> np.ndarray:

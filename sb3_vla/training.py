@@ -215,7 +215,8 @@ def train_ppo(
         env.close()
     notes = {**start.notes, "ppo": {"iterations": config.iterations, "env_steps": model.env_steps, "tasks": tasks}}
     distribution = (config.distribution, config.distribution_kwargs)
-    save_checkpoint(output, model.policy.model, model.policy.value_head, notes, distribution)
+    policy = model.policy
+    save_checkpoint(output, policy.model, policy.value_head, notes, distribution, policy.distribution)
 
 
 def view_of(notes: dict[str, Any]) -> dict[str, Any]:

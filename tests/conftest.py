@@ -41,6 +41,17 @@ def opengl() -> str:
 
 
 @pytest.fixture
+def toy_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The toy models can be chosen by name, one of each kind of prediction."""
+    import toy  # the tests of mw_envs run without torch
+
+    from sb3_vla.models import MODELS
+
+    for name, model in toy.TOY_MODELS.items():
+        monkeypatch.setitem(MODELS, name, model)
+
+
+@pytest.fixture
 def untouched_global_rng() -> Iterator[None]:
     """Fail a test that draws from, or seeds, one of the process's global random generators."""
     before = _global_rng_states()

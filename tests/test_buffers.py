@@ -59,18 +59,16 @@ def test_contents_come_back_at_their_index() -> None:
 def test_every_decision_once_per_epoch() -> None:
     buffer, _ = filled(n_steps=7, n_envs=3)
     for _ in range(2):
-        batches = list(buffer.get(5))
-        assert [len(b.values) for b in batches] == [5, 5, 5, 5, 1]
-        assert sorted(torch.cat([b.indices for b in batches]).tolist()) == list(range(21))
-    shuffled = torch.cat([b.indices for b in buffer.get(5)]).tolist()
-    assert shuffled != list(range(21))
-    assert torch.cat([b.indices for b in buffer.in_order(5)]).tolist() == list(range(21))
+        minibatches = buffer.minibatches(5)
+        assert [len(indices) for indices in minibatches] == [5, 5, 5, 5, 1]
+        assert sorted(torch.cat(minibatches).tolist()) == list(range(21))
+    assert torch.cat(buffer.minibatches(5)).tolist() != list(range(21))
 
 
 def test_the_parts_of_a_batch_belong_together() -> None:
     buffer, _ = filled()
     whole = buffer.batch(torch.arange(12))
-    for batch in buffer.get(5):
+    for batch in map(buffer.batch, buffer.minibatches(5)):
         for name in ("values", "advantages", "returns", "executed"):
             assert torch.equal(getattr(batch, name), getattr(whole, name)[batch.indices])
         for key, value in {**batch.observations, **batch.trace}.items():
@@ -81,7 +79,7 @@ def test_a_generator_makes_the_order_reproducible() -> None:
     buffer, _ = filled()
 
     def order(seed: int) -> list[int]:
-        return torch.cat([b.indices for b in buffer.get(5, torch.Generator().manual_seed(seed))]).tolist()
+        return torch.cat(buffer.minibatches(5, torch.Generator().manual_seed(seed))).tolist()
 
     assert order(1) == order(1) != order(2)
 

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from toy import tiny_model, toy_observation
+from toy import ToyEnv, tiny_model, toy_observation
 
 from sb3_vla.checkpoints import checkpoint_digest, load_checkpoint, native, save_checkpoint
 from sb3_vla.distributions.flow_sde import FlowSDE
-from sb3_vla.policies import ValueHead, load_policy
+from sb3_vla.policies import ValueHead, VLAPolicy, load_policy
 
 
 @pytest.fixture
@@ -126,6 +126,35 @@ def test_the_policy_acts_by_the_distribution_it_was_trained_with(tmp_path: Path)
     save_checkpoint(tmp_path / "a", tiny_model())
     assert load_checkpoint(tmp_path / "a").distribution is None
     assert load_policy(tmp_path / "a").distribution.denoising_steps == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [("flow_noise", {"noise_range": (0.05, 0.2)}), ("gaussian", {"learn_std": True, "std": 0.3})]
+)
+def test_what_a_distribution_learned_is_kept(tmp_path: Path, name: str, options: dict[str, Any]) -> None:
+    """With the name and options that it was learned with; with others it starts anew."""
+    trained = tiny_model()
+    save_checkpoint(tmp_path / "a", trained)
+    env = ToyEnv(chunk=5, action_dim=4)
+
+    def policy(**choice: Any) -> VLAPolicy:
+        return VLAPolicy(env.observation_space, env.action_space, lambda _: 1e-3, checkpoint=tmp_path / "a", **choice)
+
+    first = policy(distribution=name, distribution_kwargs=options)
+    fresh = {key: value.clone() for key, value in first.distribution.state_dict().items()}
+    for parameter in first.distribution.parameters():
+        torch.nn.init.normal_(parameter)
+    learned = first.distribution.state_dict()
+    save_checkpoint(tmp_path / "a", trained, None, {}, (name, options), first.distribution)
+    for found in (policy(distribution=name, distribution_kwargs=options), load_policy(tmp_path / "a")):
+        state = found.distribution.state_dict()
+        assert state.keys() == learned.keys() and all(torch.equal(state[key], learned[key]) for key in learned)
+    other = policy(distribution=name, distribution_kwargs={**options, "denoising_steps": 3}).distribution.state_dict()
+    last = list(fresh)[-1]
+    assert torch.equal(other[last], fresh[last]) and not torch.equal(other[last], learned[last])
+    save_checkpoint(tmp_path / "a", trained, distribution=(name, options))  # as one without the weights
+    assert load_checkpoint(tmp_path / "a").distribution_weights is None
+    assert torch.equal(load_policy(tmp_path / "a").distribution.state_dict()[last], fresh[last])
 
 
 @pytest.mark.parametrize("entry", [5, ["gaussian"], ["gaussian", 5], {"gaussian": {}}])

@@ -11,10 +11,22 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributions import Independent, Normal, kl_divergence
-from toy import StateModel, tiny_model, toy_observation
+from toy import (
+    EVERY_DISTRIBUTION,
+    StateModel,
+    ToyEnv,
+    stir,
+    tiny_model,
+    toy_model_kwargs,
+    toy_observation,
+    toy_ppo,
+    toy_vec,
+)
 
-from sb3_vla.distributions import ActionDistribution, FlowSDE, GaussianChunk, integrate, make_distribution
+from sb3_vla.distributions import DISTRIBUTIONS as DISTRIBUTION_NAMES
+from sb3_vla.distributions import FlowSDE, GaussianChunk, Trace, integrate, make_distribution
 from sb3_vla.models import Context, VLAModel
+from sb3_vla.policies import VLAPolicy
 
 REFERENCE = load_file(Path(__file__).parent / "data" / "flow_sde.safetensors")
 STEPS = 5
@@ -24,6 +36,10 @@ DISTRIBUTIONS: list[tuple[str, dict[str, Any]]] = [
     ("gaussian", {"coherence": "offset"}),
     ("flow_sde", {}),
     ("flow_sde", {"joint": True}),
+    ("flow_cps", {}),
+    ("flow_cps", {"joint": True}),
+    ("flow_noise", {}),
+    ("flow_noise", {"joint": False}),
 ]
 
 
@@ -248,7 +264,7 @@ def test_independent_gaussian_closed_forms() -> None:
         for ours, theirs, tolerance in (
             (gaussian.log_prob(mean, std, {"action": action.flatten(1)}, executed), p.log_prob(action.double()), 1e-4),
             (gaussian.kl_divergence(mean, std, other, std, executed), kl_divergence(p, q), 1e-4),
-            (gaussian.entropy(std, executed), p.entropy(), 1e-6),
+            (gaussian.entropy(mean, std, executed), p.entropy(), 1e-6),
         ):
             assert ours is not None
             torch.testing.assert_close(ours.double(), theirs[:, :steps].sum((1, 2)), atol=tolerance, rtol=1e-5)
@@ -259,16 +275,34 @@ def test_offset_gaussian_closed_forms() -> None:
     mean, other, action = (torch.randn(7, 3, 2, generator=torch.Generator().manual_seed(i)) * 0.3 for i in range(3))
     std = gaussian.log_std.exp().expand_as(mean)
     deviation = torch.tensor([0.1, 0.4], dtype=torch.float64).expand(7, 2)
-    p = Independent(Normal(mean.double().mean(1), deviation), 1)
-    q = Independent(Normal(other.double().mean(1), deviation), 1)
     executed = torch.tensor([1, 2, 3, 1, 2, 3, 3])  # the offset is drawn once, however much of the chunk was run
+    run = [
+        torch.stack([row[:n].mean(0) for row, n in zip(x.double(), executed, strict=True)])
+        for x in (mean, other, action)
+    ]
+    p, q = (Independent(Normal(center, deviation), 1) for center in run[:2])
     log_prob = gaussian.log_prob(mean, std, {"action": action}, executed)
-    torch.testing.assert_close(log_prob.double(), p.log_prob(action.double().mean(1)), atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(log_prob.double(), p.log_prob(run[2]), atol=1e-4, rtol=1e-5)
     kl = gaussian.kl_divergence(mean, std, other, std, executed)
     torch.testing.assert_close(kl.double(), kl_divergence(p, q), atol=1e-4, rtol=1e-5)
-    entropy = gaussian.entropy(std, executed)
+    entropy = gaussian.entropy(mean, std, executed)
     assert entropy is not None
     torch.testing.assert_close(entropy.double(), p.entropy(), atol=1e-6, rtol=0)
+    nothing = torch.zeros(7, dtype=torch.int64)
+    for found in (
+        gaussian.log_prob(mean, std, {"action": action}, nothing),
+        gaussian.kl_divergence(mean, std, other, std, nothing),
+        gaussian.entropy(mean, std, nothing),
+    ):
+        assert found is not None and torch.equal(found, torch.zeros(7))
+
+
+def test_a_common_offset_has_no_probability_of_a_step() -> None:
+    gaussian = GaussianChunk(3, 2, coherence="offset")
+    mean, std = torch.zeros(1, 3, 2), torch.ones(1, 3, 2)
+    for logprob_type in ("action", "token"):
+        with pytest.raises(ValueError, match=r"one draw moves the whole chunk.*use 'chunk'"):
+            gaussian.log_prob(mean, std, {"action": mean}, torch.tensor([3]), logprob_type)
 
 
 @pytest.mark.parametrize("coherence", ["independent", "offset"])
@@ -287,7 +321,7 @@ def test_learned_deviation_has_the_likelihoods_gradient(coherence: str) -> None:
     torch.testing.assert_close(gaussian.log_std.grad.double(), expected, atol=1e-4, rtol=1e-5)
     fixed = GaussianChunk(3, 2, std=0.3, coherence=coherence)
     assert not fixed.log_std.requires_grad
-    assert fixed.entropy(std, torch.full((5,), 3)) is None
+    assert fixed.entropy(mean, std, torch.full((5,), 3)) is None
 
 
 # --- All --------------------------------------------------------------------------------------------------------------
@@ -296,7 +330,7 @@ def test_learned_deviation_has_the_likelihoods_gradient(coherence: str) -> None:
 @pytest.mark.parametrize(("name", "options"), DISTRIBUTIONS)
 def test_log_prob_equals_torch_distributions(name: str, options: dict[str, Any]) -> None:
     model, context = encoded(6)
-    distribution = make_distribution(name, 5, 4, **options)
+    distribution = make_distribution(name, model, 5, **options)
     executed = torch.tensor([5, 4, 3, 2, 1, 5])
     with torch.no_grad():
         action, trace = distribution.sample(model, context, torch.Generator().manual_seed(0))
@@ -304,8 +338,12 @@ def test_log_prob_equals_torch_distributions(name: str, options: dict[str, Any])
         found = distribution.log_prob(mean, std, trace, executed)
     assert action.shape == (6, 5, 4) and action.dtype == found.dtype == torch.float32 and found.shape == (6,)
     if options.get("coherence") == "offset":
-        normal = Normal(mean.double().mean(1), std[:, 0].double())
-        expected = normal.log_prob(trace["action"].double().mean(1)).sum(1)
+        counts = executed.tolist()
+        center, reached = (
+            torch.stack([row[:n].mean(0) for row, n in zip(x.double(), counts, strict=True)])
+            for x in (mean, trace["action"])
+        )
+        expected = Normal(center, std[:, 0].double()).log_prob(reached).sum(1)
     else:
         value = trace["action"][:, None] if name == "gaussian" else trace["chain"][:, 1:]
         mean, std = mean.reshape(value.shape), std.reshape(value.shape)
@@ -317,7 +355,7 @@ def test_log_prob_equals_torch_distributions(name: str, options: dict[str, Any])
 @pytest.mark.parametrize(("name", "options"), DISTRIBUTIONS)
 def test_divergence_is_zero_from_itself_and_has_the_closed_form(name: str, options: dict[str, Any]) -> None:
     model, context = encoded(4)
-    distribution = make_distribution(name, 5, 4, **options)
+    distribution = make_distribution(name, model, 5, **options)
     executed = torch.tensor([5, 4, 1, 0])
     with torch.no_grad():
         _, trace = distribution.sample(model, context)
@@ -327,7 +365,7 @@ def test_divergence_is_zero_from_itself_and_has_the_closed_form(name: str, optio
     found = distribution.kl_divergence(mean, std, other, std, executed)
     elementwise = kl_divergence(Normal(mean.double(), std.double()), Normal(other.double(), std.double()))
     if options.get("coherence") == "offset":
-        expected = elementwise.mean(1).sum(1)  # every step differs by the same
+        expected = elementwise.mean(1).sum(1) * (executed > 0)  # every step differs by the same
     else:
         elementwise = elementwise.reshape(4, -1, 5, 4)
         expected = torch.stack([row[:, :count].sum() for row, count in zip(elementwise, executed, strict=True)])
@@ -337,7 +375,7 @@ def test_divergence_is_zero_from_itself_and_has_the_closed_form(name: str, optio
 @pytest.mark.parametrize(("name", "options"), DISTRIBUTIONS)
 def test_a_generator_makes_samples_reproducible(name: str, options: dict[str, Any]) -> None:
     model, context = encoded(8)
-    distribution = make_distribution(name, 5, 4, **options)
+    distribution = make_distribution(name, model, 5, **options)
     state = torch.random.get_rng_state()
 
     def draw(seed: int) -> list[Tensor]:
@@ -354,7 +392,7 @@ def test_a_generator_makes_samples_reproducible(name: str, options: dict[str, An
 @pytest.mark.parametrize(("name", "options"), DISTRIBUTIONS)
 def test_noise_scale_is_a_factor_of_the_deviation(name: str, options: dict[str, Any]) -> None:
     model, context = encoded(8)
-    distribution = make_distribution(name, 5, 4, **options)
+    distribution = make_distribution(name, model, 5, **options)
     with torch.no_grad():
         _, trace = distribution.sample(model, context, torch.Generator().manual_seed(0))
         _, std = distribution.transition(model, context, trace)
@@ -372,7 +410,7 @@ def test_only_executed_steps_get_a_gradient(name: str, options: dict[str, Any]) 
     if options.get("coherence") == "offset":
         pytest.skip("one offset is common to the chunk")
     model, context = encoded(1)
-    distribution = make_distribution(name, 5, 4, **options)
+    distribution = make_distribution(name, model, 5, **options)
     with torch.no_grad():
         _, trace = distribution.sample(model, context)
         mean, std = distribution.transition(model, context, trace)
@@ -383,17 +421,19 @@ def test_only_executed_steps_get_a_gradient(name: str, options: dict[str, Any]) 
     assert (by_step[:2] > 0).all() and torch.equal(by_step[2:], torch.zeros(3))
 
 
-@pytest.mark.parametrize(("name", "options"), [("gaussian", {}), ("flow_sde", {})])
+@pytest.mark.parametrize(
+    ("name", "options"), [("gaussian", {}), ("flow_sde", {}), ("flow_cps", {}), ("flow_noise", {})]
+)
 def test_chunk_is_the_start_of_the_horizon(name: str, options: dict[str, Any]) -> None:
     """K < H: the rest of the prediction is neither executed nor counted."""
     model, context = encoded(3)
-    distribution = make_distribution(name, 2, 4, **options)
+    distribution = make_distribution(name, model, 2, **options)
     with torch.no_grad():
         action, trace = distribution.sample(model, context)
         mode = distribution.mode(model, context)
         mean, std = distribution.transition(model, context, trace)
-        whole = make_distribution(name, 5, 4, **options).mode(model, context)
-        if name == "flow_sde":
+        whole = make_distribution(name, model, 5, **options).mode(model, context)
+        if name != "gaussian":
             changed = {**trace, "chain": trace["chain"].clone()}
             changed["chain"][:, 1, 2:] += 1.0
             executed = torch.full((3,), 2)
@@ -419,13 +459,244 @@ def test_chunk_is_the_start_of_the_horizon(name: str, options: dict[str, Any]) -
         ("flow_sde", {"noise_level": math.inf}, r"noise_level=inf"),
         ("flow_sde", {"denoising_steps": 0}, r"denoising_steps=0"),
         ("flow_sde", {"std": 0.1}, r"'flow_sde' does not take.*std"),
+        ("dppo", {}, r"Unknown action distribution 'dppo'.*known: gaussian, flow_ode, flow_sde, .*tokens"),
+        ("flow_cps", {"noise_level": 1.5}, r"noise_level=1.5; expected above 0 and at most 1"),
+        ("flow_cps", {"noise_level": math.nan}, r"noise_level=nan"),
+        ("flow_cps", {"denoising_steps": 1}, r"denoising_steps=1; Flow-CPS needs 2"),
+        ("flow_noise", {"noise_range": (0.2, 0.1)}, r"noise_range=\(0.2, 0.1\); expected two numbers"),
+        ("flow_noise", {"noise_range": (0.0, 0.1)}, r"noise_range"),
+        ("flow_noise", {"noise_range": [0.1]}, r"noise_range"),
+        ("flow_noise", {"feature_dim": 3}, r"'flow_noise' does not take"),
+        ("flow_ode", {"denoising_steps": 0}, r"denoising_steps=0"),
+        ("ddim", {}, r"'ddim' is for models that predict epsilon or sample or v_prediction; CompactVLA predicts veloc"),
+        ("tokens", {}, r"'tokens' is for models that predict tokens; .*Choose among gaussian, flow_ode, .*flow_cps"),
     ],
 )
 def test_bad_options(name: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        make_distribution(name, 5, 4, **options)
+        make_distribution(name, tiny_model(), 5, **options)
 
 
-def test_names_give_distributions() -> None:
-    for name in ("gaussian", "flow_sde"):
-        assert isinstance(make_distribution(name, 5, 4), ActionDistribution)
+# --- Every distribution, through the policy ---------------------------------------------------------------------------
+
+
+def decided(
+    model: str, name: str, options: dict[str, Any], count: int = 6, **policy_options: Any
+) -> tuple[VLAPolicy, dict[str, Tensor], Tensor, Trace]:
+    """A policy, prepared observations, the actions it took and their traces."""
+    env = ToyEnv()
+    policy = VLAPolicy(
+        env.observation_space,
+        env.action_space,
+        lambda _: 1e-3,
+        model=model,
+        model_kwargs={**toy_model_kwargs(model), **policy_options.pop("model_kwargs", {})},
+        distribution=name,
+        distribution_kwargs=options,
+        **policy_options,
+    )
+    stir(policy)
+    policy.set_training_mode(False)
+    observation = policy.prepare(toy_observation(count))
+    with torch.no_grad():
+        torch.manual_seed(0)
+        action, _, trace = policy.decide(observation)
+    return policy, observation, action, trace
+
+
+@pytest.mark.filterwarnings("ignore:You have specified a mini-batch size")
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize(("model", "name", "options"), EVERY_DISTRIBUTION)
+def test_the_first_ratio_is_exactly_one(toy_models: None, model: str, name: str, options: Any, bf16: bool) -> None:
+    """Through PPO, with a model that has dropout, in minibatches of which the last is smaller; weights do not move."""
+    algorithm = toy_ppo(
+        toy_vec(2, horizon=2, executed=1),
+        model=model,
+        model_kwargs={**toy_model_kwargs(model), "dropout": 0.5},
+        distribution=name,
+        distribution_kwargs=options,
+        trainable="expert" if "trained_steps" in options else "all",
+        batch_size=24,
+        n_steps=32,
+        learning_rate=0.0,
+        bf16=bf16,
+    )
+    ratios: list[Tensor] = []
+    real = algorithm._actor_loss
+
+    def actor_loss(found: Any, batch: Any, old: Any, *rest: Any) -> Tensor:
+        assert found.log_prob.dtype == torch.float32 and found.log_prob.shape == batch.advantages.shape
+        ratios.append((found.log_prob - old.log_prob[batch.indices]).exp().detach())
+        return real(found, batch, old, *rest)
+
+    algorithm._actor_loss = actor_loss  # type: ignore[method-assign,assignment]
+    algorithm.learn(64)
+    assert [len(ratio) for ratio in ratios] == [24, 24, 16]
+    assert all(torch.equal(ratio, torch.ones_like(ratio)) for ratio in ratios)
+    logged = algorithm.logger.name_to_value
+    assert logged["train/ratio_max"] == 1.0 and logged["train/approx_kl"] == 0.0
+    assert logged["actor/grad_norm"] > 0
+
+
+@pytest.mark.parametrize(("model", "name", "options"), EVERY_DISTRIBUTION)
+def test_a_trace_has_the_same_log_probability_again(toy_models: None, model: str, name: str, options: Any) -> None:
+    """Bit for bit, with and without gradient; of executed steps alone, by every type."""
+    policy, observation, action, trace = decided(model, name, options)
+    executed = torch.tensor([2, 1, 2, 1, 2, 0])
+    with torch.no_grad():
+        first = policy.evaluate(observation, trace, executed)
+    policy.set_training_mode(True)
+    again = policy.evaluate(observation, trace, executed)
+    assert action.dtype == first.log_prob.dtype == torch.float32
+    assert torch.equal(first.log_prob, again.log_prob.detach()) and first.log_prob[5] == 0
+    assert torch.isfinite(first.log_prob).all()
+    kl = policy.distribution.kl_divergence(again.mean, again.std, first.mean, first.std, executed)
+    assert torch.equal(kl, torch.zeros(6))
+    offset = options.get("coherence") == "offset"
+    shapes = {"denoising_step": (6, first.std.shape[1] if first.std.ndim == 4 and model != "toy_tokens" else 1)}
+    for logprob_type, shape in {**shapes, **({} if offset else {"action": (6, 2), "token": (6, 2, 2)})}.items():
+        with torch.no_grad():
+            found = policy.evaluate(observation, trace, executed, logprob_type).log_prob
+        assert found.dtype == torch.float32 and found.shape == shape
+        torch.testing.assert_close(found.flatten(1).sum(1), first.log_prob, atol=1e-4, rtol=1e-5)
+        if logprob_type in ("action", "token"):  # a step that was not run has a ratio of one
+            assert torch.equal(found[1, 1], torch.zeros_like(found[1, 1]))
+    with pytest.raises(ValueError, match=r"Unknown logprob_type='chunks'; did you mean 'chunk'"):
+        policy.evaluate(observation, trace, executed, "chunks")
+
+
+@pytest.mark.parametrize(("model", "name", "options"), EVERY_DISTRIBUTION)
+def test_what_should_learn_gets_a_gradient(toy_models: None, model: str, name: str, options: Any) -> None:
+    policy, observation, _, trace = decided(model, name, options)
+    found = policy.evaluate(observation, trace, torch.full((6,), 2))
+    found.log_prob.sum().backward(retain_graph=True)
+    weight = policy.model.get_parameter("action_out.weight" if model != "toy_diffusion" else "layers.3.weight")
+    assert weight.grad is not None and weight.grad.abs().max() > 0
+    trained = {id(p) for group in policy.optimizer.param_groups for p in group["params"]}
+    owned = {key: p for key, p in policy.distribution.named_parameters() if not key.startswith("pretrained.")}
+    assert bool(owned) is (name == "flow_noise" or options.get("learn_std", False))
+    for key, parameter in owned.items():
+        assert id(parameter) in trained and parameter.grad is not None and parameter.grad.abs().max() > 0, key
+    for key, parameter in policy.distribution.named_parameters():
+        if key.startswith("pretrained."):
+            assert id(parameter) not in trained and parameter.grad is None
+    assert (found.entropy is not None) is policy.distribution.has_entropy
+    if found.entropy is not None:
+        gradients = torch.autograd.grad(found.entropy.sum(), list(owned.values()) or [weight])
+        assert all(gradient.abs().max() > 0 for gradient in gradients)
+        assert found.entropy.shape == (6,) and found.entropy.dtype == torch.float32
+
+
+@pytest.mark.parametrize(("model", "name", "options"), [*EVERY_DISTRIBUTION, ("toy_flow", "flow_ode", {})])
+def test_only_the_generator_decides(
+    toy_models: None, untouched_global_rng: None, model: str, name: str, options: Any
+) -> None:
+    """Where one is given, samples follow from it alone; the mode is the same every time and draws nothing."""
+    policy = decided_without_drawing(model, name, options)
+    context = policy.model.encode(policy.prepare(toy_observation(6)))
+
+    def draw(seed: int) -> list[Tensor]:
+        action, trace = policy.distribution.sample(policy.model, context, torch.Generator().manual_seed(seed))
+        return [action, *trace.values()]
+
+    with torch.no_grad():
+        first, second, third = draw(0), draw(0), draw(1)
+        mode, again = (policy.distribution.mode(policy.model, context) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert not torch.equal(first[0], third[0])
+    assert torch.equal(mode, again) and mode.shape == first[0].shape == (6, 2, 2)
+    assert torch.isfinite(mode).all()
+
+
+def decided_without_drawing(model: str, name: str, options: dict[str, Any]) -> VLAPolicy:
+    """:func:`decided`'s policy, whose initialisation leaves the global generator as it was."""
+    with torch.random.fork_rng(devices=[]):
+        return decided(model, name, options)[0]
+
+
+@pytest.mark.parametrize(("model", "name", "options"), EVERY_DISTRIBUTION)
+def test_autocast_leaves_log_probabilities_float32(toy_models: None, model: str, name: str, options: Any) -> None:
+    policy, observation, _, trace = decided(model, name, options)
+    executed = torch.full((6,), 2)
+    with torch.no_grad():
+        exact = policy.evaluate(observation, trace, executed)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = policy.evaluate(observation, trace, executed)
+            action, _, _ = policy.decide(observation)
+    for value in (action, found.log_prob, found.mean, found.std):
+        assert value.dtype == torch.float32
+    assert found.entropy is None or found.entropy.dtype == torch.float32
+    # The density is float32's at what bfloat16 computed, and that is near: 8 bits of the mean.
+    torch.testing.assert_close(found.mean, exact.mean, atol=0.2, rtol=0.05)
+    again = policy.distribution.log_prob(found.mean, found.std, trace, executed)
+    assert torch.equal(again, found.log_prob)
+
+
+@pytest.mark.parametrize("model", ["toy_flow", "toy_diffusion", "toy_tokens"])
+@pytest.mark.parametrize("name", DISTRIBUTION_NAMES)
+def test_a_distribution_fits_the_model_or_is_refused(toy_models: None, model: str, name: str) -> None:
+    fitting = {other for each, other, _ in EVERY_DISTRIBUTION if each == model}
+    if model == "toy_flow":
+        fitting.add("flow_ode")
+    if name in fitting:
+        assert isinstance(decided(model, name, {})[0].distribution, DISTRIBUTION_NAMES[name])
+        return
+    with pytest.raises(ValueError, match=f"Distribution '{name}' is for models that predict") as caught:
+        decided(model, name, {})
+    offered = set(str(caught.value).rpartition("Choose among ")[2].split(", "))
+    assert offered == fitting
+
+
+def test_the_flow_alone_is_for_evaluation(toy_models: None) -> None:
+    policy, observation, action, trace = decided("toy_flow", "flow_ode", {"denoising_steps": 3})
+    context = policy.model.encode(observation)
+    torch.manual_seed(0)
+    start = torch.randn(6, 2, 2)
+    expected = integrate(policy.model, context, start, 3)
+    torch.testing.assert_close(action, expected, atol=1e-6, rtol=0)
+    assert trace == {}
+    zero = integrate(policy.model, context, torch.zeros(6, 2, 2), 3)
+    assert torch.equal(policy.distribution.mode(policy.model, context), zero)
+    message = r"flow_ode.* has no log-probability.*Train with flow_sde"
+    with pytest.raises(ValueError, match=message):
+        policy.evaluate(observation, trace, torch.full((6,), 2))
+    with pytest.raises(ValueError, match=message):  # not after a whole rollout
+        toy_ppo(distribution="flow_ode")
+
+
+def test_more_dimensions_may_be_denoised_than_act() -> None:
+    """All L are drawn, stored and read by the denoiser; actions, density and divergence are of the first A."""
+    model, context = pull(50, dim=5)
+    model.action_dim = 2
+    model.set_statistics({})
+    model.action_mean, model.action_std = torch.tensor([1.0, 2.0]), torch.tensor([0.5, 0.25])
+    for name in ("flow_sde", "flow_cps"):
+        flow = make_distribution(name, model, 3, joint=True)
+        action, trace = flow.sample(model, context, torch.Generator().manual_seed(0))
+        mean, std = flow.transition(model, context, trace)
+        steps = trace["chain"].shape[1] - 1
+        assert action.shape == (50, 3, 2) and trace["chain"].shape[2:] == (3, 5)
+        assert mean.shape == std.shape == (50, steps, 3, 2)
+        executed = torch.full((50,), 3)
+        expected = Normal(mean.double(), std.double()).log_prob(trace["chain"][:, 1:, :, :2].double()).sum((1, 2, 3))
+        torch.testing.assert_close(flow.log_prob(mean, std, trace, executed).double(), expected, atol=1e-3, rtol=1e-5)
+        assert flow.mode(model, context).shape == (50, 3, 2)
+    gaussian = make_distribution("gaussian", model, 3)
+    assert gaussian.sample(model, context)[0].shape == (50, 3, 2)
+
+
+def test_a_prediction_may_start_in_the_past() -> None:
+    """What is executed begins at the model's first_action."""
+    model, context = encoded(3)
+    whole = make_distribution("flow_sde", model, 5)
+    model.first_action = 2
+    part = make_distribution("flow_sde", model, 3)
+    with torch.no_grad():
+        action, trace = part.sample(model, context, torch.Generator().manual_seed(0))
+        everything, _ = whole.sample(model, context, torch.Generator().manual_seed(0))
+        mean, std = part.transition(model, context, trace)
+        all_mean, _ = whole.transition(model, context, trace)
+    assert torch.equal(action, everything[:, 2:]) and torch.equal(mean, all_mean[:, :, 2:])
+    expected = Normal(mean.double(), std.double()).log_prob(trace["chain"][:, 1:, 2:].double()).sum((1, 2, 3))
+    found = part.log_prob(mean, std, trace, torch.full((3,), 3))
+    torch.testing.assert_close(found.double(), expected, atol=1e-4, rtol=1e-5)

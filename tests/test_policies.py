@@ -144,7 +144,7 @@ def test_actions_are_clipped_and_have_the_spaces_shape() -> None:
         algorithm.learn(16)
 
 
-@pytest.mark.parametrize("distribution", ["gaussian", "flow_sde"])
+@pytest.mark.parametrize("distribution", ["gaussian", "flow_sde", "flow_cps", "flow_noise"])
 def test_forward_decide_and_evaluate_agree(distribution: str) -> None:
     policy = policy_for(ToyEnv(), distribution=distribution)
     observation = policy.prepare(tensors(observations(5)))
@@ -213,6 +213,7 @@ def test_stock_environments_are_refused_with_advice() -> None:
         ({"model_kwargs": {**TINY, "action_horizon": 1}}, "action_chunk <= 1"),
         ({"distribution": "gaussain"}, "Unknown action distribution 'gaussain'; did you mean 'gaussian'"),
         ({"distribution_kwargs": {"sdt": 1}}, "sdt"),
+        ({"distribution": "tokens"}, "'tokens' is for models that predict tokens; CompactVLA predicts velocity"),
         ({"use_sde": True}, "use_sde=True has no meaning"),
         ({"trainable": "exprt"}, "trainable='exprt'; did you mean 'expert'"),
     ],
@@ -321,7 +322,7 @@ def test_stable_baselines3_evaluates_it() -> None:
 # --- Save and load ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("distribution", ["gaussian", "flow_sde"])
+@pytest.mark.parametrize("distribution", ["gaussian", "flow_sde", "flow_noise"])
 def test_a_saved_algorithm_acts_and_goes_on_the_same(tmp_path: Path, distribution: str) -> None:
     algorithm = toy_ppo(distribution=distribution, value_lr=1e-3, kl_coef=0.1, target_kl=0.5)
     algorithm.policy.model.set_statistics({"action_mean": torch.tensor([0.1, 0.2])})

@@ -37,6 +37,120 @@ class StateModel(VLAModel):
         return Context(perception[PERCEPTION + "state"], perception[PERCEPTION + "state"])
 
 
+class ReadingModel(StateModel):
+    """A model whose context is the state and, in the place of its last number, which of the two sentences it read."""
+
+    def perceive(self, observation: dict[str, Tensor]) -> dict[str, Tensor]:
+        second = torch.from_numpy(encode_instruction(SENTENCES[1])).to(observation["instruction"].device)
+        which = (observation["instruction"] == second).all(1, keepdim=True).float()
+        return super().perceive({"state": torch.cat([observation["state"][:, :-1], which], dim=1)})
+
+
+def cosine_schedule(timesteps: int) -> Tensor:
+    """abar of the squared cosine (Nichol & Dhariwal 2021, eq. 17), betas at most 0.999, float32 (timesteps,)."""
+    time = torch.linspace(0, 1, timesteps + 1, dtype=torch.float64)
+    level = torch.cos((time + 0.008) / 1.008 * torch.pi / 2).square()
+    return (level[1:] / level[:-1]).clamp(min=0.001).cumprod(0).float()
+
+
+class ToyDiffusion(ReadingModel):
+    """A perceptron of state, noisy chunk and timestep, with dropout if wanted; T = 20 timesteps of the cosine schedule.
+
+    :param prediction: what it says that its output is.
+    """
+
+    def __init__(
+        self,
+        action_dim: int = 2,
+        action_horizon: int = 2,
+        state_dim: int = 4,
+        image_size: int = 32,
+        prediction: str = "epsilon",
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__(action_dim, action_horizon)
+        self.config = {"action_dim": action_dim, "action_horizon": action_horizon, "prediction": prediction}
+        self.feature_dim, self.image_size, self.prediction = state_dim, (image_size, image_size), prediction
+        self.register_buffer("alphas_cumprod", cosine_schedule(20))
+        size = action_dim * action_horizon
+        self.layers = nn.Sequential(
+            nn.Linear(state_dim + size + 1, 32), nn.Tanh(), nn.Dropout(dropout), nn.Linear(32, size)
+        )
+
+    def denoise(self, context: Context, x: Tensor, t: Tensor) -> Tensor:
+        assert t.dtype == torch.int64
+        state = context.state.repeat(len(x) // len(context.state), 1)
+        return self.layers(torch.cat([state, x.flatten(1), t[:, None] / 20], dim=1)).reshape(x.shape).to(x.dtype)
+
+
+class ToyTokens(ReadingModel):
+    """Logits of five tokens for each number of a chunk, linear in the state."""
+
+    prediction = "tokens"
+
+    def __init__(
+        self,
+        action_dim: int = 2,
+        action_horizon: int = 2,
+        state_dim: int = 4,
+        image_size: int = 32,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__(action_dim, action_horizon)
+        self.config = {"action_dim": action_dim, "action_horizon": action_horizon}
+        self.feature_dim, self.image_size = state_dim, (image_size, image_size)
+        self.register_buffer("token_values", torch.tensor([1.0, 0.5, 0.0, -0.5, -1.0]))
+        self.dropout = nn.Dropout(dropout)
+        self.action_out = nn.Linear(state_dim, action_dim * action_horizon * 5)
+
+    def token_logits(self, context: Context) -> Tensor:
+        logits = self.action_out(self.dropout(context.state))
+        return logits.reshape(-1, self.action_horizon, self.action_dim, 5)
+
+
+class DroppingVLA(CompactVLA):
+    """CompactVLA with dropout of what modulates its blocks."""
+
+    def __init__(self, dropout: float = 0.0, **options: Any) -> None:
+        super().__init__(**options)
+        self.dropout = nn.Dropout(dropout)
+
+    def contextualise(self, perception: dict[str, Tensor]) -> Context:
+        context = super().contextualise(perception)
+        keys_values, summary = context.state
+        return Context(context.features, (keys_values, self.dropout(summary)))
+
+
+#: one of each kind of prediction
+TOY_MODELS: dict[str, type[VLAModel]] = {
+    "toy_flow": DroppingVLA,
+    "toy_diffusion": ToyDiffusion,
+    "toy_tokens": ToyTokens,
+}
+#: every distribution, with the name of a toy model that it fits
+EVERY_DISTRIBUTION: list[tuple[str, str, dict[str, Any]]] = [
+    ("toy_flow", "gaussian", {}),
+    ("toy_flow", "gaussian", {"coherence": "offset"}),
+    ("toy_flow", "gaussian", {"learn_std": True, "std": [0.2, 0.3]}),
+    ("toy_flow", "flow_sde", {}),
+    ("toy_flow", "flow_sde", {"joint": True}),
+    ("toy_flow", "flow_cps", {}),
+    ("toy_flow", "flow_cps", {"joint": True}),
+    ("toy_flow", "flow_noise", {}),
+    ("toy_flow", "flow_noise", {"joint": False}),
+    ("toy_diffusion", "ddpm", {"denoising_steps": 5}),
+    ("toy_diffusion", "ddpm", {"denoising_steps": 5, "joint": False}),
+    ("toy_diffusion", "ddim", {"denoising_steps": 5, "eta": 0.5}),
+    ("toy_diffusion", "ddim", {"denoising_steps": 5, "joint": False, "trained_steps": 2}),
+    ("toy_tokens", "tokens", {"temperature": 1.6}),
+]
+
+
+def toy_model_kwargs(model: str) -> dict[str, Any]:
+    """Options of a toy model that make it small."""
+    return TINY if model == "toy_flow" else {}
+
+
 class ToyEnv(gym.Env):
     """Actions should equal a number that only the instruction tells; pictures and states are noise.
 
@@ -117,6 +231,8 @@ def toy_ppo(
     distribution_kwargs: dict[str, Any] | None = None,
     stirred: bool = True,
     trainable: str = "all",
+    model: str = "compact",
+    model_kwargs: dict[str, Any] = TINY,
     **options: Any,
 ) -> PPO:
     """PPO with the tiny model; ``stirred`` weights, because the model's own start is an action of exactly zero."""
@@ -130,7 +246,8 @@ def toy_ppo(
             "seed": 0,
             "device": "cpu",
             "policy_kwargs": {
-                "model_kwargs": TINY,
+                "model": model,
+                "model_kwargs": model_kwargs,
                 "distribution": distribution,
                 "distribution_kwargs": distribution_kwargs,
                 "value_width": 32,

@@ -29,6 +29,7 @@ class LoadedCheckpoint:
     :param value_head: weights of the critic, if they were saved.
     :param notes: what the writer noted: how it was trained, on what.
     :param distribution: name and options of the action distribution that the model was trained with, if any.
+    :param distribution_weights: what that distribution learned, if it was saved.
     """
 
     model: VLAModel
@@ -37,6 +38,7 @@ class LoadedCheckpoint:
     value_head: dict[str, Tensor] | None
     notes: dict[str, Any]
     distribution: tuple[str, dict[str, Any]] | None = None
+    distribution_weights: dict[str, Tensor] | None = None
 
 
 def save_checkpoint(
@@ -45,11 +47,13 @@ def save_checkpoint(
     value_head: nn.Module | None = None,
     notes: Mapping[str, Any] | None = None,
     distribution: tuple[str, Mapping[str, Any]] | None = None,
+    distribution_module: nn.Module | None = None,
 ) -> None:
     """Write a checkpoint folder; it appears whole or not at all, and takes the place of one that is there.
 
     :param notes: JSON values kept beside the weights.
     :param distribution: name and options of the action distribution that the model acts by.
+    :param distribution_module: that distribution, for the weights that it owns.
     :raises FileExistsError: if the folder holds something else than a checkpoint.
     """
     folder = Path(folder)
@@ -64,8 +68,9 @@ def save_checkpoint(
         **({} if distribution is None else {"distribution": [distribution[0], dict(distribution[1])]}),
     }
     tensors = {f"model.{key}": value for key, value in model.state_dict().items()}
-    if value_head is not None:
-        tensors.update({f"value_head.{key}": value for key, value in value_head.state_dict().items()})
+    for prefix, part in (("value_head", value_head), ("distribution", distribution_module)):
+        if part is not None:
+            tensors.update({f"{prefix}.{key}": value for key, value in part.state_dict().items()})
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
@@ -141,7 +146,8 @@ def load_checkpoint(folder: str | Path) -> LoadedCheckpoint:
         raise ValueError(f"{folder} does not fit its configuration: {'; '.join(problems[:8])} ({len(problems)} in all)")
     model.load_state_dict(weights)
     value_head = _with_prefix(tensors, "value_head.") or None
-    return LoadedCheckpoint(model, name, kwargs, value_head, notes, distribution)
+    distribution_weights = _with_prefix(tensors, "distribution.") or None
+    return LoadedCheckpoint(model, name, kwargs, value_head, notes, distribution, distribution_weights)
 
 
 def checkpoint_digest(folder: str | Path) -> str:

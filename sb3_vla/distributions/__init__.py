@@ -1,29 +1,74 @@
 """Action distributions: one file each, one line in :data:`DISTRIBUTIONS`."""
 
-from sb3_vla.distributions.base import ActionDistribution, Trace, integrate
+from __future__ import annotations
+
+from typing import Any
+
+from mw_envs.tasks import did_you_mean
+from sb3_vla.distributions.base import LOGPROB_TYPES, ActionDistribution, Trace, integrate
+from sb3_vla.distributions.diffusion import DDIM, DDPM
+from sb3_vla.distributions.flow_cps import FlowCPS
+from sb3_vla.distributions.flow_noise import FlowNoise
+from sb3_vla.distributions.flow_ode import FlowODE
 from sb3_vla.distributions.flow_sde import FlowSDE
 from sb3_vla.distributions.gaussian import GaussianChunk
+from sb3_vla.distributions.tokens import ActionTokens, openvla_token_values
+from sb3_vla.models.base import VLAModel
 
-DISTRIBUTIONS = ("gaussian", "flow_sde")
+DISTRIBUTIONS: dict[str, type[ActionDistribution]] = {
+    "gaussian": GaussianChunk,
+    "flow_ode": FlowODE,
+    "flow_sde": FlowSDE,
+    "flow_noise": FlowNoise,
+    "flow_cps": FlowCPS,
+    "ddpm": DDPM,
+    "ddim": DDIM,
+    "tokens": ActionTokens,
+}
 
 
-def make_distribution(name: str, action_chunk: int, action_dim: int, **options: object) -> ActionDistribution:
+def make_distribution(name: str, model: VLAModel, action_chunk: int, **options: Any) -> ActionDistribution:
     """Build a distribution by name.
 
     :param name: a name in :data:`DISTRIBUTIONS`.
+    :param model: the model that it will be given.
+    :param action_chunk: K, executed actions per decision.
     :param options: see the classes.
-    :raises ValueError: for an unknown name or option.
+    :raises ValueError: for an unknown name or option, or a distribution that does not fit the model.
     """
-    from mw_envs.tasks import did_you_mean
-
+    if name not in DISTRIBUTIONS:
+        names = f"known: {', '.join(DISTRIBUTIONS)}"
+        near = did_you_mean(name, DISTRIBUTIONS)
+        raise ValueError(f"Unknown action distribution {name!r}; {near if near == names else f'{near} ({names})'}")
+    kind = DISTRIBUTIONS[name]
+    if model.prediction not in kind.predictions:
+        fitting = [other for other, each in DISTRIBUTIONS.items() if model.prediction in each.predictions]
+        raise ValueError(
+            f"Distribution {name!r} is for models that predict {' or '.join(kind.predictions)}; {type(model).__name__} "
+            f"predicts {model.prediction}. Choose among {', '.join(fitting)}"
+        )
     try:
-        if name == "gaussian":
-            return GaussianChunk(action_chunk, action_dim, **options)  # type: ignore[arg-type]
-        if name == "flow_sde":
-            return FlowSDE(action_chunk, **options)  # type: ignore[arg-type]
+        distribution = kind.for_model(model, action_chunk, **options)
     except TypeError as error:
         raise ValueError(f"Distribution {name!r} does not take these options: {options} ({error})") from error
-    raise ValueError(f"Unknown action distribution {name!r}; {did_you_mean(name, DISTRIBUTIONS)}")
+    distribution.first_action = model.first_action
+    return distribution
 
 
-__all__ = ["DISTRIBUTIONS", "ActionDistribution", "FlowSDE", "GaussianChunk", "Trace", "integrate", "make_distribution"]
+__all__ = [
+    "DDIM",
+    "DDPM",
+    "DISTRIBUTIONS",
+    "LOGPROB_TYPES",
+    "ActionDistribution",
+    "ActionTokens",
+    "FlowCPS",
+    "FlowNoise",
+    "FlowODE",
+    "FlowSDE",
+    "GaussianChunk",
+    "Trace",
+    "integrate",
+    "make_distribution",
+    "openvla_token_values",
+]

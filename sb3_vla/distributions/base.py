@@ -1,7 +1,10 @@
 """What an action distribution offers to an algorithm: samples, and their log-probability under later weights.
 
-A *trace* is what must be stored to compute the log-probability of a sample again: the action itself, or two ends of a
-stochastic denoising step. Letters as in :mod:`sb3_vla.models.base`; K is the executed chunk.
+A *trace* is what must be stored to compute the log-probability of a sample again: the action itself, the tokens, or the
+ends of stochastic denoising steps. Letters as in :mod:`sb3_vla.models.base`; K is the executed chunk, S the number of
+random denoising steps in a trace (1 where nothing is denoised at random).
+Log-probabilities are float32, whatever the model's precision, and those of denoised or tokenised actions are in the
+model's normalised units, whose constant Jacobian cancels in every ratio.
 """
 
 from __future__ import annotations
@@ -9,76 +12,148 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from itertools import pairwise
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from mw_envs.tasks import did_you_mean
 from sb3_vla.models.base import Context, VLAModel
 
 Trace = dict[str, Tensor]
+#: what a log-probability may be of, see :meth:`ActionDistribution.log_prob`
+LOGPROB_TYPES = ("chunk", "action", "token", "denoising_step")
 
 
 class ActionDistribution(nn.Module, ABC):
-    """A distribution of action chunks (N, K, A) in environment units around what a model denoises.
+    """A distribution of action chunks (N, K, A) in environment units around what a model predicts.
 
     :param action_chunk: K, executed actions per decision.
-    :param denoising_steps: Euler steps from noise to action.
     """
 
-    #: whether the log-probability follows from observation and action alone, as stock Stable-Baselines3 needs
+    #: predictions, among :data:`sb3_vla.models.base.PREDICTIONS`, of the models that it fits
+    predictions: ClassVar[tuple[str, ...]] = ("velocity",)
+    #: False where the log-probability follows from observation and action alone, as stock Stable-Baselines3 needs
     needs_trace = True
     #: whether the entropy depends on the weights, so that a bonus on it has an effect
     has_entropy = False
     #: factor of the exploration noise, which an algorithm may lower as it learns
     noise_scale = 1.0
+    #: the model's own, see :class:`sb3_vla.models.VLAModel`
+    first_action = 0
 
-    def __init__(self, action_chunk: int, denoising_steps: int) -> None:
+    def __init__(self, action_chunk: int) -> None:
         super().__init__()
-        if denoising_steps < 1:
-            raise ValueError(f"denoising_steps={denoising_steps}; expected at least 1")
         self.action_chunk = action_chunk
-        self.denoising_steps = denoising_steps
+
+    @classmethod
+    def for_model(cls, model: VLAModel, action_chunk: int, **options: Any) -> ActionDistribution:
+        """Build the distribution with what it takes from the model, such as sizes."""
+        return cls(action_chunk, **options)
+
+    def check_trainable(self, model: VLAModel) -> None:
+        """Whether an algorithm can improve the model through this distribution; for before the first rollout.
+
+        :raises ValueError: if it cannot.
+        """
+        return None
 
     @abstractmethod
     def sample(
         self, model: VLAModel, context: Context, generator: torch.Generator | None = None
     ) -> tuple[Tensor, Trace]:
-        """Draw action chunks, float32 (N, K, A) in environment units (not clipped), and their trace."""
+        """Draw action chunks, float32 (N, K, A) in environment units (not clipped), and their trace.
 
-    @abstractmethod
-    def transition(self, model: VLAModel, context: Context, trace: Trace) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of what is random in the trace, under the model's present weights.
-
-        Two of these give the Kullback-Leibler divergence of two sets of weights.
+        :param generator: the only source of randomness if given; else torch's global one.
         """
 
     @abstractmethod
-    def log_prob(self, mean: Tensor, std: Tensor, trace: Trace, executed: Tensor) -> Tensor:
-        """Log-density of the trace, float32 (N,), summed over the executed steps.
+    def transition(self, model: VLAModel, context: Context, trace: Trace) -> tuple[Tensor, Tensor]:
+        """Location and scale of what is random in the trace, under the model's present weights, float32.
+
+        Mean and standard deviation of normal distributions, (N, K, A) or (N, S, K, A); for tokens their logits
+        (N, K, A, V) and temperature. Two of these give the Kullback-Leibler divergence of two sets of weights.
+        """
+
+    @abstractmethod
+    def log_prob_terms(self, mean: Tensor, std: Tensor, trace: Trace, executed: Tensor) -> Tensor:
+        """Log-density of each number that was drawn, float32 (N, S, K, A), zero where it was not executed."""
+
+    @abstractmethod
+    def kl_terms(
+        self, mean: Tensor, std: Tensor, reference_mean: Tensor, reference_std: Tensor, executed: Tensor
+    ) -> Tensor:
+        """KL divergence of each number's distribution from the reference, as :meth:`log_prob_terms`."""
+
+    @abstractmethod
+    def mode(self, model: VLAModel, context: Context) -> Tensor:
+        """The deterministic action chunk (N, K, A) in environment units."""
+
+    def log_prob(
+        self, mean: Tensor, std: Tensor, trace: Trace, executed: Tensor, logprob_type: str = "chunk"
+    ) -> Tensor:
+        """Log-density of the trace, float32, of the executed steps alone.
 
         :param mean: from :meth:`transition`.
         :param std: from :meth:`transition`.
         :param executed: environment steps of the chunk that were run, int64 (N,); the others had no effect.
+        :param logprob_type: what one number, hence one ratio, stands for: ``chunk``, the whole decision, (N,);
+            ``action``, an environment step, (N, K); ``token``, a dimension of one, (N, K, A); ``denoising_step``,
+            (N, S), as in DPPO (Ren et al. 2024). What was not executed has log-density zero, a ratio of one.
+        :raises ValueError: for an unknown type, or one that the distribution has not.
         """
+        if logprob_type not in LOGPROB_TYPES:
+            raise ValueError(f"Unknown logprob_type={logprob_type!r}; {did_you_mean(logprob_type, LOGPROB_TYPES)}")
+        self._check_logprob_type(logprob_type)
+        terms = self.log_prob_terms(mean, std, trace, executed)
+        if logprob_type == "token":
+            return terms.sum(1)
+        return terms.sum({"chunk": (1, 2, 3), "action": (1, 3), "denoising_step": (2, 3)}[logprob_type])
 
-    @abstractmethod
     def kl_divergence(
         self, mean: Tensor, std: Tensor, reference_mean: Tensor, reference_std: Tensor, executed: Tensor
     ) -> Tensor:
-        """KL(this transition || reference transition), (N,), executed steps only."""
+        """KL(this transition || reference transition), float32 (N,), executed steps only."""
+        return self.kl_terms(mean, std, reference_mean, reference_std, executed).sum((1, 2, 3))
 
-    def entropy(self, std: Tensor, executed: Tensor) -> Tensor | None:
-        """Differential entropy of the executed steps, (N,), or None where it does not depend on the weights."""
+    def entropy(self, mean: Tensor, std: Tensor, executed: Tensor) -> Tensor | None:
+        """Entropy of what was drawn for the executed steps, float32 (N,); None where the weights do not change it."""
         return None
 
-    def mode(self, model: VLAModel, context: Context) -> Tensor:
-        """The deterministic action chunk (N, K, A): the flow followed from zero noise."""
-        x = torch.zeros(len(context.features), model.action_horizon, model.action_dim, device=context.features.device)
-        return self.executed_actions(model, integrate(model, context, x, self.denoising_steps))
-
     def executed_actions(self, model: VLAModel, x: Tensor) -> Tensor:
-        """The executed part of denoised chunks (N, H, A), in environment units (N, K, A)."""
-        return model.unnormalise_action(x[:, : self.action_chunk])
+        """The executed part of denoised chunks (N, H, L), in environment units (N, K, A)."""
+        return model.unnormalise_action(self._executed_part(x, model.action_dim))
+
+    def _executed_part(self, x: Tensor, action_dim: int) -> Tensor:
+        """(..., K, A) of (..., H, L)."""
+        return x[..., self.first_action : self.first_action + self.action_chunk, :action_dim]
+
+    def _check_logprob_type(self, logprob_type: str) -> None:
+        """Refuse a known type that has no meaning here."""
+        return None
+
+    def _mask(self, terms: Tensor, executed: Tensor) -> Tensor:
+        """Zero what was not executed of (N, S, K, A)."""
+        return terms * executed_mask(executed, self.action_chunk)[:, None]
+
+
+def check_denoising_steps(steps: int) -> None:
+    """:raises ValueError: for a number of denoising steps below one."""
+    if steps < 1:
+        raise ValueError(f"denoising_steps={steps}; expected at least 1")
+
+
+def start_of_mode(model: VLAModel, context: Context) -> Tensor:
+    """Zero noise, float32 (N, H, L)."""
+    features = context.features
+    return torch.zeros(len(features), model.action_horizon, model.latent_dim, device=features.device)
+
+
+def random_start(model: VLAModel, context: Context, generator: torch.Generator | None) -> Tensor:
+    """Standard normal noise, float32 (N, H, L)."""
+    features = context.features
+    shape = (len(features), model.action_horizon, model.latent_dim)
+    return torch.randn(shape, generator=generator, device=features.device)
 
 
 def time_grid(steps: int, device: torch.device | None = None) -> Tensor:
@@ -87,10 +162,10 @@ def time_grid(steps: int, device: torch.device | None = None) -> Tensor:
 
 
 def integrate(model: VLAModel, context: Context, x: Tensor, steps: int) -> Tensor:
-    """Follow the flow from x at time 1 to time 0 in Euler steps (the ODE sampler of pi0)."""
+    """Follow the flow from x at time 1 to time 0 in Euler steps (the ODE sampler of pi0), in float32."""
     grid = time_grid(steps, x.device)
     for now, then in pairwise(grid):
-        x = x - (now - then) * model.denoise(context, x, now.expand(len(x)))
+        x = x - (now - then) * model.denoise(context, x, now.expand(len(x))).float()
     return x
 
 
@@ -108,3 +183,8 @@ def gaussian_kl(mean: Tensor, std: Tensor, reference_mean: Tensor, reference_std
 def gaussian_log_prob(value: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """Elementwise log-density of a normal distribution."""
     return -0.5 * ((value - mean) / std).square() - std.log() - 0.5 * math.log(2 * math.pi)
+
+
+def gaussian_entropy(std: Tensor) -> Tensor:
+    """Elementwise differential entropy of a normal distribution."""
+    return std.log() + 0.5 * math.log(2 * math.pi * math.e)

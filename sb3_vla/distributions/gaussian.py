@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,10 +12,13 @@ from torch import Tensor, nn
 from sb3_vla.distributions.base import (
     ActionDistribution,
     Trace,
+    check_denoising_steps,
     executed_mask,
+    gaussian_entropy,
     gaussian_kl,
     gaussian_log_prob,
     integrate,
+    start_of_mode,
 )
 from sb3_vla.models.base import Context, VLAModel
 
@@ -24,8 +28,8 @@ class GaussianChunk(ActionDistribution):
 
     ``coherence="independent"``: K x A independent normals. ``coherence="offset"``: one A-dimensional offset moves the
     whole chunk, so exploration persists over the chunk instead of averaging out. The offset is then all that is random:
-    the log-probability is that of the chunk's mean action under N(mean of mu, std^2), and the chunk's shape around its
-    mean follows the network without being explored.
+    the log-probability is that of the executed actions' mean under N(mean of their mu, std^2), and the chunk's shape
+    around its mean follows the network without being explored.
 
     :param action_chunk: K.
     :param action_dim: A.
@@ -48,7 +52,9 @@ class GaussianChunk(ActionDistribution):
         learn_std: bool = False,
         denoising_steps: int = 1,
     ) -> None:
-        super().__init__(action_chunk, denoising_steps)
+        super().__init__(action_chunk)
+        check_denoising_steps(denoising_steps)
+        self.denoising_steps = denoising_steps
         if coherence not in ("independent", "offset"):
             raise ValueError(f"coherence={coherence!r}; expected 'independent' or 'offset'")
         values = torch.as_tensor(std, dtype=torch.float32).expand(action_dim) if _is_valid(std, action_dim) else None
@@ -61,6 +67,11 @@ class GaussianChunk(ActionDistribution):
         else:  # no parameter: sb3-contrib's TRPO wants a gradient of every one
             self.register_buffer("log_std", values.log().clone())
 
+    @classmethod
+    def for_model(cls, model: VLAModel, action_chunk: int, **options: Any) -> GaussianChunk:
+        """See :meth:`ActionDistribution.for_model`."""
+        return cls(action_chunk, model.action_dim, **options)
+
     def sample(
         self, model: VLAModel, context: Context, generator: torch.Generator | None = None
     ) -> tuple[Tensor, Trace]:
@@ -70,36 +81,58 @@ class GaussianChunk(ActionDistribution):
         action = mean + self._std() * noise
         return action, {"action": action}
 
+    def mode(self, model: VLAModel, context: Context) -> Tensor:
+        """The flow followed from zero noise."""
+        x = integrate(model, context, start_of_mode(model, context), self.denoising_steps)
+        return self.executed_actions(model, x)
+
     def transition(self, model: VLAModel, context: Context, trace: Trace) -> tuple[Tensor, Tensor]:
-        x = torch.zeros(len(context.features), model.action_horizon, model.action_dim, device=context.features.device)
-        mean = self.executed_actions(model, integrate(model, context, x, self.denoising_steps))
+        mean = self.mode(model, context)
         return mean, self._std().expand_as(mean)
+
+    def log_prob_terms(self, mean: Tensor, std: Tensor, trace: Trace, executed: Tensor) -> Tensor:
+        """See :meth:`ActionDistribution.log_prob_terms`; of a common offset (N, 1, 1, A)."""
+        action = trace["action"].reshape(mean.shape)
+        terms = gaussian_log_prob(self._drawn(action, executed), self._drawn(mean, executed), self._drawn_std(std))
+        return self._mask(terms, executed)
+
+    def kl_terms(
+        self, mean: Tensor, std: Tensor, reference_mean: Tensor, reference_std: Tensor, executed: Tensor
+    ) -> Tensor:
+        own = self._drawn(mean, executed), self._drawn_std(std)
+        reference = self._drawn(reference_mean, executed), self._drawn_std(reference_std)
+        return self._mask(gaussian_kl(*own, *reference), executed)
+
+    def entropy(self, mean: Tensor, std: Tensor, executed: Tensor) -> Tensor | None:
+        """See :meth:`ActionDistribution.entropy`."""
+        if not self.learn_std:
+            return None
+        return self._mask(gaussian_entropy(self._drawn_std(std)), executed).sum((1, 2, 3))
 
     def _std(self) -> Tensor:
         return self.noise_scale * self.log_std.exp()
 
-    def log_prob(self, mean: Tensor, std: Tensor, trace: Trace, executed: Tensor) -> Tensor:
-        action = trace["action"].reshape(mean.shape)
+    def _drawn(self, value: Tensor, executed: Tensor) -> Tensor:
+        """The numbers that were drawn, (N, 1, K, A), or what a common offset moved: the executed mean, (N, 1, 1, A)."""
         if self.coherent:
-            return gaussian_log_prob(action.mean(1), mean.mean(1), std[:, 0]).sum(1)
-        elementwise = gaussian_log_prob(action, mean, std)
-        return (elementwise * executed_mask(executed, self.action_chunk)).sum((1, 2))
+            total = (value * executed_mask(executed, self.action_chunk)).sum(1, keepdim=True)
+            value = total / executed.clamp(1, self.action_chunk)[:, None, None]
+        return value[:, None]
 
-    def kl_divergence(
-        self, mean: Tensor, std: Tensor, reference_mean: Tensor, reference_std: Tensor, executed: Tensor
-    ) -> Tensor:
-        if self.coherent:
-            return gaussian_kl(mean.mean(1), std[:, 0], reference_mean.mean(1), reference_std[:, 0]).sum(1)
-        elementwise = gaussian_kl(mean, std, reference_mean, reference_std)
-        return (elementwise * executed_mask(executed, self.action_chunk)).sum((1, 2))
+    def _drawn_std(self, std: Tensor) -> Tensor:
+        return std[:, None, :1] if self.coherent else std[:, None]
 
-    def entropy(self, std: Tensor, executed: Tensor) -> Tensor | None:
-        if not self.learn_std:
-            return None
-        per_step = (std.log() + 0.5 * math.log(2 * math.pi * math.e)).sum(2)  # (N, K)
-        if self.coherent:
-            return per_step[:, 0]
-        return (per_step * executed_mask(executed, self.action_chunk)[:, :, 0]).sum(1)
+    def _mask(self, terms: Tensor, executed: Tensor) -> Tensor:
+        if self.coherent:  # the offset counts whole, however much of the chunk was run
+            return terms * (executed > 0)[:, None, None, None].to(torch.float32)
+        return super()._mask(terms, executed)
+
+    def _check_logprob_type(self, logprob_type: str) -> None:
+        if self.coherent and logprob_type in ("action", "token"):
+            raise ValueError(
+                f"logprob_type={logprob_type!r}: with coherence='offset' one draw moves the whole chunk, and no "
+                "step has a probability of its own; use 'chunk', or coherence='independent'"
+            )
 
 
 def _is_valid(std: float | Sequence[float], action_dim: int) -> bool:

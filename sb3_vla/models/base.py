@@ -1,8 +1,10 @@
 """What a vision-language-action model offers: an encoder, run once per decision, and a denoiser of action chunks.
 
 Letters used for shapes in this package: N samples, H action horizon (predicted), K action chunk (executed, K <= H),
-A action dimensions, D context features, R denoisings per context.
+A action dimensions, L dimensions that are denoised (the first A of them act), D context features, R denoisings per
+context, V tokens of the action vocabulary.
 Flow time runs from 1 (noise) to 0 (data): x_t = t noise + (1 - t) action, velocity = noise - action (as in pi0).
+Diffusion timesteps are integers: x_t = sqrt(abar_t) action + sqrt(1 - abar_t) noise (Ho et al. 2020).
 """
 
 from __future__ import annotations
@@ -16,6 +18,8 @@ import torch
 from torch import Tensor, nn
 
 PERCEPTION = "perception/"
+#: what a model may predict: a flow's velocity; a diffusion's noise, clean action or v (Salimans & Ho 2022); tokens
+PREDICTIONS = ("velocity", "epsilon", "sample", "v_prediction", "tokens")
 
 
 def is_perceived(observation: Mapping[str, Tensor]) -> bool:
@@ -48,11 +52,23 @@ class VLAModel(nn.Module, ABC):
     image_size: tuple[int, int]
     #: constructor arguments, JSON values, from which a checkpoint builds the model again
     config: dict[str, Any]
+    #: one of :data:`PREDICTIONS`; it decides which action distributions fit
+    prediction: str = "velocity"
+    #: place in the horizon of the first action to execute; later than 0 where the prediction starts in the past
+    first_action: int = 0
+    #: size of the second tensor of :meth:`denoise_features`, None where there is none
+    action_feature_dim: int | None = None
+    #: of a diffusion model: abar_t of the timesteps that it was trained on, float32 (T,)
+    alphas_cumprod: Tensor
+    #: of a token model: the action that each token means, in normalised units, float32 (V,)
+    token_values: Tensor
 
     def __init__(self, action_dim: int, action_horizon: int) -> None:
         super().__init__()
         self.action_dim = action_dim
         self.action_horizon = action_horizon
+        #: L; more than A where the model was pretrained on wider actions
+        self.latent_dim = action_dim
         self.register_buffer("action_mean", torch.zeros(action_dim))
         self.register_buffer("action_std", torch.ones(action_dim))
         self.action_mean: Tensor
@@ -81,13 +97,21 @@ class VLAModel(nn.Module, ABC):
             observation = self.perceive(observation)
         return self.contextualise(observation)
 
-    @abstractmethod
     def denoise(self, context: Context, x: Tensor, t: Tensor) -> Tensor:
-        """Velocity of the flow, float32, shape of x.
+        """What :attr:`prediction` says, shape of x; every model but a token model has it.
 
-        :param x: noisy chunks in normalised units, float32 (R * N, H, A); row r * N + n belongs to context n.
-        :param t: flow time of each row in [0, 1], float32 (R * N,).
+        :param x: noisy chunks in normalised units, float32 (R * N, H, L); row r * N + n belongs to context n.
+        :param t: flow time of each row in [0, 1], float32 (R * N,), or its diffusion timestep, int64 (R * N,).
         """
+        raise NotImplementedError(f"{type(self).__name__} predicts {self.prediction} and has no denoiser")
+
+    def denoise_features(self, context: Context, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """:meth:`denoise`, and the features of each action from which it came, (R * N, H, action_feature_dim)."""
+        raise NotImplementedError(f"{type(self).__name__} gives no features of its actions")
+
+    def token_logits(self, context: Context) -> Tensor:
+        """Logits of the action tokens, (N, H, A, V), all decoded in parallel; a token model has it."""
+        raise NotImplementedError(f"{type(self).__name__} predicts {self.prediction} and has no tokens")
 
     def normalise_action(self, action: Tensor) -> Tensor:
         """Environment units to the model's, any leading shape."""

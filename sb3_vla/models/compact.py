@@ -76,6 +76,7 @@ class CompactVLA(VLAModel):
         self.blocks = nn.ModuleList(ActionBlock(width) for _ in range(depth))
         self.action_norm = nn.LayerNorm(width, elementwise_affine=False)
         self.action_modulation = nn.Linear(width, 2 * width)
+        self.action_feature_dim = width
         self.action_out = nn.Linear(width, action_dim)
         # Where in the grids each channel is strong, finer than a cell: for the critic and the modulation of the blocks.
         self.sharpness = nn.Parameter(torch.full((1, channels[1], 1, 1), 2.0))
@@ -120,6 +121,10 @@ class CompactVLA(VLAModel):
 
     def denoise(self, context: Context, x: Tensor, t: Tensor) -> Tensor:
         """See :meth:`VLAModel.denoise`."""
+        return self.denoise_features(context, x, t)[0]
+
+    def denoise_features(self, context: Context, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """See :meth:`VLAModel.denoise_features`."""
         keys_values, summary = context.state
         h = self.action_in(x) + self.action_position  # (R * N, H, width)
         condition = self.time_encoder(time_embedding(t)) + summary.repeat(len(x) // len(summary), 1)
@@ -127,7 +132,8 @@ class CompactVLA(VLAModel):
         for block, (keys, values) in zip(self.blocks, (kv.unbind(1) for kv in keys_values.unbind(1)), strict=True):
             h = block(h, condition, keys, values)
         shift, scale = self.action_modulation(condition)[:, None].chunk(2, dim=2)
-        return self.action_out(self.action_norm(h) * (1 + scale) + shift).float()
+        h = self.action_norm(h) * (1 + scale) + shift
+        return self.action_out(h).float(), h.float()
 
 
 class InstructionEncoder(nn.Module):

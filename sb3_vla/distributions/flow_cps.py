@@ -1,0 +1,44 @@
+"""Flow-CPS: coefficients-preserving sampling (Wang & Yu 2025), the flow's counterpart of DDIM with noise."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from sb3_vla.distributions.chain import FlowChain
+
+
+class FlowCPS(FlowChain):
+    """The flow's Euler steps, one or all of them with a part of the predicted noise exchanged for fresh noise.
+
+    With the letters of :class:`FlowChain`, c = s cos(pi a / 2) and std = s sin(pi a / 2): action and noise keep the
+    coefficients (1 - s) and s, so where the observation tells the action the marginals are exact at any number of
+    steps. Where several actions are right, they come out narrower, because the predicted noise is then an average; more
+    steps do not help. The last step, s = 0, has no noise and no density; it is never the drawn one.
+
+    :param action_chunk: K.
+    :param noise_level: a, above 0 and at most 1, where all noise is fresh.
+    :param joint: whether all steps but the last are stochastic, or one drawn for each sample.
+    :param denoising_steps: Euler steps, at least 2.
+    """
+
+    def __init__(
+        self, action_chunk: int, noise_level: float = 0.5, joint: bool = False, denoising_steps: int = 4
+    ) -> None:
+        super().__init__(action_chunk, denoising_steps, joint)
+        if not 0 < noise_level <= 1:
+            raise ValueError(f"noise_level={noise_level!r}; expected above 0 and at most 1")
+        if denoising_steps < 2:
+            raise ValueError(f"denoising_steps={denoising_steps}; Flow-CPS needs 2, for its last step has no noise")
+        self.noise_level = noise_level
+
+    @property
+    def random_steps(self) -> range:
+        """See :attr:`DenoisingChain.random_steps`."""
+        return range(self.denoising_steps - 1)
+
+    def noise(self, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+        """See :meth:`FlowChain.noise`."""
+        fresh = self.noise_scale * math.sin(math.pi * self.noise_level / 2)
+        return s * math.sqrt(1 - fresh**2), s * fresh
