@@ -33,7 +33,8 @@ from mw_envs.scene import Simulator
 # Pooled pictures. Measured: mean 0.30 (median), 0.38 (largest of the usual camera), 0.71 (of all); worst patch 12.5. A
 # shift by one pixel makes the mean 1.3 or more, missing shadows 6; 828 of 846 things of 50 pixels or more are noticed.
 CLOSE = Likeness(mean=0.9, worst=15.0)
-# Where surfaces touch (the fingers what they hold, skin and sleeve of the hand near its camera), a fraction of a millimetre decides which one is in front.
+# Where surfaces touch (the fingers what they hold, skin and sleeve of the hand near its camera), a fraction of a
+# millimetre decides which one is in front.
 TOUCHING = {
     ("stick-pull-v3", CAMERA, "success"),
     ("handle-pull-side-v3", CAMERA, "success"),

@@ -227,16 +227,16 @@ class _Prepared:
         self.casting = np.flatnonzero(~(still & opaque) & bounded).astype(np.int32)
         self.background_casting = np.flatnonzero(still & opaque & bounded).astype(np.int32)
         self.endless = np.flatnonzero(~bounded).astype(np.int32)
-        self.still = self._digest([(d, drawables[d]) for d in self.background])
+        self.still = self._digest(drawables)
         self._geoms = np.array([d.index for d in drawables if not d.is_site], dtype=np.int64)
         self._sites = np.array([d.index for d in drawables if d.is_site], dtype=np.int64)
 
-    def _digest(self, background: list[tuple[int, _Drawable]]) -> bytes:
+    def _digest(self, drawables: list[_Drawable]) -> bytes:
         """The same for scenes whose backgrounds look alike."""
         found = hashlib.sha256(repr((self.pixel, self.sky)).encode())
-        for d, drawable in background:
-            shape = drawable.shape
-            for array in (shape.places, shape.triangles, shape.corners, shape.normals, drawable.scale):
+        for d in self.background:
+            shape = drawables[d].shape
+            for array in (shape.places, shape.triangles, shape.corners, shape.normals, drawables[d].scale):
                 found.update(array.tobytes())
             for array in self.materials:
                 found.update(array[d].tobytes())

@@ -40,10 +40,9 @@ from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv
 
 from mw_envs import TASKS
 from mw_envs.rendering import renderer_available
-from sb3_vla import vec_env
+from sb3_vla.vec_env import SharedMemoryVecEnv
 
 # The name it has, or had until workers gave their pictures through shared memory.
-OurVecEnv: type[VecEnv] = getattr(vec_env, "SharedMemoryVecEnv", None) or vec_env.WorkerVecEnv
 WORKERS = 2
 HORIZON = 160
 CHUNKS = (1, 5)
@@ -235,7 +234,9 @@ def main() -> None:
         for chunk in CHUNKS:
             ours = {
                 "ours in SB3 SubprocVecEnv": our_rate(SubprocVecEnv, tasks, size, chunk, 1, options.seconds),
-                f"ours in {OurVecEnv.__name__}": our_rate(OurVecEnv, tasks, size, chunk, options.envs, options.seconds),
+                f"ours in {SharedMemoryVecEnv.__name__}": our_rate(
+                    SharedMemoryVecEnv, tasks, size, chunk, options.envs, options.seconds
+                ),
             }
             for name, steps_per_second in ours.items():
                 line = f"{size:4} px  {f'{name}, chunk {chunk}':66}{steps_per_second:8.1f}"
