@@ -180,13 +180,13 @@ def quickstart(run: RunDirectory, config: QuickstartConfig, console: Console) ->
     ) as stage:
         if not stage.done:
             measure("choice", run.path / "sft", config.evaluation.choice_trials, CHOICE_SEED, films=False)
-    choice = EvaluationResult.from_json(run.path / "evaluation_choice.json")
-    tasks = [
-        task
-        for task, rate in choice.per_task().items()
-        if config.evaluation.lowest < rate.rate.value < config.evaluation.highest
-    ]
+    choice = EvaluationResult.from_json(run.path / "evaluation_choice.json").per_task()
+    rates = {task: rate.rate.value for task, rate in choice.items()}
+    tasks = [task for task, rate in rates.items() if config.evaluation.lowest < rate < config.evaluation.highest]
+    # Practice of other tasks may spoil these; tasks are drawn by the signal that they give, so they cost little.
+    solved = [task for task, rate in rates.items() if rate >= config.evaluation.highest]
     console.print(f"solved now and then, so practised: {', '.join(tasks) or 'none'}", highlight=False)
+    console.print(f"solved already, so seen again now and then: {', '.join(solved) or 'none'}", highlight=False)
     if not tasks:
         raise RunError(
             f"no task's success lies between {config.evaluation.lowest:.0%} and {config.evaluation.highest:.0%}; "
@@ -201,7 +201,7 @@ def quickstart(run: RunDirectory, config: QuickstartConfig, console: Console) ->
             measure("before", run.path / "sft", config.evaluation.test_trials, TEST_SEED, films=True)
 
     console.rule(f"5  PPO on {len(tasks)} tasks")
-    with run.stage("ppo", {"ppo": config.ppo, "tasks": tasks}, after=["choose"], outputs=["ppo"]) as stage:
+    with run.stage("ppo", {"ppo": config.ppo, "tasks": tasks + solved}, after=["choose"], outputs=["ppo"]) as stage:
         if not stage.done:
             if config.ppo.rehearsal_coef > 0 and demonstrations is None:
                 demonstrations = Demonstrations.load(run.path / "demonstrations")
@@ -212,7 +212,7 @@ def quickstart(run: RunDirectory, config: QuickstartConfig, console: Console) ->
                 checkpoint=run.path / "sft",
                 output=run.path / "ppo",
                 suite=suite,
-                tasks=tasks,
+                tasks=tasks + solved,
                 demonstrations=demonstrations,
                 resume=stage.resumed,
                 renderer=config.renderer,
