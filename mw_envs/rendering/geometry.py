@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import mujoco
 import numpy as np
@@ -47,10 +48,9 @@ def shape_of(places: Floats, normals: Floats) -> Shape:
     :param normals: (T, 3, 3), their normals.
     """
     flat = np.round(places.reshape(-1, 3), 9) + 0.0
-    unique_places, place = np.unique(flat, axis=0, return_inverse=True)
-    place = place.reshape(-1)
+    unique_places, _, place = _unique_rows(flat)
     corner_key = np.concatenate([place[:, None], np.round(normals.reshape(-1, 3), 6) + 0.0], axis=1)
-    unique_corners, corner = np.unique(corner_key, axis=0, return_inverse=True)
+    unique_corners, _, corner = _unique_rows(corner_key)
     triangles = place.reshape(-1, 3).astype(np.int32)
     corners = corner.reshape(-1, 3).astype(np.int32)
     area = (triangles[:, 0] != triangles[:, 1]) & (triangles[:, 1] != triangles[:, 2])
@@ -71,21 +71,19 @@ def coarsened(shape: Shape, cell: float) -> Shape:
     become one, with their mean normal.
     """
     cell_of = np.floor((shape.places - shape.places.min(axis=0)) / cell).astype(np.int64)
-    _, cluster = np.unique(cell_of, axis=0, return_inverse=True)
-    cluster = cluster.reshape(-1)
+    _, _, cluster = _unique_rows(cell_of)
     size = np.bincount(cluster)
     places = np.stack([np.bincount(cluster, shape.places[:, k]) / size for k in range(3)], axis=1)
     triangles = cluster[shape.triangles]
     # Turned so that the least vertex comes first: the two sides of a thin sheet stay two triangles.
     turned = np.take_along_axis(triangles, (triangles.argmin(1)[:, None] + np.arange(3)) % 3, axis=1)
     kept = np.zeros(len(triangles), dtype=bool)
-    kept[np.unique(turned, axis=0, return_index=True)[1]] = True
+    kept[_unique_rows(turned)[1]] = True
     kept &= (turned[:, 0] != turned[:, 1]) & (turned[:, 1] != turned[:, 2]) & (turned[:, 2] != turned[:, 0])
     if not kept.any():  # smaller than a cell: leave it as it is
         return shape
     key = np.concatenate([cluster[shape.corner_places][:, None], np.round(2 * shape.normals).astype(np.int64)], axis=1)
-    corner_key, corner = np.unique(key, axis=0, return_inverse=True)
-    corner = corner.reshape(-1)
+    corner_key, _, corner = _unique_rows(key)
     normals = np.stack([np.bincount(corner, shape.normals[:, k]) for k in range(3)], axis=1).astype(np.float64)
     return Shape(
         places,
@@ -94,6 +92,20 @@ def coarsened(shape: Shape, cell: float) -> Shape:
         unit(normals),
         corner_key[:, 0].astype(np.int32),
     )
+
+
+def _unique_rows(rows: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Different rows in their order, where each is first, and which of them each row is.
+
+    As ``np.unique`` with an axis, which compares rows one pair of bytes after the other, in a third of its time.
+    """
+    order = np.lexsort(rows.T[::-1])
+    in_order = rows[order]
+    new = np.ones(len(rows), bool)
+    new[1:] = (in_order[1:] != in_order[:-1]).any(axis=1)
+    inverse = np.empty(len(rows), np.int64)
+    inverse[order] = np.cumsum(new) - 1
+    return in_order[new], order[new], inverse
 
 
 def unit(vectors: Floats) -> Floats:
