@@ -219,7 +219,7 @@ def resolve(top, bottom, spans, seen, look, camera, shadows, other_shadows, pict
     """
     fx, fy = F(1 / camera.focal_x), F(1 / camera.focal_y)
     ox, oy = F(camera.centre_x), F(camera.centre_y)
-    numbers = np.empty(SAMPLES, np.int64)
+    numbers, shares = np.empty(SAMPLES + 1, np.int64), np.empty(SAMPLES + 1, np.int32)
     planes, slots, drawable = look.workspace.planes, look.workspace.slots, look.geometry.drawable
     texture, mapping = look.materials.texture, look.materials.mapping
     pixels, levels = look.textures.pixels, look.textures.levels
@@ -229,20 +229,24 @@ def resolve(top, bottom, spans, seen, look, camera, shadows, other_shadows, pict
     for y in range(top, bottom):
         ray_y = (F(y) + HALF - oy) * fy
         for x in range(spans[y, 0], spans[y, 1] + 1):
-            for i in range(SAMPLES):
-                numbers[i] = seen[y, np.uint64(SAMPLES * x + i)] & TRIANGLE
+            # The different triangles and their shares, without branches that depend on them.
+            k = np.uint64(SAMPLES * x)
+            n0, n1 = seen[y, k] & TRIANGLE, seen[y, k + _1] & TRIANGLE
+            n2, n3 = seen[y, k + _2] & TRIANGLE, seen[y, k + _3] & TRIANGLE
+            same01, same02, same03, same12, same13, same23 = n0 == n1, n0 == n2, n0 == n3, n1 == n2, n1 == n3, n2 == n3
+            different = 0
+            numbers[different], shares[different] = n0, 1 + same01 + same02 + same03
+            different += n0 != 0
+            numbers[different], shares[different] = n1, 1 + same12 + same13
+            different += (n1 != 0) & (not same01)
+            numbers[different], shares[different] = n2, 1 + same23
+            different += (n2 != 0) & (not same02) & (not same12)
+            numbers[different], shares[different] = n3, 1
+            different += (n3 != 0) & (not same03) & (not same13) & (not same23)
             ray_x = (F(x) + HALF - ox) * fx
             red, green, blue, covered = ZERO, ZERO, ZERO, ZERO
-            for i in range(SAMPLES):
-                number = numbers[i]
-                if number == 0 or (i > 0 and number == numbers[i - 1]):
-                    continue
-                # Neighbouring samples mostly see the same; where one between them does not, this is done twice.
-                weight = _SHARE
-                k = i + 1
-                while k < SAMPLES and numbers[k] == number:
-                    weight += _SHARE
-                    k += 1
+            for i in range(different):
+                number, weight = numbers[i], F(shares[i]) * _SHARE
                 covered += weight
                 t = number - 1
                 slot = slots[t] & TRIANGLE
