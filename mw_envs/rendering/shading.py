@@ -66,21 +66,18 @@ def find_visible(top, bottom, spans, numbers, seen, frame, count, workspace):
     visible, slots = workspace.visible, workspace.slots
     now = np.int64(frame) << 32
     for y in range(top, bottom):
-        before = 0
         for x in range(spans[y, 0], spans[y, 1] + 1):
             k = np.uint64(SAMPLES * x)
             some = (seen[y, k] | seen[y, k + _1] | seen[y, k + _2] | seen[y, k + _3]) & TRIANGLE
             if some == 0:
                 continue
             for i in range(np.uint64(SAMPLES)):
-                number = seen[y, k + i] & TRIANGLE
-                if number == before or number < low or number > high:
-                    continue
-                before = number
                 # Without a branch, which would have to wait for memory: a number that is there already is overwritten.
-                t = number - 1
+                number = seen[y, k + i] & TRIANGLE
+                asked_for = (number >= low) & (number <= high)
+                t = number - 1 if asked_for else 0
                 slot = slots[t]
-                fresh = slot < now
+                fresh = asked_for & (slot < now)
                 visible[count] = t
                 slots[t] = now | count if fresh else slot
                 count += fresh
