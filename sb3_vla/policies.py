@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mw_envs.tasks import INSTRUCTION_BYTES, did_you_mean
-from sb3_vla.checkpoints import load_checkpoint
+from sb3_vla.checkpoints import LoadedCheckpoint, load_checkpoint
 from sb3_vla.distributions import Trace, make_distribution
+from sb3_vla.frozen import FrozenWeights
 from sb3_vla.models import Context, VLAModel, make_model
 from sb3_vla.models.base import is_perceived
 
@@ -59,9 +60,11 @@ class VLAPolicy(BasePolicy):
     :param action_space: ``Box`` of shape (A,) or (K, A): a chunk of K actions per decision.
     :param lr_schedule: learning rate schedule.
     :param use_sde: must be False; every Stable-Baselines3 algorithm passes it.
-    :param model: name in :data:`sb3_vla.models.MODELS`.
+    :param model: name in :data:`sb3_vla.models.MODELS`; None for the checkpoint's, or ``compact``.
     :param model_kwargs: the model's own options.
     :param checkpoint: folder written by :func:`sb3_vla.checkpoints.save_checkpoint`; it fixes model and model_kwargs.
+        A saved algorithm needs it no more, unless the backbone is frozen: it then holds what was trained alone, and
+        where the folder has moved, ``load`` takes ``custom_objects={"policy_kwargs": ...}``.
     :param distribution: name in :data:`sb3_vla.distributions.DISTRIBUTIONS`.
     :param distribution_kwargs: the distribution's own options.
     :param value_width: width of the critic's two hidden layers.
@@ -69,7 +72,8 @@ class VLAPolicy(BasePolicy):
         perceived (114 kB a decision with CompactVLA's default size), and an update costs the expert alone.
     :param optimizer_class: optimiser.
     :param optimizer_kwargs: its options besides the learning rate.
-    :raises ValueError: if the spaces are not those of a vision-language-action environment.
+    :raises ValueError: if the spaces are not those of a vision-language-action environment, or the checkpoint is of
+        another model than is asked for.
     """
 
     def __init__(
@@ -79,7 +83,7 @@ class VLAPolicy(BasePolicy):
         lr_schedule: Schedule,
         use_sde: bool = False,
         *,
-        model: str = "compact",
+        model: str | None = None,
         model_kwargs: Mapping[str, Any] | None = None,
         checkpoint: str | Path | None = None,
         distribution: str = "gaussian",
@@ -106,9 +110,11 @@ class VLAPolicy(BasePolicy):
         self._channels_first = _channels_first(observation_space["image"])
         if checkpoint is not None:
             loaded = load_checkpoint(checkpoint)
+            _check_checkpoint(checkpoint, loaded, model, model_kwargs or {})
             self.model: VLAModel = loaded.model
             model, model_kwargs = loaded.model_name, loaded.model_kwargs
         else:
+            model = "compact" if model is None else model
             model_kwargs = {
                 "action_dim": action_dim,
                 "action_horizon": self.action_chunk,
@@ -124,6 +130,10 @@ class VLAPolicy(BasePolicy):
         if self._frozen_backbone:
             for parameter in self.model.backbone():
                 parameter.requires_grad_(False)
+        self._frozen: FrozenWeights | None = None
+        if self._frozen_backbone and checkpoint is not None:
+            frozen = [f"model.{name}" for name, weights in self.model.named_parameters() if not weights.requires_grad]
+            self._frozen = FrozenWeights(frozen)
         self.distribution = make_distribution(
             distribution, self.model, self.action_chunk, **dict(distribution_kwargs or {})
         )
@@ -135,9 +145,11 @@ class VLAPolicy(BasePolicy):
         if checkpoint is not None:
             _load_matching(self.value_head, loaded.value_head)
         # With the checkpoint's contents in the weights, a saved algorithm needs the checkpoint's folder no more.
+        source: dict[str, Any] = {"model": model, "model_kwargs": dict(model_kwargs)}
+        if self._frozen is not None and checkpoint is not None:
+            source = {"checkpoint": str(Path(checkpoint).resolve())}
         self.portable_kwargs: dict[str, Any] = {
-            "model": model,
-            "model_kwargs": dict(model_kwargs),
+            **source,
             "distribution": distribution,
             "distribution_kwargs": dict(distribution_kwargs or {}),
             "value_width": value_width,
@@ -151,6 +163,36 @@ class VLAPolicy(BasePolicy):
             lr=lr_schedule(1),  # type: ignore[call-arg]
             **self.optimizer_kwargs,
         )
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """Weights by name; without those of a frozen backbone that a checkpoint holds."""
+        state = super().state_dict(*args, **kwargs)
+        if self._frozen is not None:
+            self._frozen.take_out(self, state, kwargs.get("prefix", ""))
+        return state
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """See ``torch.nn.Module.load_state_dict``.
+
+        :raises RuntimeError: if they are the weights of another model; the message is short.
+        """
+        if self._frozen is not None:
+            state_dict = self._frozen.put_back(self, state_dict)
+        own = super().state_dict()
+        problems = [
+            f"{name} has shape {tuple(value.shape)}, expected {tuple(own[name].shape)}"
+            for name, value in state_dict.items()
+            if name in own and value.shape != own[name].shape
+        ]
+        if strict:
+            problems += [f"missing {name}" for name in own if name not in state_dict]
+            problems += [f"unexpected {name}" for name in state_dict if name not in own]
+        if problems:
+            raise RuntimeError(
+                f"These are not the weights of this {type(self.model).__name__} policy: {'; '.join(problems[:4])} "
+                f"({len(problems)} in all)"
+            )
+        return super().load_state_dict(state_dict, strict, assign)
 
     def set_training_mode(self, mode: bool) -> None:
         """Dropout is off in updates as in rollouts: a ratio compares weights, not two draws of a mask."""
@@ -244,6 +286,11 @@ class VLAPolicy(BasePolicy):
         if is_perceived(obs):
             return dict(obs)
         prepared = {key: obs[key] for key in (*MODEL_KEYS, *CRITIC_KEYS) if key in obs}
+        if prepared["instruction"].dtype != torch.uint8:
+            raise ValueError(
+                f"VLAPolicy needs instruction as uint8, its bytes; got {prepared['instruction'].dtype}. "
+                'Where VecNormalize made it that, name what it may change: norm_obs_keys=["state"]'
+            )
         image = prepared["image"]
         height, width = self.model.image_size
         if not self._channels_first and image.shape[1] != 3:
@@ -351,10 +398,28 @@ def _check_spaces(observation_space: spaces.Space, action_space: spaces.Space) -
         raise ValueError(f"VLAPolicy needs a Box action space of shape (A,) or (K, A); got {action_space}. {fix}")
 
 
+def _check_checkpoint(
+    folder: str | Path, loaded: LoadedCheckpoint, model: str | None, model_kwargs: Mapping[str, Any]
+) -> None:
+    fix = "leave model and model_kwargs out, or give another checkpoint"
+    if model not in (None, loaded.model_name):
+        raise ValueError(f"model={model!r}, but the checkpoint {folder} is of {loaded.model_name!r}; {fix}")
+    asked, found = _as_json(model_kwargs), _as_json(loaded.model_kwargs)
+    other = [key for key in asked if key not in found or asked[key] != found[key]]
+    if other:
+        raise ValueError(
+            f"model_kwargs with {', '.join(f'{key}={asked[key]!r}' for key in other)}, but the checkpoint {folder} has "
+            f"{', '.join(f'{key}={found[key]!r}' if key in found else f'no {key}' for key in other)}; {fix}"
+        )
+
+
 def _channels_first(image: spaces.Space) -> bool:
     shape = image.shape or ()
     if 3 not in (shape[0], shape[2]):
-        raise ValueError(f"VLAPolicy needs a colour image, (H, W, 3) or (3, H, W); got shape {shape}")
+        raise ValueError(
+            f"VLAPolicy needs one colour image, (H, W, 3) or (3, H, W); got shape {shape}. It takes no stack of them, "
+            "such as VecFrameStack makes"
+        )
     return shape[2] != 3
 
 

@@ -20,7 +20,8 @@ import numpy as np
 import stable_baselines3
 import torch
 import torch.nn.functional as F
-from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.buffers import DictRolloutBuffer
+from stable_baselines3.common.callbacks import BaseCallback, ConvertCallback
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 from stable_baselines3.common.utils import FloatSchedule, explained_variance, obs_as_tensor
@@ -31,8 +32,17 @@ from mw_envs.tasks import did_you_mean
 from sb3_vla.buffers import ChunkRolloutBuffer, DecisionBatch
 from sb3_vla.policies import Evaluation, VLAPolicy
 from sb3_vla.precision import autocast
+from sb3_vla.progress import SuccessBar
 from sb3_vla.sft import DemonstrationBatches
-from sb3_vla.stepping import Clock, Decision, halved, step_by_halves, step_together
+from sb3_vla.stepping import (
+    Clock,
+    Decision,
+    check_decision,
+    check_rewards,
+    halved,
+    step_by_halves,
+    step_together,
+)
 
 _OWN_OPTIONS = (
     "value_lr",
@@ -194,7 +204,8 @@ class PPO(stable_baselines3.PPO):
             super()._setup_model()
             return
         # The stock set-up would allocate its own buffer at the size of the raw images.
-        if self.rollout_buffer_class is not None or self.rollout_buffer_kwargs:
+        stock = (None, DictRolloutBuffer)  # an algorithm that stable_baselines3.PPO saved names its own
+        if self.rollout_buffer_class not in stock or self.rollout_buffer_kwargs:
             raise ValueError(
                 f"rollout_buffer_class={self.rollout_buffer_class!r}, rollout_buffer_kwargs="
                 f"{self.rollout_buffer_kwargs!r}: VLAPolicy has its own rollout buffer"
@@ -265,8 +276,9 @@ class PPO(stable_baselines3.PPO):
         steps = step_by_halves if self.overlap and halved(env) else step_together
         for decision, outcome in steps(env, self._decide, self._last_obs, n_rollout_steps, clock):  # type: ignore[arg-type]
             # Callbacks read these from the locals, by Stable-Baselines3's names.
-            actions, clipped, values = decision.actions, decision.clipped, decision.values
+            actions, clipped_actions, values = decision.actions, decision.clipped, decision.values
             new_obs, rewards, dones, infos = outcome.new_obs, outcome.rewards, outcome.dones, outcome.infos
+            check_rewards(rewards, infos)
             self.num_timesteps += env.num_envs
             executed = np.array([info.get("env_steps", self.policy.action_chunk) for info in infos])
             self.env_steps += int(executed.sum())
@@ -300,6 +312,7 @@ class PPO(stable_baselines3.PPO):
         prepared = self.policy.prepare(obs_as_tensor(dict(observations), self.device))
         chunk, values, trace = self.policy.decide(prepared)
         actions = chunk.cpu().numpy()
+        check_decision(actions, values, observations)
         clipped = np.clip(actions, self.action_space.low, self.action_space.high)  # type: ignore[attr-defined]
         return Decision(prepared, actions, clipped, values, trace)
 
@@ -549,6 +562,8 @@ class PPO(stable_baselines3.PPO):
         self.logger.record("train/actor_learning_rate", actor["lr"])
 
     def _excluded_save_params(self) -> list[str]:
+        if not issubclass(self.policy_class, VLAPolicy):
+            return super()._excluded_save_params()
         # Pictures of the last observation, the reference copy and data do not belong in a saved algorithm.
         return [
             *super()._excluded_save_params(),
@@ -569,8 +584,30 @@ class PPO(stable_baselines3.PPO):
         progress_bar: bool = False,
     ) -> PPO:
         """Train for at least ``total_timesteps`` decisions; see ``stable_baselines3.PPO.learn``."""
+        if isinstance(self.policy, VLAPolicy):
+            self._check_batch_size()
+            if reset_num_timesteps:
+                self.env_steps = 0
         super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
         return self
+
+    def _check_batch_size(self) -> None:
+        decisions = self.n_steps * self.n_envs
+        if decisions % self.batch_size:
+            divisors = [size for size in range(1, decisions + 1) if decisions % size == 0]
+            nearest = min(divisors, key=lambda size: abs(size - self.batch_size))
+            raise ValueError(
+                f"batch_size={self.batch_size} does not divide a rollout of n_steps={self.n_steps} decisions of "
+                f"{self.n_envs} environments, {decisions} in all; the nearest that does is {nearest}"
+            )
+
+    def _init_callback(self, callback: MaybeCallback, progress_bar: bool = False) -> BaseCallback:
+        """As in Stable-Baselines3, but the bar tells the success rate too."""
+        if progress_bar:
+            if not isinstance(callback, (list, BaseCallback)):
+                callback = ConvertCallback(callback)
+            callback = [*(callback if isinstance(callback, list) else [callback]), SuccessBar()]
+        return super()._init_callback(callback)
 
 
 class _NoBuffer:

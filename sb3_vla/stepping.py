@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any
@@ -50,6 +50,43 @@ class Outcome:
 
 
 Decide = Callable[[Observations], Decision]
+
+
+def check_decision(actions: npt.NDArray[Any], values: Tensor, observations: Mapping[str, npt.NDArray[Any]]) -> None:
+    """Refuse what is not finite before a simulator gets it; the message says where it came from.
+
+    :param actions: of N environments, the first axis.
+    :param values: (N,).
+    :param observations: from which the policy computed both.
+    :raises ValueError: if an action or a value is infinite or not a number.
+    """
+    if np.isfinite(actions).all() and bool(torch.isfinite(values).all()):
+        return
+    finite = np.isfinite(actions.reshape(len(actions), -1)).all(1) & torch.isfinite(values).cpu().numpy()
+    broken = [
+        key
+        for key, value in observations.items()
+        if np.issubdtype(value.dtype, np.floating) and not np.isfinite(value).all()
+    ]
+    cause = (
+        f"their observation has such numbers itself, in {', '.join(broken)}: mend the environment"
+        if broken
+        else "their observations are finite, so the weights are at fault: go back to an earlier checkpoint and lower "
+        "learning_rate or max_grad_norm"
+    )
+    raise ValueError(f"Actions or values for {(~finite).sum()} of {len(finite)} environments are not finite; {cause}")
+
+
+def check_rewards(rewards: npt.NDArray[Any], infos: list[dict[str, Any]]) -> None:
+    """Refuse a reward that would spoil the advantages of the whole rollout.
+
+    :param rewards: (N,).
+    :param infos: of the same environments; where they name a task the message does too.
+    :raises ValueError: if one is infinite or not a number.
+    """
+    for i in np.flatnonzero(~np.isfinite(rewards)):
+        task = f" (task {infos[i]['task']})" if "task" in infos[i] else ""
+        raise ValueError(f"Environment {i}{task} gave the reward {rewards[i]}; expected a finite number")
 
 
 class Clock:

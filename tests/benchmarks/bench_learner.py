@@ -1,0 +1,203 @@
+"""What PPO itself costs beside stable_baselines3.PPO: the same network, batch and data, learning in turns.
+
+    python tests/benchmarks/bench_learner.py --envs 16 --image-size 96
+
+The environments hand out pictures that were drawn before, so a rollout is the learner's own work. On a CPU the
+processor's time counts, which other load disturbs less than the clock's. The first table has the memory of a rollout
+beside its payload, each buffer in a process of its own: the peak of resident memory while a rollout is stored and all
+of its minibatches are read twice.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import multiprocessing
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import gymnasium as gym
+import numpy as np
+import numpy.typing as npt
+import stable_baselines3
+import torch
+from gymnasium import spaces
+from rich.console import Console
+from rich.table import Table
+from stable_baselines3.common.buffers import DictRolloutBuffer
+from stable_baselines3.common.vec_env import DummyVecEnv
+
+from mw_envs import encode_instruction
+from sb3_vla import PPO
+from sb3_vla.buffers import ChunkRolloutBuffer
+
+
+class Pictures(gym.Env[dict[str, npt.NDArray[Any]], npt.NDArray[np.float32]]):
+    """Hands out a few random pictures in turn; episodes of 20 decisions, a reward that depends on the action."""
+
+    action_space = spaces.Box(-1, 1, (5, 4), np.float32)
+
+    def __init__(self, image_size: int) -> None:
+        self.observation_space = spaces.Dict(
+            {
+                "image": spaces.Box(0, 255, (image_size, image_size, 3), np.uint8),
+                "state": spaces.Box(-1, 1, (4,), np.float32),
+                "instruction": spaces.Box(0, 255, (64,), np.uint8),
+            }
+        )
+        self.observation_space.seed(0)
+        sentence = {"instruction": encode_instruction("Reach a goal position")}
+        self.observations = [{**self.observation_space.sample(), **sentence} for _ in range(4)]
+        self.elapsed = 0
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        self.elapsed = 0
+        return self.observations[0], {}
+
+    def step(self, action: npt.NDArray[np.float32]) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        self.elapsed += 1
+        observation = self.observations[self.elapsed % 4]
+        return observation, float(action[0, 0]), self.elapsed == 20, False, {"env_steps": 5}
+
+
+class Timed:
+    """An algorithm whose rollouts and updates are timed; both algorithms learn by the same two calls."""
+
+    def __init__(self, algorithm_class: type[stable_baselines3.PPO], options: argparse.Namespace, epochs: int) -> None:
+        env = DummyVecEnv([functools.partial(Pictures, options.image_size)] * options.envs)
+        self.algorithm = algorithm_class(
+            "VLAPolicy",
+            env,
+            n_steps=options.decisions,
+            batch_size=options.batch_size,
+            n_epochs=epochs,
+            seed=0,
+            device=options.device,
+        )
+        self.seconds: dict[str, list[float]] = {"rollout": [], "update": []}
+        self._time("collect_rollouts", "rollout")
+        self._time("train", "update")
+
+    def _time(self, method: str, kind: str) -> None:
+        real = getattr(self.algorithm, method)
+
+        clock = time.process_time if self.algorithm.device.type == "cpu" else time.perf_counter
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            started = clock()
+            result = real(*args, **kwargs)
+            self.seconds[kind].append(clock() - started)
+            return result
+
+        setattr(self.algorithm, method, timed)
+
+    def learn(self) -> None:
+        self.algorithm.learn(self.algorithm.n_steps * self.algorithm.n_envs, reset_num_timesteps=False)
+
+    def least(self, kind: str) -> float:
+        """The first one warms up."""
+        return min(self.seconds[kind][1:])
+
+
+def learning(options: argparse.Namespace) -> Table:
+    table = Table(
+        title=f"{options.envs} environments x {options.decisions} decisions, {options.image_size} px, minibatches of "
+        f"{options.batch_size}, CompactVLA, {options.device}, {torch.get_num_threads()} thread(s); least of "
+        f"{options.rounds}"
+    )
+    for column in ("epochs", "", "SB3 PPO, s", "sb3_vla PPO, s", "ratio"):
+        table.add_column(column, justify="right")
+    for epochs in options.epochs:
+        theirs, ours = (Timed(cls, options, epochs) for cls in (stable_baselines3.PPO, PPO))
+        for _ in range(options.rounds + 1):
+            theirs.learn()
+            ours.learn()
+        rows = {kind: (theirs.least(kind), ours.least(kind)) for kind in theirs.seconds}
+        rows["both"] = (sum(row[0] for row in rows.values()), sum(row[1] for row in rows.values()))
+        for kind, (stock, mine) in rows.items():
+            table.add_row(str(epochs), kind, f"{stock:.2f}", f"{mine:.2f}", f"{mine / stock:.3f}")
+    return table
+
+
+def _peak(reset: bool = False) -> int:
+    """Peak of this process's resident memory since the last reset, bytes."""
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5")
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024
+
+
+def _filled(stock: bool, envs: int, decisions: int, image_size: int, batch_size: int, found: Any) -> None:
+    generator = np.random.default_rng(0)
+    observation = {
+        "image": generator.integers(0, 256, (envs, 3, image_size, image_size), np.uint8),
+        "state": generator.normal(size=(envs, 4)).astype(np.float32),
+        "instruction": generator.integers(0, 256, (envs, 64), np.uint8),
+    }
+    action = generator.normal(size=(envs, 5, 4)).astype(np.float32)
+    tensors = {key: torch.from_numpy(value) for key, value in observation.items()}
+    zeros, values = np.zeros(envs), torch.zeros(envs)
+    theirs: Any = None
+    before = _peak(reset=True)
+    if stock:
+        observed: dict[str, spaces.Space] = {
+            key: spaces.Box(0, 255, value.shape[1:], value.dtype)  # type: ignore[arg-type]
+            for key, value in observation.items()
+        }
+        actions = spaces.Box(-1, 1, (5, 4))
+        theirs = DictRolloutBuffer(decisions, spaces.Dict(observed), actions, "cpu", n_envs=envs)  # type: ignore[arg-type]
+    ours = ChunkRolloutBuffer(decisions, envs, torch.device("cpu"), 0.99, 0.95)
+    for _ in range(decisions):
+        if stock:
+            theirs.add(observation, action, zeros, zeros, values, values)
+        else:
+            ours.add(tensors, {"action": torch.from_numpy(action)}, values, zeros, np.full(envs, 5), zeros)
+    (theirs if stock else ours).compute_returns_and_advantage(values, zeros)
+    for _ in range(2):
+        for batch in theirs.get(batch_size) if stock else map(ours.batch, ours.minibatches(batch_size)):
+            assert batch.observations["image"].shape[1] == 3
+            del batch
+    found.put(_peak() - before)
+
+
+def memory(options: argparse.Namespace) -> Table:
+    table = Table(title="Memory of a rollout, 64 environments x 20 decisions, minibatches of 64")
+    for column in ("pixels", "payload, MB", "SB3, MB", "sb3_vla, MB", "SB3 / payload", "sb3_vla / payload"):
+        table.add_column(column, justify="right")
+    context = multiprocessing.get_context("fork")  # everything is imported already
+    for image_size in options.memory_pixels:
+        # Pictures, states, words, actions, and seven numbers of four bytes: a decision's own.
+        payload = 64 * 20 * (3 * image_size**2 + 4 * 4 + 64 + 20 * 4 + 7 * 4)
+        peaks = []
+        for stock in (True, False):
+            found = context.Queue()
+            process = context.Process(target=_filled, args=(stock, 64, 20, image_size, 64, found))
+            process.start()
+            peaks.append(found.get())
+            process.join()
+        ratios = [f"{peak / payload:.2f}" for peak in peaks]
+        table.add_row(str(image_size), f"{payload / 1e6:.0f}", *(f"{peak / 1e6:.0f}" for peak in peaks), *ratios)
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--envs", type=int, default=16)
+    parser.add_argument("--decisions", type=int, default=32)
+    parser.add_argument("--image-size", type=int, default=96)
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--epochs", type=int, nargs="+", default=[4, 10])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--memory-pixels", type=int, nargs="*", default=[96, 224, 480])
+    parser.add_argument("--device", default="cpu")
+    options = parser.parse_args()
+    Console().print(memory(options))
+    Console().print(learning(options))
+
+
+if __name__ == "__main__":
+    main()
