@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,11 +12,12 @@ import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import KVWriter, Logger, TensorBoardOutputFormat
+from torch.utils.tensorboard import SummaryWriter
 
 from sb3_vla.checkpoints import load_checkpoint, save_checkpoint
-from sb3_vla.checkpoints.training_state import load_training_state, save_training_state
 from sb3_vla.demonstrations import Demonstrations
 from sb3_vla.ppo import PPO
+from sb3_vla.resume import load_algorithm, save_algorithm
 from sb3_vla.run import RunDirectory
 from sb3_vla.sft import DemonstrationBatches
 from sb3_vla.vec_env import SharedMemoryVecEnv
@@ -125,7 +125,8 @@ def train_ppo(
     :param output: folder of the resulting checkpoint.
     :param tasks: which of the suite's tasks to practise; None for all.
     :param demonstrations: for rehearsal.
-    :param resume: go on from the stage's last checkpoint, if there is one.
+    :param resume: go on from the stage's last checkpoint, if there is one, to the same weights and the same metrics
+        that a training without an interrupt gives, bit for bit.
     """
     start = load_checkpoint(checkpoint)
     view = view_of(start.notes)
@@ -191,26 +192,26 @@ def train_ppo(
                 "optimizer_kwargs": {"betas": (0.9, 0.95)},
             },
         )
-        latest = run.latest_checkpoint(stage) if resume else None
         if config.kl_coef > 0:  # also after an interrupt it is the policy at the start
             model.anchor()
+        logger = Logger(str(run.path), [])
+        model.set_logger(logger)
+        env.seed(1000 * (config.seed + 1))
+        latest = run.latest_checkpoint(stage) if resume else None
         if latest is not None:
-            _restore(model, latest)
+            load_algorithm(latest, model)
         done = model.num_timesteps
         run.rewind_metrics(lambda row: row.get("stage") != stage or row["time/total_timesteps"] <= done)
-        # Other trials after a resume than at the start.
-        env.seed(1000 * (config.seed + 1) + done)
-        writers: list[KVWriter] = [
-            TensorBoardOutputFormat(str(run.path / "tensorboard" / stage)),
-            _RunMetrics(run, stage, _seconds_so_far(run, stage)),
-        ]
-        model.set_logger(Logger(str(run.path), writers))
         per_iteration = config.num_envs * config.decisions
+        logger.output_formats += [
+            _TensorBoard(str(run.path / "tensorboard" / stage), first_step=done + 1),
+            _RunMetrics(run, stage, per_iteration, _seconds_so_far(run, stage)),
+        ]
         remaining = config.iterations * per_iteration - done
-        with _Progress(run, stage, config, model, progress) as callback:
-            if remaining > 0:
+        if remaining > 0:
+            with _Progress(run, stage, config, model, progress) as callback:
                 model.learn(remaining, callback, reset_num_timesteps=False)
-            callback.save()
+                callback.save()
     finally:
         env.close()
     notes = {**start.notes, "ppo": {"iterations": config.iterations, "env_steps": model.env_steps, "tasks": tasks}}
@@ -225,17 +226,28 @@ def view_of(notes: dict[str, Any]) -> dict[str, Any]:
     return {"camera": camera.get("camera", "corner2"), "crop": camera.get("crop")}
 
 
+class _TensorBoard(TensorBoardOutputFormat):
+    """Values for TensorBoard, which hides what was written from ``first_step`` on before an interrupt."""
+
+    def __init__(self, folder: str, first_step: int) -> None:
+        super().__init__(folder)
+        self.writer.close()
+        self.writer = SummaryWriter(folder, purge_step=first_step)
+
+
 class _RunMetrics(KVWriter):
     """Logged values as rows of the run's ``metrics.jsonl``."""
 
-    def __init__(self, run: RunDirectory, stage: str, seconds_before: float) -> None:
+    def __init__(self, run: RunDirectory, stage: str, per_iteration: int, seconds_before: float) -> None:
         self.run = run
         self.stage = stage
+        self.per_iteration = per_iteration
         self.seconds_before = seconds_before
 
     def write(self, key_values: dict[str, Any], key_excluded: dict[str, tuple[str, ...]], step: int = 0) -> None:
         row = {key: value for key, value in key_values.items() if isinstance(value, (int, float))}
         row["time/time_elapsed"] = row.get("time/time_elapsed", 0) + self.seconds_before
+        row["time/iterations"] = step // self.per_iteration  # Stable-Baselines3 counts from the last start
         self.run.append_metrics({"stage": self.stage, "time/total_timesteps": step, **row})
 
     def close(self) -> None: ...
@@ -247,6 +259,7 @@ class _Progress(BaseCallback):
     def __init__(self, run: RunDirectory, stage: str, config: PPOConfig, model: PPO, shown: bool) -> None:
         super().__init__()
         self.run, self.stage, self.config, self.algorithm = run, stage, config, model
+        self.saved = self._iterations_done()
         columns = (
             TextColumn("PPO"),
             BarColumn(),
@@ -277,35 +290,19 @@ class _Progress(BaseCallback):
             rate = sum(success.values()) / len(success)
             now = f"success while exploring {rate:.0%}  {self.algorithm.env_steps:,} env steps"
         self.bar.update(self.task, completed=done, now=now)
-        if done and done % self.config.checkpoint_interval == 0:
+        # At the first rollout after an interrupt there is one already.
+        if done > self.saved and done % self.config.checkpoint_interval == 0:
             self.save()
 
     def save(self) -> None:
         """Checkpoint everything that a training needs to go on."""
-        model = self.algorithm
-        self.bar.update(self.task, completed=self._iterations_done())
-        values = {
-            "num_timesteps": model.num_timesteps,
-            "env_steps": model.env_steps,
-            "n_updates": model._n_updates,
-            "updates": model.updates,
-            "episodes": {task: list(episodes) for task, episodes in model._episodes.items()},
-        }
-        with self.run.checkpoint(self.stage, self._iterations_done()) as folder:
-            save_training_state(folder, {"policy": model.policy}, model.policy.optimizer, values)
+        self.saved = self._iterations_done()
+        self.bar.update(self.task, completed=self.saved)
+        with self.run.checkpoint(self.stage, self.saved) as folder:
+            save_algorithm(folder, self.algorithm)
 
     def _iterations_done(self) -> int:
         return self.algorithm.num_timesteps // (self.config.num_envs * self.config.decisions)
-
-
-def _restore(model: PPO, folder: Path) -> None:
-    values = load_training_state(folder, {"policy": model.policy}, model.policy.optimizer)
-    model.num_timesteps = values["num_timesteps"]
-    model.env_steps = values["env_steps"]
-    model._n_updates = values["n_updates"]
-    model.updates = values["updates"]
-    for task, episodes in values["episodes"].items():
-        model._episodes[task] = deque(map(tuple, episodes), maxlen=model._stats_window_size)
 
 
 def _seconds_so_far(run: RunDirectory, stage: str) -> float:
