@@ -37,16 +37,25 @@ class PPOConfig:
     :param learning_rate: the actor's at the start.
     :param final_learning_rate: the actor's at the end; it falls linearly.
     :param value_lr: the critic's at the start; it falls in proportion.
-    :param gamma: discount per decision.
+    :param gamma: discount.
+    :param gamma_per: ``decision`` or ``env_step``, what the discount is for.
     :param gae_lambda: per decision.
+    :param bootstrap_truncated: take the time limit for an interruption of the task; else it is a part of it, and the
+        critic sees how much of it is left.
     :param clip_range: of the ratio.
+    :param clip_range_high: of the ratio above one, if it is another.
+    :param dual_clip: factor of a negative advantage below which the surrogate does not fall; None for no bound.
     :param clip_range_vf: of the change of a value; None for no clip.
+    :param huber_delta: error from which the loss of a value grows linearly; None for the square.
+    :param logprob_type: what a ratio is of: ``chunk``, ``action``, ``token`` or ``denoising_step``.
+    :param normalize_advantage: over each minibatch.
     :param target_kl: divergence at which an update stops.
     :param ent_coef: weight of the entropy bonus.
     :param kl_coef: weight of the divergence from the policy at the start.
     :param max_grad_norm: clip of the gradient's norm.
     :param critic_warmup: rollouts from which the critic alone learns.
     :param actor_warmup: rollouts after those over which the actor's learning rate rises.
+    :param privileged_critic: whether the critic sees the simulator's state.
     :param trainable: ``all``, or ``expert`` to freeze the model's backbone.
     :param distribution: name of the action distribution.
     :param distribution_kwargs: its options.
@@ -55,6 +64,7 @@ class PPOConfig:
     :param rehearsal_coef: weight of the imitation loss on demonstrations; 0 for none.
     :param rehearsal_batch_size: frames of demonstrations per minibatch.
     :param overlap: simulate one half of the environments while the policy decides for the other; pays with a GPU.
+    :param micro_batch_size: decisions evaluated at a time, where a minibatch does not fit into memory.
     :param bf16: bfloat16 autocast of updates; None where the processor has it.
     :param checkpoint_interval: iterations between checkpoints.
     :param seed: of environments and exploration.
@@ -71,15 +81,23 @@ class PPOConfig:
     final_learning_rate: float = 2e-5
     value_lr: float = 5e-4
     gamma: float = 0.99
+    gamma_per: str = "decision"
     gae_lambda: float = 0.95
+    bootstrap_truncated: bool = False
     clip_range: float = 0.2
+    clip_range_high: float | None = None
+    dual_clip: float | None = None
     clip_range_vf: float | None = None
+    huber_delta: float | None = None
+    logprob_type: str = "chunk"
+    normalize_advantage: bool = True
     target_kl: float | None = 0.03
     ent_coef: float = 0.0
     kl_coef: float = 0.0
     max_grad_norm: float = 0.5
     critic_warmup: int = 2
     actor_warmup: int = 5
+    privileged_critic: bool = True
     trainable: str = "expert"
     distribution: str = "gaussian"
     distribution_kwargs: dict[str, Any] = field(default_factory=lambda: {"std": 0.2, "coherence": "offset"})
@@ -88,6 +106,7 @@ class PPOConfig:
     rehearsal_coef: float = 0.0
     rehearsal_batch_size: int = 64
     overlap: bool = False
+    micro_batch_size: int | None = None
     bf16: bool | None = False
     checkpoint_interval: int = 5
     seed: int = 0
@@ -115,7 +134,7 @@ def train_ppo(
 ) -> None:
     """Improve a checkpoint by PPO in MetaWorld.
 
-    The critic also sees the simulator's state and the time that has passed, which the policy does not. Metrics go to
+    The critic also sees the time that has passed and the simulator's state, which the policy does not. Metrics go to
     the run's ``metrics.jsonl`` and to TensorBoard under ``tensorboard/``.
 
     :param run: the run directory.
@@ -135,7 +154,7 @@ def train_ppo(
         "action_chunk": start.model.action_horizon,
         "horizon": config.horizon,
         "tasks": tasks,
-        "privileged_state": True,
+        "privileged_state": config.privileged_critic,
         "elapsed_time": True,
         "renderer": renderer,
         **view,
@@ -164,9 +183,16 @@ def train_ppo(
             batch_size=config.batch_size,
             n_epochs=config.epochs,
             gamma=config.gamma,
+            gamma_per=config.gamma_per,
             gae_lambda=config.gae_lambda,
             clip_range=config.clip_range,
+            clip_range_high=config.clip_range_high,
+            dual_clip=config.dual_clip,
             clip_range_vf=config.clip_range_vf,
+            huber_delta=config.huber_delta,
+            logprob_type=config.logprob_type,
+            normalize_advantage=config.normalize_advantage,
+            micro_batch_size=config.micro_batch_size,
             target_kl=config.target_kl,
             ent_coef=config.ent_coef,
             vf_coef=1.0,
@@ -177,8 +203,7 @@ def train_ppo(
             rehearsal=rehearsal,
             rehearsal_coef=config.rehearsal_coef,
             rehearsal_batch_size=config.rehearsal_batch_size,
-            # The limit is a part of the task, and the critic sees how much of it is left.
-            bootstrap_truncated=False,
+            bootstrap_truncated=config.bootstrap_truncated,
             noise_scale=lambda remaining: np.interp(remaining, [0, 1], [config.final_noise_scale, 1.0]).item(),
             task_sampling=config.task_sampling,
             overlap=config.overlap,

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 from stable_baselines3.common.vec_env import DummyVecEnv, VecMonitor
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from toy import ToyEnv, tiny_model, toy_demonstrations, toy_ppo, toy_vec
@@ -257,9 +256,7 @@ def test_what_keeps_a_state_of_its_own_is_refused(tmp_path: Path) -> None:
         save_algorithm(tmp_path, algorithm)
 
 
-def test_environments_that_cannot_tell_their_state_are_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_environments_that_cannot_tell_their_state_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     algorithm = toy_ppo()
     algorithm.learn(16)
     monkeypatch.delattr(ToyEnv, "snapshot")
