@@ -269,6 +269,8 @@ class PPO(stable_baselines3.PPO):
         for left in (0.0, 1.0):
             if not (math.isfinite(self.noise_scale(left)) and self.noise_scale(left) > 0):
                 raise ValueError(f"noise_scale is {self.noise_scale(left)} at one end of training; expected above 0")
+            if self.clip_range_high is not None and not self.clip_range_high(left) >= 0:
+                raise ValueError(f"clip_range_high is {self.clip_range_high(left)}; expected at least 0")
         for name, least in {"dual_clip": 1, "huber_delta": 0, "micro_batch_size": 0}.items():
             value = getattr(self, name)
             if value is not None and not value > least:
