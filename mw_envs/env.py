@@ -29,6 +29,7 @@ CAMERAS = ("topview", "corner", "corner2", "corner3", "corner4", "behindGripper"
 # MetaWorld hangs these upside down; the published data turns their pictures by 180 degrees.
 _TURNED_CAMERAS = ("corner", "corner2", "corner3", "corner4")
 ACTION_DIM = 4
+_RESET_OPTIONS = ("task", "goal", "seed", "snapshot")
 # Bounds of the hand's position (metres) and of the gripper's opening, MetaWorld's own.
 _STATE_LOW = np.array([-0.525, 0.348, -0.0525, 0.0], dtype=np.float32)
 _STATE_HIGH = np.array([0.525, 1.025, 0.7, 1.0], dtype=np.float32)
@@ -52,7 +53,7 @@ class MetaWorldEnv(gym.Env[dict[str, Any], npt.NDArray[np.float32]]):
     ``reset(seed=s, options={"task": ..., "goal": g})`` places the trial (task, s, g); ``options["seed"]`` takes the
     place of ``s`` where a reset must not reseed the generator (Stable-Baselines3's vector environments give each worker
     its own seed). What options leave open is drawn from the environment's own generator, the task with
-    ``task_weights``.
+    ``task_weights``. ``reset(options={"snapshot": s})`` goes on from :meth:`snapshot` instead.
 
     **Info**: ``task``, ``goal``, ``trial_seed``, ``instruction``, ``success`` (at this step), ``success_once`` (so
     far), ``env_steps`` (run by this call), ``elapsed_steps`` (run since the reset), ``is_success`` when the episode
@@ -153,6 +154,7 @@ class MetaWorldEnv(gym.Env[dict[str, Any], npt.NDArray[np.float32]]):
         self._elapsed_steps = 0
         self._success = self._success_once = self._ended = False
         self._metaworld_observation = np.zeros(39)
+        self._actions: list[list[float]] = []  # of the episode, one an environment step
 
     def set_task_weights(self, weights: Mapping[str, float]) -> None:
         """Change how often each task is drawn, from the next reset on.
@@ -174,15 +176,65 @@ class MetaWorldEnv(gym.Env[dict[str, Any], npt.NDArray[np.float32]]):
         """Place a trial and let it settle; see the class.
 
         :param seed: seeds the generator, and is the trial's seed.
-        :param options: any of ``task``, ``goal`` (0..49) and ``seed`` of the trial.
+        :param options: any of ``task``, ``goal`` (0..49) and ``seed`` of the trial; or ``snapshot`` alone.
         :raises ValueError: for an unknown option or an invalid value.
         """
         super().reset(seed=seed)
-        if seed is not None:
-            self._trial_seed = _whole_number("seed", seed, 2**32)
-        elif self._trial_seed is None:
-            self._trial_seed = int(self.np_random.integers(2**32))
-        self._trial = self._choose_trial(options or {})
+        options = options or {}
+        if "snapshot" in options:
+            self._restore(options)
+        else:
+            if seed is not None:
+                self._trial_seed = _whole_number("seed", seed, 2**32)
+            elif self._trial_seed is None:
+                self._trial_seed = int(self.np_random.integers(2**32))
+            self._begin(self._choose_trial(options))
+        info = self._info(env_steps=0)
+        if self.record_frames:
+            info["frames"] = self._draw(self._render_view)[None]
+        return self._observation(), info
+
+    def snapshot(self) -> dict[str, Any]:
+        """All that decides what this environment does next, in JSON types.
+
+        ``reset(options={"snapshot": ...})`` takes an environment made with the same arguments there, bit for bit: it
+        runs the episode's actions again from its trial, and gives the observation that was seen last.
+
+        :raises gymnasium.error.ResetNeeded: before the first reset.
+        """
+        if self._trial is None:
+            raise gym.error.ResetNeeded("There is no state to keep yet; call reset() first")
+        return {
+            "generator": self.np_random.bit_generator.state,
+            "trial_seed": self._trial_seed,
+            "task_probabilities": self._task_probabilities.tolist(),
+            "trial": list(self._trial),
+            "actions": list(self._actions),
+        }
+
+    def _restore(self, options: Mapping[str, Any]) -> None:
+        if len(options) > 1:
+            raise ValueError(f"Reset option 'snapshot' goes alone; got also {sorted(options.keys() - {'snapshot'})}")
+        snapshot = options["snapshot"]
+        try:
+            trial = Trial(*snapshot["trial"])
+            probabilities = np.array(snapshot["task_probabilities"], dtype=np.float64)
+            if trial.task not in self.tasks or probabilities.shape != (len(self.tasks),):
+                raise ValueError(f"it is of other tasks than {', '.join(self.tasks)}")
+            self.np_random.bit_generator.state = snapshot["generator"]
+            self._trial_seed, actions = snapshot["trial_seed"], snapshot["actions"]
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"Reset option 'snapshot' is not what snapshot() of such an environment gave: {error}"
+            ) from error
+        self._task_probabilities = probabilities
+        self._begin(trial)
+        for action in actions:
+            self._advance(np.array(action, dtype=np.float32))
+
+    def _begin(self, trial: Trial) -> None:
+        """Place a trial and let it settle."""
+        self._trial = trial
         if self._simulator is None or self._simulator.task != self._trial.task:
             self._release()
             self._simulator = acquire_simulator(self._trial.task)
@@ -191,10 +243,7 @@ class MetaWorldEnv(gym.Env[dict[str, Any], npt.NDArray[np.float32]]):
             self._metaworld_observation, _, _ = self._simulator.step(_SETTLE_ACTION)
         self._elapsed_steps = 0
         self._success = self._success_once = self._ended = False
-        info = self._info(env_steps=0)
-        if self.record_frames:
-            info["frames"] = self._draw(self._render_view)[None]
-        return self._observation(), info
+        self._actions = []
 
     def step(self, action: npt.NDArray[np.float32]) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
         """Run an action, or the chunk's actions until the episode ends.
@@ -215,24 +264,32 @@ class MetaWorldEnv(gym.Env[dict[str, Any], npt.NDArray[np.float32]]):
         total_reward, env_steps = 0.0, 0
         frames = []
         for step_action in action.reshape(-1, ACTION_DIM):
-            self._metaworld_observation, dense_reward, success = self._simulator.step(step_action)
-            total_reward += self._step_reward(dense_reward, success)
-            self._success, self._success_once = success, self._success_once or success
-            self._elapsed_steps += 1
+            reward, terminated, truncated = self._advance(step_action)
+            total_reward += reward
             env_steps += 1
             if self.record_frames:
                 frames.append(self._draw(self._render_view))
-            terminated = success and self.terminate_on_success
-            truncated = not terminated and self._elapsed_steps >= self.horizon
-            if terminated or truncated:
+            if self._ended:
                 break
-        self._ended = terminated or truncated
         info = self._info(env_steps)
         if self._ended:
             info["is_success"] = self._success_once
         if self.record_frames:
             info["frames"] = np.stack(frames)
         return self._observation(), total_reward, terminated, truncated, info
+
+    def _advance(self, action: npt.NDArray[np.float32]) -> tuple[float, bool, bool]:
+        """One environment step: reward, terminated, truncated."""
+        assert self._simulator is not None
+        self._metaworld_observation, dense_reward, success = self._simulator.step(action)
+        reward = self._step_reward(dense_reward, success)
+        self._success, self._success_once = success, self._success_once or success
+        self._elapsed_steps += 1
+        self._actions.append(action.tolist())
+        terminated = success and self.terminate_on_success
+        truncated = not terminated and self._elapsed_steps >= self.horizon
+        self._ended = terminated or truncated
+        return reward, terminated, truncated
 
     def render(self) -> npt.NDArray[np.uint8] | None:  # type: ignore[override]
         """The camera's full view now, uint8 (480, 480, 3), if ``render_mode`` is ``rgb_array``."""
@@ -254,8 +311,8 @@ class MetaWorldEnv(gym.Env[dict[str, Any], npt.NDArray[np.float32]]):
 
     def _choose_trial(self, options: Mapping[str, Any]) -> Trial:
         for key in options:
-            if key not in ("task", "goal", "seed"):
-                raise ValueError(f"Unknown reset option {key!r}; {did_you_mean(key, ('task', 'goal', 'seed'))}")
+            if key not in _RESET_OPTIONS:
+                raise ValueError(f"Unknown reset option {key!r}; {did_you_mean(key, _RESET_OPTIONS)}")
         task = options.get("task")
         if task is None:
             task = self.tasks[self.np_random.choice(len(self.tasks), p=self._task_probabilities)]

@@ -38,16 +38,26 @@ class ChunkRolloutBuffer:
     :param n_steps: T decisions per environment.
     :param n_envs: N environments.
     :param device: where minibatches go.
-    :param gamma: discount per decision.
+    :param gamma: discount, see :meth:`discounts`.
     :param gae_lambda: of generalised advantage estimation (Schulman et al. 2016), per decision.
+    :param gamma_per: ``decision`` or ``env_step``, what ``gamma`` is for.
     """
 
-    def __init__(self, n_steps: int, n_envs: int, device: torch.device, gamma: float, gae_lambda: float) -> None:
+    def __init__(
+        self,
+        n_steps: int,
+        n_envs: int,
+        device: torch.device,
+        gamma: float,
+        gae_lambda: float,
+        gamma_per: str = "decision",
+    ) -> None:
         self.n_steps = n_steps
         self.n_envs = n_envs
         self.device = device
         self.gamma = gamma
         self.gae_lambda = gae_lambda
+        self.gamma_per = gamma_per
         self.observations: dict[str, Tensor] = {}
         self.traces: Trace = {}
         shape = (n_envs, n_steps)
@@ -91,6 +101,16 @@ class ChunkRolloutBuffer:
         self.episode_starts[:, self._position] = torch.as_tensor(episode_starts, dtype=torch.float32)
         self._position += 1
 
+    def discounts(self, executed: np.ndarray) -> np.ndarray:
+        """What the value after a decision counts before it, float64, shape of ``executed``.
+
+        ``gamma``, or with ``gamma_per="env_step"`` gamma to the power of the environment steps that were run, as in a
+        semi-Markov decision process (Sutton et al. 1999); rewards within a chunk are summed, not discounted. Of a
+        decision that was not run it is one: no time has passed.
+        """
+        steps = executed if self.gamma_per == "env_step" else np.minimum(executed, 1)
+        return np.power(self.gamma, steps, dtype=np.float64)
+
     def compute_returns_and_advantage(self, last_values: Tensor, dones: np.ndarray) -> None:
         """Generalised advantage estimation over decisions.
 
@@ -100,17 +120,23 @@ class ChunkRolloutBuffer:
         running = torch.zeros(self.n_envs)
         next_values = last_values.detach().cpu().float()
         continues = 1.0 - torch.as_tensor(dones, dtype=torch.float32)
+        discounts = torch.from_numpy(self.discounts(self.executed.numpy()))
+        gamma, decay = discounts.float(), (discounts * self.gae_lambda).float()
         for step in reversed(range(self.n_steps)):
-            delta = self.rewards[:, step] + self.gamma * next_values * continues - self.values[:, step]
-            running = delta + self.gamma * self.gae_lambda * continues * running
+            delta = self.rewards[:, step] + gamma[:, step] * next_values * continues - self.values[:, step]
+            running = delta + decay[:, step] * continues * running
             self.advantages[:, step] = running
             next_values = self.values[:, step]
             continues = 1.0 - self.episode_starts[:, step]
         self.returns = self.advantages + self.values
 
     def minibatches(self, batch_size: int, generator: torch.Generator | None = None) -> list[Tensor]:
-        """Flat indices of all decisions once, shuffled, in minibatches; a remainder makes a smaller last one."""
-        return list(torch.randperm(self.n_envs * self.n_steps, generator=generator).split(batch_size))
+        """Flat indices of all decisions once, shuffled, in minibatches; a remainder makes a smaller last one.
+
+        A decision of which nothing was run, because its worker died, is not among them.
+        """
+        run = self.executed.flatten().nonzero()[:, 0]
+        return list(run[torch.randperm(len(run), generator=generator)].split(batch_size))
 
     def batch(self, indices: Tensor) -> DecisionBatch:
         """The decisions of flat indices ``environment * T + step``."""

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from mw_envs.tasks import did_you_mean
 from sb3_vla.buffers import ChunkRolloutBuffer, DecisionBatch
+from sb3_vla.distributions.base import logprob_mask
 from sb3_vla.policies import Evaluation, VLAPolicy
 from sb3_vla.precision import autocast
 from sb3_vla.progress import SuccessBar
@@ -46,6 +47,12 @@ from sb3_vla.stepping import (
 
 _OWN_OPTIONS = (
     "value_lr",
+    "clip_range_high",
+    "gamma_per",
+    "dual_clip",
+    "huber_delta",
+    "logprob_type",
+    "micro_batch_size",
     "kl_coef",
     "critic_warmup",
     "actor_warmup",
@@ -56,6 +63,9 @@ _OWN_OPTIONS = (
     "overlap",
 )
 TASK_SAMPLING = ("uniform", "signal")
+GAMMA_PER = ("decision", "env_step")
+# A ratio of e^20 says no more than one of e^10, and the gradient of e^90 is not finite.
+_LARGEST_LOG_RATIO = 20.0
 # Least weight of a task that is always or never solved, where 1 is that of a task solved every other time.
 _LEAST_TASK_WEIGHT = 0.1
 # Episodes of a task that tell how often it is solved now; more would lag behind the policy.
@@ -76,11 +86,25 @@ class PPO(stable_baselines3.PPO):
     """PPO for chunks; the arguments of ``stable_baselines3.PPO``, then those below.
 
     ``n_steps``, ``batch_size`` and ``total_timesteps`` count decisions; environment steps are logged beside them.
-    ``gamma`` and ``gae_lambda`` are per decision. ``target_kl`` stops an update at the exact divergence of the action
-    distributions, averaged over the epoch so far, which no single sample can trigger.
+    ``gae_lambda`` is per decision, and so is ``gamma`` unless ``gamma_per`` says otherwise. ``target_kl`` stops an
+    update at the exact divergence of the action distributions, averaged over the epoch so far; what was drawn, and so
+    an outlier among the ratios, has no part in it. ``normalize_advantage`` is over a minibatch. A step whose gradient
+    is not finite is left out and counted in ``train/skipped_steps``.
 
     :param value_lr: the critic's learning rate at the start; it follows the schedule of ``learning_rate``. None: that
         of the actor.
+    :param clip_range_high: how far above one the ratio may go before it is clipped, ``clip_range`` being how far below
+        (DAPO, Yu et al. 2025, eq. 10); a number or a schedule. None: as far.
+    :param gamma_per: ``decision``, or ``env_step``: a decision of n environment steps is discounted by gamma^n.
+    :param dual_clip: where the advantage A is negative, the surrogate is not below this times A, so that a ratio far
+        above one does not rule an update (Ye et al. 2020, eq. 5). More than 1; None for no such bound.
+    :param huber_delta: error of a value from which on its loss grows linearly (Huber), half the square below; None for
+        the square.
+    :param logprob_type: what a ratio is of: ``chunk``, ``action``, ``token`` or ``denoising_step``, see
+        :meth:`~sb3_vla.distributions.ActionDistribution.log_prob`. The surrogates of a decision's ratios, which share
+        its advantage, are summed: at ratio one the gradient is the same for all types, then each is clipped for itself.
+    :param micro_batch_size: decisions that are evaluated at a time, where a minibatch does not fit into memory; their
+        gradients add up to the minibatch's. None for all of it.
     :param kl_coef: weight of KL(policy || reference), where the reference is the policy as it was at the first update:
         after imitation, the imitation policy. It is not saved with the algorithm, see :meth:`anchor`.
     :param critic_warmup: rollouts at the start from which the critic alone learns.
@@ -140,6 +164,12 @@ class PPO(stable_baselines3.PPO):
         _init_setup_model: bool = True,
         *,
         value_lr: float | None = None,
+        clip_range_high: float | Schedule | None = None,
+        gamma_per: str = "decision",
+        dual_clip: float | None = None,
+        huber_delta: float | None = None,
+        logprob_type: str = "chunk",
+        micro_batch_size: int | None = None,
         kl_coef: float = 0.0,
         critic_warmup: int = 0,
         actor_warmup: int = 0,
@@ -153,6 +183,14 @@ class PPO(stable_baselines3.PPO):
         overlap: bool = False,
     ) -> None:
         self.value_lr = value_lr
+        self.clip_range_high = None if clip_range_high is None else FloatSchedule(clip_range_high)
+        if gamma_per not in GAMMA_PER:
+            raise ValueError(f"Unknown gamma_per={gamma_per!r}; {did_you_mean(gamma_per, GAMMA_PER)}")
+        self.gamma_per = gamma_per
+        self.dual_clip = dual_clip
+        self.huber_delta = huber_delta
+        self.logprob_type = logprob_type
+        self.micro_batch_size = micro_batch_size
         self.kl_coef = kl_coef
         self.critic_warmup = critic_warmup
         self.actor_warmup = actor_warmup
@@ -215,7 +253,7 @@ class PPO(stable_baselines3.PPO):
         self.rollout_buffer_class = None
         self._check_options()
         self.rollout_buffer = ChunkRolloutBuffer(  # type: ignore[assignment]
-            self.n_steps, self.n_envs, self.device, self.gamma, self.gae_lambda
+            self.n_steps, self.n_envs, self.device, self.gamma, self.gae_lambda, self.gamma_per
         )
         self.policy_kwargs = self.policy.portable_kwargs
         self._episodes: defaultdict[str, deque[tuple[float, int]]] = defaultdict(
@@ -242,8 +280,15 @@ class PPO(stable_baselines3.PPO):
         for left in (0.0, 1.0):
             if not (math.isfinite(self.noise_scale(left)) and self.noise_scale(left) > 0):
                 raise ValueError(f"noise_scale is {self.noise_scale(left)} at one end of training; expected above 0")
+            if self.clip_range_high is not None and not self.clip_range_high(left) >= 0:
+                raise ValueError(f"clip_range_high is {self.clip_range_high(left)}; expected at least 0")
+        for name, least in {"dual_clip": 1, "huber_delta": 0, "micro_batch_size": 0}.items():
+            value = getattr(self, name)
+            if value is not None and not value > least:
+                raise ValueError(f"{name}={value}; expected more than {least}, or None")
         model, distribution = self.policy.model, self.policy.distribution
         distribution.check_trainable(model)
+        distribution.check_logprob_type(self.logprob_type)
         if self.ent_coef != 0 and not distribution.has_entropy:
             raise ValueError(
                 f"ent_coef={self.ent_coef} has nothing to act on: the entropy of this action distribution is fixed. "
@@ -287,7 +332,7 @@ class PPO(stable_baselines3.PPO):
                 return False
             self._update_info_buffer(infos, dones)
             self._record_episodes(infos, dones)
-            rewards = self._bootstrap(rewards, dones, infos)
+            rewards = self._bootstrap(rewards, dones, infos, executed)
             assert isinstance(self._last_episode_starts, np.ndarray)
             buffer.add(decision.observation, decision.trace, values, rewards, executed, self._last_episode_starts)
             self._last_obs = new_obs  # type: ignore[assignment]
@@ -342,23 +387,17 @@ class PPO(stable_baselines3.PPO):
             self._reference.distribution.noise_scale = policy.distribution.noise_scale
         minibatches = buffer.minibatches(self.batch_size)
         old = self._old_policy(buffer, minibatches)
-        train_actor = self.updates >= self.critic_warmup
         metrics: defaultdict[str, list[float]] = defaultdict(list)
         stopped = False
         for epoch in range(self.n_epochs):
             divergence: list[float] = []
             if epoch > 0:
                 minibatches = buffer.minibatches(self.batch_size)
-            for batch in map(buffer.batch, minibatches):
-                with autocast(self.bf16, self.device.type):
-                    found = policy.evaluate(batch.observations, batch.trace, batch.executed)
-                loss = self.vf_coef * self._value_loss(found.values, batch, clip_range_vf, metrics)
-                if train_actor:
-                    loss = loss + self._actor_loss(found, batch, old, clip_range, metrics)
-                    with torch.no_grad():
-                        kl = self._divergence(found, (old.mean, old.std), batch)
-                    divergence.append(kl.item())
-                    metrics["approx_kl"].append(kl.item())
+            for indices in minibatches:
+                loss, kl = self._accumulate_gradient(buffer, indices, old, clip_range, clip_range_vf, metrics)
+                if kl is not None:
+                    divergence.append(kl)
+                    metrics["approx_kl"].append(kl)
                     if self.target_kl is not None and np.mean(divergence) > 1.5 * self.target_kl:
                         stopped = True
                         break
@@ -369,6 +408,50 @@ class PPO(stable_baselines3.PPO):
         self.updates += 1
         self._log_update(buffer, metrics, clip_range, clip_range_vf, time.perf_counter() - started)
 
+    def _accumulate_gradient(
+        self,
+        buffer: ChunkRolloutBuffer,
+        indices: Tensor,
+        old: _OldPolicy,
+        clip_range: float,
+        clip_range_vf: float | None,
+        metrics: defaultdict[str, list[float]],
+    ) -> tuple[float, float | None]:
+        """Gradient of a minibatch's loss, micro-batch by micro-batch.
+
+        Every term is a mean over decisions, so a micro-batch counts by its share of them.
+
+        :return: the loss, and the divergence from the rollout's policy, None while the critic alone learns.
+        """
+        self.policy.optimizer.zero_grad(set_to_none=True)
+        train_actor = self.updates >= self.critic_warmup
+        advantages = buffer.advantages.flatten()[indices]
+        if self.normalize_advantage and len(advantages) > 1:
+            advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+        total = divergence = 0.0
+        start = 0
+        for part in self._micro_batches(indices):
+            batch, share = buffer.batch(part), len(part) / len(indices)
+            batch.advantages = advantages[start : start + len(part)].to(self.device)
+            start += len(part)
+            with autocast(self.bf16, self.device.type):
+                found = self.policy.evaluate(batch.observations, batch.trace, batch.executed, self.logprob_type)
+            loss = self.vf_coef * self._value_loss(found.values, batch, clip_range_vf, metrics)
+            if train_actor:
+                loss = loss + self._actor_loss(found, batch, old, clip_range, metrics)
+                with torch.no_grad():
+                    divergence += share * self._divergence(found, (old.mean, old.std), batch).item()
+            (share * loss).backward()
+            total += share * loss.item()
+        if train_actor and self.rehearsal is not None:
+            loss = self.rehearsal_coef * self._rehearsal_loss(self.rehearsal, metrics)
+            loss.backward()
+            total += loss.item()
+        return total, divergence if train_actor else None
+
+    def _micro_batches(self, indices: Tensor) -> tuple[Tensor, ...]:
+        return indices.split(self.micro_batch_size or len(indices))
+
     def _actor_loss(
         self,
         found: Evaluation,
@@ -377,15 +460,22 @@ class PPO(stable_baselines3.PPO):
         clip_range: float,
         metrics: defaultdict[str, list[float]],
     ) -> Tensor:
-        """Clipped surrogate, entropy bonus, divergence from the reference, rehearsal."""
-        advantages = batch.advantages
-        if self.normalize_advantage and len(advantages) > 1:
-            advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
-        ratio = torch.exp(found.log_prob - old.log_prob[batch.indices].to(self.device))
-        surrogate = torch.min(advantages * ratio, advantages * torch.clamp(ratio, 1 - clip_range, 1 + clip_range))
-        policy_loss = -surrogate.mean()
+        """Clipped surrogate, entropy bonus, divergence from the reference; ``batch.advantages`` are taken as given."""
+        above = clip_range
+        if self.clip_range_high is not None:
+            above = self.clip_range_high(self._current_progress_remaining)
+        log_ratio = found.log_prob - old.log_prob[batch.indices].to(self.device)
+        ratio = torch.exp(log_ratio.clamp(max=_LARGEST_LOG_RATIO))
+        counted = logprob_mask(self.logprob_type, batch.executed, ratio).expand_as(ratio)
+        advantages = batch.advantages.reshape(-1, *[1] * (ratio.ndim - 1))
+        clipped = torch.clamp(ratio, 1 - clip_range, 1 + above)
+        surrogate = torch.min(advantages * ratio, advantages * clipped)
+        if self.dual_clip is not None:
+            bounded = torch.max(surrogate, self.dual_clip * advantages)
+            surrogate = torch.where(advantages < 0, bounded, surrogate)
+        policy_loss = -(surrogate * counted).reshape(len(ratio), -1).sum(1).mean()
         metrics["policy_loss"].append(policy_loss.item())
-        metrics["clip_fraction"].append(((ratio - 1).abs() > clip_range).float().mean().item())
+        metrics["clip_fraction"].append((ratio != clipped)[counted > 0].float().mean().item())
         metrics["ratio_max"].append(ratio.max().item())
         loss = policy_loss
         if found.entropy is not None:
@@ -396,16 +486,17 @@ class PPO(stable_baselines3.PPO):
             kl = self._divergence(found, old.reference, batch)
             metrics["reference_kl"].append(kl.item())
             loss = loss + self.kl_coef * kl
-        if self.rehearsal is not None:
-            observation, actions, mask = self.rehearsal.sample(self.rehearsal_batch_size)
-            with autocast(self.bf16, self.device.type):
-                rehearsal_loss = self.policy.model.imitation_loss(
-                    {key: value.to(self.device) for key, value in observation.items()},
-                    actions.to(self.device),
-                    mask.to(self.device),
-                )
-            metrics["rehearsal_loss"].append(rehearsal_loss.item())
-            loss = loss + self.rehearsal_coef * rehearsal_loss
+        return loss
+
+    def _rehearsal_loss(self, rehearsal: DemonstrationBatches, metrics: defaultdict[str, list[float]]) -> Tensor:
+        observation, actions, mask = rehearsal.sample(self.rehearsal_batch_size)
+        with autocast(self.bf16, self.device.type):
+            loss = self.policy.model.imitation_loss(
+                {key: value.to(self.device) for key, value in observation.items()},
+                actions.to(self.device),
+                mask.to(self.device),
+            )
+        metrics["rehearsal_loss"].append(loss.item())
         return loss
 
     def _divergence(self, found: Evaluation, other: tuple[Tensor, Tensor], batch: DecisionBatch) -> Tensor:
@@ -424,33 +515,34 @@ class PPO(stable_baselines3.PPO):
             change = values - batch.values
             metrics["value_clip_ratio"].append((change.abs() > clip_range_vf).float().mean().item())
             values = batch.values + change.clamp(-clip_range_vf, clip_range_vf)
-        value_loss = F.mse_loss(batch.returns, values)
+        if self.huber_delta is None:
+            value_loss = F.mse_loss(batch.returns, values)
+        else:
+            value_loss = F.huber_loss(batch.returns, values, delta=self.huber_delta)
         metrics["value_loss"].append(value_loss.item())
         return value_loss
 
-    def _optimizer_step(self, loss: Tensor, metrics: defaultdict[str, list[float]]) -> None:
-        optimizer = self.policy.optimizer
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+    def _optimizer_step(self, loss: float, metrics: defaultdict[str, list[float]]) -> None:
         norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm)
         finite = bool(torch.isfinite(norm))
         metrics["skipped_steps"].append(float(not finite))
         if finite:
             metrics["grad_norm"].append(norm.item())
-            metrics["loss"].append(loss.item())
-            optimizer.step()
+            metrics["loss"].append(loss)
+            self.policy.optimizer.step()
 
     @torch.no_grad()
     def _old_policy(self, buffer: ChunkRolloutBuffer, minibatches: list[Tensor]) -> _OldPolicy:
         """The rollout under the weights that took it, in buffer order.
 
-        It is computed in the update's precision and in the minibatches of its first epoch, so that ratios start at
+        It is computed in the update's precision and in the micro-batches of its first epoch, so that ratios start at
         exactly one: a row of a matrix product may be rounded otherwise beside other rows.
         """
         parts: defaultdict[str, list[Tensor]] = defaultdict(list)
-        for batch in map(buffer.batch, minibatches):
+        micro_batches = [part for indices in minibatches for part in self._micro_batches(indices)]
+        for batch in map(buffer.batch, micro_batches):
             with autocast(self.bf16, self.device.type):
-                found = self.policy.evaluate(batch.observations, batch.trace, batch.executed)
+                found = self.policy.evaluate(batch.observations, batch.trace, batch.executed, self.logprob_type)
                 if self._reference is not None:
                     other = self._reference.evaluate(batch.observations, batch.trace, batch.executed)
                     parts["reference_mean"].append(other.mean.cpu())
@@ -458,13 +550,18 @@ class PPO(stable_baselines3.PPO):
             parts["log_prob"].append(found.log_prob.cpu())
             parts["mean"].append(found.mean.cpu())
             parts["std"].append(found.std.cpu())
-        in_order = torch.cat(minibatches).argsort()
-        whole = {name: torch.cat(tensors)[in_order] for name, tensors in parts.items()}
+        indices, whole = torch.cat(minibatches), {}
+        for name, tensors in parts.items():
+            found_in_order = torch.cat(tensors)
+            whole[name] = found_in_order.new_zeros(buffer.advantages.numel(), *found_in_order.shape[1:])
+            whole[name][indices] = found_in_order
         reference = (whole["reference_mean"], whole["reference_std"]) if self._reference is not None else None
         return _OldPolicy(whole["log_prob"], whole["mean"], whole["std"], reference)
 
     @torch.no_grad()
-    def _bootstrap(self, rewards: np.ndarray, dones: np.ndarray, infos: list[dict[str, Any]]) -> np.ndarray:
+    def _bootstrap(
+        self, rewards: np.ndarray, dones: np.ndarray, infos: list[dict[str, Any]], executed: np.ndarray
+    ) -> np.ndarray:
         """Add the discounted value of the last observation to rewards of episodes that a time limit cut.
 
         Where the limit is a part of the task it is not added, but the death of a worker is never a part of the task.
@@ -477,7 +574,7 @@ class PPO(stable_baselines3.PPO):
         stacked = {key: np.stack([observation[key] for observation in last]) for key in last[0]}
         values = self.policy.predict_values(obs_as_tensor(stacked, self.device))[:, 0].cpu().numpy()
         rewards = rewards.copy()
-        rewards[cut] += self.gamma * values
+        rewards[cut] += self.rollout_buffer.discounts(executed)[cut] * values  # type: ignore[attr-defined]
         return rewards
 
     def _record_episodes(self, infos: list[dict[str, Any]], dones: np.ndarray) -> None:

@@ -164,6 +164,7 @@ class RunDirectory:
         temporary, replaced = final.with_name(f".{final.name}.tmp"), final.with_name(f".{final.name}.replaced.tmp")
         with _clear_errors("write", final):
             final.parent.mkdir(parents=True, exist_ok=True)
+            _put_back(final.parent)
             for leftover in final.parent.glob(".*.tmp"):  # of a kill
                 shutil.rmtree(leftover)
             temporary.mkdir()
@@ -181,8 +182,9 @@ class RunDirectory:
 
     def latest_checkpoint(self, stage: str) -> Path | None:
         """The complete checkpoint of a stage with the highest step, or None."""
-        folders = (self.path / "checkpoints" / stage).glob("step-*")
-        complete = [path for path in folders if re.fullmatch(r"step-\d+", path.name)]
+        folder = self.path / "checkpoints" / stage
+        _put_back(folder)
+        complete = [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
         return max(complete, key=lambda path: int(path.name.removeprefix("step-")), default=None)
 
     def _set_checkpoints_aside(self, stage: str) -> None:
@@ -191,6 +193,14 @@ class RunDirectory:
             names = (current.with_name(f"{stage}.replaced-{number}") for number in itertools.count(1))
             with _clear_errors("rename", current):
                 current.rename(next(path for path in names if not path.exists()))
+
+
+def _put_back(folder: Path) -> None:
+    """Undo a replacement of a checkpoint whose writer was killed between taking it away and putting the new one."""
+    for replaced in folder.glob(".step-*.replaced.tmp"):
+        final = folder / replaced.name.removeprefix(".").removesuffix(".replaced.tmp")
+        if not final.exists():
+            replaced.rename(final)
 
 
 def versions() -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,11 +12,12 @@ import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import KVWriter, Logger, TensorBoardOutputFormat
+from torch.utils.tensorboard import SummaryWriter
 
 from sb3_vla.checkpoints import load_checkpoint, save_checkpoint
-from sb3_vla.checkpoints.training_state import load_training_state, save_training_state
 from sb3_vla.demonstrations import Demonstrations
 from sb3_vla.ppo import PPO
+from sb3_vla.resume import load_algorithm, save_algorithm
 from sb3_vla.run import RunDirectory
 from sb3_vla.sft import DemonstrationBatches
 from sb3_vla.vec_env import SharedMemoryVecEnv
@@ -37,16 +37,25 @@ class PPOConfig:
     :param learning_rate: the actor's at the start.
     :param final_learning_rate: the actor's at the end; it falls linearly.
     :param value_lr: the critic's at the start; it falls in proportion.
-    :param gamma: discount per decision.
+    :param gamma: discount.
+    :param gamma_per: ``decision`` or ``env_step``, what the discount is for.
     :param gae_lambda: per decision.
+    :param bootstrap_truncated: take the time limit for an interruption of the task; else it is a part of it, and the
+        critic sees how much of it is left.
     :param clip_range: of the ratio.
+    :param clip_range_high: of the ratio above one, if it is another.
+    :param dual_clip: factor of a negative advantage below which the surrogate does not fall; None for no bound.
     :param clip_range_vf: of the change of a value; None for no clip.
+    :param huber_delta: error from which the loss of a value grows linearly; None for the square.
+    :param logprob_type: what a ratio is of: ``chunk``, ``action``, ``token`` or ``denoising_step``.
+    :param normalize_advantage: over each minibatch.
     :param target_kl: divergence at which an update stops.
     :param ent_coef: weight of the entropy bonus.
     :param kl_coef: weight of the divergence from the policy at the start.
     :param max_grad_norm: clip of the gradient's norm.
     :param critic_warmup: rollouts from which the critic alone learns.
     :param actor_warmup: rollouts after those over which the actor's learning rate rises.
+    :param privileged_critic: whether the critic sees the simulator's state.
     :param trainable: ``all``, or ``expert`` to freeze the model's backbone.
     :param distribution: name of the action distribution.
     :param distribution_kwargs: its options.
@@ -55,6 +64,7 @@ class PPOConfig:
     :param rehearsal_coef: weight of the imitation loss on demonstrations; 0 for none.
     :param rehearsal_batch_size: frames of demonstrations per minibatch.
     :param overlap: simulate one half of the environments while the policy decides for the other; pays with a GPU.
+    :param micro_batch_size: decisions evaluated at a time, where a minibatch does not fit into memory.
     :param bf16: bfloat16 autocast of updates; None where the processor has it.
     :param checkpoint_interval: iterations between checkpoints.
     :param seed: of environments and exploration.
@@ -71,15 +81,23 @@ class PPOConfig:
     final_learning_rate: float = 2e-5
     value_lr: float = 5e-4
     gamma: float = 0.99
+    gamma_per: str = "decision"
     gae_lambda: float = 0.95
+    bootstrap_truncated: bool = False
     clip_range: float = 0.2
+    clip_range_high: float | None = None
+    dual_clip: float | None = None
     clip_range_vf: float | None = None
+    huber_delta: float | None = None
+    logprob_type: str = "chunk"
+    normalize_advantage: bool = True
     target_kl: float | None = 0.03
     ent_coef: float = 0.0
     kl_coef: float = 0.0
     max_grad_norm: float = 0.5
     critic_warmup: int = 2
     actor_warmup: int = 5
+    privileged_critic: bool = True
     trainable: str = "expert"
     distribution: str = "gaussian"
     distribution_kwargs: dict[str, Any] = field(default_factory=lambda: {"std": 0.2, "coherence": "offset"})
@@ -88,6 +106,7 @@ class PPOConfig:
     rehearsal_coef: float = 0.0
     rehearsal_batch_size: int = 64
     overlap: bool = False
+    micro_batch_size: int | None = None
     bf16: bool | None = False
     checkpoint_interval: int = 5
     seed: int = 0
@@ -115,7 +134,7 @@ def train_ppo(
 ) -> None:
     """Improve a checkpoint by PPO in MetaWorld.
 
-    The critic also sees the simulator's state and the time that has passed, which the policy does not. Metrics go to
+    The critic also sees the time that has passed and the simulator's state, which the policy does not. Metrics go to
     the run's ``metrics.jsonl`` and to TensorBoard under ``tensorboard/``.
 
     :param run: the run directory.
@@ -125,7 +144,8 @@ def train_ppo(
     :param output: folder of the resulting checkpoint.
     :param tasks: which of the suite's tasks to practise; None for all.
     :param demonstrations: for rehearsal.
-    :param resume: go on from the stage's last checkpoint, if there is one.
+    :param resume: go on from the stage's last checkpoint, if there is one, to the same weights and the same metrics
+        that a training without an interrupt gives, bit for bit.
     """
     start = load_checkpoint(checkpoint)
     view = view_of(start.notes)
@@ -134,7 +154,7 @@ def train_ppo(
         "action_chunk": start.model.action_horizon,
         "horizon": config.horizon,
         "tasks": tasks,
-        "privileged_state": True,
+        "privileged_state": config.privileged_critic,
         "elapsed_time": True,
         "renderer": renderer,
         **view,
@@ -163,9 +183,16 @@ def train_ppo(
             batch_size=config.batch_size,
             n_epochs=config.epochs,
             gamma=config.gamma,
+            gamma_per=config.gamma_per,
             gae_lambda=config.gae_lambda,
             clip_range=config.clip_range,
+            clip_range_high=config.clip_range_high,
+            dual_clip=config.dual_clip,
             clip_range_vf=config.clip_range_vf,
+            huber_delta=config.huber_delta,
+            logprob_type=config.logprob_type,
+            normalize_advantage=config.normalize_advantage,
+            micro_batch_size=config.micro_batch_size,
             target_kl=config.target_kl,
             ent_coef=config.ent_coef,
             vf_coef=1.0,
@@ -176,8 +203,7 @@ def train_ppo(
             rehearsal=rehearsal,
             rehearsal_coef=config.rehearsal_coef,
             rehearsal_batch_size=config.rehearsal_batch_size,
-            # The limit is a part of the task, and the critic sees how much of it is left.
-            bootstrap_truncated=False,
+            bootstrap_truncated=config.bootstrap_truncated,
             noise_scale=lambda remaining: np.interp(remaining, [0, 1], [config.final_noise_scale, 1.0]).item(),
             task_sampling=config.task_sampling,
             overlap=config.overlap,
@@ -191,26 +217,26 @@ def train_ppo(
                 "optimizer_kwargs": {"betas": (0.9, 0.95)},
             },
         )
-        latest = run.latest_checkpoint(stage) if resume else None
         if config.kl_coef > 0:  # also after an interrupt it is the policy at the start
             model.anchor()
+        logger = Logger(str(run.path), [])
+        model.set_logger(logger)
+        env.seed(1000 * (config.seed + 1))
+        latest = run.latest_checkpoint(stage) if resume else None
         if latest is not None:
-            _restore(model, latest)
+            load_algorithm(latest, model)
         done = model.num_timesteps
         run.rewind_metrics(lambda row: row.get("stage") != stage or row["time/total_timesteps"] <= done)
-        # Other trials after a resume than at the start.
-        env.seed(1000 * (config.seed + 1) + done)
-        writers: list[KVWriter] = [
-            TensorBoardOutputFormat(str(run.path / "tensorboard" / stage)),
-            _RunMetrics(run, stage, _seconds_so_far(run, stage)),
-        ]
-        model.set_logger(Logger(str(run.path), writers))
         per_iteration = config.num_envs * config.decisions
+        logger.output_formats += [
+            _TensorBoard(str(run.path / "tensorboard" / stage), first_step=done + 1),
+            _RunMetrics(run, stage, per_iteration, _seconds_so_far(run, stage)),
+        ]
         remaining = config.iterations * per_iteration - done
-        with _Progress(run, stage, config, model, progress) as callback:
-            if remaining > 0:
+        if remaining > 0:
+            with _Progress(run, stage, config, model, progress) as callback:
                 model.learn(remaining, callback, reset_num_timesteps=False)
-            callback.save()
+                callback.save()
     finally:
         env.close()
     notes = {**start.notes, "ppo": {"iterations": config.iterations, "env_steps": model.env_steps, "tasks": tasks}}
@@ -225,17 +251,28 @@ def view_of(notes: dict[str, Any]) -> dict[str, Any]:
     return {"camera": camera.get("camera", "corner2"), "crop": camera.get("crop")}
 
 
+class _TensorBoard(TensorBoardOutputFormat):
+    """Values for TensorBoard, which hides what was written from ``first_step`` on before an interrupt."""
+
+    def __init__(self, folder: str, first_step: int) -> None:
+        super().__init__(folder)
+        self.writer.close()
+        self.writer = SummaryWriter(folder, purge_step=first_step)
+
+
 class _RunMetrics(KVWriter):
     """Logged values as rows of the run's ``metrics.jsonl``."""
 
-    def __init__(self, run: RunDirectory, stage: str, seconds_before: float) -> None:
+    def __init__(self, run: RunDirectory, stage: str, per_iteration: int, seconds_before: float) -> None:
         self.run = run
         self.stage = stage
+        self.per_iteration = per_iteration
         self.seconds_before = seconds_before
 
     def write(self, key_values: dict[str, Any], key_excluded: dict[str, tuple[str, ...]], step: int = 0) -> None:
         row = {key: value for key, value in key_values.items() if isinstance(value, (int, float))}
         row["time/time_elapsed"] = row.get("time/time_elapsed", 0) + self.seconds_before
+        row["time/iterations"] = step // self.per_iteration  # Stable-Baselines3 counts from the last start
         self.run.append_metrics({"stage": self.stage, "time/total_timesteps": step, **row})
 
     def close(self) -> None: ...
@@ -247,6 +284,7 @@ class _Progress(BaseCallback):
     def __init__(self, run: RunDirectory, stage: str, config: PPOConfig, model: PPO, shown: bool) -> None:
         super().__init__()
         self.run, self.stage, self.config, self.algorithm = run, stage, config, model
+        self.saved = self._iterations_done()
         columns = (
             TextColumn("PPO"),
             BarColumn(),
@@ -277,35 +315,19 @@ class _Progress(BaseCallback):
             rate = sum(success.values()) / len(success)
             now = f"success while exploring {rate:.0%}  {self.algorithm.env_steps:,} env steps"
         self.bar.update(self.task, completed=done, now=now)
-        if done and done % self.config.checkpoint_interval == 0:
+        # At the first rollout after an interrupt there is one already.
+        if done > self.saved and done % self.config.checkpoint_interval == 0:
             self.save()
 
     def save(self) -> None:
         """Checkpoint everything that a training needs to go on."""
-        model = self.algorithm
-        self.bar.update(self.task, completed=self._iterations_done())
-        values = {
-            "num_timesteps": model.num_timesteps,
-            "env_steps": model.env_steps,
-            "n_updates": model._n_updates,
-            "updates": model.updates,
-            "episodes": {task: list(episodes) for task, episodes in model._episodes.items()},
-        }
-        with self.run.checkpoint(self.stage, self._iterations_done()) as folder:
-            save_training_state(folder, {"policy": model.policy}, model.policy.optimizer, values)
+        self.saved = self._iterations_done()
+        self.bar.update(self.task, completed=self.saved)
+        with self.run.checkpoint(self.stage, self.saved) as folder:
+            save_algorithm(folder, self.algorithm)
 
     def _iterations_done(self) -> int:
         return self.algorithm.num_timesteps // (self.config.num_envs * self.config.decisions)
-
-
-def _restore(model: PPO, folder: Path) -> None:
-    values = load_training_state(folder, {"policy": model.policy}, model.policy.optimizer)
-    model.num_timesteps = values["num_timesteps"]
-    model.env_steps = values["env_steps"]
-    model._n_updates = values["n_updates"]
-    model.updates = values["updates"]
-    for task, episodes in values["episodes"].items():
-        model._episodes[task] = deque(map(tuple, episodes), maxlen=model._stats_window_size)
 
 
 def _seconds_so_far(run: RunDirectory, stage: str) -> float:

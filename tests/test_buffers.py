@@ -31,7 +31,7 @@ def filled(n_steps: int = 4, n_envs: int = 3, size: int = 8) -> tuple[ChunkRollo
             },
             "values": torch.randn(n_envs, generator=generator),
             "rewards": np.arange(n_envs) + 10.0 * step,
-            "executed": np.arange(n_envs) + step,
+            "executed": np.arange(n_envs) + step + 1,
             "episode_starts": np.array([step == 0] * n_envs),
         }
         buffer.add(**entry)
@@ -138,6 +138,26 @@ def test_advantages_by_hand() -> None:
     torch.testing.assert_close(buffer.advantages, expected, atol=1e-6, rtol=0)
     returns = torch.tensor([[2.09375, 3.375, 4.0], [0.75, 1.0, 4.0]])
     torch.testing.assert_close(buffer.returns, returns, atol=1e-6, rtol=0)
+
+
+def test_discount_per_environment_step_by_hand() -> None:
+    """gamma = lambda = 1/2. Of the chunks 1, 2 and 3 steps are run: discounts 1/2, 1/4 and 1/8."""
+    buffer = ChunkRolloutBuffer(3, 1, CPU, 0.5, 0.5, "env_step")
+    for reward, value, executed in ((1.0, 0.5, 1), (2.0, 1.0, 2), (3.0, 2.0, 3)):
+        buffer.add({}, {}, torch.tensor([value]), np.array([reward]), np.array([executed]), np.zeros(1))
+    buffer.compute_returns_and_advantage(torch.tensor([8.0]), np.array([False]))
+    # delta = 1 + 0.5 - 0.5, 2 + 0.5 - 1, 3 + 1 - 2; weight of the next advantage: 1/4, 1/8
+    expected = torch.tensor([[1.0 + 0.25 * 1.75, 1.5 + 0.125 * 2.0, 2.0]])
+    torch.testing.assert_close(buffer.advantages, expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("gamma_per", ["decision", "env_step"])
+def test_what_was_not_run_takes_no_time_and_is_no_sample(gamma_per: str) -> None:
+    buffer = ChunkRolloutBuffer(2, 2, CPU, 0.5, 0.5, gamma_per)
+    assert buffer.discounts(np.array([0, 1])).tolist() == [1.0, 0.5]
+    for executed in ([1, 0], [1, 1]):
+        buffer.add({}, {}, torch.zeros(2), np.zeros(2), np.array(executed), np.zeros(2))
+    assert sorted(torch.cat(buffer.minibatches(2)).tolist()) == [0, 1, 3]
 
 
 def test_advantages_equal_stable_baselines3() -> None:

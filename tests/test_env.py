@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import multiprocessing
 import warnings
 from collections import Counter
@@ -15,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from gymnasium.utils.env_checker import check_env as gymnasium_check_env
+from gymnasium.utils.env_checker import data_equivalence
 from stable_baselines3.common.env_checker import check_env as sb3_check_env
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv
 
@@ -433,6 +435,48 @@ def test_weights_change_at_the_next_reset(fakes: Fakes) -> None:
     assert env.reset(options={"task": "reach-v3"})[1]["task"] == "reach-v3"
 
 
+@pytest.mark.parametrize("chunk", [1, 3])
+def test_a_snapshot_goes_on_bit_for_bit(chunk: int) -> None:
+    """Through the rest of an episode, and two more whose tasks and goals the generator draws."""
+    tasks = ["push-v3", "drawer-close-v3", "door-open-v3"]  # the last two: hinges, and parts that resets move
+
+    def make() -> gym.Env:
+        options = {"tasks": tasks, "action_chunk": chunk, "horizon": 14, "image_size": 16, "settle_steps": 2}
+        return gym.make("mw_envs:MetaWorldMT10-v0", privileged_state=True, elapsed_time=True, **options)
+
+    def play(env: gym.Env, actions: list[npt.NDArray[np.float32]]) -> list[Any]:
+        seen: list[Any] = []
+        for action in actions:
+            seen.append(env.step(action))
+            if seen[-1][2] or seen[-1][3]:
+                seen.append(env.reset())
+        return seen
+
+    env, generator = make(), np.random.default_rng(0)
+    actions = list(generator.uniform(-1, 1, (64, *(env.action_space.shape or ()))).astype(np.float32))
+    env.reset(seed=5)
+    env.unwrapped.set_task_weights({"push-v3": 5.0})  # type: ignore[attr-defined]
+    last = play(env, actions[:24])[-1][0]
+    snapshot = json.loads(json.dumps(env.get_wrapper_attr("snapshot")()))
+    assert 0 < len(snapshot["actions"]) < 14
+    other = make()
+    other.reset(seed=77)
+    play(other, actions[:3])
+    seen, info = other.reset(options={"snapshot": snapshot})
+    assert data_equivalence(seen, last, exact=True) and info["env_steps"] == 0
+    assert other.get_wrapper_attr("snapshot")() == snapshot
+    expected = play(env, actions[24:])
+    assert data_equivalence(play(other, actions[24:]), expected, exact=True)
+    assert sum(len(entry) == 2 for entry in expected) >= 2
+    env.close()
+    other.close()
+
+
+def test_a_snapshot_of_nothing_is_refused(fakes: Fakes) -> None:
+    with pytest.raises(gym.error.ResetNeeded, match="call reset"):
+        fake_env().snapshot()
+
+
 def test_a_change_of_task_hands_the_simulator_back(fakes: Fakes) -> None:
     env = fake_env()
     env.reset(options={"task": "reach-v3"})
@@ -557,6 +601,13 @@ def test_arguments_that_make_no_sense_are_refused(kwargs: dict[str, Any], messag
         ({"goal": True}, "goal=True; expected"),
         ({"seed": -1}, "seed=-1; expected a whole number from 0 to 4294967295"),
         ({"seed": 2**32}, "seed=4294967296; expected"),
+        ({"snapshot": {}}, r"'snapshot' is not what snapshot\(\) of such an environment gave: 'trial'"),
+        ({"snapshot": 3}, "'snapshot' is not what"),
+        ({"snapshot": {}, "goal": 3}, r"'snapshot' goes alone; got also \['goal'\]"),
+        (
+            {"snapshot": {"trial": ["hammer-v3", 0, 0], "task_probabilities": [1.0]}},
+            "is of other tasks than reach-v3, push-v3",
+        ),
     ],
 )
 def test_reset_options_that_make_no_sense_are_refused(fakes: Fakes, options: dict[str, Any], message: str) -> None:

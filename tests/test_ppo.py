@@ -13,7 +13,7 @@ import stable_baselines3
 import torch
 from stable_baselines3.common.callbacks import BaseCallback
 from torch import Tensor
-from toy import TARGETS, toy_demonstrations, toy_ppo, toy_vec
+from toy import TARGETS, TINY, stir, toy_demonstrations, toy_ppo, toy_vec
 
 from sb3_vla import PPO
 from sb3_vla.buffers import ChunkRolloutBuffer, DecisionBatch
@@ -88,6 +88,7 @@ def test_the_gradient_of_the_first_step_is_reinforce(distribution: str, options:
         return policy.evaluate(batch.observations, batch.trace, batch.executed).log_prob.double()
 
     found = policy.evaluate(batch.observations, batch.trace, batch.executed)
+    batch.advantages = advantages.float()
     policy.optimizer.zero_grad()
     algorithm._actor_loss(found, batch, old, 0.2, defaultdict(list)).backward()
     gradient = bias.grad.clone()
@@ -155,13 +156,161 @@ def test_clipped_surrogate_by_hand() -> None:
     assert found["ratio_max"] == [pytest.approx(1.5)]
 
 
-def test_advantages_are_normalised_over_the_minibatch() -> None:
-    algorithm = toy_ppo()
-    _, record = collected()
-    batch = batch_of([0.0] * 2, [1.0, 4.0], [0.0] * 2)
-    loss = algorithm._actor_loss(evaluation([0.0, 0.1]), batch, old_policy([0.0, 0.0]), 0.2, record)
-    normal = [(a - 2.5) / math.sqrt(4.5) for a in (1.0, 4.0)]
-    assert loss.item() == pytest.approx(-(normal[0] + normal[1] * math.exp(0.1)) / 2, rel=1e-5)
+@pytest.mark.parametrize("micro_batch_size", [None, 3])
+def test_advantages_are_normalised_over_the_minibatch(micro_batch_size: int | None) -> None:
+    algorithm = toy_ppo(batch_size=8, micro_batch_size=micro_batch_size, learning_rate=0.0)
+    given: list[DecisionBatch] = []
+    real = algorithm._actor_loss
+
+    def actor_loss(found: Evaluation, batch: DecisionBatch, *rest: Any) -> Tensor:
+        given.append(batch)
+        return real(found, batch, *rest)
+
+    algorithm._actor_loss = actor_loss  # type: ignore[method-assign,assignment]
+    algorithm.learn(16)
+    per_minibatch = 1 if micro_batch_size is None else 3
+    assert len(given) == 2 * per_minibatch
+    for batches in (given[:per_minibatch], given[per_minibatch:]):
+        indices = torch.cat([batch.indices for batch in batches])
+        raw = decisions(algorithm).advantages.flatten()[indices].double()
+        expected = (raw - raw.mean()) / raw.std()
+        found = torch.cat([batch.advantages for batch in batches]).double()
+        assert len(found) == 8
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_asymmetric_clip_and_dual_clip_by_hand() -> None:
+    algorithm = toy_ppo(normalize_advantage=False, clip_range_high=0.5, dual_clip=3.0)
+    # ratio, advantage, surrogate: the rise is clipped at 1.5, the fall at 0.8, and what is negative at 3 A.
+    table = [(1.4, 1.0, 1.4), (2.0, 1.0, 1.5), (0.5, -1.0, -0.8), (2.0, -1.0, -2.0), (8.0, -0.5, -1.5), (8.0, 0.0, 0.0)]
+    ratios, advantages, surrogates = (list(column) for column in zip(*table, strict=True))
+    new = evaluation([math.log(ratio) for ratio in ratios])
+    found, record = collected()
+    batch = batch_of([0.0] * 6, advantages, [0.0] * 6)
+    loss = algorithm._actor_loss(new, batch, old_policy([0.0] * 6), 0.2, record)
+    assert loss.item() == pytest.approx(-sum(surrogates) / 6, abs=1e-6)
+    assert found["clip_fraction"] == [pytest.approx(5 / 6)]
+
+
+@pytest.mark.parametrize("advantage", [1.0, -1.0])
+def test_a_ratio_out_of_range_gives_a_finite_gradient(advantage: float) -> None:
+    algorithm = toy_ppo(normalize_advantage=False)
+    log_prob = torch.tensor([200.0, 0.0], requires_grad=True)
+    batch = batch_of([0.0] * 2, [advantage] * 2, [0.0] * 2)
+    new = evaluation([0.0, 0.0], log_prob=log_prob)
+    algorithm._actor_loss(new, batch, old_policy([0.0, 0.0]), 0.2, defaultdict(list)).backward()
+    assert log_prob.grad is not None
+    assert log_prob.grad.tolist() == [0.0, -advantage / 2]
+
+
+def test_ratios_of_actions_and_tokens_by_hand() -> None:
+    """Two decisions of two actions of two dimensions; of the second decision one action was run."""
+    ratios = torch.tensor([[[1.1, 1.5], [0.5, 1.0]], [[0.9, 1.3], [1.0, 1.0]]])
+    batch = batch_of([0.0] * 2, [2.0, -1.0], [0.0] * 2)
+    batch.executed = torch.tensor([2, 1])
+    # clipped at 0.8 and 1.2
+    expected = {
+        "token": (2 * (1.1 + 1.2 + 0.5 + 1.0) - (0.9 + 1.3)) / 2,
+        "action": (2 * (1.2 + 0.5) - 1.17) / 2,  # ratios 1.65, 0.5; 1.17
+        "chunk": (2 * 0.825 - 1.17) / 2,
+    }
+    fractions = {"token": 3 / 6, "action": 2 / 3, "chunk": 0.0}
+    for logprob_type, surrogate in expected.items():
+        algorithm = toy_ppo(normalize_advantage=False, logprob_type=logprob_type)
+        log_prob = ratios.log()
+        log_prob = {"token": log_prob, "action": log_prob.sum(2), "chunk": log_prob.sum((1, 2))}[logprob_type]
+        old = old_policy([0.0, 0.0])
+        old.log_prob = torch.zeros_like(log_prob)
+        found, record = collected()
+        loss = algorithm._actor_loss(evaluation([0.0] * 2, log_prob=log_prob), batch, old, 0.2, record)
+        assert loss.item() == pytest.approx(-surrogate, abs=1e-6), logprob_type
+        assert found["clip_fraction"] == [pytest.approx(fractions[logprob_type])], logprob_type
+
+
+def gradient(algorithm: PPO, count: int = 16) -> dict[str, Tensor]:
+    """Of the loss of a whole rollout, in the order of the buffer, against its own weights."""
+    indices = torch.arange(count)
+    old = algorithm._old_policy(decisions(algorithm), [indices])
+    algorithm._accumulate_gradient(decisions(algorithm), indices, old, 0.2, 0.05, defaultdict(list))
+    return {name: p.grad.clone() for name, p in algorithm.policy.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize(
+    ("model", "distribution", "types"),
+    [
+        ("compact", "gaussian", ("action", "token")),
+        ("compact", "flow_sde", ("action", "token", "denoising_step")),
+        ("toy_tokens", "tokens", ("action", "token")),
+    ],
+)
+def test_every_type_of_ratio_starts_with_the_same_gradient(
+    toy_models: None, model: str, distribution: str, types: tuple[str, ...]
+) -> None:
+    options: dict[str, Any] = {"model": model, "distribution": distribution}
+    options["model_kwargs"] = {} if model == "toy_tokens" else TINY
+    algorithm = toy_ppo(toy_vec(2, horizon=2, executed=1), **options)
+    algorithm.learn(16)
+    expected = gradient(algorithm)
+    assert max(g.abs().max().item() for g in expected.values()) > 1e-3
+    for logprob_type in types:
+        algorithm.logprob_type = logprob_type
+        found = gradient(algorithm)
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, atol=1e-6, rtol=1e-4)
+    # And they are different algorithms from the second step on.
+    ends = []
+    for logprob_type in ("chunk", *types):
+        algorithm = toy_ppo(logprob_type=logprob_type, n_epochs=4, clip_range=0.01, learning_rate=1e-2, **options)
+        algorithm.learn(16)
+        assert metrics(algorithm)["train/skipped_steps"] == 0
+        ends.append(weights(algorithm.policy))
+    same_step = distribution == "flow_sde"  # one random step: its ratio is the chunk's
+    assert sum(same(ends[0], other) for other in ends[1:]) == same_step
+
+
+@pytest.mark.parametrize("logprob_type", ["action", "token"])
+def test_ratios_of_parts_are_one_before_the_first_step(logprob_type: str) -> None:
+    algorithm = toy_ppo(logprob_type=logprob_type, micro_batch_size=5)
+    algorithm.learn(16)
+    found = metrics(algorithm)
+    assert found["train/ratio_max"] == 1.0 and found["actor/pg_clipfrac"] == 0 and found["actor/approx_kl"] == 0
+
+
+@pytest.mark.parametrize("size", [1, 5, 8])
+def test_micro_batches_add_up_to_the_minibatch(size: int) -> None:
+    """With every term of the loss, ratios and values that have moved, and a last micro-batch that is smaller."""
+    options: dict[str, Any] = {"learn_std": True}
+    rehearsal = DemonstrationBatches(toy_demonstrations(), None, 2, 0, 0)
+    algorithm = toy_ppo(
+        toy_vec(2, horizon=3, truncates=True, action_dim=4),
+        distribution_kwargs=options,
+        logprob_type="action",
+        kl_coef=0.1,
+        ent_coef=0.1,
+        huber_delta=0.1,
+        dual_clip=2.0,
+        rehearsal=rehearsal,
+        n_epochs=2,
+    )
+    algorithm.learn(16)
+    indices = torch.randperm(16)
+    old = algorithm._old_policy(decisions(algorithm), [indices])
+    stir(algorithm.policy, 0.01, seed=3)
+    found = {}
+    for micro_batch_size in (None, size):
+        algorithm.micro_batch_size = micro_batch_size
+        rehearsal.generator = np.random.default_rng(0)
+        torch.manual_seed(0)
+        record = collected()[1]
+        loss, kl = algorithm._accumulate_gradient(decisions(algorithm), indices, old, 0.2, 0.05, record)
+        assert len(record["policy_loss"]) == (1 if micro_batch_size is None else math.ceil(16 / size))
+        assert 0 < np.mean(record["clip_fraction"]) < 1 and len(record["rehearsal_loss"]) == 1
+        found[micro_batch_size] = loss, kl, {n: p.grad.clone() for n, p in algorithm.policy.named_parameters()}
+    whole, parts = found[None], found[size]
+    assert parts[0] == pytest.approx(whole[0], rel=1e-5)
+    assert whole[1] is not None and parts[1] == pytest.approx(whole[1], rel=1e-4)
+    for name, value in whole[2].items():
+        torch.testing.assert_close(parts[2][name], value, atol=1e-6, rtol=1e-4)
 
 
 def test_entropy_and_reference_terms_by_hand() -> None:
@@ -184,6 +333,9 @@ def test_value_loss_by_hand() -> None:
     values = torch.tensor([0.5, 0.9, 1.0])
     found, record = collected()
     assert algorithm._value_loss(values, batch, None, record).item() == pytest.approx((0.25 + 0.01 + 0) / 3)
+    algorithm.huber_delta = 0.3  # 0.3 (0.5 - 0.15), and half the square of 0.1
+    assert algorithm._value_loss(values, batch, None, record).item() == pytest.approx((0.105 + 0.005 + 0) / 3)
+    algorithm.huber_delta = None
     # Clipped to 0.2 around the old values: 0.2, 0.9, 1.8.
     assert algorithm._value_loss(values, batch, 0.2, record).item() == pytest.approx((0.64 + 0.01 + 0.64) / 3)
     assert found["value_clip_ratio"] == [pytest.approx(2 / 3)]
@@ -316,14 +468,14 @@ def test_rehearsal_adds_its_loss() -> None:
         expected = algorithm.policy.model.imitation_loss(observation, actions, mask)
     rehearsal.sample = lambda size: (observation, actions, mask)  # type: ignore[method-assign]
     found, record = collected()
+    indices = torch.arange(16)
+    old = algorithm._old_policy(decisions(algorithm), [indices])
+    algorithm.normalize_advantage, algorithm.vf_coef = False, 0.0
+    decisions(algorithm).advantages.zero_()
     torch.manual_seed(0)
-    real(24)
-    batch = batch_of([0.0] * 2, [0.0] * 2, [0.0] * 2)
-    algorithm.normalize_advantage = False
-    with torch.no_grad():
-        loss = algorithm._actor_loss(evaluation([0.0, 0.0]), batch, old_policy([0.0, 0.0]), 0.2, record)
+    loss, _ = algorithm._accumulate_gradient(decisions(algorithm), indices, old, 0.2, None, record)
     assert found["rehearsal_loss"] == [pytest.approx(expected.item(), rel=1e-6)]
-    assert loss.item() == pytest.approx(2.0 * expected.item(), rel=1e-6)
+    assert loss == pytest.approx(2.0 * expected.item(), rel=1e-6)
 
 
 @pytest.mark.parametrize("distribution", ["gaussian", "flow_sde"])
@@ -371,6 +523,24 @@ def test_target_kl_stops_the_update() -> None:
         algorithm.learn(16)
         epochs[target] = metrics(algorithm)["train/n_updates"]
     assert epochs == {None: 5, 1e3: 5, 1e-12: 1}
+
+
+def test_an_outlier_among_the_ratios_does_not_stop_the_update() -> None:
+    """One action far from its mean: its ratio explodes at the smallest change of the mean, the divergence does not."""
+    algorithm = toy_ppo(learning_rate=1e-4)
+    algorithm.learn(16)
+    buffer, policy, before = decisions(algorithm), algorithm.policy, algorithm._n_updates
+    buffer.traces["action"][0, 0] += 1000 * 0.2
+    old = algorithm._old_policy(buffer, [torch.arange(16)])
+    algorithm.target_kl, algorithm.n_epochs = 0.01, 4
+    algorithm.train()
+    assert algorithm._n_updates - before == 4
+    batch = buffer.batch(torch.arange(16))
+    with torch.no_grad():
+        log_ratio = policy.evaluate(batch.observations, batch.trace, batch.executed).log_prob - old.log_prob
+    estimate = (log_ratio.exp() - 1 - log_ratio).mean().item()  # stable_baselines3's
+    assert estimate > 10 * 1.5 * algorithm.target_kl
+    assert metrics(algorithm)["actor/approx_kl"] < algorithm.target_kl
 
 
 def test_a_loss_that_is_not_finite_skips_the_step() -> None:
@@ -427,10 +597,12 @@ class Watch(BaseCallback):
         return True
 
 
-@pytest.mark.parametrize("bootstrap", [True, False])
-def test_truncated_episodes_are_bootstrapped_in_one_call(bootstrap: bool) -> None:
-    env = toy_vec(4, horizon=2, truncates=True)
-    algorithm = toy_ppo(env, n_steps=4, gamma=0.9, bootstrap_truncated=bootstrap, learning_rate=0.0, vf_coef=0.0)
+@pytest.mark.parametrize(("bootstrap", "gamma_per"), [(True, "decision"), (True, "env_step"), (False, "decision")])
+def test_truncated_episodes_are_bootstrapped_in_one_call(bootstrap: bool, gamma_per: str) -> None:
+    env = toy_vec(4, horizon=2, truncates=True, executed=3)
+    options: dict[str, Any] = {"learning_rate": 0.0, "vf_coef": 0.0, "gamma_per": gamma_per}
+    algorithm = toy_ppo(env, n_steps=4, gamma=0.9, bootstrap_truncated=bootstrap, **options)
+    discount = 0.9**3 if gamma_per == "env_step" else 0.9
     torch.nn.init.normal_(algorithm.policy.value_head.layers[-1].weight)
     torch.nn.init.constant_(algorithm.policy.value_head.layers[-1].bias, 5.0)
     calls: list[int] = []
@@ -452,7 +624,7 @@ def test_truncated_episodes_are_bootstrapped_in_one_call(bootstrap: bool) -> Non
                 tensors = {key: torch.as_tensor(value)[None] for key, value in observation.items()}
                 value = real(tensors).item()
                 assert abs(value) > 1e-3
-                expected += 0.9 * value
+                expected += discount * value
             assert decisions(algorithm).rewards[n, step].item() == pytest.approx(expected, abs=1e-5)
     assert [t is not None for row in watch.terminal for t in row] == [False] * 4 + [True] * 4 + [False] * 4 + [True] * 4
 
@@ -628,11 +800,34 @@ def test_tasks_are_drawn_by_the_signal_they_give() -> None:
         {"bf16": True},
         {"noise_scale": 0.5},
         {"overlap": True},
+        {"gamma_per": "env_step"},
+        {"clip_range_high": 0.3},
+        {"dual_clip": 3.0},
+        {"huber_delta": 1.0},
+        {"logprob_type": "action"},
+        {"micro_batch_size": 8},
     ],
 )
 def test_options_that_a_stock_policy_would_ignore_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"{next(iter(options))}.* acts on VLAPolicy alone"):
         PPO("MlpPolicy", "CartPole-v1", device="cpu", **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"gamma_per": "env_steps"}, "'env_steps'; did you mean 'env_step'"),
+        ({"clip_range_high": -0.1}, r"clip_range_high is -0\.1; expected at least 0"),
+        ({"dual_clip": 1.0}, r"dual_clip=1\.0; expected more than 1, or None"),
+        ({"huber_delta": 0.0}, r"huber_delta=0\.0; expected more than 0, or None"),
+        ({"micro_batch_size": 0}, "micro_batch_size=0; expected more than 0, or None"),
+        ({"logprob_type": "step"}, "logprob_type='step'; known: chunk"),
+        ({"logprob_type": "action", "distribution_kwargs": {"coherence": "offset"}}, "use 'chunk', or coherence"),
+    ],
+)
+def test_options_without_a_meaning_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        toy_ppo(**options)
 
 
 @pytest.mark.parametrize("scale", [0.0, -1.0, math.nan, lambda left: left])

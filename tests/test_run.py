@@ -283,5 +283,9 @@ def test_checkpoints(run: RunDirectory) -> None:
 
     with run.checkpoint("sft", 5) as folder:
         (folder / "model").write_text("again")
+    # A kill between taking a checkpoint away and putting the new one in its place.
+    last = run.path / "checkpoints" / "sft" / "step-100000000"
+    last.rename(last.with_name(".step-100000000.replaced.tmp"))
+    assert run.latest_checkpoint("sft") == last and (last / "nested" / "model").read_text() == "100000000"
     assert names(run.path / "checkpoints" / "sft") == ["step-00000005", "step-100000000", "step-99999999"]
     assert names(run.path / "checkpoints" / "sft" / "step-00000005") == ["model"]

@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from toy import tiny_model
+from stable_baselines3.common.vec_env import DummyVecEnv
+from toy import tiny_model, toy_vec
 
+from sb3_vla import training
 from sb3_vla.checkpoints import save_checkpoint
 from sb3_vla.config import ConfigError, load_config
 from sb3_vla.run import RunDirectory
@@ -37,6 +39,52 @@ def test_settings_of_nothing(name: str) -> None:
         PPOConfig(**{name: 0})
     with pytest.raises(ConfigError, match=rf"ppo.{name}=0; expected at least 1"):
         load_config(PPOConfig, overrides=[f"{name}=0"])
+
+
+class Captured(Exception):
+    pass
+
+
+def test_settings_reach_environments_and_algorithm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments: dict[str, Any] = {}
+
+    def vec_env(makers: list[Any], num_workers: int | None) -> DummyVecEnv:
+        arguments.update(makers[0].keywords, num_workers=num_workers)
+        return toy_vec(len(makers), chunk=5, action_dim=4)
+
+    def ppo(policy: str, env: DummyVecEnv, **options: Any) -> None:
+        arguments.update(options)
+        raise Captured
+
+    monkeypatch.setattr(training, "SharedMemoryVecEnv", vec_env)
+    monkeypatch.setattr(training, "PPO", ppo)
+    changes: dict[str, Any] = {
+        "gamma_per": "env_step",
+        "bootstrap_truncated": True,
+        "clip_range_high": 0.3,
+        "dual_clip": 3.0,
+        "clip_range_vf": 0.2,
+        "huber_delta": 1.0,
+        "logprob_type": "action",
+        "normalize_advantage": False,
+        "micro_batch_size": 8,
+        "target_kl": 0.5,
+        "ent_coef": 0.25,
+        "max_grad_norm": 0.75,
+        "critic_warmup": 7,
+        "actor_warmup": 8,
+        "overlap": True,
+        "value_lr": 0.125,
+        "horizon": 77,
+        "num_workers": 3,
+    }
+    config = PPOConfig(**changes, privileged_critic=False)
+    for name, value in changes.items():
+        assert value != getattr(PPOConfig(), name)
+    with pytest.raises(Captured):
+        train(tmp_path, config, suite="MT10")
+    assert {name: arguments[name] for name in changes} == changes
+    assert arguments["privileged_state"] is False and arguments["elapsed_time"] is True
 
 
 @pytest.mark.slow

@@ -189,12 +189,29 @@ class ToyEnv(gym.Env):
         self.observation_space: spaces.Dict = spaces.Dict(observed)
         self.action_space = spaces.Box(-1.0, 1.0, (action_dim,) if chunk is None else (chunk, action_dim), np.float32)
         self.which = self.elapsed = 0
+        self.weights: list[float] | None = None
+
+    def set_task_weights(self, weights: dict[str, float]) -> None:
+        self.weights = [weights.get(sentence, 1.0) for sentence in SENTENCES]
+
+    def snapshot(self) -> dict[str, Any]:
+        """What ``reset(options={"snapshot": ...})`` goes on from, as the environments of mw_envs have it."""
+        names = ("which", "elapsed", "weights")
+        return {"generator": self._generator, **{name: getattr(self, name) for name in names}}
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         super().reset(seed=seed)
-        self.which, self.elapsed = int(self.np_random.integers(2)), 0
+        if options:
+            values = dict(options["snapshot"])
+            self.np_random.bit_generator.state = values.pop("generator")
+            vars(self).update(values)
+        elif self.weights is None:
+            self.which, self.elapsed = int(self.np_random.integers(2)), 0
+        else:
+            second = self.weights[1] / sum(self.weights)
+            self.which, self.elapsed = int(self.np_random.random() < second), 0
         return self._observe(), {}
 
     def step(self, action: np.ndarray) -> tuple[dict[str, np.ndarray], float, bool, bool, dict[str, Any]]:
@@ -208,6 +225,7 @@ class ToyEnv(gym.Env):
         return self._observe(), reward, done and not self.truncates, done and self.truncates, info
 
     def _observe(self) -> dict[str, np.ndarray]:
+        self._generator = self.np_random.bit_generator.state
         shown = {
             "image": self.np_random.integers(0, 256, self.observation_space["image"].shape, np.uint8),
             "state": self.np_random.normal(size=4).astype(np.float32),

@@ -6,10 +6,12 @@ Tensors in safetensors, the rest in JSON, in a folder that the caller makes appe
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -23,12 +25,14 @@ def save_training_state(
     optimizer: torch.optim.Optimizer,
     values: Mapping[str, Any],
 ) -> None:
-    """Write the state of a training.
+    """Write the state of a training: what is given, and the process's generators (torch, CUDA, NumPy, Python).
 
     :param modules: modules by name.
     :param values: JSON values to get back, such as counters.
     """
     tensors: dict[str, Tensor] = {"torch_rng": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        tensors.update({f"cuda_rng.{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())})
     for name, module in modules.items():
         tensors.update({f"{name}.{key}": tensor for key, tensor in module.state_dict().items()})
     optimizer_state = optimizer.state_dict()["state"]
@@ -36,17 +40,22 @@ def save_training_state(
         tensors.update({f"optimizer.{index}.{key}": torch.as_tensor(value) for key, value in state.items()})
     # Each tensor its own memory: safetensors refuses tensors that share some.
     save_file({key: tensor.detach().cpu().clone().contiguous() for key, tensor in tensors.items()}, folder / _TENSORS)
-    (folder / _VALUES).write_text(json.dumps(dict(values)), encoding="utf-8")
+    generators = {"numpy": np.random.get_state(legacy=False), "python": random.getstate()}
+    contents = json.dumps({"generators": generators, "values": dict(values)}, default=lambda value: value.tolist())
+    (folder / _VALUES).write_text(contents, encoding="utf-8")
 
 
 def load_training_state(
     folder: Path, modules: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer
 ) -> dict[str, Any]:
-    """Bring modules, optimiser and torch's generator to a saved state.
+    """Bring modules, optimiser and the process's generators to a saved state.
 
     :return: the values saved with it.
-    :raises ValueError: if the folder holds the state of other modules.
+    :raises ValueError: if the folder holds the state of other modules, or of an earlier version.
     """
+    contents = json.loads((folder / _VALUES).read_text(encoding="utf-8"))
+    if "generators" not in contents:
+        raise ValueError(f"{folder} is of an earlier version, which kept less; start the training anew")
     tensors = load_file(folder / _TENSORS)
     torch.set_rng_state(tensors.pop("torch_rng"))
     optimizer_state: dict[int, dict[str, Tensor]] = {}
@@ -56,6 +65,9 @@ def load_training_state(
         if owner == "optimizer":
             index, _, name = rest.partition(".")
             optimizer_state.setdefault(int(index), {})[name] = tensor
+        elif owner == "cuda_rng":
+            if int(rest) < torch.cuda.device_count():
+                torch.cuda.set_rng_state(tensor, int(rest))
         elif owner in weights:
             weights[owner][rest] = tensor
         else:
@@ -66,4 +78,7 @@ def load_training_state(
         except RuntimeError as error:
             raise ValueError(f"{folder} does not hold the state of this {name}: {error}") from error
     optimizer.load_state_dict({"state": optimizer_state, "param_groups": optimizer.state_dict()["param_groups"]})
-    return json.loads((folder / _VALUES).read_text(encoding="utf-8"))
+    np.random.set_state(contents["generators"]["numpy"])
+    version, internal, gauss = contents["generators"]["python"]
+    random.setstate((version, tuple(internal), gauss))
+    return contents["values"]

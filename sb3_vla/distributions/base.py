@@ -102,13 +102,17 @@ class ActionDistribution(nn.Module, ABC):
             (N, S), as in DPPO (Ren et al. 2024). What was not executed has log-density zero, a ratio of one.
         :raises ValueError: for an unknown type, or one that the distribution has not.
         """
-        if logprob_type not in LOGPROB_TYPES:
-            raise ValueError(f"Unknown logprob_type={logprob_type!r}; {did_you_mean(logprob_type, LOGPROB_TYPES)}")
-        self._check_logprob_type(logprob_type)
+        self.check_logprob_type(logprob_type)
         terms = self.log_prob_terms(mean, std, trace, executed)
         if logprob_type == "token":
             return terms.sum(1)
         return terms.sum({"chunk": (1, 2, 3), "action": (1, 3), "denoising_step": (2, 3)}[logprob_type])
+
+    def check_logprob_type(self, logprob_type: str) -> None:
+        """:raises ValueError: for what :meth:`log_prob` does not give."""
+        if logprob_type not in LOGPROB_TYPES:
+            raise ValueError(f"Unknown logprob_type={logprob_type!r}; {did_you_mean(logprob_type, LOGPROB_TYPES)}")
+        self._check_logprob_type(logprob_type)
 
     def kl_divergence(
         self, mean: Tensor, std: Tensor, reference_mean: Tensor, reference_std: Tensor, executed: Tensor
@@ -167,6 +171,18 @@ def integrate(model: VLAModel, context: Context, x: Tensor, steps: int) -> Tenso
     for now, then in pairwise(grid):
         x = x - (now - then) * model.denoise(context, x, now.expand(len(x))).float()
     return x
+
+
+def logprob_mask(logprob_type: str, executed: Tensor, log_prob: Tensor) -> Tensor:
+    """Which log-probabilities of a type are of something that was executed, float32, broadcastable to them.
+
+    :param executed: environment steps run, int64 (N,).
+    :param log_prob: from :meth:`ActionDistribution.log_prob`.
+    """
+    if logprob_type in ("action", "token"):
+        mask = executed_mask(executed, log_prob.shape[1])
+        return mask if logprob_type == "token" else mask[:, :, 0]
+    return (executed > 0).to(torch.float32).reshape(-1, *[1] * (log_prob.ndim - 1))
 
 
 def executed_mask(executed: Tensor, steps: int) -> Tensor:

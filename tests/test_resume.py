@@ -1,0 +1,278 @@
+"""A training that was interrupted at any moment ends as one that was not: weights, optimiser, generators, metrics."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from stable_baselines3.common.vec_env import DummyVecEnv, VecMonitor
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from toy import ToyEnv, tiny_model, toy_demonstrations, toy_ppo, toy_vec
+
+from sb3_vla import training
+from sb3_vla.checkpoints import save_checkpoint, training_state
+from sb3_vla.cli import main
+from sb3_vla.ppo import PPO
+from sb3_vla.resume import load_algorithm, save_algorithm
+from sb3_vla.run import RunDirectory
+from sb3_vla.training import PPOConfig, train_ppo
+from sb3_vla.vec_env import SharedMemoryVecEnv
+
+# Everything that a training carries from one iteration to the next: schedules, warm-ups, a reference, rehearsal,
+# sampling by signal, a learned deviation, episodes of 4 decisions in rollouts of 6, a rate that rises and falls.
+CONFIG: dict[str, Any] = {
+    "iterations": 6,
+    "num_envs": 3,
+    "decisions": 6,
+    "batch_size": 9,
+    "epochs": 2,
+    "learning_rate": 1e-3,
+    "critic_warmup": 1,
+    "actor_warmup": 2,
+    "kl_coef": 0.1,
+    "ent_coef": 0.01,
+    "target_kl": None,
+    "distribution_kwargs": {"std": 0.2, "learn_std": True},
+    "rehearsal_coef": 0.5,
+    "rehearsal_batch_size": 4,
+    "checkpoint_interval": 2,
+}
+UPDATES = 6 * 2 * 2  # optimiser steps: iterations, epochs, minibatches
+
+
+class Interrupt(Exception):
+    pass
+
+
+@pytest.fixture(scope="module", autouse=True)
+def toys() -> Iterator[None]:
+    """Train in toy environments."""
+
+    def make(makers: list[Any], num_workers: int | None) -> DummyVecEnv:
+        return toy_vec(len(makers), chunk=5, action_dim=4, horizon=4, privileged=True)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "SharedMemoryVecEnv", make)
+        yield
+
+
+def train(folder: Path, **changes: Any) -> None:
+    config = PPOConfig(**{**CONFIG, **changes})
+    run = RunDirectory(folder, config)
+    if not (folder.parent / "start").exists():
+        torch.manual_seed(0)
+        save_checkpoint(folder.parent / "start", tiny_model(action_horizon=5))
+    train_ppo(
+        run,
+        "ppo",
+        config,
+        checkpoint=folder.parent / "start",
+        output=folder / "ppo",
+        suite="MT10",
+        demonstrations=toy_demonstrations(),
+        resume=True,
+        progress=False,
+    )
+
+
+def interrupting(real: Callable[..., Any], call: int, *, afterwards: bool = False) -> Callable[..., Any]:
+    """A function that fails at a call of it, before or after it has done its work."""
+    calls = 0
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == call and not afterwards:
+            raise Interrupt
+        result = real(*args, **kwargs)
+        if calls == call:
+            raise Interrupt
+        return result
+
+    return wrapped
+
+
+def outcome(folder: Path) -> dict[str, Any]:
+    """All that a run leaves, without what clocks say."""
+    last = RunDirectory(folder).latest_checkpoint("ppo")
+    assert last is not None
+    state = json.loads((last / "training_state.json").read_text())
+    state["values"]["log"] = [entry for entry in state["values"]["log"] if not entry[0].startswith(("time/", "perf/"))]
+    events = EventAccumulator(str(folder / "tensorboard" / "ppo"), size_guidance={"scalars": 0}).Reload()
+    return {
+        "checkpoint": (last.name, (last / "training_state.safetensors").read_bytes()),
+        "state": state,
+        "result": (folder / "ppo" / "model.safetensors").read_bytes(),
+        "notes": (folder / "ppo" / "config.json").read_text(),
+        "metrics": [
+            {
+                key: value
+                for key, value in row.items()
+                if not key.startswith(("time/", "perf/")) or key in ("time/total_timesteps", "time/iterations")
+            }
+            for row in RunDirectory(folder).metrics()
+        ],
+        "tensorboard": {
+            tag: [(event.step, event.value) for event in events.Scalars(tag)]
+            for tag in events.Tags()["scalars"]
+            if not tag.startswith(("time/", "perf/"))
+        },
+    }
+
+
+def differences(found: Any, expected: Any) -> list[str]:
+    """Names of what differs; NaN equals itself."""
+    return [key for key in expected if repr(found[key]) != repr(expected[key])]
+
+
+MOMENTS: dict[str, tuple[Any, str, int, bool]] = {
+    "in the first update": (PPO, "_optimizer_step", 2, False),
+    "in the first rollout after a checkpoint": (PPO, "_record_episodes", 2 * 6 + 2, False),
+    "in the middle of an update": (PPO, "_optimizer_step", UPDATES // 2 + 2, False),
+    "between a rollout and its update": (PPO, "_old_policy", 4, False),
+    "before a checkpoint is begun": (training, "save_algorithm", 2, False),
+    "while a checkpoint is written": (training_state, "save_file", 2, True),
+    "after a checkpoint": (training._Progress, "save", 2, True),
+    "in the last update": (PPO, "_optimizer_step", UPDATES, False),
+    "between the last checkpoint and the result": (training, "save_checkpoint", 1, False),
+}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("uninterrupted") / "run"
+    train(folder)
+    return outcome(folder)
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_the_end_is_the_same_whenever_it_was_interrupted(
+    moment: str, tmp_path: Path, uninterrupted: dict[str, Any]
+) -> None:
+    owner, name, call, afterwards = MOMENTS[moment]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, name, interrupting(getattr(owner, name), call, afterwards=afterwards))
+        with pytest.raises(Interrupt):
+            train(tmp_path / "run")
+    # Whatever a new process has in its generators.
+    torch.manual_seed(99)
+    np.random.seed(99)
+    random.seed(99)
+    train(tmp_path / "run")
+    assert differences(outcome(tmp_path / "run"), uninterrupted) == []
+    assert len(uninterrupted["metrics"]) == 6
+
+
+def test_interrupted_again_and_again(tmp_path: Path, uninterrupted: dict[str, Any]) -> None:
+    for call in (14, 5, 6):  # the second gets past the checkpoint after the fourth iteration, the third does not
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(PPO, "_optimizer_step", interrupting(PPO._optimizer_step, call))
+            with pytest.raises(Interrupt):
+                train(tmp_path / "run")
+    train(tmp_path / "run")
+    assert differences(outcome(tmp_path / "run"), uninterrupted) == []
+
+
+def test_a_finished_run_is_not_repeated(tmp_path: Path) -> None:
+    train(tmp_path / "run", iterations=1)
+    before = outcome(tmp_path / "run")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PPO, "learn", interrupting(PPO.learn, 1))
+        train(tmp_path / "run", iterations=1)
+    assert differences(outcome(tmp_path / "run"), before) == []
+
+
+def test_what_the_comparison_would_notice(tmp_path: Path, uninterrupted: dict[str, Any]) -> None:
+    """Another seed gives another end, so equality above says something."""
+    train(tmp_path / "run", seed=1)
+    found = differences(outcome(tmp_path / "run"), uninterrupted)
+    assert {"checkpoint", "state", "result", "metrics", "tensorboard"} <= set(found)
+
+
+# --- In MetaWorld, by SIGKILL -----------------------------------------------------------------------------------------
+
+KILLED_WHILE_WRITING = """
+import os, signal, sys
+from sb3_vla.checkpoints import training_state
+from sb3_vla.cli import main
+
+real, written = training_state.save_file, []
+
+def save_file(*arguments):
+    real(*arguments)
+    written.append(arguments)
+    if len(written) == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+training_state.save_file = save_file
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_command_goes_on_in_metaworld(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(training, "SharedMemoryVecEnv", SharedMemoryVecEnv)
+    torch.manual_seed(0)
+    save_checkpoint(tmp_path / "start", tiny_model(action_horizon=5))
+
+    def command(run: str, workers: int) -> list[str]:
+        # Episodes of eight decisions, rollouts of six.
+        options = {"iterations": 4, "num_envs": 4, "num_workers": workers, "decisions": 6, "horizon": 40}
+        options |= {"batch_size": 12, "epochs": 1, "checkpoint_interval": 1, "critic_warmup": 0, "overlap": "true"}
+        settings = [f"ppo.{key}={value}" for key, value in options.items()]
+        tasks = "tasks=[door-open-v3, reach-v3]"
+        return ["train", f"checkpoint={tmp_path / 'start'}", f"run={tmp_path / run}", tasks, *settings]
+
+    killed = subprocess.run([sys.executable, "-c", KILLED_WHILE_WRITING, *command("killed", 1)], timeout=200)
+    assert killed.returncode == -signal.SIGKILL
+    checkpoints = tmp_path / "killed" / "checkpoints" / "ppo"
+    assert sorted(os.listdir(checkpoints)) == [".step-00000002.tmp", "step-00000001"]
+    assert main(command("killed", 1)) == 0
+    assert ".step-00000002.tmp" not in os.listdir(checkpoints)
+    assert main(command("whole", 2)) == 0
+    whole = outcome(tmp_path / "whole")
+    assert differences(outcome(tmp_path / "killed"), whole) == []
+    episodes = [environment["actions"] for environment in whole["state"]["values"]["environments"]]
+    assert all(len(actions) % 40 for actions in episodes)  # they were in progress
+
+
+# --- What cannot be kept ----------------------------------------------------------------------------------------------
+
+
+def test_what_keeps_a_state_of_its_own_is_refused(tmp_path: Path) -> None:
+    algorithm = toy_ppo(VecMonitor(toy_vec()))  # type: ignore[arg-type]
+    algorithm.learn(16)
+    with pytest.raises(ValueError, match="without VecMonitor, whose state is not kept"):
+        save_algorithm(tmp_path, algorithm)
+
+
+def test_environments_that_cannot_tell_their_state_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    algorithm = toy_ppo()
+    algorithm.learn(16)
+    monkeypatch.delattr(ToyEnv, "snapshot")
+    with pytest.raises(ValueError, match=r"only with a method snapshot\(\) and a reset option"):
+        save_algorithm(tmp_path, algorithm)
+
+
+def test_a_state_of_other_environments_is_refused(tmp_path: Path) -> None:
+    algorithm = toy_ppo()
+    algorithm.learn(16)
+    save_algorithm(tmp_path, algorithm)
+    with pytest.raises(ValueError, match="is of 2 environments; this algorithm has 3"):
+        load_algorithm(tmp_path, toy_ppo(toy_vec(3)))
+
+
+def test_a_state_of_an_earlier_version_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "training_state.json").write_text('{"num_timesteps": 3}')
+    with pytest.raises(ValueError, match="is of an earlier version, which kept less; start the training anew"):
+        load_algorithm(tmp_path, toy_ppo())
