@@ -29,14 +29,15 @@ def start_episodes(env: VecEnv, seeds: Sequence[int]) -> tuple[dict[str, npt.NDA
     :param seeds: one for each environment; equal seeds are to place equal trials.
     :return: the observations, and of each environment what :func:`check_same_start` compares.
     """
+    innermost = env.unwrapped  # wrappers pass on neither seeds nor infos
     # VecEnv.seed() can only count upwards, and an automatic reset has no seed at all.
-    env.unwrapped._seeds = [int(seed) for seed in seeds]
+    innermost._seeds = [int(seed) for seed in seeds]
     observations = env.reset()
     assert isinstance(observations, dict)
     starts = [
         {key: values[i] for key, values in observations.items()}
         | {key: info[key] for key in _TRIAL_INFO if key in info}
-        for i, info in enumerate(env.reset_infos)
+        for i, info in enumerate(innermost.reset_infos)
     ]
     return observations, starts  # type: ignore[return-value]
 

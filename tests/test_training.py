@@ -1,4 +1,4 @@
-"""train_ppo: what it refuses before it starts anything."""
+"""train: what it refuses before it starts anything."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from toy import tiny_model
 from sb3_vla.checkpoints import save_checkpoint
 from sb3_vla.config import ConfigError, load_config
 from sb3_vla.run import RunDirectory
-from sb3_vla.training import PPOConfig, train_ppo
+from sb3_vla.training import PPOConfig, train
 
 
-def train(tmp_path: Path, config: PPOConfig, **options: Any) -> None:
+def start(tmp_path: Path, config: PPOConfig, **options: Any) -> None:
     save_checkpoint(tmp_path / "start", tiny_model(action_horizon=5))
     run = RunDirectory(tmp_path / "run", config)
-    train_ppo(run, "ppo", config, checkpoint=tmp_path / "start", output=tmp_path / "ppo", **options)
+    train(run, "ppo", config, checkpoint=tmp_path / "start", output=tmp_path / "ppo", **options)
 
 
 def test_rehearsal_needs_demonstrations(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"rehearsal_coef=0.5 needs demonstrations"):
-        train(tmp_path, PPOConfig(rehearsal_coef=0.5), suite="MT10")
+        start(tmp_path, PPOConfig(rehearsal_coef=0.5), suite="MT10")
 
 
 @pytest.mark.parametrize("tasks", [None, ["reach-v3", "push-v3"]])
 def test_mt1_practises_one_task(tmp_path: Path, tasks: list[str] | None) -> None:
     with pytest.raises(ValueError, match="MT1 practises one task"):
-        train(tmp_path, PPOConfig(), suite="MT1", tasks=tasks)
+        start(tmp_path, PPOConfig(), suite="MT1", tasks=tasks)
 
 
 @pytest.mark.parametrize("name", ["iterations", "checkpoint_interval", "batch_size"])
@@ -44,5 +44,5 @@ def test_mt1_trains(tmp_path: Path) -> None:
     config = PPOConfig(
         iterations=1, num_envs=2, num_workers=1, decisions=4, batch_size=8, epochs=1, horizon=15, critic_warmup=0
     )
-    train(tmp_path, config, suite="MT1", tasks=["reach-v3"], progress=False)
+    start(tmp_path, config, suite="MT1", tasks=["reach-v3"], progress=False)
     assert (tmp_path / "ppo" / "model.safetensors").is_file()
