@@ -42,6 +42,10 @@ class DecisionBuffer(ABC):
     values: Tensor
 
     @abstractmethod
+    def __len__(self) -> int:
+        """B."""
+
+    @abstractmethod
     def minibatches(self, batch_size: int) -> list[Tensor]:
         """Indices of all decisions once, shuffled, in minibatches, int64."""
 
@@ -78,6 +82,9 @@ class ChunkRolloutBuffer(DecisionBuffer):
         self.advantages = torch.zeros(shape)
         self.returns = torch.zeros(shape)
         self.reset()
+
+    def __len__(self) -> int:
+        return self.n_envs * self.n_steps
 
     @property
     def full(self) -> bool:
@@ -130,7 +137,7 @@ class ChunkRolloutBuffer(DecisionBuffer):
 
     def minibatches(self, batch_size: int, generator: torch.Generator | None = None) -> list[Tensor]:
         """Flat indices of all decisions once, shuffled, in minibatches; a remainder makes a smaller last one."""
-        return list(torch.randperm(self.n_envs * self.n_steps, generator=generator).split(batch_size))
+        return list(torch.randperm(len(self), generator=generator).split(batch_size))
 
     def batch(self, indices: Tensor) -> DecisionBatch:
         """The decisions of flat indices ``environment * T + step``."""

@@ -148,7 +148,7 @@ class GroupBuffer(DecisionBuffer):
             times the mean length, so that a decision weighs 1 on average. The weight passes through the minimum of the
             clipped surrogate, because it is not negative.
         """
-        lengths = torch.tensor(self._lengths)
+        lengths = torch.tensor(self._lengths, dtype=torch.int64)
         advantages = torch.tensor(self._episode_advantages)
         if normalize_length:
             advantages = advantages * lengths.float().mean() / lengths

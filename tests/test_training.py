@@ -8,16 +8,16 @@ from typing import Any
 import pytest
 from toy import tiny_model
 
-from sb3_vla.checkpoints import save_checkpoint
+from sb3_vla.checkpoints import load_checkpoint, save_checkpoint
 from sb3_vla.config import ConfigError, load_config
 from sb3_vla.run import RunDirectory
-from sb3_vla.training import PPOConfig, train
+from sb3_vla.training import GRPOConfig, PPOConfig, train
 
 
-def start(tmp_path: Path, config: PPOConfig, **options: Any) -> None:
+def start(tmp_path: Path, config: PPOConfig | GRPOConfig, **options: Any) -> None:
     save_checkpoint(tmp_path / "start", tiny_model(action_horizon=5))
     run = RunDirectory(tmp_path / "run", config)
-    train(run, "ppo", config, checkpoint=tmp_path / "start", output=tmp_path / "ppo", **options)
+    train(run, "rl", config, checkpoint=tmp_path / "start", output=tmp_path / "rl", **options)
 
 
 def test_rehearsal_needs_demonstrations(tmp_path: Path) -> None:
@@ -39,10 +39,30 @@ def test_settings_of_nothing(name: str) -> None:
         load_config(PPOConfig, overrides=[f"{name}=0"])
 
 
+@pytest.mark.parametrize("name", ["total_decisions", "groups", "checkpoint_interval"])
+def test_settings_of_no_groups(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"grpo.{name}=0; expected at least 1"):
+        GRPOConfig(**{name: 0})
+
+
 @pytest.mark.slow
 def test_mt1_trains(tmp_path: Path) -> None:
     config = PPOConfig(
         iterations=1, num_envs=2, num_workers=1, decisions=4, batch_size=8, epochs=1, horizon=15, critic_warmup=0
     )
     start(tmp_path, config, suite="MT1", tasks=["reach-v3"], progress=False)
-    assert (tmp_path / "ppo" / "model.safetensors").is_file()
+    assert (tmp_path / "rl" / "model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_groups_of_metaworld_begin_alike_and_train(tmp_path: Path) -> None:
+    config = GRPOConfig(
+        total_decisions=1, num_envs=4, num_workers=2, horizon=15, group_size=2, groups=2, batch_size=8, epochs=1
+    )
+    # Of a policy that knows nothing all groups fail alike.
+    with pytest.warns(UserWarning, match="No group of this rollout was kept"):
+        start(tmp_path, config, suite="MT10", tasks=["reach-v3", "drawer-open-v3"], progress=False)
+    rows = RunDirectory(tmp_path / "run", config).metrics()
+    assert rows[-1]["rollout/groups_played"] == 8 and rows[-1]["time/env_steps"] == 8 * 2 * 15
+    saved = load_checkpoint(tmp_path / "rl")
+    assert saved.value_head is None and saved.notes["grpo"]["env_steps"] == 240
