@@ -34,7 +34,7 @@ from sb3_vla.policies import load_policy
 from sb3_vla.results import TRIAL_SEED
 from sb3_vla.run import RunDirectory, RunError
 from sb3_vla.sft import SFTConfig, sft
-from sb3_vla.training import PPOConfig, train_ppo, view_of
+from sb3_vla.training import PPOConfig, train, view_of
 
 # Three sets of trials that share no goal: demonstrations and PPO use seeds below these.
 TEST_SEED, CHOICE_SEED = TRIAL_SEED, TRIAL_SEED + 1_000_000
@@ -205,7 +205,7 @@ def quickstart(run: RunDirectory, config: QuickstartConfig, console: Console) ->
         if not stage.done:
             if config.ppo.rehearsal_coef > 0 and demonstrations is None:
                 demonstrations = Demonstrations.load(run.path / "demonstrations")
-            train_ppo(
+            train(
                 run,
                 "ppo",
                 config.ppo,

@@ -10,12 +10,14 @@ import sb3_contrib
 import stable_baselines3
 
 import mw_envs as mw_envs
+from sb3_vla.grpo import GRPO
+from sb3_vla.holding import HoldAtEnd
 from sb3_vla.policies import VLAPolicy
 from sb3_vla.ppo import PPO
 from sb3_vla.vec_env import SharedMemoryVecEnv
 
 __version__ = version("sb3-vla")
-__all__ = ["PPO", "SharedMemoryVecEnv", "VLAPolicy", "__version__"]
+__all__ = ["GRPO", "PPO", "HoldAtEnd", "SharedMemoryVecEnv", "VLAPolicy", "__version__"]
 
 stable_baselines3.PPO.policy_aliases["VLAPolicy"] = VLAPolicy  # type: ignore[assignment]
 sb3_contrib.TRPO.policy_aliases["VLAPolicy"] = VLAPolicy  # type: ignore[assignment]

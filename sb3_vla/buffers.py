@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,7 +31,30 @@ class DecisionBatch:
     indices: Tensor
 
 
-class ChunkRolloutBuffer:
+class DecisionBuffer(ABC):
+    """What an update asks of a rollout of B decisions.
+
+    :ivar advantages: float32, as ``values`` and ``returns`` in the order of the indices when flattened.
+    """
+
+    advantages: Tensor
+    returns: Tensor
+    values: Tensor
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """B."""
+
+    @abstractmethod
+    def minibatches(self, batch_size: int) -> list[Tensor]:
+        """Indices of all decisions once, shuffled, in minibatches, int64."""
+
+    @abstractmethod
+    def batch(self, indices: Tensor) -> DecisionBatch:
+        """The decisions of these indices."""
+
+
+class ChunkRolloutBuffer(DecisionBuffer):
     """Rollout storage of ``n_steps`` decisions of ``n_envs`` environments, allocated once, in one piece per key.
 
     Everything is laid out (environment, step), so that a flat index needs no copy of the images.
@@ -68,6 +92,9 @@ class ChunkRolloutBuffer:
         self.advantages = torch.zeros(shape)
         self.returns = torch.zeros(shape)
         self.reset()
+
+    def __len__(self) -> int:
+        return self.n_envs * self.n_steps
 
     @property
     def full(self) -> bool:

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 # Before torch is imported: worker processes and the learner take turns on the same cores, so threads that wait must
 # soon give theirs up.
@@ -26,7 +26,7 @@ from sb3_vla.config import ConfigError, load_config, to_yaml
 from sb3_vla.results import TRIAL_SEED
 from sb3_vla.run import RunDirectory, RunError
 from sb3_vla.sft import SFTConfig
-from sb3_vla.training import PPOConfig
+from sb3_vla.training import GRPOConfig, PPOConfig
 
 
 @dataclass
@@ -80,22 +80,25 @@ class SFTCommand:
 
 @dataclass
 class TrainCommand:
-    """Improve a checkpoint by PPO.
+    """Improve a checkpoint by PPO or GRPO.
 
+    :param algorithm: ``ppo`` or ``grpo``, whose settings are in the section of that name.
     :param checkpoint: where to start.
-    :param run: run directory; the result is its folder ``ppo``.
+    :param run: run directory; the result is its folder ``ppo`` or ``grpo``.
     :param tasks: which of the suite's tasks to practise.
-    :param data: demonstrations for rehearsal, with ``ppo.rehearsal_coef``.
+    :param data: demonstrations for rehearsal, with ``ppo.rehearsal_coef`` or ``grpo.rehearsal_coef``.
     """
 
+    algorithm: Literal["ppo", "grpo"] = "ppo"
     checkpoint: str = "checkpoints/sft"
-    run: str = "runs/ppo"
+    run: str = "runs/${algorithm}"
     suite: str = "MT10"
     split: str = "train"
     tasks: list[str] | None = None
     data: str | None = None
     renderer: str = "auto"
     ppo: PPOConfig = field(default_factory=PPOConfig)
+    grpo: GRPOConfig = field(default_factory=GRPOConfig)
 
 
 @dataclass
@@ -170,25 +173,27 @@ def run_train(command: TrainCommand, console: Console) -> None:
     """``sb3-vla train``."""
     from sb3_vla.checkpoints import checkpoint_digest, load_checkpoint
     from sb3_vla.demonstrations import Demonstrations
-    from sb3_vla.training import train_ppo
+    from sb3_vla.training import train
 
+    name = command.algorithm
+    config = command.grpo if name == "grpo" else command.ppo
     run = RunDirectory(command.run, command)
     # The same folder may hold another checkpoint by now.
     inputs = {"train": command, "checkpoint": checkpoint_digest(command.checkpoint)}
-    with run.stage("ppo", inputs, outputs=["ppo"]) as stage:
+    with run.stage(name, inputs, outputs=[name]) as stage:
         if not stage.done:
             data = None
             if command.data is not None:
-                if command.ppo.rehearsal_coef == 0:
-                    raise ConfigError(f"data={command.data} is for rehearsal; set ppo.rehearsal_coef as well")
+                if config.rehearsal_coef == 0:
+                    raise ConfigError(f"data={command.data} is for rehearsal; set {name}.rehearsal_coef as well")
                 size = load_checkpoint(command.checkpoint).model.image_size[0]
                 data = Demonstrations.load(command.data, image_size=size)
-            train_ppo(
+            train(
                 run,
-                "ppo",
-                command.ppo,
+                name,
+                config,
                 checkpoint=command.checkpoint,
-                output=run.path / "ppo",
+                output=run.path / name,
                 suite=command.suite,
                 split=command.split,
                 tasks=command.tasks,
@@ -196,7 +201,7 @@ def run_train(command: TrainCommand, console: Console) -> None:
                 resume=stage.resumed,
                 renderer=command.renderer,
             )
-    console.print(f"checkpoint {run.path / 'ppo'}, TensorBoard {run.path / 'tensorboard'}", highlight=False)
+    console.print(f"checkpoint {run.path / name}, TensorBoard {run.path / 'tensorboard'}", highlight=False)
 
 
 def run_eval(command: EvalCommand, console: Console) -> None:

@@ -29,7 +29,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 
 from mw_envs.tasks import did_you_mean
-from sb3_vla.buffers import ChunkRolloutBuffer, DecisionBatch
+from sb3_vla.buffers import ChunkRolloutBuffer, DecisionBatch, DecisionBuffer
 from sb3_vla.distributions.base import logprob_mask
 from sb3_vla.policies import Evaluation, VLAPolicy
 from sb3_vla.precision import autocast
@@ -311,13 +311,10 @@ class PPO(stable_baselines3.PPO):
             return super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps)
         assert self._last_obs is not None, "No previous observation was provided"
         buffer: ChunkRolloutBuffer = rollout_buffer
-        if self.task_sampling == "signal" and self._episodes:
-            env.env_method("set_task_weights", self._task_weights())
-        self.policy.set_training_mode(False)
-        self.policy.distribution.noise_scale = self.noise_scale(self._current_progress_remaining)
+        self._prepare_rollout(env)
         buffer.reset()
         callback.on_rollout_start()
-        started, env_steps_before, clock = time.perf_counter(), self.env_steps, Clock()
+        env_steps_before, clock = self.env_steps, Clock()
         steps = step_by_halves if self.overlap and halved(env) else step_together
         for decision, outcome in steps(env, self._decide, self._last_obs, n_rollout_steps, clock):  # type: ignore[arg-type]
             # Callbacks read these from the locals, by Stable-Baselines3's names.
@@ -342,15 +339,24 @@ class PPO(stable_baselines3.PPO):
         buffer.compute_returns_and_advantage(last_values, dones)
         callback.update_locals(locals())
         callback.on_rollout_end()
+        self._log_rollout(n_rollout_steps * env.num_envs, self.env_steps - env_steps_before, clock)
+        return True
 
-        seconds = time.perf_counter() - started
+    def _prepare_rollout(self, env: VecEnv) -> None:
+        """Which tasks are drawn, and how strongly the policy explores."""
+        if self.task_sampling == "signal" and self._episodes:
+            env.env_method("set_task_weights", self._task_weights())
+        self.policy.set_training_mode(False)
+        self.policy.distribution.noise_scale = self.noise_scale(self._current_progress_remaining)
+
+    def _log_rollout(self, decisions: int, env_steps: int, clock: Clock) -> None:
+        seconds = clock.elapsed()
         self.logger.record("time/rollout_seconds", seconds)
         self.logger.record("time/env_steps", self.env_steps, exclude="tensorboard")
-        self.logger.record("perf/env_steps_per_second", (self.env_steps - env_steps_before) / seconds)
-        self.logger.record("perf/decisions_per_second", n_rollout_steps * env.num_envs / seconds)
+        self.logger.record("perf/env_steps_per_second", env_steps / seconds)
+        self.logger.record("perf/decisions_per_second", decisions / seconds)
         self.logger.record("perf/simulation_share", clock.seconds["simulation"] / seconds)
         self.logger.record("perf/inference_share", clock.seconds["inference"] / seconds)
-        return True
 
     @torch.no_grad()
     def _decide(self, observations: Mapping[str, np.ndarray]) -> Decision:
@@ -368,7 +374,7 @@ class PPO(stable_baselines3.PPO):
             return
         started = time.perf_counter()
         policy, buffer = self.policy, self.rollout_buffer
-        assert isinstance(buffer, ChunkRolloutBuffer)
+        assert isinstance(buffer, DecisionBuffer)
         policy.set_training_mode(True)
         self._update_learning_rate(policy.optimizer)
         clip_range = self.clip_range(self._current_progress_remaining)  # type: ignore[operator]
@@ -410,7 +416,7 @@ class PPO(stable_baselines3.PPO):
 
     def _accumulate_gradient(
         self,
-        buffer: ChunkRolloutBuffer,
+        buffer: DecisionBuffer,
         indices: Tensor,
         old: _OldPolicy,
         clip_range: float,
@@ -532,7 +538,7 @@ class PPO(stable_baselines3.PPO):
             self.policy.optimizer.step()
 
     @torch.no_grad()
-    def _old_policy(self, buffer: ChunkRolloutBuffer, minibatches: list[Tensor]) -> _OldPolicy:
+    def _old_policy(self, buffer: DecisionBuffer, minibatches: list[Tensor]) -> _OldPolicy:
         """The rollout under the weights that took it, in buffer order.
 
         It is computed in the update's precision and in the micro-batches of its first epoch, so that ratios start at
@@ -598,7 +604,7 @@ class PPO(stable_baselines3.PPO):
 
     def _log_update(
         self,
-        buffer: ChunkRolloutBuffer,
+        buffer: DecisionBuffer,
         metrics: Mapping[str, list[float]],
         clip_range: float,
         clip_range_vf: float | None,
@@ -611,28 +617,28 @@ class PPO(stable_baselines3.PPO):
         # The reference's names, then Stable-Baselines3's.
         for name, value in {
             "actor/loss": mean("policy_loss"),
-            "actor/value_loss": mean("value_loss"),
             "actor/grad_norm": mean("grad_norm"),
             "actor/approx_kl": mean("approx_kl"),
             "actor/pg_clipfrac": mean("clip_fraction"),
-            "actor/value_clip_ratio": mean("value_clip_ratio"),
             "rollout/returns_mean": buffer.returns.mean().item(),
             "rollout/advantages_mean": buffer.advantages.mean().item(),
             "train/policy_gradient_loss": mean("policy_loss"),
-            "train/value_loss": mean("value_loss"),
             "train/approx_kl": mean("approx_kl"),
             "train/clip_fraction": mean("clip_fraction"),
             "train/ratio_max": max(metrics.get("ratio_max") or [1.0]),
             "train/loss": mean("loss"),
             "train/skipped_steps": float(np.sum(metrics.get("skipped_steps", []))),
-            "train/explained_variance": explained_variance(
-                buffer.values.flatten().numpy(), buffer.returns.flatten().numpy()
-            ),
             "train/n_updates": self._n_updates,
             "train/clip_range": clip_range,
             "time/update_seconds": seconds,
         }.items():
             record(name, value)
+        if metrics.get("value_loss"):  # there is a critic
+            record("actor/value_loss", mean("value_loss"))
+            record("actor/value_clip_ratio", mean("value_clip_ratio"))
+            record("train/value_loss", mean("value_loss"))
+            values, returns = buffer.values.flatten().numpy(), buffer.returns.flatten().numpy()
+            record("train/explained_variance", explained_variance(values, returns))
         if clip_range_vf is not None:
             record("train/clip_range_vf", clip_range_vf)
         for name in ("entropy_loss", "reference_kl", "rehearsal_loss"):

@@ -54,7 +54,10 @@ def test_eval_writes_a_result_and_a_table(checkpoint: Path, tmp_path: Path) -> N
         ("eval", ["protocol=rlinf"], "'rlinf'"),
         ("eval", ["checkpoint=nowhere"], "nowhere does not exist"),
         ("train", ["data=demonstrations"], "set ppo.rehearsal_coef as well"),
+        ("train", ["algorithm=grpo", "data=demonstrations"], "set grpo.rehearsal_coef as well"),
+        ("train", ["algorithm=trpo"], "'trpo'"),
         ("train", ["ppo.iteratoins=3"], "ppo.iterations"),
+        ("train", ["grpo.group_sise=3"], "grpo.group_size"),
         ("sft", ["data=nowhere"], "nowhere"),
     ],
 )
