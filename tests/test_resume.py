@@ -25,7 +25,7 @@ from sb3_vla.cli import main
 from sb3_vla.ppo import PPO
 from sb3_vla.resume import load_algorithm, save_algorithm
 from sb3_vla.run import RunDirectory
-from sb3_vla.training import PPOConfig, train_ppo
+from sb3_vla.training import PPOConfig
 from sb3_vla.vec_env import SharedMemoryVecEnv
 
 # Everything that a training carries from one iteration to the next: schedules, warm-ups, a reference, rehearsal,
@@ -72,7 +72,7 @@ def train(folder: Path, **changes: Any) -> None:
     if not (folder.parent / "start").exists():
         torch.manual_seed(0)
         save_checkpoint(folder.parent / "start", tiny_model(action_horizon=5))
-    train_ppo(
+    training.train(
         run,
         "ppo",
         config,
