@@ -20,7 +20,8 @@ import torch
 from PIL import Image
 from reference_weights import reference_weight
 from safetensors.torch import load_file, save_file
-from toy import SENTENCES, TARGETS, stir, toy_demonstrations, toy_observation, toy_ppo, toy_vec
+from toy import SENTENCES, TARGETS, stir, toy_demonstrations, toy_ppo, toy_vec
+from toy import toy_observation as any_observation
 
 from sb3_vla import PPO
 from sb3_vla.checkpoints import load_checkpoint, save_checkpoint, save_diffusion_policy
@@ -32,7 +33,7 @@ from sb3_vla.sft import SFTConfig, sft
 
 DATA = Path(__file__).parent / "data" / "diffusion_policy"
 TINY: dict[str, Any] = {
-    "image_size": 32,
+    "image_size": 64,
     "action_horizon": 4,
     "widths": (16, 16, 16, 16),
     "keypoints": 4,
@@ -42,6 +43,7 @@ TINY: dict[str, Any] = {
     "timesteps": 20,
 }
 DDIM = {"denoising_steps": 5}
+toy_observation = functools.partial(any_observation, image_size=64)
 
 
 @functools.cache
@@ -227,7 +229,7 @@ def test_round_trip_through_lerobots_folder(published: Path, tmp_path: Path) -> 
 
 
 def test_with_instructions_and_native(tmp_path: Path) -> None:
-    policy = DiffusionPolicy(**TINY, norm="batch", crop_size=28, n_obs_steps=2, mask_padding=False)
+    policy = DiffusionPolicy(**TINY, norm="batch", crop_size=48, n_obs_steps=2, mask_padding=False)
     stir(policy)
     save_diffusion_policy(tmp_path / "lerobot", policy)
     save_checkpoint(tmp_path / "native", policy)
@@ -345,7 +347,8 @@ def test_what_does_not_fit(
     [
         ({"action_horizon": 5, "down_dims": (16, 32, 64)}, "action_horizon=5 with 3 levels.*multiple of 4, such as 8"),
         ({"n_obs_steps": 9}, "n_obs_steps=9; expected 1 to action_horizon=4"),
-        ({"crop_size": 33}, "crop_size=33; expected 1 to image_size=32"),
+        ({"crop_size": 65}, "crop_size=65; expected 1 to image_size=64"),
+        ({"crop_size": 32}, "Pictures of 32 pixels leave one cell"),
         ({"resnet": "resnet19"}, "resnet='resnet19'"),
         ({"norm": "layer"}, "norm='layer'"),
         ({"widths": (8, 16, 16, 16)}, r"widths=\(8, 16, 16, 16\); expected four multiples of 16"),
@@ -435,7 +438,7 @@ def test_imitates_and_acts(tmp_path: Path) -> None:
         validation_interval=60,
         bf16=False,
     )
-    data = toy_demonstrations()
+    data = toy_demonstrations(image_size=64)
     result = sft(data, config, output=tmp_path / "sft", progress=False)
     losses = [row["train_loss"] for row in result.history]
     assert np.mean(losses[-10:]) < 0.5 * np.mean(losses[:5])
@@ -455,7 +458,7 @@ def test_imitates_and_acts(tmp_path: Path) -> None:
 
 def learner(distribution: str, options: dict[str, Any], trainable: str = "all", **others: Any) -> PPO:
     return toy_ppo(
-        env=toy_vec(4),
+        env=toy_vec(4, image_size=64),
         model="diffusion_policy",
         model_kwargs=TINY,
         distribution=distribution,

@@ -173,8 +173,9 @@ def _published_reader(folder: Path) -> Callable[[Path], LoadedCheckpoint] | None
         return None  # for our own reader to report
     # These build on this module.
     from sb3_vla.checkpoints.diffusion_policy import load_diffusion_policy
+    from sb3_vla.checkpoints.tinyvla import load_tinyvla
 
-    readers: dict[Any, Callable[[Path], LoadedCheckpoint]] = {"diffusion": load_diffusion_policy}
+    readers = {"diffusion": load_diffusion_policy, "llava_pythia": load_tinyvla}
     return readers.get(kind) if isinstance(kind, str) else None
 
 

@@ -188,9 +188,12 @@ class RgbEncoder(nn.Module):
             inside = width
         stem = nn.Conv2d(3, widths[0], 7, 2, 3, bias=False)
         self.backbone = nn.Sequential(stem, _norm(norm, widths[0]), nn.ReLU(), nn.MaxPool2d(3, 2, 1), *stages)
+        grid = size
         for _ in range(5):
-            size = (size + 1) // 2
-        self.pool = SpatialSoftmax(widths[3], keypoints, size)
+            grid = (grid + 1) // 2
+        if grid < 2:
+            raise ValueError(f"Pictures of {size} pixels leave one cell, in which nothing has a place; expected above 32")
+        self.pool = SpatialSoftmax(widths[3], keypoints, grid)
         self.out = nn.Linear(2 * keypoints, 2 * keypoints)
 
     def forward(self, image: Tensor) -> Tensor:
