@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mw_envs.tasks import INSTRUCTION_BYTES, did_you_mean
 from sb3_vla.checkpoints import LoadedCheckpoint, load_checkpoint
-from sb3_vla.distributions import Trace, make_distribution
+from sb3_vla.distributions import Trace, default_distribution, make_distribution
 from sb3_vla.frozen import FrozenWeights
 from sb3_vla.models import Context, VLAModel, make_model
 from sb3_vla.models.base import is_perceived
@@ -454,7 +454,7 @@ def load_policy(
     """
     loaded = load_checkpoint(checkpoint)
     model = loaded.model
-    name, options = loaded.distribution or ("gaussian", {})
+    name, options = loaded.distribution or (default_distribution(model), {})
     state_dim = int(model.config.get("state_dim", 4))
     observation_space = spaces.Dict(
         {
@@ -463,7 +463,7 @@ def load_policy(
             "instruction": spaces.Box(0, 255, (INSTRUCTION_BYTES,), np.uint8),
         }
     )
-    chunk = model.action_horizon if action_chunk is None else action_chunk
+    chunk = model.action_horizon - model.first_action if action_chunk is None else action_chunk
     shape = (model.action_dim,) if chunk == 1 else (chunk, model.action_dim)
     policy = VLAPolicy(
         observation_space,

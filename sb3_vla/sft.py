@@ -235,14 +235,13 @@ def _make_model(demonstrations: Demonstrations, config: SFTConfig) -> VLAModel:
             "image_size": demonstrations.images.shape[1],
         }
         model = make_model(config.model, {**options, **config.model_kwargs})
-        statistics = demonstrations.statistics()
+        known = dict(model.named_buffers())
         model.set_statistics(
             {
-                f"{name}_{moment}": torch.from_numpy(np.maximum(values[moment], _SMALLEST_STD))
-                if moment == "std"
-                else torch.from_numpy(values[moment])
-                for name, values in statistics.items()
-                for moment in ("mean", "std")
+                f"{name}_{moment}": torch.from_numpy(np.maximum(value, _SMALLEST_STD) if moment == "std" else value)
+                for name, moments in demonstrations.statistics().items()
+                for moment, value in moments.items()
+                if f"{name}_{moment}" in known
             }
         )
     if demonstrations.images.shape[1:3] != model.image_size:

@@ -215,7 +215,7 @@ def train(
     view = view_of(start.notes)
     env_kwargs = {
         "image_size": start.model.image_size[0],
-        "action_chunk": start.model.action_horizon,
+        "action_chunk": start.model.action_horizon - start.model.first_action,
         "horizon": config.horizon,
         "tasks": tasks,
         # With GRPO it tells that a group's episodes begin alike.

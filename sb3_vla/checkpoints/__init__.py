@@ -1,5 +1,16 @@
 """Readers and writers of checkpoints: weights in safetensors, everything else in JSON, nothing unpickled."""
 
+from sb3_vla.checkpoints.diffusion_policy import load_diffusion_policy, save_diffusion_policy
 from sb3_vla.checkpoints.native import LoadedCheckpoint, checkpoint_digest, load_checkpoint, save_checkpoint
+from sb3_vla.checkpoints.tinyvla import load_tinyvla, save_tinyvla
 
-__all__ = ["LoadedCheckpoint", "checkpoint_digest", "load_checkpoint", "save_checkpoint"]
+__all__ = [
+    "LoadedCheckpoint",
+    "checkpoint_digest",
+    "load_checkpoint",
+    "load_diffusion_policy",
+    "load_tinyvla",
+    "save_checkpoint",
+    "save_diffusion_policy",
+    "save_tinyvla",
+]

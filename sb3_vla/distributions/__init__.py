@@ -27,6 +27,11 @@ DISTRIBUTIONS: dict[str, type[ActionDistribution]] = {
 }
 
 
+def default_distribution(model: VLAModel) -> str:
+    """Name of the distribution by which a model acts that was never trained with one."""
+    return {"velocity": "gaussian", "tokens": "tokens"}.get(model.prediction, "ddim")
+
+
 def make_distribution(name: str, model: VLAModel, action_chunk: int, **options: Any) -> ActionDistribution:
     """Build a distribution by name.
 
@@ -68,6 +73,7 @@ __all__ = [
     "FlowSDE",
     "GaussianChunk",
     "Trace",
+    "default_distribution",
     "integrate",
     "make_distribution",
     "openvla_token_values",

@@ -1,0 +1,239 @@
+"""TinyVLA's folder: ``config.json``, weights, tokenizer and ``dataset_stats.pkl``.
+
+Read: merged weights in safetensors, in one file or in shards, with a CLIP or SigLIP tower, the diffusion head and the
+statistics in the folder or in its parent. The statistics are pickled; a reader that knows NumPy arrays and nothing else
+reads them, so a file that would run code is refused.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sb3_vla.checkpoints.layout import load_weights, read_json, read_tensors, write_json, write_tensors
+from sb3_vla.checkpoints.native import LoadedCheckpoint, whole_folder
+from sb3_vla.models.tinyvla import PROMPT, TinyVLA
+
+_STATISTICS = "dataset_stats.pkl"
+#: ours and theirs
+_NAMES = {
+    "action_mean": "action_mean",
+    "action_std": "action_std",
+    "action_min": "action_min",
+    "action_max": "action_max",
+    "state_mean": "qpos_mean",
+    "state_std": "qpos_std",
+}
+# Constants that transformers used to store.
+_CONSTANTS = re.compile(r"\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)$|\.embeddings\.position_ids$")
+_LANGUAGE = (
+    "attention_bias",
+    "hidden_act",
+    "hidden_size",
+    "intermediate_size",
+    "layer_norm_eps",
+    "max_position_embeddings",
+    "num_attention_heads",
+    "num_hidden_layers",
+    "rotary_emb_base",
+    "rotary_pct",
+    "use_parallel_residual",
+    "vocab_size",
+)
+_VISION = (
+    "hidden_act",
+    "hidden_size",
+    "image_size",
+    "intermediate_size",
+    "layer_norm_eps",
+    "num_attention_heads",
+    "num_channels",
+    "num_hidden_layers",
+    "patch_size",
+)
+# Pictures of the environment that TinyVLA is published for, before the crop.
+_IMAGE_SIZE = 480
+
+
+def load_tinyvla(folder: str | Path) -> LoadedCheckpoint:
+    """Read a TinyVLA as its authors' code merges and saves it.
+
+    :raises FileNotFoundError: if a file is missing; the message names it.
+    :raises ValueError: if a file is damaged or holds more than it should, or the weights do not fit.
+    """
+    folder = Path(folder)
+    config = read_json(folder, "config.json", "the model's configuration")
+    tokenizer = read_json(folder, "tokenizer.json", "the tokenizer; the base language model has it too")
+    weights = {_our_name(key): value for key, value in _weights(folder).items() if not _CONSTANTS.search(key)}
+    try:
+        options = _options(config, weights, folder)
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{folder / 'config.json'} is no complete TinyVLA configuration: {error!r}") from error
+    model = TinyVLA(tokenizer=tokenizer, **options)
+    load_weights(model, weights, folder, ours=("state_", "action_"))
+    model.set_statistics(_read_statistics(folder))
+    return LoadedCheckpoint(model, "tinyvla", model.config, None, {}, ("ddim", {"denoising_steps": 10}))
+
+
+def save_tinyvla(folder: str | Path, model: TinyVLA) -> None:
+    """Write a TinyVLA as its authors' code reads it; the folder appears whole or not at all.
+
+    What their configuration has no word for is under ``sb3_vla``.
+
+    :raises FileExistsError: if the folder holds something else than a checkpoint.
+    """
+    given = model.config
+    vision, language = (part.config.to_dict() for part in (model.vision_tower, model.gpt_neox))
+    rope = language["rope_parameters"]
+    language |= {"rotary_pct": rope["partial_rotary_factor"], "rotary_emb_base": rope["rope_theta"]}
+    hidden, seen = language["hidden_size"], vision["hidden_size"]
+    config = {
+        "architectures": ["LlavaPythiaForCausalLM"],
+        "model_type": "llava_pythia",
+        "action_head_type": "droid_diffusion",
+        "action_dim": given["action_dim"],
+        "state_dim": given["state_dim"],
+        "chunk_size": given["action_horizon"],
+        "concat": "token_cat" if model.cameras == 2 else "None",
+        **{name: language[name] for name in _LANGUAGE},
+        "vision_config": {
+            "mm_projector": {"hidden_size": hidden, "mm_hidden_size": seen, "mm_projector_type": "mlp2x_gelu"},
+            "vision_tower": {
+                **{name: vision[name] for name in _VISION},
+                "mm_vision_select_feature": "patch",
+                "mm_vision_select_layer": -2,
+                "vision_model_name_or_path": model.tower,
+            },
+        },
+        "sb3_vla": {
+            name: given[name]
+            for name in ("image_size", "prompt", "centre_crop", "bf16_time", "timesteps", "normalisation", "mask_padding")
+        },
+    }
+    weights = {
+        _their_name(key): value
+        for key, value in model.state_dict().items()
+        if not key.startswith(("action_", "state_"))
+    }
+    statistics = {theirs: getattr(model, ours).cpu().numpy() for ours, theirs in _NAMES.items()}
+    statistics["example_qpos"] = np.zeros((1, given["state_dim"]), np.float32)
+    with whole_folder(Path(folder)) as partial:
+        write_json(partial / "config.json", config)
+        write_json(partial / "tokenizer.json", given["tokenizer"] or _content(model.tokenizer))
+        write_tensors(partial / "model.safetensors", weights)
+        (partial / _STATISTICS).write_bytes(pickle.dumps(statistics, protocol=4))
+
+
+def _content(tokenizer: Any) -> dict[str, Any]:
+    import json
+
+    return json.loads(tokenizer.to_str())
+
+
+def _weights(folder: Path) -> dict[str, Tensor]:
+    if not (folder / "model.safetensors.index.json").is_file():
+        return read_tensors(folder, "model.safetensors", "the merged weights; of a LoRA folder merge them first")
+    index = read_json(folder, "model.safetensors.index.json", "which file holds which weight")
+    found: dict[str, Tensor] = {}
+    for name in sorted(set(index.get("weight_map", {}).values())):
+        found.update(read_tensors(folder, name, "a part of the weights"))
+    return found
+
+
+def _our_name(key: str) -> str:
+    key = key.replace("gpt_neox.vision_tower.vision_model.", "vision_tower.")
+    key = key.replace("gpt_neox.mm_projector.", "mm_projector.")
+    if key.startswith("embed_out."):
+        key = key.removeprefix("embed_out.")
+        if not key.startswith(("norm_after_pool.", "combine.")):
+            key = "unet." + key
+        key = key.replace(".blocks.0.", ".conv1.").replace(".blocks.1.", ".conv2.")
+        key = re.sub(r"\.2\.conv\.", ".2.", key)
+    return key
+
+
+def _their_name(key: str) -> str:
+    if key.startswith("vision_tower."):
+        return key.replace("vision_tower.", "gpt_neox.vision_tower.vision_model.", 1)
+    if key.startswith("mm_projector."):
+        return "gpt_neox." + key
+    if key.startswith("gpt_neox."):
+        return key
+    key = key.removeprefix("unet.").replace(".conv1.", ".blocks.0.").replace(".conv2.", ".blocks.1.")
+    return "embed_out." + re.sub(r"^((down|up)_modules\.\d+\.2)\.", r"\1.conv.", key)
+
+
+def _options(config: Mapping[str, Any], weights: Mapping[str, Tensor], folder: Path) -> dict[str, Any]:
+    """The model's options from the configuration and, for the head, whose sizes it does not tell, from the weights."""
+    head = config["action_head_type"]
+    if head != "droid_diffusion":
+        raise ValueError(f"{folder} has action_head_type={head!r}; expected 'droid_diffusion', the head with a density")
+    vision = config["vision_config"]["vision_tower"]
+    projector = config["vision_config"]["mm_projector"]["mm_projector_type"]
+    if projector != "mlp2x_gelu":
+        raise ValueError(f"{folder} has mm_projector_type={projector!r}; expected 'mlp2x_gelu'")
+    levels = [key for key in weights if re.fullmatch(r"unet\.down_modules\.\d+\.0\.conv1\.block\.0\.weight", key)]
+    step = "unet.diffusion_step_encoder.1.weight"
+    if not levels or step not in weights:
+        raise ValueError(f"The weights of {folder} have no diffusion head (embed_out.down_modules, {step})")
+    name = vision["vision_model_name_or_path"].lower()
+    return {
+        "action_dim": config["action_dim"],
+        "action_horizon": config["chunk_size"],
+        "state_dim": config["state_dim"],
+        "tower": "siglip" if "siglip" in name else "clip",
+        "vision": {field: vision[field] for field in _VISION if field in vision},
+        "language": {field: config[field] for field in _LANGUAGE if field in config},
+        "cameras": 2 if config["concat"] == "token_cat" else 1,
+        "down_dims": [weights[key].shape[0] for key in sorted(levels)],
+        "step_dim": weights[step].shape[1],
+        # What the authors' code does, unless one of our models says otherwise.
+        **{
+            "image_size": _IMAGE_SIZE,
+            "prompt": PROMPT,
+            "centre_crop": True,
+            "bf16_time": True,
+            **config.get("sb3_vla", {}),
+        },
+    }
+
+
+def _read_statistics(folder: Path) -> dict[str, Tensor]:
+    path = next((place / _STATISTICS for place in (folder, folder.parent) if (place / _STATISTICS).is_file()), None)
+    if path is None:
+        raise FileNotFoundError(
+            f"Checkpoint {folder} has no {_STATISTICS} (by what states and actions are normalised), nor has its parent; "
+            "copy it from the training's output folder"
+        )
+    try:
+        found = _ArraysOnly(io.BytesIO(path.read_bytes())).load()
+        return {ours: torch.from_numpy(np.asarray(found[theirs], np.float32)) for ours, theirs in _NAMES.items()}
+    except (pickle.UnpicklingError, EOFError, KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise ValueError(
+            f"{path} is no file of statistics; expected a dictionary of NumPy arrays with {', '.join(_NAMES.values())}: "
+            f"{error!r}"
+        ) from error
+
+
+class _ArraysOnly(pickle.Unpickler):
+    """Unpickles plain containers and NumPy arrays; whatever else a file names is refused before anything runs."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("numpy", "ndarray"):
+            return np.ndarray
+        if (module, name) == ("numpy", "dtype"):
+            return np.dtype
+        # NumPy 2 moved it.
+        if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name in ("_reconstruct", "scalar"):
+            from numpy._core import multiarray
+
+            return getattr(multiarray, name)
+        raise pickle.UnpicklingError(f"it names {module}.{name}, which is no array")
