@@ -7,7 +7,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,8 +58,6 @@ def save_checkpoint(
     :raises FileExistsError: if the folder holds something else than a checkpoint.
     """
     folder = Path(folder)
-    if folder.exists() and not (folder / "config.json").is_file() and any(folder.iterdir()):
-        raise FileExistsError(f"{folder} holds files that are no checkpoint; choose another folder or empty it")
     names = {kind: name for name, kind in MODELS.items()}
     config = {
         "format": FORMAT,
@@ -71,13 +70,25 @@ def save_checkpoint(
     for prefix, part in (("value_head", value_head), ("distribution", distribution_module)):
         if part is not None:
             tensors.update({f"{prefix}.{key}": value for key, value in part.state_dict().items()})
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
+    with whole_folder(folder) as partial:
         save_file(
             {key: value.detach().cpu().contiguous() for key, value in tensors.items()}, partial / "model.safetensors"
         )
         (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A folder to write a checkpoint to, which takes its name, and the place of what is there, when all is written.
+
+    :raises FileExistsError: if the folder holds something else than a checkpoint.
+    """
+    if folder.exists() and not (folder / "config.json").is_file() and any(folder.iterdir()):
+        raise FileExistsError(f"{folder} holds files that are no checkpoint; choose another folder or empty it")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        yield partial
         partial.chmod(0o755)  # mkdtemp makes a private folder
         if folder.exists():
             replaced = _replaced(folder)
@@ -97,7 +108,7 @@ def save_checkpoint(
 
 
 def load_checkpoint(folder: str | Path) -> LoadedCheckpoint:
-    """Read a checkpoint folder.
+    """Read a checkpoint folder, ours or one in a published layout.
 
     :raises FileNotFoundError: if it is not there or a file is missing; the message names the file.
     :raises ValueError: if it is damaged, of another format, or does not fit its own configuration.
@@ -109,6 +120,9 @@ def load_checkpoint(folder: str | Path) -> LoadedCheckpoint:
         raise FileNotFoundError(
             f"Checkpoint folder {folder} does not exist; expected config.json and model.safetensors"
         )
+    published = _published_reader(folder)
+    if published is not None:
+        return published(folder)
     for name in ("config.json", "model.safetensors"):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"Checkpoint {folder} has no {name}; it holds {sorted(os.listdir(folder))}")
@@ -148,6 +162,21 @@ def load_checkpoint(folder: str | Path) -> LoadedCheckpoint:
     value_head = _with_prefix(tensors, "value_head.") or None
     distribution_weights = _with_prefix(tensors, "distribution.") or None
     return LoadedCheckpoint(model, name, kwargs, value_head, notes, distribution, distribution_weights)
+
+
+def _published_reader(folder: Path) -> Callable[[Path], LoadedCheckpoint] | None:
+    """Who reads a folder that is not ours, by what its configuration says it is."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        kind = None if "format" in config else config.get("type", config.get("model_type"))
+    except (OSError, ValueError, AttributeError, TypeError):
+        return None  # for our own reader to report
+    # These build on this module.
+    from sb3_vla.checkpoints.openvla_oft import load_openvla_oft
+    from sb3_vla.checkpoints.smolvla import load_smolvla
+
+    readers: dict[Any, Callable[[Path], LoadedCheckpoint]] = {"openvla": load_openvla_oft, "smolvla": load_smolvla}
+    return readers.get(kind) if isinstance(kind, str) else None
 
 
 def checkpoint_digest(folder: str | Path) -> str:

@@ -1,0 +1,89 @@
+"""What readers and writers of published layouts share: files with clear errors, weights that must fit."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+
+def require_file(folder: Path, name: str, purpose: str) -> Path:
+    """A file of a checkpoint.
+
+    :param purpose: what it holds, for the message.
+    :raises FileNotFoundError: if it is missing; the message names it, its purpose and what is there.
+    """
+    path = folder / name
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"Checkpoint {folder} has no {name} ({purpose}); it holds {sorted(os.listdir(folder))}. Copy the whole "
+            "published folder"
+        )
+    return path
+
+
+def read_json(folder: Path, name: str, purpose: str) -> dict[str, Any]:
+    """A JSON object of a checkpoint.
+
+    :raises FileNotFoundError: if the file is missing.
+    :raises ValueError: if it is damaged.
+    """
+    path = require_file(folder, name, purpose)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is damaged: expected a JSON object, found {type(content).__name__}")
+    return content
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON object, indented."""
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_tensors(folder: Path, name: str, purpose: str) -> dict[str, Tensor]:
+    """The tensors of a safetensors file of a checkpoint.
+
+    :raises FileNotFoundError: if it is missing.
+    :raises ValueError: if it is damaged.
+    """
+    path = require_file(folder, name, purpose)
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file, each tensor with its own memory."""
+    save_file({key: value.detach().cpu().clone().contiguous() for key, value in tensors.items()}, path)
+
+
+def load_weights(module: nn.Module, weights: Mapping[str, Tensor], where: str | Path, ours: tuple[str, ...] = ()) -> None:
+    """Give a module its weights, all of them, cast to the module's precision.
+
+    :param where: the checkpoint, for the message.
+    :param ours: entries of the module, by the beginnings of their names, that the weights need not have.
+    :raises ValueError: for missing, unexpected or misshapen weights; the message names the first ones.
+    """
+    expected = {key: value for key, value in module.state_dict().items() if not key.startswith(ours)}
+    problems = [f"missing {key}" for key in expected if key not in weights]
+    problems += [f"unexpected {key}" for key in weights if key not in expected]
+    problems += [
+        f"{key} has shape {tuple(weights[key].shape)}, expected {tuple(expected[key].shape)}"
+        for key in expected
+        if key in weights and weights[key].shape != expected[key].shape
+    ]
+    if problems:
+        raise ValueError(
+            f"The weights of {where} do not fit its configuration: {'; '.join(problems[:8])} ({len(problems)} in all)"
+        )
+    module.load_state_dict(dict(weights), strict=False)
