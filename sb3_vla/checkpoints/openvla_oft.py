@@ -76,7 +76,9 @@ def load_openvla_oft(
         sizes = _sizes(config, weights, vision_heads or ours.get("vision_heads"))
         resolution = config["image_sizes"][0]
     except (KeyError, TypeError, IndexError) as error:
-        raise ValueError(f"{folder} is no complete OpenVLA: {error!r} is missing, of configuration or weights") from error
+        raise ValueError(
+            f"{folder} is no complete OpenVLA: {error!r} is missing, of configuration or weights"
+        ) from error
     known = [name for name, each in OFT_SIZES.items() if each == sizes]
 
     def chosen(name: str, value: Any, otherwise: Any) -> Any:

@@ -153,11 +153,10 @@ class OpenVLAOFT(VLAModel):
         self.tokenizer = InstructionTokenizer(
             byte_tokenizer(SPECIAL_TOKENS, "<s>") if tokenizer is None else tokenizer, PROMPT, None, lower=True
         )
-        words = max(self.tokenizer.size - 1, self.sizes.prompt_end_id)
-        if tokenizer is None and words >= self.first_action_id or self.tokenizer.size > self.sizes.vocabulary:
+        if self.tokenizer.size > self.sizes.vocabulary or self.sizes.prompt_end_id >= self.first_action_id:
             raise ValueError(
-                f"The tokenizer has {self.tokenizer.size} tokens, the model {self.sizes.vocabulary}, {BINS} of them for "
-                "actions; use the tokenizer that the model was published with"
+                f"The tokenizer has {self.tokenizer.size} tokens, the model {self.sizes.vocabulary}, of which those from "
+                f"{self.first_action_id} on are actions; use the tokenizer that the model was published with"
             )
         # The distributions import this package.
         from sb3_vla.distributions.tokens import openvla_token_values
