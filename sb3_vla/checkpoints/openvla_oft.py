@@ -62,7 +62,8 @@ def load_openvla_oft(
     heads = sorted(path.name for path in folder.glob("action_head--*"))
     if heads:
         raise ValueError(
-            f"{folder} has {heads[0]}: continuous actions, which have no probability. Use a checkpoint with discrete ones"
+            f"{folder} has {heads[0]}: continuous actions, which have no probability. Use a checkpoint with discrete "
+            "ones"
         )
     # RLinf's critic reads one layer's output and does not fit ours, which PPO trains anew.
     weights = {key: value for key, value in read_weights(folder).items() if not key.startswith("value_head.")}

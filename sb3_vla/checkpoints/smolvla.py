@@ -1,7 +1,7 @@
 """LeRobot's folder of a SmolVLA: ``config.json``, weights, processors' files, tokenizer.
 
-Read: the layout with processor files (LeRobot >= 0.4), with or without the tokenizer beside them, and the one before it,
-with statistics among the weights. Of several cameras the first is the environment's. What the folder lacks of the
+Read: the layout with processor files (LeRobot >= 0.4), with or without the tokenizer beside them, and the one before
+it, with statistics among the weights. Of several cameras the first is the environment's. What the folder lacks of the
 vision-language model, its sizes and its tokenizer, comes from a folder inside it, from what is known of the published
 ones, or from the hub. Written: the layout with processor files and tokenizer.
 """
@@ -232,8 +232,8 @@ def _vlm_of(name: str, folder: Path) -> str | dict[str, Any]:
         text, vision = config.text_config, config.vision_config
     except (OSError, ValueError, AttributeError) as error:
         raise ValueError(
-            f"{folder} needs the configuration of its vision-language model {name!r}, which is no folder in it, none of "
-            f"{', '.join(VLM_NAMES.values())}, and not found on the hub. Put its config.json into {folder / name}"
+            f"{folder} needs the configuration of its vision-language model {name!r}, which is no folder in it, none "
+            f"of {', '.join(VLM_NAMES.values())}, and not found on the hub. Put its config.json into {folder / name}"
         ) from error
     return {
         "width": text.hidden_size,

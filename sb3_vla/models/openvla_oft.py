@@ -155,8 +155,8 @@ class OpenVLAOFT(VLAModel):
         )
         if self.tokenizer.size > self.sizes.vocabulary or self.sizes.prompt_end_id >= self.first_action_id:
             raise ValueError(
-                f"The tokenizer has {self.tokenizer.size} tokens, the model {self.sizes.vocabulary}, of which those from "
-                f"{self.first_action_id} on are actions; use the tokenizer that the model was published with"
+                f"The tokenizer has {self.tokenizer.size} tokens, the model {self.sizes.vocabulary}, of which those "
+                f"from {self.first_action_id} on are actions; use the tokenizer that the model was published with"
             )
         # The distributions import this package.
         from sb3_vla.distributions.tokens import openvla_token_values

@@ -184,8 +184,8 @@ class SmolVLA(VLAModel):
         side = self.resolution[0] // sizes.patch_size
         if len(self.resolution) != 2 or self.resolution[0] != self.resolution[1] or side < 1 or side % sizes.scale:
             raise ValueError(
-                f"SmolVLA resolution={self.resolution}; expected a square of patches of {sizes.patch_size}, their number "
-                f"along a side a multiple of {sizes.scale}"
+                f"SmolVLA resolution={self.resolution}; expected a square of patches of {sizes.patch_size}, their "
+                f"number along a side a multiple of {sizes.scale}"
             )
         self.sizes, self.kept, self.latent_dim = sizes, kept, latent_dim
         self.image_size = (image_size, image_size)
