@@ -173,9 +173,16 @@ def _published_reader(folder: Path) -> Callable[[Path], LoadedCheckpoint] | None
         return None  # for our own reader to report
     # These build on this module.
     from sb3_vla.checkpoints.diffusion_policy import load_diffusion_policy
+    from sb3_vla.checkpoints.openvla_oft import load_openvla_oft
+    from sb3_vla.checkpoints.smolvla import load_smolvla
     from sb3_vla.checkpoints.tinyvla import load_tinyvla
 
-    readers = {"diffusion": load_diffusion_policy, "llava_pythia": load_tinyvla}
+    readers: dict[Any, Callable[[Path], LoadedCheckpoint]] = {
+        "diffusion": load_diffusion_policy,
+        "llava_pythia": load_tinyvla,
+        "openvla": load_openvla_oft,
+        "smolvla": load_smolvla,
+    }
     return readers.get(kind) if isinstance(kind, str) else None
 
 

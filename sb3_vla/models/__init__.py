@@ -9,11 +9,15 @@ from mw_envs.tasks import did_you_mean
 from sb3_vla.models.base import Context, VLAModel
 from sb3_vla.models.compact import CompactVLA
 from sb3_vla.models.diffusion_policy import DiffusionPolicy
+from sb3_vla.models.openvla_oft import OpenVLAOFT
+from sb3_vla.models.smolvla import SmolVLA
 from sb3_vla.models.tinyvla import TinyVLA
 
 MODELS: dict[str, type[VLAModel]] = {
     "compact": CompactVLA,
     "diffusion_policy": DiffusionPolicy,
+    "openvla_oft": OpenVLAOFT,
+    "smolvla": SmolVLA,
     "tinyvla": TinyVLA,
 }
 
@@ -40,4 +44,15 @@ def make_model(name: str, options: Mapping[str, Any]) -> VLAModel:
         raise ValueError(f"Model {name!r} does not take these options: {dict(options)} ({error})") from error
 
 
-__all__ = ["MODELS", "CompactVLA", "Context", "DiffusionPolicy", "TinyVLA", "VLAModel", "make_model", "model_class"]
+__all__ = [
+    "MODELS",
+    "CompactVLA",
+    "Context",
+    "DiffusionPolicy",
+    "OpenVLAOFT",
+    "SmolVLA",
+    "TinyVLA",
+    "VLAModel",
+    "make_model",
+    "model_class",
+]
