@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -197,7 +198,7 @@ def test_a_ratio_out_of_range_gives_a_finite_gradient(advantage: float) -> None:
     algorithm = toy_ppo(normalize_advantage=False)
     log_prob = torch.tensor([200.0, 0.0], requires_grad=True)
     batch = batch_of([0.0] * 2, [advantage] * 2, [0.0] * 2)
-    new = evaluation([0.0, 0.0], log_prob=log_prob)
+    new = replace(evaluation([0.0, 0.0]), log_prob=log_prob)
     algorithm._actor_loss(new, batch, old_policy([0.0, 0.0]), 0.2, defaultdict(list)).backward()
     assert log_prob.grad is not None
     assert log_prob.grad.tolist() == [0.0, -advantage / 2]
@@ -222,7 +223,7 @@ def test_ratios_of_actions_and_tokens_by_hand() -> None:
         old = old_policy([0.0, 0.0])
         old.log_prob = torch.zeros_like(log_prob)
         found, record = collected()
-        loss = algorithm._actor_loss(evaluation([0.0] * 2, log_prob=log_prob), batch, old, 0.2, record)
+        loss = algorithm._actor_loss(replace(evaluation([0.0] * 2), log_prob=log_prob), batch, old, 0.2, record)
         assert loss.item() == pytest.approx(-surrogate, abs=1e-6), logprob_type
         assert found["clip_fraction"] == [pytest.approx(fractions[logprob_type])], logprob_type
 
@@ -260,7 +261,7 @@ def test_every_type_of_ratio_starts_with_the_same_gradient(
     # And they are different algorithms from the second step on.
     ends = []
     for logprob_type in ("chunk", *types):
-        algorithm = toy_ppo(logprob_type=logprob_type, n_epochs=4, clip_range=0.01, learning_rate=1e-2, **options)
+        algorithm = toy_ppo(logprob_type=logprob_type, n_epochs=4, learning_rate=1e-3, **options)
         algorithm.learn(16)
         assert metrics(algorithm)["train/skipped_steps"] == 0
         ends.append(weights(algorithm.policy))
@@ -309,8 +310,8 @@ def test_micro_batches_add_up_to_the_minibatch(size: int) -> None:
     whole, parts = found[None], found[size]
     assert parts[0] == pytest.approx(whole[0], rel=1e-5)
     assert whole[1] is not None and parts[1] == pytest.approx(whole[1], rel=1e-4)
-    for name, value in whole[2].items():
-        torch.testing.assert_close(parts[2][name], value, atol=1e-6, rtol=1e-4)
+    summed, at_once = (torch.cat([g.flatten() for g in gradients.values()]) for gradients in (parts[2], whole[2]))
+    assert (summed - at_once).norm() < 1e-5 * at_once.norm()
 
 
 def test_entropy_and_reference_terms_by_hand() -> None:
