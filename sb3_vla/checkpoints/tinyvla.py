@@ -8,6 +8,7 @@ reads them, so a file that would run code is refused.
 from __future__ import annotations
 
 import io
+import json
 import pickle
 import re
 from collections.abc import Mapping
@@ -127,15 +128,9 @@ def save_tinyvla(folder: str | Path, model: TinyVLA) -> None:
     statistics["example_qpos"] = np.zeros((1, given["state_dim"]), np.float32)
     with whole_folder(Path(folder)) as partial:
         write_json(partial / "config.json", config)
-        write_json(partial / "tokenizer.json", given["tokenizer"] or _content(model.tokenizer))
+        write_json(partial / "tokenizer.json", given["tokenizer"] or json.loads(model.tokenizer.to_str()))
         write_tensors(partial / "model.safetensors", weights)
         (partial / _STATISTICS).write_bytes(pickle.dumps(statistics, protocol=4))
-
-
-def _content(tokenizer: Any) -> dict[str, Any]:
-    import json
-
-    return json.loads(tokenizer.to_str())
 
 
 def _weights(folder: Path) -> dict[str, Tensor]:
