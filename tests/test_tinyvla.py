@@ -77,7 +77,9 @@ def make_published(folder: Path, tower: str) -> Path:
     sizes = {"vision": vision, "language": language, "tower": tower}
     tiny = TinyVLA(action_horizon=16, image_size=480, down_dims=(16, 32, 48), step_dim=16, **sizes)
     shapes = {_their_name(key): tuple(value.shape) for key, value in weights_of(tiny).items()}
-    save_file({key: reference_weight(key, shape, seed=7) for key, shape in shapes.items()}, folder / "model.safetensors")
+    save_file(
+        {key: reference_weight(key, shape, seed=7) for key, shape in shapes.items()}, folder / "model.safetensors"
+    )
     return folder
 
 
@@ -236,7 +238,9 @@ def test_full_size_has_their_weights() -> None:
 
 
 @pytest.mark.parametrize("tower", ["clip", "siglip"])
-def test_round_trip_through_their_folder(models: dict[str, TinyVLA], published: Path, tmp_path: Path, tower: str) -> None:
+def test_round_trip_through_their_folder(
+    models: dict[str, TinyVLA], published: Path, tmp_path: Path, tower: str
+) -> None:
     before = published.parent / tower
     save_tinyvla(tmp_path / "again", models[tower])
     old, new = load_file(before / "model.safetensors"), load_file(tmp_path / "again" / "model.safetensors")
@@ -300,7 +304,7 @@ def test_statistics_run_no_code(published: Path, tmp_path: Path) -> None:
     shutil.copytree(published, folder)
     for sprung in (Trap(tmp_path / "sprung"), np.array([Trap(tmp_path / "sprung")], dtype=object)):
         (folder / "dataset_stats.pkl").write_bytes(pickle.dumps({"action_mean": sprung}))
-        with pytest.raises(ValueError, match="no file of statistics.*mkdir, which is no array"):
+        with pytest.raises(ValueError, match=r"no file of statistics.*mkdir, which is no array"):
             load_checkpoint(folder)
         assert not (tmp_path / "sprung").exists()
 
@@ -337,7 +341,11 @@ def _pop(key: str) -> Callable[[Path], None]:
         (_edit(lambda c: c.pop("chunk_size")), ValueError, "no complete TinyVLA configuration.*chunk_size"),
         (_edit(lambda c: c.update(vocab_size=200)), ValueError, "tokenizer has 258 tokens.*vocab_size=200"),
         (_edit(lambda c: c.update(num_hidden_layers=4)), ValueError, "missing gpt_neox.layers.3"),
-        (_edit(lambda c: c["vision_config"]["mm_projector"].update(mm_projector_type="linear")), ValueError, "'linear'"),
+        (
+            _edit(lambda c: c["vision_config"]["mm_projector"].update(mm_projector_type="linear")),
+            ValueError,
+            "'linear'",
+        ),
         (_pop("embed_out.combine.bias"), ValueError, "missing combine.bias"),
         (_pop("embed_out.down"), ValueError, "no diffusion head"),
     ],

@@ -67,7 +67,9 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     save_file({key: value.detach().cpu().clone().contiguous() for key, value in tensors.items()}, path)
 
 
-def load_weights(module: nn.Module, weights: Mapping[str, Tensor], where: str | Path, ours: tuple[str, ...] = ()) -> None:
+def load_weights(
+    module: nn.Module, weights: Mapping[str, Tensor], where: str | Path, ours: tuple[str, ...] = ()
+) -> None:
     """Give a module its weights, all of them, cast to the module's precision.
 
     :param where: the checkpoint, for the message.

@@ -60,6 +60,8 @@ _VISION = (
     "num_hidden_layers",
     "patch_size",
 )
+# What the published configuration has no word for.
+_OURS = ("image_size", "prompt", "centre_crop", "bf16_time", "timesteps", "normalisation", "mask_padding")
 # Pictures of the environment that TinyVLA is published for, before the crop.
 _IMAGE_SIZE = 480
 
@@ -114,10 +116,7 @@ def save_tinyvla(folder: str | Path, model: TinyVLA) -> None:
                 "vision_model_name_or_path": model.tower,
             },
         },
-        "sb3_vla": {
-            name: given[name]
-            for name in ("image_size", "prompt", "centre_crop", "bf16_time", "timesteps", "normalisation", "mask_padding")
-        },
+        "sb3_vla": {name: given[name] for name in _OURS},
     }
     weights = {
         _their_name(key): value
@@ -205,7 +204,7 @@ def _read_statistics(folder: Path) -> dict[str, Tensor]:
     path = next((place / _STATISTICS for place in (folder, folder.parent) if (place / _STATISTICS).is_file()), None)
     if path is None:
         raise FileNotFoundError(
-            f"Checkpoint {folder} has no {_STATISTICS} (by what states and actions are normalised), nor has its parent; "
+            f"Checkpoint {folder} has no {_STATISTICS} (by what it normalises), nor has its parent; "
             "copy it from the training's output folder"
         )
     try:
@@ -213,8 +212,7 @@ def _read_statistics(folder: Path) -> dict[str, Tensor]:
         return {ours: torch.from_numpy(np.asarray(found[theirs], np.float32)) for ours, theirs in _NAMES.items()}
     except (pickle.UnpicklingError, EOFError, KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise ValueError(
-            f"{path} is no file of statistics; expected a dictionary of NumPy arrays with {', '.join(_NAMES.values())}: "
-            f"{error!r}"
+            f"{path} is no file of statistics; expected a dictionary of arrays, {', '.join(_NAMES.values())}: {error!r}"
         ) from error
 
 

@@ -101,7 +101,8 @@ class TinyVLA(DiffusionModel):
         super().__init__(
             action_dim, action_horizon, state_dim, "epsilon", timesteps, "squaredcos_cap_v2", modes, mask_padding
         )
-        vision, language = dict(_VISION if vision is None else vision), dict(_LANGUAGE if language is None else language)
+        vision = dict(_VISION if vision is None else vision)
+        language = dict(_LANGUAGE if language is None else language)
         self.config = {
             "action_dim": action_dim,
             "action_horizon": action_horizon,
@@ -209,9 +210,7 @@ class TinyVLA(DiffusionModel):
         """Embeddings of prompt and pictures (N, T, hidden), padded on the right, and which are no padding, bool."""
         before, after = self.prompt.split("<image>")
         unique, inverse = torch.unique(instruction, dim=0, return_inverse=True)
-        texts = [
-            after.format(instruction=decode_instruction(sentence.cpu().numpy())) for sentence in unique
-        ]
+        texts = [after.format(instruction=decode_instruction(sentence.cpu().numpy())) for sentence in unique]
         tokens = [torch.tensor(self.tokenizer.encode(text).ids) for text in texts]
         ids = nn.utils.rnn.pad_sequence(tokens, batch_first=True, padding_value=_PADDING).to(seen.device)
         lengths = torch.tensor([len(row) for row in tokens], device=seen.device)
