@@ -165,9 +165,7 @@ def _our_name(key: str) -> str:
     return key.removeprefix("diffusion.").replace("rgb_encoder.0.", "rgb_encoder.", 1)
 
 
-def _options(
-    config: Mapping[str, Any], image: str, weights: Mapping[str, Tensor], folder: Path
-) -> dict[str, Any]:
+def _options(config: Mapping[str, Any], image: str, weights: Mapping[str, Tensor], folder: Path) -> dict[str, Any]:
     """The model's options from LeRobot's configuration and, for the ResNet's widths, from the weights."""
 
     def known(name: str, values: Any) -> Any:
@@ -231,9 +229,7 @@ def _processor_statistics(folder: Path) -> dict[str, Tensor]:
         ("policy_postprocessor.json", "unnormalizer_processor"),
     ):
         processor = read_json(folder, file, "how observations and actions are normalised")
-        states = [
-            entry["state_file"] for entry in processor.get("steps", []) if entry.get("registry_name") == step
-        ]
+        states = [entry["state_file"] for entry in processor.get("steps", []) if entry.get("registry_name") == step]
         if len(states) != 1:
             raise ValueError(f"{folder / file} has {len(states)} steps {step!r} with a state_file; expected one")
         found.update(read_tensors(folder, states[0], "statistics of the training data"))

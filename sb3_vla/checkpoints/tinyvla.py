@@ -8,6 +8,7 @@ reads them, so a file that would run code is refused.
 from __future__ import annotations
 
 import io
+import json
 import pickle
 import re
 from collections.abc import Mapping
@@ -59,6 +60,8 @@ _VISION = (
     "num_hidden_layers",
     "patch_size",
 )
+# What the published configuration has no word for.
+_OURS = ("image_size", "prompt", "centre_crop", "bf16_time", "timesteps", "normalisation", "mask_padding")
 # Pictures of the environment that TinyVLA is published for, before the crop.
 _IMAGE_SIZE = 480
 
@@ -113,10 +116,7 @@ def save_tinyvla(folder: str | Path, model: TinyVLA) -> None:
                 "vision_model_name_or_path": model.tower,
             },
         },
-        "sb3_vla": {
-            name: given[name]
-            for name in ("image_size", "prompt", "centre_crop", "bf16_time", "timesteps", "normalisation", "mask_padding")
-        },
+        "sb3_vla": {name: given[name] for name in _OURS},
     }
     weights = {
         _their_name(key): value
@@ -127,15 +127,9 @@ def save_tinyvla(folder: str | Path, model: TinyVLA) -> None:
     statistics["example_qpos"] = np.zeros((1, given["state_dim"]), np.float32)
     with whole_folder(Path(folder)) as partial:
         write_json(partial / "config.json", config)
-        write_json(partial / "tokenizer.json", given["tokenizer"] or _content(model.tokenizer))
+        write_json(partial / "tokenizer.json", given["tokenizer"] or json.loads(model.tokenizer.to_str()))
         write_tensors(partial / "model.safetensors", weights)
         (partial / _STATISTICS).write_bytes(pickle.dumps(statistics, protocol=4))
-
-
-def _content(tokenizer: Any) -> dict[str, Any]:
-    import json
-
-    return json.loads(tokenizer.to_str())
 
 
 def _weights(folder: Path) -> dict[str, Tensor]:
@@ -210,7 +204,7 @@ def _read_statistics(folder: Path) -> dict[str, Tensor]:
     path = next((place / _STATISTICS for place in (folder, folder.parent) if (place / _STATISTICS).is_file()), None)
     if path is None:
         raise FileNotFoundError(
-            f"Checkpoint {folder} has no {_STATISTICS} (by what states and actions are normalised), nor has its parent; "
+            f"Checkpoint {folder} has no {_STATISTICS} (by what it normalises), nor has its parent; "
             "copy it from the training's output folder"
         )
     try:
@@ -218,8 +212,7 @@ def _read_statistics(folder: Path) -> dict[str, Tensor]:
         return {ours: torch.from_numpy(np.asarray(found[theirs], np.float32)) for ours, theirs in _NAMES.items()}
     except (pickle.UnpicklingError, EOFError, KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise ValueError(
-            f"{path} is no file of statistics; expected a dictionary of NumPy arrays with {', '.join(_NAMES.values())}: "
-            f"{error!r}"
+            f"{path} is no file of statistics; expected a dictionary of arrays, {', '.join(_NAMES.values())}: {error!r}"
         ) from error
 
 

@@ -150,7 +150,7 @@ class DiffusionPolicy(DiffusionModel):
         """What the ResNet reads of pictures uint8 (N, 3, h, w): normalised, brought to size, cropped; float32."""
         image = shrink(self._normalise("image", image.float() / 255), self.image_size[0])
         margin = (self.image_size[0] - self.crop_size) / 2
-        start = int(round(margin))  # to even, as torchvision does
+        start = round(margin)  # to even, as torchvision does
         return image[:, :, start : start + self.crop_size, start : start + self.crop_size]
 
     def contextualise(self, perception: dict[str, Tensor]) -> Context:
@@ -192,7 +192,9 @@ class RgbEncoder(nn.Module):
         for _ in range(5):
             grid = (grid + 1) // 2
         if grid < 2:
-            raise ValueError(f"Pictures of {size} pixels leave one cell, in which nothing has a place; expected above 32")
+            raise ValueError(
+                f"Pictures of {size} pixels leave one cell, in which nothing has a place; expected over 32"
+            )
         self.pool = SpatialSoftmax(widths[3], keypoints, grid)
         self.out = nn.Linear(2 * keypoints, 2 * keypoints)
 

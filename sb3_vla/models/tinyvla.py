@@ -11,6 +11,8 @@ A decision has one picture. A model of two ``cameras`` takes it as both; whoever
 
 from __future__ import annotations
 
+import functools
+import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -99,7 +101,8 @@ class TinyVLA(DiffusionModel):
         super().__init__(
             action_dim, action_horizon, state_dim, "epsilon", timesteps, "squaredcos_cap_v2", modes, mask_padding
         )
-        vision, language = dict(_VISION if vision is None else vision), dict(_LANGUAGE if language is None else language)
+        vision = dict(_VISION if vision is None else vision)
+        language = dict(_LANGUAGE if language is None else language)
         self.config = {
             "action_dim": action_dim,
             "action_horizon": action_horizon,
@@ -194,9 +197,7 @@ class TinyVLA(DiffusionModel):
             window = (image / 255)[:, :, margin : side - margin, margin : side - margin]
             window = F.interpolate(window, (side, side), mode="bilinear", antialias=True)
             image = (window * 255).clamp(0, 255).floor()
-        for shape in ((image.shape[2], size), (size, size)):
-            if image.shape[2:] != shape:
-                image = F.interpolate(image, shape, mode="bicubic", antialias=True).round().clamp(0, 255)
+        image = pillow_bicubic(image, size)
         mean, std = (torch.tensor(values, device=image.device).view(3, 1, 1) for values in _PIXELS[self.tower])
         return (image / 255 - mean) / std
 
@@ -209,9 +210,7 @@ class TinyVLA(DiffusionModel):
         """Embeddings of prompt and pictures (N, T, hidden), padded on the right, and which are no padding, bool."""
         before, after = self.prompt.split("<image>")
         unique, inverse = torch.unique(instruction, dim=0, return_inverse=True)
-        texts = [
-            after.format(instruction=decode_instruction(sentence.cpu().numpy())) for sentence in unique
-        ]
+        texts = [after.format(instruction=decode_instruction(sentence.cpu().numpy())) for sentence in unique]
         tokens = [torch.tensor(self.tokenizer.encode(text).ids) for text in texts]
         ids = nn.utils.rnn.pad_sequence(tokens, batch_first=True, padding_value=_PADDING).to(seen.device)
         lengths = torch.tensor([len(row) for row in tokens], device=seen.device)
@@ -238,6 +237,34 @@ class TinyVLA(DiffusionModel):
         return self.unet(x, t, context.state.repeat(len(x) // len(context.state), 1)).float()
 
 
+def pillow_bicubic(image: Tensor, size: int) -> Tensor:
+    """Pillow's bicubic interpolation of square pictures (N, 3, s, s) of whole levels 0 ... 255, float32, to the level.
+
+    Its fixed-point arithmetic is exact in float64: weights are multiples of 2^-22, and each of the two passes, first
+    along the width, rounds to whole levels. Interpolation in float32 misses a level in one of ten thousand pixels.
+    """
+    if image.shape[2] == size:
+        return image
+    weights = _bicubic_weights(image.shape[2], size).to(image.device)
+    along_width = (image.double() @ weights.T + 0.5).floor().clamp(0, 255)
+    return (weights @ along_width + 0.5).floor().clamp(0, 255).float()
+
+
+@functools.lru_cache(maxsize=4)
+def _bicubic_weights(source: int, size: int) -> Tensor:
+    """Weight of each source pixel in each pixel, float64 (size, source)."""
+    scale = source / size
+    stretch = max(scale, 1.0)
+    centre = (torch.arange(size, dtype=torch.float64)[:, None] + 0.5) * scale
+    pixel = torch.arange(source, dtype=torch.float64)
+    within = (pixel >= (centre - 2 * stretch + 0.5).floor()) & (pixel < (centre + 2 * stretch + 0.5).floor())
+    x = ((pixel + 0.5 - centre) / stretch).abs()
+    near, far = (1.5 * x - 2.5) * x * x + 1, (((x - 5) * x + 8) * x - 4) * -0.5  # Keys 1981, a = -1/2
+    weights = torch.where(x < 1, near, torch.where(x < 2, far, torch.zeros_like(x))) * within
+    weights = weights / weights.sum(1, keepdim=True) * 2**22
+    return (weights + 0.5 * weights.sign()).trunc() / 2**22
+
+
 def bf16_sinusoid(t: Tensor, size: int) -> Tensor:
     """:func:`step_sinusoid` with every intermediate result in bfloat16."""
     half = size // 2
@@ -252,8 +279,6 @@ def read_tokenizer(content: Mapping[str, Any] | None) -> Any:
 
     :raises ValueError: if it is none.
     """
-    import json
-
     from tokenizers import AddedToken, Tokenizer
     from tokenizers.models import BPE
     from tokenizers.pre_tokenizers import ByteLevel

@@ -1,0 +1,456 @@
+"""TinyVLA: its authors' numbers, their folder, key names at full size, imitation and PPO.
+
+Tolerances are those of independent float32 implementations: 2e-5 for a tensor, 1e-4 for what sums up many and for
+chains and losses; tokens and masks are exact.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import json
+import os
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from reference_weights import reference_weight
+from safetensors.torch import load_file, save_file
+from toy import SENTENCES, TARGETS, stir, toy_demonstrations, toy_observation, toy_ppo, toy_vec
+
+from mw_envs import encode_instruction
+from sb3_vla import PPO
+from sb3_vla.checkpoints import load_checkpoint, save_checkpoint, save_tinyvla
+from sb3_vla.checkpoints.tinyvla import _their_name
+from sb3_vla.distributions import make_distribution
+from sb3_vla.models import Context, TinyVLA, make_model
+from sb3_vla.models.diffusion import step_sinusoid
+from sb3_vla.models.tinyvla import bf16_sinusoid, pillow_bicubic
+from sb3_vla.policies import load_policy
+from sb3_vla.sft import SFTConfig, sft
+
+DATA = Path(__file__).parent / "data" / "tinyvla"
+LANGS = ("Push the puck to a goal", "Open a door with a revolving joint")
+_TOWER = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+TINY: dict[str, Any] = {
+    "image_size": 32,
+    "action_horizon": 4,
+    "vision": {**_TOWER, "image_size": 32, "patch_size": 16},
+    "language": {**_TOWER, "vocab_size": 258},
+    "down_dims": (16, 32),
+    "step_dim": 8,
+    "timesteps": 20,
+}
+
+
+@functools.cache
+def recorded(tower: str) -> dict[str, torch.Tensor]:
+    tensors = load_file(DATA / f"{tower}.safetensors")
+    if tower == "clip":
+        pictures = [Image.open(io.BytesIO(tensors.pop(f"in.image_png.{i}").numpy().tobytes())) for i in range(2)]
+        tensors["in.image"] = torch.from_numpy(np.stack([np.asarray(p) for p in pictures])).permute(0, 3, 1, 2)
+    else:
+        tensors["in.image"] = recorded("clip")["in.image"]
+    return tensors
+
+
+def assert_recorded(tower: str, name: str, value: torch.Tensor, atol: float = 2e-5) -> None:
+    torch.testing.assert_close(value, recorded(tower)[f"out.{name}"], atol=atol, rtol=0)
+
+
+def make_published(folder: Path, tower: str) -> Path:
+    """The folder as its authors' code wrote it."""
+    folder.mkdir()
+    shutil.copy(DATA / f"{tower}.json", folder / "config.json")
+    for name in ("tokenizer.json", "dataset_stats.pkl"):
+        shutil.copy(DATA / name, folder)
+    config = json.loads((DATA / f"{tower}.json").read_text())
+    vision = {key: value for key, value in config["vision_config"]["vision_tower"].items() if key in VISION}
+    language = {key: config[key] for key in LANGUAGE}
+    sizes = {"vision": vision, "language": language, "tower": tower}
+    tiny = TinyVLA(action_horizon=16, image_size=480, down_dims=(16, 32, 48), step_dim=16, **sizes)
+    shapes = {_their_name(key): tuple(value.shape) for key, value in weights_of(tiny).items()}
+    save_file(
+        {key: reference_weight(key, shape, seed=7) for key, shape in shapes.items()}, folder / "model.safetensors"
+    )
+    return folder
+
+
+VISION = {*_TOWER, "image_size", "patch_size", "hidden_act", "layer_norm_eps"}
+LANGUAGE = {*_TOWER, "vocab_size"}
+
+
+def weights_of(model: TinyVLA) -> dict[str, torch.Tensor]:
+    """What is no statistic."""
+    return {key: value for key, value in model.state_dict().items() if not key.startswith(("action_", "state_"))}
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_published(tmp_path_factory.mktemp("published") / "clip", "clip")
+
+
+@pytest.fixture(scope="module")
+def models(published: Path) -> dict[str, TinyVLA]:
+    siglip = make_published(published.parent / "siglip", "siglip")
+    return {"clip": load_checkpoint(published).model, "siglip": load_checkpoint(siglip).model}  # type: ignore[dict-item]
+
+
+def instructions(*sentences: str) -> torch.Tensor:
+    return torch.from_numpy(np.stack([encode_instruction(sentence) for sentence in sentences]))
+
+
+# --- Its authors' numbers ---------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tower", ["clip", "siglip"])
+def test_pictures(models: dict[str, TinyVLA], tower: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, found = models[tower], recorded(tower)
+    pixels = model.pixels(found["in.image"])
+    assert_recorded(tower, "pixel_values", pixels[:1])
+    assert_recorded(tower, "pixel_values_r", pixels[1:])
+    hidden = model.vision_tower(pixel_values=pixels[:1], output_hidden_states=True).hidden_states
+    assert_recorded(tower, "vision_hidden", torch.stack(hidden, 1))
+    assert_recorded(tower, "projected", model.look(pixels)[:1])
+    monkeypatch.setattr(model, "centre_crop", False)
+    assert_recorded(tower, "pixel_values_nocrop", model.pixels(found["in.image"][:1]))
+
+
+@pytest.mark.parametrize(("source", "size"), [(480, 336), (64, 56), (30, 75)])
+def test_interpolation_is_pillows(source: int, size: int) -> None:
+    picture = np.random.default_rng(0).integers(0, 256, (source, source, 3), np.uint8)
+    expected = Image.fromarray(picture).resize((size, size), Image.Resampling.BICUBIC)
+    found = pillow_bicubic(torch.from_numpy(picture).permute(2, 0, 1)[None].float(), size)
+    np.testing.assert_array_equal(found[0].permute(1, 2, 0).numpy(), np.asarray(expected))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tower", ["clip", "siglip"])
+def test_condition(models: dict[str, TinyVLA], tower: str) -> None:
+    """From two pictures and from one, and that of a batch as of each alone, shorter and longer sentences."""
+    model, found = models[tower], recorded(tower)
+    pixels = torch.cat([found["out.pixel_values"], found["out.pixel_values_r"]])
+    sentence = instructions(LANGS[0])
+    embeddings, mask = model.sequence(model.look(pixels).flatten(0, 1)[None], sentence)
+    assert_recorded(tower, "llm_embeds", embeddings[:, ::8])
+    assert torch.equal(mask, found["out.llm_attention_mask"])
+    assert_recorded(tower, "llm_last", model.read(embeddings, mask)[:, ::8])
+    single = model.read(*model.sequence(model.look(pixels[:1]), sentence))
+    assert_recorded(tower, "llm_last_single_camera", single[:, ::8])
+    observation = {"image": found["in.image"][None], "state": found["in.state_raw"][:1], "instruction": sentence}
+    perception = model.perceive(observation)
+    assert_recorded(tower, "cond_pooled", perception["perception/pooled"])
+    assert_recorded(tower, "cond_norm", model.norm_after_pool(perception["perception/pooled"]), atol=1e-4)
+    context = model.contextualise(perception)
+    assert_recorded(tower, "cond", context.state, atol=1e-4)
+    together = {**{key: value.expand(2, *value.shape[1:]) for key, value in observation.items()}}
+    together["instruction"] = instructions(*LANGS)
+    torch.testing.assert_close(model.encode(together).state[:1], context.state, atol=2e-5, rtol=0)
+    once = model.encode({**observation, "image": found["in.image"][:1]}).state
+    twice = model.encode({**observation, "image": found["in.image"][:1].expand(2, -1, -1, -1)[None]}).state
+    torch.testing.assert_close(once, twice, atol=1e-6, rtol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bf16_time", [False, True])
+@pytest.mark.parametrize("tower", ["clip", "siglip"])
+def test_head(models: dict[str, TinyVLA], tower: str, bf16_time: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, found = models[tower], recorded(tower)
+    assert model.unet.sinusoid is bf16_sinusoid  # published weights were trained so
+    ending = "_bf16time" if bf16_time else ""
+    monkeypatch.setattr(model.unet, "sinusoid", bf16_sinusoid if bf16_time else step_sinusoid)
+    if tower == "clip":
+        assert_recorded(tower, "temb_sinusoid" + ending, model.unet.sinusoid(found["in.head_t"], 16))
+        pooled = model.norm_after_pool(found["in.head_hidden"].mean(1))
+        condition = model.combine(torch.cat([pooled, found["in.head_state"]], 1))
+        predicted = model.denoise(Context(condition, condition), found["in.head_x"], found["in.head_t"])
+        assert_recorded(tower, "head_out" + ending, predicted)
+    chain = make_distribution("ddim", model, 16, denoising_steps=10, eta=0.0)
+    context, x = Context(found["out.cond"], found["out.cond"]), found["in.noise"]
+    states = [x]
+    for step in range(10):
+        x = chain.kernel(model, context, x, torch.tensor([step]))[2]  # type: ignore[operator]
+        states.append(x)
+    assert_recorded(tower, "ddim_chain" + ending, torch.stack(states, 1), atol=1e-4)
+    assert_recorded(tower, "actions" + ending, model.unnormalise_action(x)[0], atol=1e-4)
+
+
+@torch.no_grad()
+def test_training_batch(models: dict[str, TinyVLA], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two sentences, padded; the original pools the padding too and divides by all elements."""
+    model, found = models["clip"], recorded("clip")
+    monkeypatch.setattr(model.unet, "sinusoid", step_sinusoid)
+    monkeypatch.setattr(model, "prompt", model.prompt.replace("ASSISTANT: ", "ASSISTANT:  "))
+    x0 = model.normalise_action(found["in.actions_raw"])
+    assert_recorded("clip", "actions_norm_train", x0)
+    assert_recorded("clip", "state_norm", model._normalise("state", found["in.state_raw"]))
+    x, target = model.noised(x0, found["in.loss_noise"], found["in.loss_t"])
+    assert_recorded("clip", "train_noisy", x)
+    seen = [model.look(found[f"out.train_pixel_values{view}"]) for view in ("", "_r")]
+    embeddings, mask = model.sequence(torch.cat(seen, dim=1), instructions(*LANGS))
+    assert torch.equal(mask, found["out.train_llm_mask"])
+    states = model.read(embeddings, mask)
+    assert_recorded("clip", "train_llm_last", states[:, ::8])
+    context = model.contextualise({"perception/pooled": states.mean(1), "state": found["in.state_raw"]})
+    predicted = model.denoise(context, x, found["in.loss_t"])
+    assert_recorded("clip", "train_eps", predicted)
+    valid = ~found["in.is_pad"][:, :, None]
+    assert_recorded("clip", "train_loss", ((predicted - target).square() * valid).mean()[None], atol=1e-4)
+
+
+def test_tokens(models: dict[str, TinyVLA]) -> None:
+    model, expected = models["clip"], recorded("clip")["out.input_ids"][0].tolist()
+    before, after = model.prompt.split("<image>")
+    after = after.format(instruction=LANGS[0])
+    assert [*model.tokenizer.encode(before).ids, -200, *model.tokenizer.encode(after).ids] == expected
+
+
+# --- Folders ----------------------------------------------------------------------------------------------------------
+
+
+def full_size(hidden: int, layers: int, heads: int) -> TinyVLA:
+    vision = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+    language = {"hidden_size": hidden, "intermediate_size": 4 * hidden, "num_hidden_layers": layers}
+    with torch.device("meta"):
+        return TinyVLA(
+            action_horizon=16,
+            vision={**vision, "image_size": 336, "patch_size": 14},
+            language={**language, "num_attention_heads": heads, "vocab_size": 50304},
+            down_dims=(256, 512, 1024),
+            step_dim=256,
+        )
+
+
+def test_full_size_has_their_weights() -> None:
+    expected = json.loads((DATA / "full_size.json").read_text())
+    ours = {_their_name(key): list(value.shape) for key, value in weights_of(full_size(512, 6, 8)).items()}
+    assert ours == expected["pythia70m"]
+    for name, sizes in {"pythia410m": (1024, 24, 16), "pythia1b": (2048, 16, 8)}.items():
+        assert sum(value.numel() for value in weights_of(full_size(*sizes)).values()) == expected["totals"][name]
+
+
+@pytest.mark.parametrize("tower", ["clip", "siglip"])
+def test_round_trip_through_their_folder(
+    models: dict[str, TinyVLA], published: Path, tmp_path: Path, tower: str
+) -> None:
+    before = published.parent / tower
+    save_tinyvla(tmp_path / "again", models[tower])
+    old, new = load_file(before / "model.safetensors"), load_file(tmp_path / "again" / "model.safetensors")
+    assert old.keys() == new.keys() and all(torch.equal(value, new[key]) for key, value in old.items())
+    again = load_checkpoint(tmp_path / "again")
+    state = again.model.state_dict()
+    assert all(torch.equal(value, state[key]) for key, value in models[tower].state_dict().items())
+    expected, found = (json.loads((f / "config.json").read_text()) for f in (before, tmp_path / "again"))
+    common = set(expected) & set(found)
+    assert {"chunk_size", "concat", "rotary_pct", "hidden_size", "action_head_type"} <= common
+    assert {key: found[key] for key in common - {"vision_config"}} == {
+        key: expected[key] for key in common - {"vision_config"}
+    }
+    assert again.distribution == ("ddim", {"denoising_steps": 10})
+
+
+def test_from_scratch_through_both_folders(tmp_path: Path) -> None:
+    model = TinyVLA(**TINY, tower="siglip", mask_padding=False)
+    stir(model)
+    save_tinyvla(tmp_path / "theirs", model)
+    save_checkpoint(tmp_path / "ours", model)
+    observation = toy_observation(2)
+    with torch.no_grad():
+        expected = model.encode(observation).state
+        for folder in ("theirs", "ours"):
+            again = load_checkpoint(tmp_path / folder).model
+            assert torch.equal(again.encode(observation).state, expected)
+            assert not again.mask_padding and again.image_size == (32, 32)  # type: ignore[union-attr]
+
+
+def test_shards_and_statistics_in_the_parent(published: Path, tmp_path: Path) -> None:
+    """And constants that transformers once stored."""
+    folder = tmp_path / "run" / "checkpoint"
+    shutil.copytree(published, folder)
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    weights["gpt_neox.layers.0.attention.rotary_emb.inv_freq"] = torch.zeros(2)
+    names = sorted(weights)
+    parts = {f"model-0000{i + 1}-of-00002.safetensors": names[i::2] for i in range(2)}
+    for file, keys in parts.items():
+        save_file({key: weights[key] for key in keys}, folder / file)
+    index = {"weight_map": {key: file for file, keys in parts.items() for key in keys}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "dataset_stats.pkl").rename(folder.parent / "dataset_stats.pkl")
+    found, expected = load_checkpoint(folder).model.state_dict(), load_checkpoint(published).model.state_dict()
+    assert all(torch.equal(value, found[key]) for key, value in expected.items())
+
+
+class Trap:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.path),)
+
+
+def test_statistics_run_no_code(published: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    shutil.copytree(published, folder)
+    for sprung in (Trap(tmp_path / "sprung"), np.array([Trap(tmp_path / "sprung")], dtype=object)):
+        (folder / "dataset_stats.pkl").write_bytes(pickle.dumps({"action_mean": sprung}))
+        with pytest.raises(ValueError, match=r"no file of statistics.*mkdir, which is no array"):
+            load_checkpoint(folder)
+        assert not (tmp_path / "sprung").exists()
+
+
+def _edit(change: Callable[[dict[str, Any]], Any], name: str = "config.json") -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        content = json.loads((folder / name).read_text())
+        change(content)
+        (folder / name).write_text(json.dumps(content))
+
+    return edit
+
+
+def _pop(key: str) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        tensors = load_file(folder / "model.safetensors")
+        for name in [name for name in tensors if name.startswith(key)]:
+            del tensors[name]
+        save_file(tensors, folder / "model.safetensors")
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    ("damage", "kind", "message"),
+    [
+        (lambda f: (f / "tokenizer.json").unlink(), FileNotFoundError, r"no tokenizer.json \(the tokenizer; the base"),
+        (lambda f: (f / "dataset_stats.pkl").unlink(), FileNotFoundError, "no dataset_stats.pkl.*nor has its parent"),
+        (lambda f: (f / "model.safetensors").unlink(), FileNotFoundError, "no model.safetensors.*LoRA"),
+        (lambda f: (f / "dataset_stats.pkl").write_bytes(b"x"), ValueError, "no file of statistics"),
+        (lambda f: (f / "dataset_stats.pkl").write_bytes(pickle.dumps({})), ValueError, "with action_mean"),
+        (_edit(lambda c: c.pop("model"), "tokenizer.json"), ValueError, "no tokenizer.json"),
+        (_edit(lambda c: c.update(action_head_type="act")), ValueError, "action_head_type='act'; expected 'droid_diff"),
+        (_edit(lambda c: c.pop("chunk_size")), ValueError, "no complete TinyVLA configuration.*chunk_size"),
+        (_edit(lambda c: c.update(vocab_size=200)), ValueError, "tokenizer has 258 tokens.*vocab_size=200"),
+        (_edit(lambda c: c.update(num_hidden_layers=4)), ValueError, "missing gpt_neox.layers.3"),
+        (
+            _edit(lambda c: c["vision_config"]["mm_projector"].update(mm_projector_type="linear")),
+            ValueError,
+            "'linear'",
+        ),
+        (_pop("embed_out.combine.bias"), ValueError, "missing combine.bias"),
+        (_pop("embed_out.down"), ValueError, "no diffusion head"),
+    ],
+)
+def test_what_does_not_fit(
+    published: Path, tmp_path: Path, damage: Callable[[Path], None], kind: type[Exception], message: str
+) -> None:
+    folder = tmp_path / "damaged"
+    shutil.copytree(published, folder)
+    damage(folder)
+    with pytest.raises(kind, match=message):
+        load_checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"action_horizon": 3}, "action_horizon=3 with 2 levels.*multiple of 2, such as 4"),
+        ({"tower": "dino"}, "tower='dino'"),
+        ({"cameras": 3}, "cameras=3; expected 1 or 2"),
+        ({"prompt": "{instruction}"}, "expected one <image>"),
+        ({"prompt": "<image>"}, "expected one <image>"),
+    ],
+)
+def test_bad_options(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_model("tinyvla", {**TINY, **options})
+
+
+# --- Imitation and reinforcement learning -----------------------------------------------------------------------------
+
+
+def test_imitates_and_acts(tmp_path: Path) -> None:
+    config = SFTConfig(
+        model="tinyvla",
+        model_kwargs={key: value for key, value in TINY.items() if key not in ("image_size", "action_horizon")},
+        action_horizon=4,
+        steps=80,
+        batch_size=16,
+        learning_rate=3e-3,
+        warmup_steps=5,
+        ema_decay=0.9,
+        shift=0,
+        validation_fraction=0.0,
+        bf16=False,
+    )
+    result = sft(toy_demonstrations(), config, output=tmp_path / "sft", progress=False)
+    losses = [row["train_loss"] for row in result.history]
+    assert np.mean(losses[-10:]) < 0.5 * np.mean(losses[:5])
+    policy = load_policy(tmp_path / "sft")
+    for sentence, target in zip(SENTENCES, TARGETS, strict=True):
+        observation = {key: value.numpy() for key, value in toy_observation(4, sentence).items()}
+        observation["image"] = observation["image"].transpose(0, 2, 3, 1)
+        actions, _ = policy.predict(observation, deterministic=True)
+        assert np.abs(actions[..., :3].mean() - target) < 0.25
+
+
+@pytest.mark.parametrize(
+    ("distribution", "options", "trainable"),
+    [
+        ("ddim", {"denoising_steps": 5, "trained_steps": 2}, "expert"),
+        ("ddpm", {"denoising_steps": 4, "joint": False}, "all"),
+    ],
+)
+def test_ppo(distribution: str, options: dict[str, Any], trainable: str) -> None:
+    """An update changes what is trained; a frozen backbone is cached as one vector a decision."""
+    algorithm = toy_ppo(
+        env=toy_vec(2),
+        model="tinyvla",
+        model_kwargs=TINY,
+        distribution=distribution,
+        distribution_kwargs=options,
+        trainable=trainable,
+    )
+    before = {key: value.clone() for key, value in algorithm.policy.model.state_dict().items()}
+    algorithm.learn(16)
+    moved = {key for key, value in algorithm.policy.model.state_dict().items() if not torch.equal(value, before[key])}
+    assert any(key.startswith("unet.") for key in moved) and "combine.weight" in moved
+    frozen = trainable == "expert"
+    assert any(key.startswith(("gpt_neox.", "vision_tower.", "mm_projector.")) for key in moved) != frozen
+    stored = algorithm.rollout_buffer.observations
+    assert ("perception/pooled" in stored) == frozen and ("image" in stored) != frozen
+
+
+def test_ppo_in_metaworld(published: Path) -> None:
+    """The published policy, two decisions of reach, an update of the head."""
+    env = gym.make("mw_envs:MetaWorldMT1-v0", task="reach-v3", action_chunk=4, horizon=8)
+    options = {"denoising_steps": 5, "trained_steps": 2}
+    algorithm = PPO(
+        "VLAPolicy",
+        env,
+        n_steps=2,
+        batch_size=2,
+        n_epochs=1,
+        device="cpu",
+        seed=0,
+        policy_kwargs={
+            "checkpoint": published,
+            "distribution": "ddim",
+            "distribution_kwargs": options,
+            "trainable": "expert",
+        },
+    )
+    before = algorithm.policy.model.combine.weight.clone()
+    algorithm.learn(2)
+    assert algorithm.env_steps == 8
+    assert not torch.equal(before, algorithm.policy.model.combine.weight)
+    env.close()
