@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from gymnasium import spaces
 from stable_baselines3.common.distributions import DiagGaussianDistribution
 from stable_baselines3.common.policies import BasePolicy
@@ -28,7 +27,7 @@ from sb3_vla.models.base import is_perceived
 MODEL_KEYS = ("image", "state", "instruction")
 #: observations that only the critic reads, where an environment gives them
 CRITIC_KEYS = ("privileged_state", "elapsed_time")
-TRAINABLE = ("all", "expert")
+TRAINABLE = ("all", "expert", "adaptive")
 _LARGEST_NATIVE_IMAGE = 128
 _DEFAULT_IMAGE = 96
 
@@ -65,8 +64,11 @@ class VLAPolicy(BasePolicy):
     :param distribution: name in :data:`sb3_vla.distributions.DISTRIBUTIONS`.
     :param distribution_kwargs: the distribution's own options.
     :param value_width: width of the critic's two hidden layers.
-    :param trainable: ``all``, or ``expert`` to freeze the model's backbone; a rollout then keeps what the backbone
-        perceived (114 kB a decision with CompactVLA's default size), and an update costs the expert alone.
+    :param trainable: ``all``, ``expert`` to freeze the model's backbone, or ``adaptive`` for what modulates its norms
+        alone (pi0.5); None for the model's default, ``expert`` with pi0 and pi0.5, else ``all``.
+    :param cache_perception: whether a rollout keeps what a frozen backbone perceived instead of the picture, so that an
+        update costs the expert alone. A decision takes 114 kB with CompactVLA's default size, and megabytes with pi0.
+        None for the model's default: not with pi0 and pi0.5.
     :param optimizer_class: optimiser.
     :param optimizer_kwargs: its options besides the learning rate.
     :raises ValueError: if the spaces are not those of a vision-language-action environment.
@@ -85,7 +87,8 @@ class VLAPolicy(BasePolicy):
         distribution: str = "gaussian",
         distribution_kwargs: Mapping[str, Any] | None = None,
         value_width: int = 256,
-        trainable: str = "all",
+        trainable: str | None = None,
+        cache_perception: bool | None = None,
         optimizer_class: type[torch.optim.Optimizer] = torch.optim.Adam,
         optimizer_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
@@ -118,12 +121,13 @@ class VLAPolicy(BasePolicy):
             }
             self.model = make_model(model, model_kwargs)
         self._check_model(action_dim)
-        if trainable not in TRAINABLE:
-            raise ValueError(f"Unknown trainable={trainable!r}; {did_you_mean(trainable, TRAINABLE)}")
-        self._frozen_backbone = trainable == "expert"
-        if self._frozen_backbone:
-            for parameter in self.model.backbone():
-                parameter.requires_grad_(False)
+        trainable = self.model.default_trainable if trainable is None else trainable
+        self._frozen_backbone = _freeze(self.model, trainable)
+        if cache_perception is None:
+            cache_perception = self._frozen_backbone and self.model.caches_perception
+        if cache_perception and not self._frozen_backbone:
+            raise ValueError(f'cache_perception=True keeps what changes with trainable={trainable!r}; use "expert"')
+        self._caches_perception = cache_perception
         self.distribution = make_distribution(
             distribution, self.model, self.action_chunk, **dict(distribution_kwargs or {})
         )
@@ -142,6 +146,7 @@ class VLAPolicy(BasePolicy):
             "distribution_kwargs": dict(distribution_kwargs or {}),
             "value_width": value_width,
             "trainable": trainable,
+            "cache_perception": cache_perception,
             "optimizer_class": optimizer_class,
             "optimizer_kwargs": dict(optimizer_kwargs or {}),
         }
@@ -238,21 +243,17 @@ class VLAPolicy(BasePolicy):
     def prepare(self, obs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What model and critic read of an observation: pictures channels first and at the model's size, uint8.
 
-        With a frozen backbone it is what that perceives. Prepared observations pass unchanged, so a rollout stores them
-        and an update reads them.
+        Where perception is cached it is what the backbone perceives. Prepared observations pass unchanged, so a rollout
+        stores them and an update reads them.
         """
         if is_perceived(obs):
             return dict(obs)
         prepared = {key: obs[key] for key in (*MODEL_KEYS, *CRITIC_KEYS) if key in obs}
         image = prepared["image"]
-        height, width = self.model.image_size
         if not self._channels_first and image.shape[1] != 3:
             image = image.permute(0, 3, 1, 2)
-        if image.shape[2:] != (height, width):
-            resized = F.interpolate(image.float(), (height, width), mode="bilinear", antialias=True)
-            image = resized.round_().clamp_(0, 255).to(torch.uint8)
-        prepared["image"] = image
-        if not self._frozen_backbone:
+        prepared["image"] = self.model.fit_image(image)
+        if not self._caches_perception:
             return prepared
         with torch.no_grad():
             perception = self.model.perceive(prepared)
@@ -349,6 +350,23 @@ def _check_spaces(observation_space: spaces.Space, action_space: spaces.Space) -
         raise ValueError(f"VLAPolicy needs image as uint8 with three axes; got {image}. {fix}")
     if not isinstance(action_space, spaces.Box) or len(action_space.shape) not in (1, 2):
         raise ValueError(f"VLAPolicy needs a Box action space of shape (A,) or (K, A); got {action_space}. {fix}")
+
+
+def _freeze(model: VLAModel, trainable: str) -> bool:
+    """Leave a gradient to what is trainable, and say whether the backbone is frozen."""
+    if trainable not in TRAINABLE:
+        raise ValueError(f"Unknown trainable={trainable!r}; {did_you_mean(trainable, TRAINABLE)}")
+    if trainable == "expert":
+        for parameter in model.backbone():
+            parameter.requires_grad_(False)
+    if trainable == "adaptive":
+        adaptive = list(model.adaptive_parameters())
+        if not adaptive:
+            raise ValueError(f'{type(model).__name__} has no modulated norms to train alone; use trainable="expert"')
+        model.requires_grad_(False)
+        for parameter in adaptive:
+            parameter.requires_grad_(True)
+    return trainable != "all"
 
 
 def _channels_first(image: spaces.Space) -> bool:

@@ -8,8 +8,9 @@ from typing import Any
 from mw_envs.tasks import did_you_mean
 from sb3_vla.models.base import Context, VLAModel
 from sb3_vla.models.compact import CompactVLA
+from sb3_vla.models.pi0 import Pi0, Pi05
 
-MODELS: dict[str, type[VLAModel]] = {"compact": CompactVLA}
+MODELS: dict[str, type[VLAModel]] = {"compact": CompactVLA, "pi0": Pi0, "pi05": Pi05}
 
 
 def model_class(name: str) -> type[VLAModel]:
@@ -34,4 +35,4 @@ def make_model(name: str, options: Mapping[str, Any]) -> VLAModel:
         raise ValueError(f"Model {name!r} does not take these options: {dict(options)} ({error})") from error
 
 
-__all__ = ["MODELS", "CompactVLA", "Context", "VLAModel", "make_model", "model_class"]
+__all__ = ["MODELS", "CompactVLA", "Context", "Pi0", "Pi05", "VLAModel", "make_model", "model_class"]

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 PERCEPTION = "perception/"
@@ -54,6 +55,10 @@ class VLAModel(nn.Module, ABC):
     config: dict[str, Any]
     #: one of :data:`PREDICTIONS`; it decides which action distributions fit
     prediction: str = "velocity"
+    #: what a policy trains unless told otherwise, see :class:`sb3_vla.policies.VLAPolicy`
+    default_trainable: str = "all"
+    #: whether a rollout keeps what a frozen backbone perceived unless told otherwise
+    caches_perception: bool = True
     #: place in the horizon of the first action to execute; later than 0 where the prediction starts in the past
     first_action: int = 0
     #: size of the second tensor of :meth:`denoise_features`, None where there is none
@@ -78,6 +83,10 @@ class VLAModel(nn.Module, ABC):
     def backbone(self) -> Iterator[nn.Parameter]:
         """The parameters of :meth:`perceive`."""
 
+    def adaptive_parameters(self) -> Iterator[nn.Parameter]:
+        """The parameters that modulate the norms of the expert, where a model has some apart from the rest."""
+        yield from ()
+
     @abstractmethod
     def perceive(self, observation: dict[str, Tensor]) -> dict[str, Tensor]:
         """The backbone's part of the encoding, which a rollout can keep where the backbone is frozen.
@@ -90,6 +99,13 @@ class VLAModel(nn.Module, ABC):
     @abstractmethod
     def contextualise(self, perception: dict[str, Tensor]) -> Context:
         """The rest of the encoding, from what :meth:`perceive` gave."""
+
+    def fit_image(self, image: Tensor) -> Tensor:
+        """Pictures, uint8 (N, 3, height, width), at the size in which a rollout keeps them."""
+        if image.shape[2:] == self.image_size:
+            return image
+        resized = F.interpolate(image.float(), self.image_size, mode="bilinear", antialias=True)
+        return resized.round_().clamp_(0, 255).to(torch.uint8)
 
     def encode(self, observation: dict[str, Tensor]) -> Context:
         """Encode observations, or what :meth:`perceive` made of them."""
