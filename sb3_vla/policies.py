@@ -18,7 +18,7 @@ from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from mw_envs.tasks import INSTRUCTION_BYTES, did_you_mean
+from mw_envs.tasks import INSTRUCTION_BYTES
 from sb3_vla.checkpoints import load_checkpoint
 from sb3_vla.distributions import Trace, make_distribution
 from sb3_vla.models import Context, VLAModel, make_model
@@ -27,7 +27,6 @@ from sb3_vla.models.base import is_perceived
 MODEL_KEYS = ("image", "state", "instruction")
 #: observations that only the critic reads, where an environment gives them
 CRITIC_KEYS = ("privileged_state", "elapsed_time")
-TRAINABLE = ("all", "expert", "adaptive")
 _LARGEST_NATIVE_IMAGE = 128
 _DEFAULT_IMAGE = 96
 
@@ -60,7 +59,9 @@ class VLAPolicy(BasePolicy):
     :param use_sde: must be False; every Stable-Baselines3 algorithm passes it.
     :param model: name in :data:`sb3_vla.models.MODELS`.
     :param model_kwargs: the model's own options.
-    :param checkpoint: folder written by :func:`sb3_vla.checkpoints.save_checkpoint`; it fixes model and model_kwargs.
+    :param checkpoint: folder written by :func:`sb3_vla.checkpoints.save_checkpoint`, which fixes model and
+        model_kwargs; or a published pi0 or pi0.5, see :func:`sb3_vla.checkpoints.load_checkpoint`, whose model_kwargs
+        are what the checkpoint does not say.
     :param distribution: name in :data:`sb3_vla.distributions.DISTRIBUTIONS`.
     :param distribution_kwargs: the distribution's own options.
     :param value_width: width of the critic's two hidden layers.
@@ -108,8 +109,10 @@ class VLAPolicy(BasePolicy):
         sizes = {key: (space.shape or (0,))[0] for key, space in observation_space.spaces.items()}
         self._channels_first = _channels_first(observation_space["image"])
         if checkpoint is not None:
-            loaded = load_checkpoint(checkpoint)
+            loaded = load_checkpoint(checkpoint, model_kwargs)
             self.model: VLAModel = loaded.model
+            if model not in ("compact", loaded.model_name):  # the default says nothing
+                raise ValueError(f"{checkpoint} holds the model {loaded.model_name!r}, not model={model!r}")
             model, model_kwargs = loaded.model_name, loaded.model_kwargs
         else:
             model_kwargs = {
@@ -122,7 +125,8 @@ class VLAPolicy(BasePolicy):
             self.model = make_model(model, model_kwargs)
         self._check_model(action_dim)
         trainable = self.model.default_trainable if trainable is None else trainable
-        self._frozen_backbone = _freeze(self.model, trainable)
+        self.model.set_trainable(trainable)
+        self._frozen_backbone = trainable != "all"
         if cache_perception is None:
             cache_perception = self._frozen_backbone and self.model.caches_perception
         if cache_perception and not self._frozen_backbone:
@@ -352,23 +356,6 @@ def _check_spaces(observation_space: spaces.Space, action_space: spaces.Space) -
         raise ValueError(f"VLAPolicy needs a Box action space of shape (A,) or (K, A); got {action_space}. {fix}")
 
 
-def _freeze(model: VLAModel, trainable: str) -> bool:
-    """Leave a gradient to what is trainable, and say whether the backbone is frozen."""
-    if trainable not in TRAINABLE:
-        raise ValueError(f"Unknown trainable={trainable!r}; {did_you_mean(trainable, TRAINABLE)}")
-    if trainable == "expert":
-        for parameter in model.backbone():
-            parameter.requires_grad_(False)
-    if trainable == "adaptive":
-        adaptive = list(model.adaptive_parameters())
-        if not adaptive:
-            raise ValueError(f'{type(model).__name__} has no modulated norms to train alone; use trainable="expert"')
-        model.requires_grad_(False)
-        for parameter in adaptive:
-            parameter.requires_grad_(True)
-    return trainable != "all"
-
-
 def _channels_first(image: spaces.Space) -> bool:
     shape = image.shape or ()
     if 3 not in (shape[0], shape[2]):
@@ -397,21 +384,27 @@ def _as_json(options: Mapping[str, Any]) -> Any:
 
 
 def load_policy(
-    checkpoint: str | Path, action_chunk: int | None = None, device: torch.device | str = "cpu"
+    checkpoint: str | Path,
+    action_chunk: int | None = None,
+    device: torch.device | str = "cpu",
+    model_kwargs: Mapping[str, Any] | None = None,
 ) -> VLAPolicy:
     """A policy to act with, from a checkpoint alone.
 
-    :param checkpoint: folder written by :func:`sb3_vla.checkpoints.save_checkpoint`.
+    :param checkpoint: see :class:`VLAPolicy`.
     :param action_chunk: K, actions executed per decision; None for the whole predicted horizon.
+    :param model_kwargs: what a published checkpoint does not say.
     :raises ValueError: if the model predicts fewer actions than that.
     """
-    loaded = load_checkpoint(checkpoint)
+    loaded = load_checkpoint(checkpoint, model_kwargs)
     model = loaded.model
     name, options = loaded.distribution or ("gaussian", {})
     state_dim = int(model.config.get("state_dim", 4))
+    size = loaded.notes.get("view", {}).get("render_size")
+    picture = (size, size) if size else model.image_size
     observation_space = spaces.Dict(
         {
-            "image": spaces.Box(0, 255, (*model.image_size, 3), np.uint8),
+            "image": spaces.Box(0, 255, (*picture, 3), np.uint8),
             "state": spaces.Box(-np.inf, np.inf, (state_dim,), np.float32),
             "instruction": spaces.Box(0, 255, (INSTRUCTION_BYTES,), np.uint8),
         }
@@ -423,6 +416,7 @@ def load_policy(
         spaces.Box(-1.0, 1.0, shape, np.float32),
         lambda _: 0.0,
         checkpoint=checkpoint,
+        model_kwargs=model_kwargs,
         distribution=name,
         distribution_kwargs=options,
     )

@@ -18,9 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mw_envs.tasks import did_you_mean
+
 PERCEPTION = "perception/"
 #: what a model may predict: a flow's velocity; a diffusion's noise, clean action or v (Salimans & Ho 2022); tokens
 PREDICTIONS = ("velocity", "epsilon", "sample", "v_prediction", "tokens")
+#: parts of a model that can be trained
+TRAINABLE = ("all", "expert", "adaptive")
 
 
 def is_perceived(observation: Mapping[str, Tensor]) -> bool:
@@ -86,6 +90,24 @@ class VLAModel(nn.Module, ABC):
     def adaptive_parameters(self) -> Iterator[nn.Parameter]:
         """The parameters that modulate the norms of the expert, where a model has some apart from the rest."""
         yield from ()
+
+    def set_trainable(self, trainable: str) -> None:
+        """Leave a gradient to one part of the model.
+
+        :param trainable: ``all``, ``expert`` for all but the backbone, or ``adaptive`` for
+            :meth:`adaptive_parameters`.
+        :raises ValueError: for an unknown part, or one that the model has not.
+        """
+        if trainable not in TRAINABLE:
+            raise ValueError(f"Unknown trainable={trainable!r}; {did_you_mean(trainable, TRAINABLE)}")
+        adaptive = list(self.adaptive_parameters())
+        if trainable == "adaptive" and not adaptive:
+            raise ValueError(f'{type(self).__name__} has no modulated norms to train alone; use trainable="expert"')
+        self.requires_grad_(trainable != "adaptive")
+        for parameter in self.backbone() if trainable == "expert" else ():
+            parameter.requires_grad_(False)
+        for parameter in adaptive if trainable == "adaptive" else ():
+            parameter.requires_grad_(True)
 
     @abstractmethod
     def perceive(self, observation: dict[str, Tensor]) -> dict[str, Tensor]:
