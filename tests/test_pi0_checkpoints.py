@@ -118,6 +118,7 @@ def test_an_untied_embedding_wins(tmp_path: Path, name: str) -> None:
         (f"model.{P}model.vision_tower.vision_model.x", f"{P}model.vision_tower.vision_model.x"),
         ("model.vlm.language_model.norm.weight", f"{P}model.language_model.norm.weight"),
         ("model.vlm.vision_tower.post_layernorm.bias", f"{P}model.vision_tower.vision_model.post_layernorm.bias"),
+        (f"{P}model.language_model.model.norm.weight", f"{P}model.language_model.norm.weight"),
         ("model.dit.norm.weight", f"{X}model.norm.weight"),
         ("embed_action_time.state_proj.bias", "state_proj.bias"),
     ],

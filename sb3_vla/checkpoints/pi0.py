@@ -209,7 +209,13 @@ def canonical_name(name: str) -> str:
         name = name.replace(wrapper, "")
     while name.startswith(("module.", "model.")):
         name = name.partition(".")[2]
-    for theirs, ours in (("vlm.", f"{P}model."), ("dit.", f"{X}model."), ("embed_action_time.", "")):
+    renamed = {
+        "vlm.": f"{P}model.",
+        "dit.": f"{X}model.",
+        "embed_action_time.": "",
+        f"{P}model.language_model.model.": f"{P}model.language_model.",
+    }
+    for theirs, ours in renamed.items():
         if name.startswith(theirs):
             name = ours + name.removeprefix(theirs)
     tower = f"{P}model.vision_tower."
