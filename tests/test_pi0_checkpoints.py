@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from toy import ToyEnv, toy_observation
+from toy import ToyEnv, toy_demonstrations, toy_observation
 from toy_pi0 import (
     HEADS,
     LAYOUTS,
@@ -36,6 +36,7 @@ from sb3_vla.distributions.base import integrate
 from sb3_vla.distributions.flow_noise import FlowNoise
 from sb3_vla.models import Pi0, Pi05
 from sb3_vla.policies import VLAPolicy, load_policy
+from sb3_vla.sft import SFTConfig, sft
 
 both = pytest.mark.parametrize("name", ["pi0", "pi05"])
 
@@ -440,7 +441,36 @@ def test_our_own_layout_holds_it_too(tmp_path: Path, name: str, tokenizer: str) 
     assert all(torch.equal(state[key], expected[key]) for key in expected)
 
 
-# In a policy
+# In imitation and in a policy
+
+
+@both
+def test_a_base_model_is_imitated_and_written(tmp_path: Path, name: str, tokenizer: str) -> None:
+    """A base model takes the data's statistics; only the expert moves; the result is written for LeRobot and acts."""
+    folder = write_layout(tmp_path / "a", name, "openpi")
+    options = {**HEADS, "tokenizer": tokenizer, "norm_stats": "none"}
+    data = toy_demonstrations(image_size=56)
+    config = SFTConfig(checkpoint=str(folder), model_kwargs=options, steps=3, batch_size=4, shift=0, bf16=False)
+    result = sft(data, config, output=tmp_path / "b", progress=False)
+    model, start = result.model, load_checkpoint(folder, options).model
+    assert isinstance(model, Pi0)
+    statistics = data.statistics()["state"]
+    low, high = ("mean", "std") if name == "pi0" else ("q01", "q99")
+    np.testing.assert_allclose(getattr(model, f"state_{low}"), statistics[low])
+    np.testing.assert_allclose(getattr(model, f"state_{high}"), statistics[high])
+    state = model.normalise_state(torch.from_numpy(data.states))
+    inside = state.mean(0).abs() < 1e-4 if name == "pi0" else (state.abs() <= 1.001).float().mean(0) > 0.95
+    assert inside.all()
+    moved = {k for (k, a), b in zip(model.named_parameters(), start.parameters(), strict=True) if not torch.equal(a, b)}
+    assert "action_out_proj.weight" in moved and not any(key.startswith(P) for key in moved)
+    save_lerobot(tmp_path / "c", model)
+    observation, x = toy_observation(2, image_size=56), torch.ones(2, 5, 32)
+    actions = []
+    for one in (model, load_checkpoint(tmp_path / "b").model, load_checkpoint(tmp_path / "c", HEADS).model):
+        found = integrate(one, one.encode(observation), x, 2)
+        actions.append(one.unnormalise_action(found[:, :, :4]))
+    torch.testing.assert_close(actions[1], actions[0], rtol=0, atol=0)
+    torch.testing.assert_close(actions[2], actions[0], rtol=0, atol=1e-5)
 
 
 def policy(checkpoint: Path, **options: Any) -> VLAPolicy:
