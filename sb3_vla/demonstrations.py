@@ -181,8 +181,8 @@ class Demonstrations:
     def statistics(self) -> dict[str, dict[str, np.ndarray]]:
         """Statistics for the normalisation of a model, of the clipped actions.
 
-        :return: ``{"state": {...}, "action": {...}}``, each with ``mean``, ``std``, ``min`` and ``max``, float32
-            ``(S,)`` or ``(A,)``.
+        :return: ``{"state": {...}, "action": {...}}``, each with ``mean``, ``std``, ``min``, ``max`` and the
+            quantiles ``q01`` and ``q99``, float32 ``(S,)`` or ``(A,)``.
         """
         return {
             name: {
@@ -190,6 +190,8 @@ class Demonstrations:
                 "std": values.std(axis=0, dtype=np.float64).astype(np.float32),
                 "min": values.min(axis=0),
                 "max": values.max(axis=0),
+                "q01": np.quantile(values, 0.01, axis=0).astype(np.float32),
+                "q99": np.quantile(values, 0.99, axis=0).astype(np.float32),
             }
             for name, values in (("state", self.states), ("action", self.actions))
         }

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from gymnasium import spaces
 from stable_baselines3.common.distributions import DiagGaussianDistribution
 from stable_baselines3.common.policies import BasePolicy
@@ -19,8 +18,9 @@ from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from mw_envs.tasks import INSTRUCTION_BYTES, did_you_mean
+from mw_envs.tasks import INSTRUCTION_BYTES
 from sb3_vla.checkpoints import LoadedCheckpoint, load_checkpoint
+from sb3_vla.checkpoints.pi0 import is_pi0
 from sb3_vla.distributions import Trace, default_distribution, make_distribution
 from sb3_vla.frozen import FrozenWeights
 from sb3_vla.models import Context, VLAModel, make_model
@@ -29,7 +29,6 @@ from sb3_vla.models.base import is_perceived
 MODEL_KEYS = ("image", "state", "instruction")
 #: observations that only the critic reads, where an environment gives them
 CRITIC_KEYS = ("privileged_state", "elapsed_time")
-TRAINABLE = ("all", "expert")
 _LARGEST_NATIVE_IMAGE = 128
 _DEFAULT_IMAGE = 96
 
@@ -62,14 +61,19 @@ class VLAPolicy(BasePolicy):
     :param use_sde: must be False; every Stable-Baselines3 algorithm passes it.
     :param model: name in :data:`sb3_vla.models.MODELS`; None for the checkpoint's, or ``compact``.
     :param model_kwargs: the model's own options.
-    :param checkpoint: folder written by :func:`sb3_vla.checkpoints.save_checkpoint`; it fixes model and model_kwargs.
-        A saved algorithm needs it no more, unless the backbone is frozen: it then holds what was trained alone, and
-        where the folder has moved, ``load`` takes ``custom_objects={"policy_kwargs": ...}``.
+    :param checkpoint: folder written by :func:`sb3_vla.checkpoints.save_checkpoint`, which fixes model and
+        model_kwargs; or a published model, see :func:`sb3_vla.checkpoints.load_checkpoint`; with pi0 and pi0.5
+        model_kwargs are what the checkpoint does not say. A saved algorithm needs it no more, unless the backbone is
+        frozen: it then holds what was trained alone, and where the folder has moved, ``load`` takes
+        ``custom_objects={"policy_kwargs": ...}``.
     :param distribution: name in :data:`sb3_vla.distributions.DISTRIBUTIONS`.
     :param distribution_kwargs: the distribution's own options.
     :param value_width: width of the critic's two hidden layers.
-    :param trainable: ``all``, or ``expert`` to freeze the model's backbone; a rollout then keeps what the backbone
-        perceived (114 kB a decision with CompactVLA's default size), and an update costs the expert alone.
+    :param trainable: ``all``, ``expert`` to freeze the model's backbone, or ``adaptive`` for what modulates its norms
+        alone (pi0.5); None for the model's default, ``expert`` with pi0 and pi0.5, else ``all``.
+    :param cache_perception: whether a rollout keeps what a frozen backbone perceived instead of the picture, so that an
+        update costs the expert alone. A decision takes 114 kB with CompactVLA's default size, and megabytes with pi0.
+        None for the model's default: not with pi0 and pi0.5.
     :param optimizer_class: optimiser.
     :param optimizer_kwargs: its options besides the learning rate.
     :raises ValueError: if the spaces are not those of a vision-language-action environment, or the checkpoint is of
@@ -89,7 +93,8 @@ class VLAPolicy(BasePolicy):
         distribution: str = "gaussian",
         distribution_kwargs: Mapping[str, Any] | None = None,
         value_width: int = 256,
-        trainable: str = "all",
+        trainable: str | None = None,
+        cache_perception: bool | None = None,
         optimizer_class: type[torch.optim.Optimizer] = torch.optim.Adam,
         optimizer_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
@@ -109,8 +114,9 @@ class VLAPolicy(BasePolicy):
         sizes = {key: (space.shape or (0,))[0] for key, space in observation_space.spaces.items()}
         self._channels_first = _channels_first(observation_space["image"])
         if checkpoint is not None:
-            loaded = load_checkpoint(checkpoint)
-            _check_checkpoint(checkpoint, loaded, model, model_kwargs or {})
+            loaded = load_checkpoint(checkpoint, model_kwargs)
+            given = dict(model_kwargs or {}) if is_pi0(checkpoint) else {}
+            _check_checkpoint(checkpoint, loaded, model, {} if given else model_kwargs or {})
             self.model: VLAModel = loaded.model
             model, model_kwargs = loaded.model_name, loaded.model_kwargs
         else:
@@ -124,12 +130,14 @@ class VLAPolicy(BasePolicy):
             }
             self.model = make_model(model, model_kwargs)
         self._check_model(action_dim)
-        if trainable not in TRAINABLE:
-            raise ValueError(f"Unknown trainable={trainable!r}; {did_you_mean(trainable, TRAINABLE)}")
-        self._frozen_backbone = trainable == "expert"
-        if self._frozen_backbone:
-            for parameter in self.model.backbone():
-                parameter.requires_grad_(False)
+        trainable = self.model.default_trainable if trainable is None else trainable
+        self.model.set_trainable(trainable)
+        self._frozen_backbone = trainable != "all"
+        if cache_perception is None:
+            cache_perception = self._frozen_backbone and self.model.caches_perception
+        if cache_perception and not self._frozen_backbone:
+            raise ValueError(f'cache_perception=True keeps what changes with trainable={trainable!r}; use "expert"')
+        self._caches_perception = cache_perception
         self._frozen: FrozenWeights | None = None
         if self._frozen_backbone and checkpoint is not None:
             frozen = [f"model.{name}" for name, weights in self.model.named_parameters() if not weights.requires_grad]
@@ -147,13 +155,15 @@ class VLAPolicy(BasePolicy):
         # With the checkpoint's contents in the weights, a saved algorithm needs the checkpoint's folder no more.
         source: dict[str, Any] = {"model": model, "model_kwargs": dict(model_kwargs)}
         if self._frozen is not None and checkpoint is not None:
-            source = {"checkpoint": str(Path(checkpoint).resolve())}
+            where = Path(checkpoint)  # or a name on the hub
+            source = {"checkpoint": str(where.resolve() if where.exists() else checkpoint), "model_kwargs": given}
         self.portable_kwargs: dict[str, Any] = {
             **source,
             "distribution": distribution,
             "distribution_kwargs": dict(distribution_kwargs or {}),
             "value_width": value_width,
             "trainable": trainable,
+            "cache_perception": cache_perception,
             "optimizer_class": optimizer_class,
             "optimizer_kwargs": dict(optimizer_kwargs or {}),
         }
@@ -280,8 +290,8 @@ class VLAPolicy(BasePolicy):
     def prepare(self, obs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What model and critic read of an observation: pictures channels first and at the model's size, uint8.
 
-        With a frozen backbone it is what that perceives. Prepared observations pass unchanged, so a rollout stores them
-        and an update reads them.
+        Where perception is cached it is what the backbone perceives. Prepared observations pass unchanged, so a rollout
+        stores them and an update reads them.
         """
         if is_perceived(obs):
             return dict(obs)
@@ -292,14 +302,10 @@ class VLAPolicy(BasePolicy):
                 'Where VecNormalize made it that, name what it may change: norm_obs_keys=["state"]'
             )
         image = prepared["image"]
-        height, width = self.model.image_size
         if not self._channels_first and image.shape[1] != 3:
             image = image.permute(0, 3, 1, 2)
-        if image.shape[2:] != (height, width):
-            resized = F.interpolate(image.float(), (height, width), mode="bilinear", antialias=True)
-            image = resized.round_().clamp_(0, 255).to(torch.uint8)
-        prepared["image"] = image
-        if not self._frozen_backbone:
+        prepared["image"] = self.model.fit_image(image)
+        if not self._caches_perception:
             return prepared
         with torch.no_grad():
             perception = self.model.perceive(prepared)
@@ -444,21 +450,27 @@ def _as_json(options: Mapping[str, Any]) -> Any:
 
 
 def load_policy(
-    checkpoint: str | Path, action_chunk: int | None = None, device: torch.device | str = "cpu"
+    checkpoint: str | Path,
+    action_chunk: int | None = None,
+    device: torch.device | str = "cpu",
+    model_kwargs: Mapping[str, Any] | None = None,
 ) -> VLAPolicy:
     """A policy to act with, from a checkpoint alone.
 
-    :param checkpoint: folder written by :func:`sb3_vla.checkpoints.save_checkpoint`.
+    :param checkpoint: see :class:`VLAPolicy`.
     :param action_chunk: K, actions executed per decision; None for the whole predicted horizon.
+    :param model_kwargs: what a published checkpoint does not say.
     :raises ValueError: if the model predicts fewer actions than that.
     """
-    loaded = load_checkpoint(checkpoint)
+    loaded = load_checkpoint(checkpoint, model_kwargs)
     model = loaded.model
     name, options = loaded.distribution or (default_distribution(model), {})
     state_dim = int(model.config.get("state_dim", 4))
+    size = loaded.notes.get("view", {}).get("render_size")
+    picture = (size, size) if size else model.image_size
     observation_space = spaces.Dict(
         {
-            "image": spaces.Box(0, 255, (*model.image_size, 3), np.uint8),
+            "image": spaces.Box(0, 255, (*picture, 3), np.uint8),
             "state": spaces.Box(-np.inf, np.inf, (state_dim,), np.float32),
             "instruction": spaces.Box(0, 255, (INSTRUCTION_BYTES,), np.uint8),
         }
@@ -470,6 +482,7 @@ def load_policy(
         spaces.Box(-1.0, 1.0, shape, np.float32),
         lambda _: 0.0,
         checkpoint=checkpoint,
+        model_kwargs=model_kwargs,
         distribution=name,
         distribution_kwargs=options,
     )

@@ -34,7 +34,9 @@ class SFTConfig:
 
     :param model: name in :data:`sb3_vla.models.MODELS`.
     :param model_kwargs: the model's own options.
-    :param checkpoint: start from this checkpoint's model instead of a new one.
+    :param checkpoint: start from this checkpoint's model instead of a new one; of a published one, model_kwargs are
+        what it does not say. A model that comes without normalisation gets that of the data.
+    :param trainable: what is trained, see :class:`sb3_vla.policies.VLAPolicy`.
     :param action_horizon: H, length of the predicted chunk.
     :param steps: optimiser steps.
     :param batch_size: frames a step.
@@ -54,6 +56,7 @@ class SFTConfig:
     model: str = "compact"
     model_kwargs: dict[str, Any] = field(default_factory=dict)
     checkpoint: str | None = None
+    trainable: str | None = None
     action_horizon: int = 5
     steps: int = 500
     batch_size: int = 128
@@ -157,7 +160,10 @@ def sft(
     model = _make_model(demonstrations, config)
     batches = DemonstrationBatches(demonstrations, train_frames, model.action_horizon, config.shift, config.seed)
     validation = _validation_batches(demonstrations, validation_frames, model.action_horizon, config.seed)
-    averaged = copy.deepcopy(model).requires_grad_(False)
+    model.set_trainable(config.trainable or model.default_trainable)
+    # What is frozen is shared: it is most of a large model.
+    averaged = copy.deepcopy(model, {id(p): p for p in model.parameters() if not p.requires_grad})
+    averaged.requires_grad_(False)
     optimizer = torch.optim.AdamW(
         [p for p in model.parameters() if p.requires_grad],
         lr=config.learning_rate,
@@ -226,7 +232,8 @@ def sft(
 
 def _make_model(demonstrations: Demonstrations, config: SFTConfig) -> VLAModel:
     if config.checkpoint is not None:
-        model = load_checkpoint(config.checkpoint).model
+        loaded = load_checkpoint(config.checkpoint, config.model_kwargs)
+        model, normalised = loaded.model, loaded.notes.get("normalised", True)
     else:
         options = {
             "action_dim": demonstrations.actions.shape[1],
@@ -234,16 +241,9 @@ def _make_model(demonstrations: Demonstrations, config: SFTConfig) -> VLAModel:
             "state_dim": demonstrations.states.shape[1],
             "image_size": demonstrations.images.shape[1],
         }
-        model = make_model(config.model, {**options, **config.model_kwargs})
-        known = dict(model.named_buffers())
-        model.set_statistics(
-            {
-                f"{name}_{moment}": torch.from_numpy(np.maximum(value, _SMALLEST_STD) if moment == "std" else value)
-                for name, moments in demonstrations.statistics().items()
-                for moment, value in moments.items()
-                if f"{name}_{moment}" in known
-            }
-        )
+        model, normalised = make_model(config.model, {**options, **config.model_kwargs}), False
+    if not normalised:
+        model.set_statistics(_statistics(demonstrations, model))
     if demonstrations.images.shape[1:3] != model.image_size:
         raise ValueError(
             f"The demonstrations' pictures are {demonstrations.images.shape[1:3]}, the model reads {model.image_size}; "
@@ -254,6 +254,18 @@ def _make_model(demonstrations: Demonstrations, config: SFTConfig) -> VLAModel:
             f"The data has {demonstrations.actions.shape[1]}-D actions, the model {model.action_dim}-D ones"
         )
     return model
+
+
+def _statistics(demonstrations: Demonstrations, model: VLAModel) -> dict[str, Tensor]:
+    """Statistics of the data, those that the model has a place for, none of them a range of next to nothing."""
+    found: dict[str, Tensor] = {}
+    for name, values in demonstrations.statistics().items():
+        values["std"] = np.maximum(values["std"], _SMALLEST_STD)
+        for low, high in (("min", "max"), ("q01", "q99")):
+            values[high] = np.maximum(values[high], values[low] + 2 * _SMALLEST_STD)
+        found |= {f"{name}_{statistic}": torch.from_numpy(value) for statistic, value in values.items()}
+    places = dict(model.named_buffers())
+    return {name: value for name, value in found.items() if name in places}
 
 
 def _validation_batches(
@@ -282,7 +294,10 @@ def _validation_loss(
 
 @torch.no_grad()
 def _average(averaged: VLAModel, model: VLAModel, decay: float) -> None:
-    torch._foreach_lerp_(list(averaged.parameters()), list(model.parameters()), 1 - decay)
+    pairs = [
+        (ours, new) for ours, new in zip(averaged.parameters(), model.parameters(), strict=True) if ours is not new
+    ]
+    torch._foreach_lerp_([ours for ours, _ in pairs], [new for _, new in pairs], 1 - decay)
 
 
 def _shifted(images: np.ndarray, index: np.ndarray, generator: np.random.Generator, shift: int) -> np.ndarray:

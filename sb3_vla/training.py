@@ -368,9 +368,13 @@ def _policy_kwargs(config: PPOConfig | GRPOConfig, checkpoint: str | Path) -> di
 
 
 def view_of(notes: dict[str, Any]) -> dict[str, Any]:
-    """Camera and crop that a checkpoint's model was trained on; the full default view if it does not say."""
+    """Camera and crop that a checkpoint's model was trained on; the full default view if it does not say.
+
+    Where pictures were drawn larger than the model reads them, also the size.
+    """
     camera = notes.get("view", {})
-    return {"camera": camera.get("camera", "corner2"), "crop": camera.get("crop")}
+    drawn = {"image_size": camera["render_size"]} if "render_size" in camera else {}
+    return {"camera": camera.get("camera", "corner2"), "crop": camera.get("crop"), **drawn}
 
 
 class _TensorBoard(TensorBoardOutputFormat):

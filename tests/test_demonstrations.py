@@ -593,6 +593,9 @@ def test_statistics_against_numpy(many: Demonstrations) -> None:
             expected = getattr(values.astype(np.float64), statistic)(axis=0)
             np.testing.assert_allclose(stats[name][statistic], expected, rtol=1e-6, atol=1e-7)
             assert stats[name][statistic].dtype == np.float32
+        for statistic, share in (("q01", 1), ("q99", 99)):
+            expected = np.percentile(values.astype(np.float64), share, axis=0)
+            np.testing.assert_allclose(stats[name][statistic], expected, rtol=1e-5, atol=1e-6)
 
 
 # --- collecting ------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from sb3_vla.models.base import Context, VLAModel
 from sb3_vla.models.compact import CompactVLA
 from sb3_vla.models.diffusion_policy import DiffusionPolicy
 from sb3_vla.models.openvla_oft import OpenVLAOFT
+from sb3_vla.models.pi0 import Pi0, Pi05
 from sb3_vla.models.smolvla import SmolVLA
 from sb3_vla.models.tinyvla import TinyVLA
 
@@ -17,6 +18,8 @@ MODELS: dict[str, type[VLAModel]] = {
     "compact": CompactVLA,
     "diffusion_policy": DiffusionPolicy,
     "openvla_oft": OpenVLAOFT,
+    "pi0": Pi0,
+    "pi05": Pi05,
     "smolvla": SmolVLA,
     "tinyvla": TinyVLA,
 }
@@ -50,6 +53,8 @@ __all__ = [
     "Context",
     "DiffusionPolicy",
     "OpenVLAOFT",
+    "Pi0",
+    "Pi05",
     "SmolVLA",
     "TinyVLA",
     "VLAModel",

@@ -15,11 +15,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+from mw_envs.tasks import did_you_mean
 
 PERCEPTION = "perception/"
 #: what a model may predict: a flow's velocity; a diffusion's noise, clean action or v (Salimans & Ho 2022); tokens
 PREDICTIONS = ("velocity", "epsilon", "sample", "v_prediction", "tokens")
+#: parts of a model that can be trained
+TRAINABLE = ("all", "expert", "adaptive")
 
 
 def is_perceived(observation: Mapping[str, Tensor]) -> bool:
@@ -54,6 +59,10 @@ class VLAModel(nn.Module, ABC):
     config: dict[str, Any]
     #: one of :data:`PREDICTIONS`; it decides which action distributions fit
     prediction: str = "velocity"
+    #: what a policy trains unless told otherwise, see :class:`sb3_vla.policies.VLAPolicy`
+    default_trainable: str = "all"
+    #: whether a rollout keeps what a frozen backbone perceived unless told otherwise
+    caches_perception: bool = True
     #: place in the horizon of the first action to execute; later than 0 where the prediction starts in the past
     first_action: int = 0
     #: size of the second tensor of :meth:`denoise_features`, None where there is none
@@ -78,6 +87,28 @@ class VLAModel(nn.Module, ABC):
     def backbone(self) -> Iterator[nn.Parameter]:
         """The parameters of :meth:`perceive`."""
 
+    def adaptive_parameters(self) -> Iterator[nn.Parameter]:
+        """The parameters that modulate the norms of the expert, where a model has some apart from the rest."""
+        yield from ()
+
+    def set_trainable(self, trainable: str) -> None:
+        """Leave a gradient to one part of the model.
+
+        :param trainable: ``all``, ``expert`` for all but the backbone, or ``adaptive`` for
+            :meth:`adaptive_parameters`.
+        :raises ValueError: for an unknown part, or one that the model has not.
+        """
+        if trainable not in TRAINABLE:
+            raise ValueError(f"Unknown trainable={trainable!r}; {did_you_mean(trainable, TRAINABLE)}")
+        adaptive = list(self.adaptive_parameters())
+        if trainable == "adaptive" and not adaptive:
+            raise ValueError(f'{type(self).__name__} has no modulated norms to train alone; use trainable="expert"')
+        self.requires_grad_(trainable != "adaptive")
+        for parameter in self.backbone() if trainable == "expert" else ():
+            parameter.requires_grad_(False)
+        for parameter in adaptive if trainable == "adaptive" else ():
+            parameter.requires_grad_(True)
+
     @abstractmethod
     def perceive(self, observation: dict[str, Tensor]) -> dict[str, Tensor]:
         """The backbone's part of the encoding, which a rollout can keep where the backbone is frozen.
@@ -90,6 +121,13 @@ class VLAModel(nn.Module, ABC):
     @abstractmethod
     def contextualise(self, perception: dict[str, Tensor]) -> Context:
         """The rest of the encoding, from what :meth:`perceive` gave."""
+
+    def fit_image(self, image: Tensor) -> Tensor:
+        """Pictures, uint8 (N, 3, height, width), at the size in which a rollout keeps them."""
+        if image.shape[2:] == self.image_size:
+            return image
+        resized = F.interpolate(image.float(), self.image_size, mode="bilinear", antialias=True)
+        return resized.round_().clamp_(0, 255).to(torch.uint8)
 
     def encode(self, observation: dict[str, Tensor]) -> Context:
         """Encode observations, or what :meth:`perceive` made of them."""

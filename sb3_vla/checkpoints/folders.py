@@ -1,0 +1,151 @@
+"""Checkpoint folders of others: where they are, the tensors in them, and whether these fit a model."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+HUB = "hf://"
+#: of RLinf's training, in the order in which it looks for them
+FULL_WEIGHTS = ("model_state_dict/full_weights.pt", "actor/model_state_dict/full_weights.pt")
+_SHOWN = 6
+
+
+def local_folder(source: str | Path) -> Path:
+    """A checkpoint's folder; ``hf://owner/name`` or ``hf://owner/name@revision`` is fetched from the Hugging Face hub.
+
+    :raises FileNotFoundError: if there is none.
+    """
+    if not str(source).startswith(HUB):
+        folder = Path(source).expanduser()
+        if not folder.is_dir():
+            raise FileNotFoundError(
+                f"Checkpoint folder {folder} does not exist; write {HUB}owner/name for one on the Hugging Face hub"
+            )
+        return folder
+    from huggingface_hub import snapshot_download  # a heavy import, needed by few
+
+    repository, _, revision = str(source).removeprefix(HUB).partition("@")
+    patterns = ["*.json", "*.safetensors", "*.pt", "*.model"]
+    try:
+        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=patterns))
+    except Exception as error:  # gated, offline, unknown: all mean that there is no checkpoint
+        raise FileNotFoundError(f"Checkpoint {source} could not be fetched from the hub: {error}") from error
+
+
+def read_json(path: Path) -> dict:
+    """An object of a JSON file; empty where there is no file.
+
+    :raises ValueError: if it holds something else; the message names the file.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds {type(found).__name__}; expected an object")
+    return found
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Files with weights: RLinf's, or all safetensors files but those of LeRobot's processors; empty if none."""
+    for name in FULL_WEIGHTS:
+        if (folder / name).is_file():
+            return [folder / name]
+    index = read_json(folder / "model.safetensors.index.json").get("weight_map")
+    if index:
+        return [folder / name for name in sorted(set(index.values()))]
+    return sorted(path for path in folder.glob("*.safetensors") if not path.name.startswith("policy_"))
+
+
+def weight_names(files: Iterable[Path]) -> list[str]:
+    """Names of the tensors in safetensors files; none of a file that is damaged or not there."""
+    names: list[str] = []
+    for path in files:
+        if path.suffix == ".pt":
+            return list(read_weights([path]))
+        with suppress(SafetensorError, OSError), safe_open(path, "pt") as file:
+            names += file.keys()
+    return names
+
+
+def read_weights(files: Iterable[Path]) -> dict[str, Tensor]:
+    """Tensors of all files. Nothing is unpickled but tensors.
+
+    :raises FileNotFoundError: if a shard is missing.
+    :raises ValueError: if a file is damaged, or holds more than tensors.
+    """
+    tensors: dict[str, Tensor] = {}
+    for path in files:
+        if not path.is_file():
+            raise FileNotFoundError(f"{path.parent} lacks {path.name}, which its index names")
+        try:
+            if path.suffix == ".pt":
+                tensors |= torch.load(path, map_location="cpu", weights_only=True)
+            else:
+                tensors |= load_file(path)
+        except (SafetensorError, RuntimeError, OSError, EOFError, TypeError) as error:
+            raise ValueError(f"{path} is damaged: {error}") from error
+        except Exception as error:  # pickle.UnpicklingError has no narrower base
+            raise ValueError(f"{path} holds more than tensors and is not loaded: {error}") from error
+    return tensors
+
+
+def fit(model: nn.Module, weights: Mapping[str, Tensor], source: Path, hint: str) -> None:
+    """Put weights into a model on the meta device, as float32; buffers that are not among them are left.
+
+    :param hint: what may be wrong, for the error.
+    :raises ValueError: if a weight is missing, unexpected or of another shape.
+    """
+    expected = dict(model.named_parameters())
+    missing = [name for name in expected if name not in weights]
+    unexpected = [name for name in weights if name not in expected]
+    shapes = [
+        f"{name} is {tuple(weights[name].shape)}, expected {tuple(expected[name].shape)}"
+        for name in expected
+        if name in weights and weights[name].shape != expected[name].shape
+    ]
+    if missing or unexpected or shapes:
+        parts = [
+            f"{len(names)} {kind} ({', '.join(names[:_SHOWN])}{', ...' if len(names) > _SHOWN else ''})"
+            for kind, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
+            if names
+        ]
+        raise ValueError(f"{source} does not fit {type(model).__name__}: {'; '.join(parts)}. {hint}")
+    model.load_state_dict({name: weights[name].float() for name in expected}, strict=False, assign=True)
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A folder to write into, which takes its name when it is whole.
+
+    :raises FileExistsError: if there is something under that name.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{folder} is there already; choose another folder or empty it")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        yield partial
+        partial.chmod(0o755)  # mkdtemp makes a private folder
+        os.replace(partial, folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def write_json(path: Path, content: Mapping) -> None:
+    """Write an object."""
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,98 @@
+"""Instructions as PaliGemma's tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+BOS = 2
+_REMEMBERED = 4096
+
+
+class PromptTokenizer:
+    """Text to token ids, padded on the right; the tokenizer is loaded when it is first needed.
+
+    :param source: a folder with ``tokenizer.json``, that file, a SentencePiece ``.model`` file (needs the
+        ``sentencepiece`` package), or a repository on the Hugging Face hub, ``owner/name`` or ``owner/name@revision``.
+    :param length: tokens kept, with padding.
+    """
+
+    def __init__(self, source: str, length: int) -> None:
+        self.source = source
+        self.length = length
+        self._encode: Callable[[str], list[int]] | None = None
+        self._remembered: dict[tuple[str, ...], list[int]] = {}
+
+    def __call__(self, prompts: Sequence[tuple[str, ...]]) -> tuple[Tensor, Tensor]:
+        """Tokens of prompts, each of parts that are tokenised one by one and follow a beginning-of-sentence token.
+
+        :return: ids, int64 (N, length), and which of them are no padding, bool (N, length).
+        :raises FileNotFoundError: if there is no tokenizer.
+        """
+        tokens = torch.zeros(len(prompts), self.length, dtype=torch.int64)
+        valid = torch.zeros(len(prompts), self.length, dtype=torch.bool)
+        for row, parts in enumerate(prompts):
+            ids = self._ids(parts)[: self.length]
+            tokens[row, : len(ids)] = torch.tensor(ids)
+            valid[row, : len(ids)] = True
+        return tokens, valid
+
+    def _ids(self, parts: tuple[str, ...]) -> list[int]:
+        if parts not in self._remembered:
+            if self._encode is None:
+                self._encode = _load(self.source)
+            if len(self._remembered) >= _REMEMBERED:  # prompts that hold the state are ever new
+                self._remembered.clear()
+            self._remembered[parts] = [BOS, *(token for part in parts for token in self._encode(part))]
+        return self._remembered[parts]
+
+
+def clean(sentence: str) -> str:
+    """A sentence as openpi writes it into a prompt."""
+    return sentence.strip().replace("_", " ").replace("\n", " ")
+
+
+def tokenizer_file(source: str) -> Path:
+    """The file of a tokenizer, see :class:`PromptTokenizer`; it is fetched from the hub if need be.
+
+    :raises FileNotFoundError: if there is none.
+    """
+    path = Path(source).expanduser()
+    if path.is_file():
+        return path
+    for name in ("tokenizer.json", "paligemma_tokenizer.model", "tokenizer.model"):
+        if (path / name).is_file():
+            return path / name
+    advice = (
+        "Give tokenizer=FOLDER with tokenizer.json, a SentencePiece file such as openpi's paligemma_tokenizer.model, "
+        "or a hub repository such as google/paligemma-3b-pt-224 (gated: accept its licence and log in first)"
+    )
+    if path.is_dir() or source.count("/") != 1 or source.startswith((".", "/", "~")):
+        raise FileNotFoundError(f"No PaliGemma tokenizer at {source!r}. {advice}")
+    from huggingface_hub import hf_hub_download  # a heavy import, needed by few
+
+    repository, _, revision = source.partition("@")
+    try:
+        return Path(hf_hub_download(repository, "tokenizer.json", revision=revision or None))
+    except Exception as error:  # gated, offline, unknown: all mean that there is no tokenizer
+        raise FileNotFoundError(f"No PaliGemma tokenizer at {source!r}: {error}. {advice}") from error
+
+
+def _load(source: str) -> Callable[[str], list[int]]:
+    path = tokenizer_file(source)
+    if path.suffix == ".model":
+        try:
+            from sentencepiece import SentencePieceProcessor
+        except ImportError as error:
+            raise FileNotFoundError(
+                f"{path} is a SentencePiece model, which needs `pip install sentencepiece`; "
+                "or give tokenizer=FOLDER with tokenizer.json"
+            ) from error
+        return SentencePieceProcessor(model_file=str(path)).encode  # type: ignore[no-any-return]
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(path))
+    return lambda text: tokenizer.encode(text, add_special_tokens=False).ids
