@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -71,7 +72,7 @@ class DiffusionModel(VLAModel):
 
     def _normalise(self, name: str, value: Tensor) -> Tensor:
         offset, scale = self._offset_and_scale(name)
-        return value if scale is None else (value - offset) / scale
+        return value if offset is None or scale is None else (value - offset) / scale
 
     def _offset_and_scale(self, name: str) -> tuple[Tensor, Tensor] | tuple[None, None]:
         kind = self.normalisation[name]
@@ -91,7 +92,7 @@ class DiffusionModel(VLAModel):
     def unnormalise_action(self, action: Tensor) -> Tensor:
         """See :meth:`VLAModel.unnormalise_action`."""
         offset, scale = self._offset_and_scale("action")
-        return action if scale is None else action * scale + offset
+        return action if offset is None or scale is None else action * scale + offset
 
     def imitation_loss(
         self,
@@ -214,13 +215,15 @@ class ConditionalUnet1d(nn.Module):
         condition = torch.cat([step, condition], dim=1)
         h = x.transpose(1, 2)
         skips = []
-        for first, second, shorter in self.down_modules:  # type: ignore[misc]
+        for stage in self.down_modules:
+            first, second, shorter = cast(nn.ModuleList, stage)
             h = second(first(h, condition), condition)
             skips.append(h)
             h = shorter(h)
         for block in self.mid_modules:
             h = block(h, condition)
-        for first, second, longer in self.up_modules:  # type: ignore[misc]
+        for stage in self.up_modules:
+            first, second, longer = cast(nn.ModuleList, stage)
             h = torch.cat([h, skips.pop()], dim=1)
             h = longer(second(first(h, condition), condition))
         return self.final_conv(h).transpose(1, 2)

@@ -167,7 +167,7 @@ class OpenVLAOFT(VLAModel):
         self.register_buffer("action_scaled", torch.ones(self.numbers, dtype=torch.bool))
         self.vision_backbone = VisionBackbone(self.sizes, resolution)
         self.projector = Projector(sum(self.sizes.vision_widths), self.sizes.width)
-        self.language_model = _llama(self.sizes)
+        self.language_model: Any = _llama(self.sizes)
         self.feature_dim = self.sizes.width
         for part in (self.vision_backbone, self.projector, self.language_model):
             part.to(PRECISIONS[precision])
@@ -426,7 +426,8 @@ def _oft_sizes(sizes: str | Mapping[str, Any]) -> OFTSizes:
         if sizes not in OFT_SIZES:
             raise ValueError(f"OpenVLAOFT sizes={sizes!r}; expected {', '.join(OFT_SIZES)}, or the sizes")
         return OFT_SIZES[sizes]
-    return OFTSizes(**{key: tuple(value) if isinstance(value, list) else value for key, value in sizes.items()})
+    given: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in sizes.items()}
+    return OFTSizes(**given)
 
 
 def _llama(sizes: OFTSizes) -> nn.Module:
@@ -444,6 +445,6 @@ def _llama(sizes: OFTSizes) -> nn.Module:
             rms_norm_eps=sizes.norm_eps,
             rope_parameters={"rope_type": "default", "rope_theta": sizes.rope_base},
             tie_word_embeddings=False,
-            attn_implementation="sdpa",
+            attn_implementation="sdpa",  # type: ignore[call-arg]
         )
     )

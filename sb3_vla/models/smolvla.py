@@ -271,7 +271,7 @@ class SmolVLA(VLAModel):
             value = torch.cat([values[:, index], value], dim=1)
             hidden = layer.finish(hidden, attend(rotate(query, position), key, value, mask[:, None]))  # type: ignore[operator]
             expert = self.expert.layers[index]
-            layers.append(expert.self_attn.cross(key, value) if expert.crosses else (key, value))  # type: ignore[union-attr,operator]
+            layers.append(expert.self_attn.cross(key, value) if expert.crosses else (key, value))  # type: ignore[union-attr,operator,arg-type]
         features = torch.cat([summary.float(), self.text_model.norm(hidden)[:, 0].float()], dim=1)
         return Context(features, (layers, mask, position))
 

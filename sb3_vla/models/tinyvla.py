@@ -142,9 +142,9 @@ class TinyVLA(DiffusionModel):
         )
 
         self.tokenizer = read_tokenizer(tokenizer)
-        self.gpt_neox = GPTNeoXModel(GPTNeoXConfig(**{**language, "use_cache": False}))
+        self.gpt_neox: Any = GPTNeoXModel(GPTNeoXConfig(**{**language, "use_cache": False}))
         if tower == "clip":
-            self.vision_tower: nn.Module = CLIPVisionModel(CLIPVisionConfig(**vision))
+            self.vision_tower: Any = CLIPVisionModel(CLIPVisionConfig(**vision))
         else:
             self.vision_tower = SiglipVisionModel(SiglipVisionConfig(**vision))
         hidden, seen = self.gpt_neox.config.hidden_size, self.vision_tower.config.hidden_size
