@@ -1,4 +1,4 @@
-"""The ``sb3-vla`` command: collect, sft, train, eval, compare.
+"""The ``sb3-vla`` command: collect, sft, train, eval, compare, report, doctor.
 
 Each command takes its settings as ``key=value``, a YAML file by ``--config``, and prints all of them with ``--help``.
 """
@@ -135,6 +135,20 @@ class CompareCommand:
     output: str | None = None
 
 
+@dataclass
+class ReportCommand:
+    """Write a page about a run: results, curves, videos, settings; ``sb3-vla report RUN`` for short.
+
+    :param run: run directory.
+    :param output: HTML file; None for ``report.html`` in the run directory.
+    :param embed_mb: megabytes of videos that are put into the page; more are linked.
+    """
+
+    run: str = "runs/ppo"
+    output: str | None = None
+    embed_mb: float = 20.0
+
+
 def run_collect(command: CollectCommand, console: Console) -> None:
     """``sb3-vla collect``."""
     from sb3_vla.collecting import collect
@@ -235,12 +249,21 @@ def run_compare(command: CompareCommand, console: Console) -> None:
     comparison.print_table(console)
 
 
+def run_report(command: ReportCommand, console: Console) -> None:
+    """``sb3-vla report``."""
+    from sb3_vla.report import write_report
+
+    path = write_report(command.run, command.output, embed_mb=command.embed_mb)
+    console.print(f"{path}: {path.stat().st_size / 1e6:.1f} MB", highlight=False, soft_wrap=True)
+
+
 COMMANDS: dict[str, tuple[type[Any], Callable[[Any, Console], None]]] = {
     "collect": (CollectCommand, run_collect),
     "sft": (SFTCommand, run_sft),
     "train": (TrainCommand, run_train),
     "eval": (EvalCommand, run_eval),
     "compare": (CompareCommand, run_compare),
+    "report": (ReportCommand, run_report),
 }
 
 
@@ -260,9 +283,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sub.add_argument("settings", nargs="*", metavar="key=value")
     parsed = parser.parse_args(arguments)
     kind, run = COMMANDS[parsed.command]
+    settings = parsed.settings
+    if parsed.command == "report" and settings and "=" not in settings[0]:
+        settings = [f"run={settings[0]}", *settings[1:]]
     console = Console()
     try:
-        run(load_config(kind, parsed.config, parsed.settings), console)
+        run(load_config(kind, parsed.config, settings), console)
     except (ConfigError, RunError, ValueError, RuntimeError, OSError) as error:
         Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)
         return 2
