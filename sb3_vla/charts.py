@@ -18,7 +18,7 @@ from sb3_vla.statistics import Estimate
 _WIDTH = 420
 _NAMES = 142  # room for the longest name of a task
 _MOST_POINTS = 400  # of a line: one a pixel
-_ENGINEERING = EngFormatter(sep="")
+_THOUSANDS = EngFormatter(sep="")
 
 
 class Html(str):
@@ -73,13 +73,13 @@ def line_chart(lines: Sequence[Line], title: str, x_label: str, *, percent: bool
     parts = []
     for tick in y_ticks:
         (_, v) = place(np.array([0.0]), np.array([tick])).split(",")
-        text = f"{100 * tick:.0f} %" if percent else _ENGINEERING(tick)
+        text = f"{100 * tick:.0f} %" if percent else _number(tick)
         parts.append(f'<line class="grid" x1="{left}" x2="{right}" y1="{v}" y2="{v}"/>')
         parts.append(f'<text class="end" x="{left - 6}" y="{float(v) + 4:.1f}">{markup(text)}</text>')
     for tick in MaxNLocator(nbins=5).tick_values(0, x_high):
         if 0 <= tick <= x_high:
             u = left + (right - left) * tick / x_high
-            parts.append(f'<text class="middle" x="{u:.1f}" y="{bottom + 16}">{markup(_ENGINEERING(tick))}</text>')
+            parts.append(f'<text class="middle" x="{u:.1f}" y="{bottom + 16}">{markup(_number(tick))}</text>')
     parts.append(f'<text class="middle" x="{(left + right) / 2:.0f}" y="{bottom + 33}">{markup(x_label)}</text>')
     for line, (x, y) in zip(lines, kept, strict=True):
         if line.look == "dots":
@@ -103,7 +103,7 @@ def bars(rates: Mapping[str, Sequence[Estimate]], title: str, names: Sequence[st
     :param names: names of the measurements, as many as rates of a task
     :return: a figure
     """
-    left, right = _NAMES, _WIDTH - 62
+    left, right = _NAMES, _WIDTH - 74
     height, thick = (26, 9) if len(names) > 1 else (18, 11)
     looks = ("before", "after") if len(names) > 1 else ("after",)
     bottom = 4 + height * len(rates)
@@ -220,6 +220,10 @@ def _thinned(line: Line) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float6
     stride = -(-len(x) // _MOST_POINTS) or 1
     # Counted from the end, so that the last point is kept.
     return x[::-1][::stride][::-1], y[::-1][::stride][::-1]
+
+
+def _number(value: float) -> str:
+    return str(_THOUSANDS(value)) if abs(value) >= 1000 else f"{value:g}"
 
 
 def _short(task: str) -> Html:

@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from mw_envs.tasks import select_tasks
+from sb3_vla import doctor
 from sb3_vla.config import ConfigError, load_config, to_yaml
 from sb3_vla.results import TRIAL_SEED
 from sb3_vla.run import RunDirectory, RunError
@@ -268,7 +269,10 @@ COMMANDS: dict[str, tuple[type[Any], Callable[[Any, Console], None]]] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit status: 0, 2 for an error told in one message, 130 for Ctrl-C."""
+    """Entry point; returns the exit status: 0, 2 for an error told in one message, 130 for Ctrl-C.
+
+    ``doctor`` returns 1 if the quickstart cannot run here.
+    """
     parser = argparse.ArgumentParser(prog="sb3-vla", description="Reinforcement learning of VLA policies in MetaWorld.")
     commands = parser.add_subparsers(dest="command", required=True)
     for name, (kind, _) in COMMANDS.items():
@@ -281,6 +285,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         sub.add_argument("--config", type=Path, help="YAML file with settings")
         sub.add_argument("settings", nargs="*", metavar="key=value")
+    commands.add_parser("doctor", help="Say what this machine can do, and what is missing.", add_help=False)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["doctor"]:
+        return doctor.main(arguments[1:])
     parsed = parser.parse_args(arguments)
     kind, run = COMMANDS[parsed.command]
     settings = parsed.settings

@@ -265,8 +265,8 @@ def _by_difficulty(run: _Run) -> Html:
     if not ours:
         text.append("Nothing was measured here yet.")
     text.append(
-        "Published rows were not measured here. They are of all 50 tasks of MT50, those of pi0 and pi0.5 with 10 trials "
-        "each, which leave about five points of uncertainty of the average. Avg is the mean of the groups."
+        "Published rows were not measured here. They are of all 50 tasks of MT50, those of pi0 and pi0.5 with 10 "
+        "trials each, which leave about five points of uncertainty of the average. Avg is the mean of the groups."
     )
     if any(set(result.tasks) != set(suite_tasks("MT50")) for result in ours.values()):
         text.append("What was measured here are not the same tasks, so the levels cannot be compared with those rows.")
