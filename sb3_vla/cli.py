@@ -1,4 +1,4 @@
-"""The ``sb3-vla`` command: collect, sft, train, eval, compare.
+"""The ``sb3-vla`` command: collect, sft, train, eval, compare, report, doctor.
 
 Each command takes its settings as ``key=value``, a YAML file by ``--config``, and prints all of them with ``--help``.
 """
@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from mw_envs.tasks import select_tasks
+from sb3_vla import doctor
 from sb3_vla.config import ConfigError, load_config, to_yaml
 from sb3_vla.results import TRIAL_SEED
 from sb3_vla.run import RunDirectory, RunError
@@ -138,6 +139,20 @@ class CompareCommand:
     output: str | None = None
 
 
+@dataclass
+class ReportCommand:
+    """Write a page about a run: results, curves, videos, settings; ``sb3-vla report RUN`` for short.
+
+    :param run: run directory.
+    :param output: HTML file; None for ``report.html`` in the run directory.
+    :param embed_mb: megabytes of videos that are put into the page; more are linked.
+    """
+
+    run: str = "runs/ppo"
+    output: str | None = None
+    embed_mb: float = 20.0
+
+
 def run_collect(command: CollectCommand, console: Console) -> None:
     """``sb3-vla collect``."""
     from sb3_vla.collecting import collect
@@ -240,17 +255,29 @@ def run_compare(command: CompareCommand, console: Console) -> None:
     comparison.print_table(console)
 
 
+def run_report(command: ReportCommand, console: Console) -> None:
+    """``sb3-vla report``."""
+    from sb3_vla.report import write_report
+
+    path = write_report(command.run, command.output, embed_mb=command.embed_mb)
+    console.print(f"{path}: {path.stat().st_size / 1e6:.1f} MB", highlight=False, soft_wrap=True)
+
+
 COMMANDS: dict[str, tuple[type[Any], Callable[[Any, Console], None]]] = {
     "collect": (CollectCommand, run_collect),
     "sft": (SFTCommand, run_sft),
     "train": (TrainCommand, run_train),
     "eval": (EvalCommand, run_eval),
     "compare": (CompareCommand, run_compare),
+    "report": (ReportCommand, run_report),
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit status: 0, 2 for an error told in one message, 130 for Ctrl-C."""
+    """Entry point; returns the exit status: 0, 2 for an error told in one message, 130 for Ctrl-C.
+
+    ``doctor`` returns 1 if the quickstart cannot run here.
+    """
     parser = argparse.ArgumentParser(prog="sb3-vla", description="Reinforcement learning of VLA policies in MetaWorld.")
     commands = parser.add_subparsers(dest="command", required=True)
     for name, (kind, _) in COMMANDS.items():
@@ -263,11 +290,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         sub.add_argument("--config", type=Path, help="YAML file with settings")
         sub.add_argument("settings", nargs="*", metavar="key=value")
+    commands.add_parser("doctor", help="Say what this machine can do, and what is missing.", add_help=False)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["doctor"]:
+        return doctor.main(arguments[1:])
     parsed = parser.parse_args(arguments)
     kind, run = COMMANDS[parsed.command]
+    settings = parsed.settings
+    if parsed.command == "report" and settings and "=" not in settings[0]:
+        settings = [f"run={settings[0]}", *settings[1:]]
     console = Console()
     try:
-        run(load_config(kind, parsed.config, parsed.settings), console)
+        run(load_config(kind, parsed.config, settings), console)
     except (ConfigError, RunError, ValueError, RuntimeError, OSError) as error:
         Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)
         return 2

@@ -45,18 +45,18 @@ def learning_curve(
     :raises ValueError: if no row has both a success rate and a number of steps
     """
     table = _read_csv(rows) if isinstance(rows, (str, Path)) else list(rows)
-    steps, rates = _series(table, env_steps, success)
+    steps, rates = metric_series(table, env_steps, success)
     if not len(steps):
         known = sorted({key for row in table for key in row})
         raise ValueError(f"A learning curve needs {env_steps!r} and {success!r} in a row, got {known}.")
     figure, axes = _figure(4.0, title)
     tasks = sorted({key for row in table for key in row if key.startswith(f"{success}/")})
     for number, task in enumerate(tasks):
-        x, y = _series(table, env_steps, task)
+        x, y = metric_series(table, env_steps, task)
         label = f"each of {len(tasks)} tasks" if number == 0 else None
-        axes.plot(x, _smooth(y), color=_TASK, linewidth=0.8, alpha=0.55, label=label)
+        axes.plot(x, smoothed(y), color=_TASK, linewidth=0.8, alpha=0.55, label=label)
     axes.plot(steps, rates, ".", color=_CURVE, alpha=0.4, markersize=5, label="success rate while training")
-    axes.plot(steps, _smooth(rates), color=_CURVE, linewidth=2.4, label="smoothed")
+    axes.plot(steps, smoothed(rates), color=_CURVE, linewidth=2.4, label="smoothed")
     axes.set_ylim(0, 1)
     axes.set_xlim(0, 1.02 * max(steps[-1], 1))
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
@@ -64,7 +64,7 @@ def learning_curve(
     axes.set_xlabel("environment steps", fontsize=9)
     axes.set_ylabel("success", fontsize=9)
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=3, frameon=False, fontsize=8)
-    _add_minutes(axes, *_series(table, env_steps, seconds))
+    _add_minutes(axes, *metric_series(table, env_steps, seconds))
     _save(figure, path)
 
 
@@ -167,10 +167,17 @@ def _add_minutes(axes: Axes, steps: npt.NDArray[np.float64], seconds: npt.NDArra
     top.tick_params(labelsize=8, colors=_TEXT, length=0)
 
 
-def _series(
+def metric_series(
     table: Sequence[Mapping[str, Any]], x: str, y: str
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """The rows that have two metrics, as two arrays."""
+    """
+    The values of two metrics in the rows that have both, finite.
+
+    :param table: metrics in order, as dictionaries; values may be text that holds a number
+    :param x: name of the one
+    :param y: name of the other
+    :return: two arrays, float64, shape (n,)
+    """
     pairs = [
         (float(row[x]), float(row[y])) for row in table if row.get(x) not in (None, "") and row.get(y) not in (None, "")
     ]
@@ -178,8 +185,13 @@ def _series(
     return finite[:, 0], finite[:, 1]
 
 
-def _smooth(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Centred moving average over about a tenth of the curve, over what there is of it at the ends."""
+def smoothed(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """
+    Centred moving average over about a tenth of a curve, over what there is of it at the ends.
+
+    :param values: float64, shape (n,)
+    :return: float64, shape (n,)
+    """
     half = max(1, len(values) // 20)
     sums = np.concatenate([[0.0], np.cumsum(values)])
     index = np.arange(len(values))

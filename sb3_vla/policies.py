@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mw_envs.tasks import INSTRUCTION_BYTES
 from sb3_vla.checkpoints import LoadedCheckpoint, load_checkpoint
-from sb3_vla.checkpoints.pi0 import is_pi0
+from sb3_vla.checkpoints.loading import takes_options
 from sb3_vla.distributions import Trace, default_distribution, make_distribution
 from sb3_vla.frozen import FrozenWeights
 from sb3_vla.models import Context, VLAModel, make_model
@@ -115,8 +115,9 @@ class VLAPolicy(BasePolicy):
         self._channels_first = _channels_first(observation_space["image"])
         if checkpoint is not None:
             loaded = load_checkpoint(checkpoint, model_kwargs)
-            given = dict(model_kwargs or {}) if is_pi0(checkpoint) else {}
-            _check_checkpoint(checkpoint, loaded, model, {} if given else model_kwargs or {})
+            asked = dict(model_kwargs or {})
+            given, asked = (asked, {}) if takes_options(checkpoint) else ({}, asked)
+            _check_checkpoint(checkpoint, loaded, model, asked)
             self.model: VLAModel = loaded.model
             model, model_kwargs = loaded.model_name, loaded.model_kwargs
         else:

@@ -53,7 +53,7 @@ def test_the_wheel_names_version_licence_and_command(wheel: zipfile.ZipFile) -> 
     assert wheel.read(f"{info}/licenses/LICENSE") == (ROOT / "LICENSE").read_bytes()
     assert (
         wheel.read(f"{info}/entry_points.txt").decode().split()
-        == "[console_scripts] sb3-vla = sb3_vla.cli:main".split()
+        == "[console_scripts] sb3-vla = sb3_vla.__main__:main".split()
     )
 
 

@@ -19,6 +19,12 @@ def load_checkpoint(source: str | Path, options: Mapping[str, Any] | None = None
     :raises FileNotFoundError: if it is not there or incomplete; the message says what is missing.
     :raises ValueError: if it is damaged or does not fit its own configuration.
     """
-    if is_pi0(source):
+    if takes_options(source):
         return load_pi0(source, options)
     return native.load_checkpoint(source)
+
+
+def takes_options(source: str | Path) -> bool:
+    """Whether this is a pi0 or pi0.5 as others publish it, which may need to be told what it does not say."""
+    # SmolVLA has weights of the same names, but its configuration says what it is.
+    return native.published_reader(Path(source)) is None and is_pi0(source)

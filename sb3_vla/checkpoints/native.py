@@ -120,7 +120,7 @@ def load_checkpoint(folder: str | Path) -> LoadedCheckpoint:
         raise FileNotFoundError(
             f"Checkpoint folder {folder} does not exist; expected config.json and model.safetensors"
         )
-    published = _published_reader(folder)
+    published = published_reader(folder)
     if published is not None:
         return published(folder)
     for name in ("config.json", "model.safetensors"):
@@ -164,7 +164,7 @@ def load_checkpoint(folder: str | Path) -> LoadedCheckpoint:
     return LoadedCheckpoint(model, name, kwargs, value_head, notes, distribution, distribution_weights)
 
 
-def _published_reader(folder: Path) -> Callable[[Path], LoadedCheckpoint] | None:
+def published_reader(folder: Path) -> Callable[[Path], LoadedCheckpoint] | None:
     """Who reads a folder that is not ours, by what its configuration says it is."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
