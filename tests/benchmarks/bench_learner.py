@@ -131,18 +131,29 @@ def _peak(reset: bool = False) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024
 
 
-def _filled(stock: bool, envs: int, decisions: int, image_size: int, batch_size: int, found: Any) -> None:
+def _measured(stock: bool, envs: int, decisions: int, image_size: int, batch_size: int, found: Any) -> None:
+    _store_and_read(stock, _observation(envs, 32), 2, batch_size)  # what a first use loads is not the buffer's
+    observation = _observation(envs, image_size)
+    before = _peak(reset=True)
+    _store_and_read(stock, observation, decisions, batch_size)
+    found.put(_peak() - before)
+
+
+def _observation(envs: int, image_size: int) -> dict[str, npt.NDArray[Any]]:
     generator = np.random.default_rng(0)
-    observation = {
+    return {
         "image": generator.integers(0, 256, (envs, 3, image_size, image_size), np.uint8),
         "state": generator.normal(size=(envs, 4)).astype(np.float32),
         "instruction": generator.integers(0, 256, (envs, 64), np.uint8),
     }
-    action = generator.normal(size=(envs, 5, 4)).astype(np.float32)
+
+
+def _store_and_read(stock: bool, observation: dict[str, npt.NDArray[Any]], decisions: int, batch_size: int) -> None:
+    envs = len(observation["image"])
+    action = np.zeros((envs, 5, 4), np.float32)
     tensors = {key: torch.from_numpy(value) for key, value in observation.items()}
     zeros, values = np.zeros(envs), torch.zeros(envs)
     theirs: Any = None
-    before = _peak(reset=True)
     if stock:
         observed: dict[str, spaces.Space] = {
             key: spaces.Box(0, 255, value.shape[1:], value.dtype)  # type: ignore[arg-type]
@@ -161,21 +172,22 @@ def _filled(stock: bool, envs: int, decisions: int, image_size: int, batch_size:
         for batch in theirs.get(batch_size) if stock else map(ours.batch, ours.minibatches(batch_size)):
             assert batch.observations["image"].shape[1] == 3
             del batch
-    found.put(_peak() - before)
 
 
 def memory(options: argparse.Namespace) -> Table:
     table = Table(title="Memory of a rollout, 64 environments x 20 decisions, minibatches of 64")
     for column in ("pixels", "payload, MB", "SB3, MB", "sb3_vla, MB", "SB3 / payload", "sb3_vla / payload"):
         table.add_column(column, justify="right")
-    context = multiprocessing.get_context("fork")  # everything is imported already
+    # Else the allocator keeps freed minibatches, now more and now fewer, for both buffers alike.
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"
+    context = multiprocessing.get_context("spawn")
     for image_size in options.memory_pixels:
         # Pictures, states, words, actions, and seven numbers of four bytes: a decision's own.
         payload = 64 * 20 * (3 * image_size**2 + 4 * 4 + 64 + 20 * 4 + 7 * 4)
         peaks = []
         for stock in (True, False):
             found = context.Queue()
-            process = context.Process(target=_filled, args=(stock, 64, 20, image_size, 64, found))
+            process = context.Process(target=_measured, args=(stock, 64, 20, image_size, 64, found))
             process.start()
             peaks.append(found.get())
             process.join()
