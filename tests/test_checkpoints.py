@@ -227,7 +227,9 @@ def test_truncated_weights(saved: Path, keep: int) -> None:
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", "\x80"])
 def test_damaged_configuration(saved: Path, text: str) -> None:
     (saved / "config.json").write_bytes(text.encode("latin-1"))
-    with pytest.raises(ValueError, match=r"config\.json (is no sb3_vla checkpoint configuration|is damaged|holds list)"):
+    with pytest.raises(
+        ValueError, match=r"config\.json (is no sb3_vla checkpoint configuration|is damaged|holds list)"
+    ):
         load_checkpoint(saved)
 
 
