@@ -258,7 +258,7 @@ def _make_model(demonstrations: Demonstrations, config: SFTConfig) -> VLAModel:
 
 def _statistics(demonstrations: Demonstrations, model: VLAModel) -> dict[str, Tensor]:
     """Statistics of the data, those that the model has a place for, none of them a range of next to nothing."""
-    found = {}
+    found: dict[str, Tensor] = {}
     for name, values in demonstrations.statistics().items():
         values["std"] = np.maximum(values["std"], _SMALLEST_STD)
         for low, high in (("min", "max"), ("q01", "q99")):
