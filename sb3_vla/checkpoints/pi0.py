@@ -98,7 +98,10 @@ def is_pi0(source: str | Path) -> bool:
     if str(source).startswith(HUB):
         return True
     folder = Path(source).expanduser()
-    config = read_json(folder / "config.json")
+    try:
+        config = read_json(folder / "config.json")
+    except ValueError:  # whoever wrote it, our own reader says best what is wrong
+        return False
     if "format" in config:
         return False
     return config.get("type") in _NAMES or any(_KNOWN_NAMES.match(name) for name in weight_names(weight_files(folder)))
