@@ -147,7 +147,7 @@ def heat_map(rates: Mapping[str, npt.NDArray[np.float64]], columns: Sequence[str
             if np.isfinite(value):
                 parts.append(
                     f'<rect class="heat" x="{_NAMES + column * cell:.1f}" y="{y + 1}" width="{cell:.1f}" '
-                    f'height="{row_height - 2}" fill-opacity="{value:.2f}">'
+                    f'height="{row_height - 2}" fill-opacity="{min(max(value, 0.0), 1.0):.2f}">'
                     f"<title>{_short(task)}, {markup(columns[column])}: {100 * value:.0f} %</title></rect>"
                 )
     parts.append(

@@ -105,11 +105,12 @@ def _read(directory: RunDirectory) -> _Run:
         run.stages[path.stem] = _read_json(directory, run, f"stages/{path.name}", {})
     try:
         for row in directory.metrics():
-            run.metrics.setdefault(str(row.get("stage", "")), []).append(row)
+            run.metrics.setdefault(str(row.get("stage", "")), []).append(_numbers(row))
     except (RunError, AttributeError) as error:
         run.missing.append(f"The metrics: {error}")
     if (run.path / "sft_history.json").exists():
-        run.imitation = [row for row in _read_json(directory, run, "sft_history.json", []) if isinstance(row, dict)]
+        history = _read_json(directory, run, "sft_history.json", [])
+        run.imitation = [_numbers(row) for row in history if isinstance(row, dict)]
     for path in sorted(run.path.glob("evaluation_*.json")):
         try:
             result = EvaluationResult.from_json(path)
@@ -117,7 +118,8 @@ def _read(directory: RunDirectory) -> _Run:
             run.evaluations[path.stem.removeprefix("evaluation_")] = result
         except (OSError, KeyError, ValueError) as error:  # KeyError: of a task that MetaWorld does not have
             run.missing.append(f"{path.name}, which cannot be read: {error}")
-    run.videos = sorted(path for path in (run.path / "videos").rglob("*.mp4") if not path.name.startswith("."))
+    films = (run.path / "videos").rglob("*.mp4")
+    run.videos = [path for path in films if path.is_file() and not path.name.startswith(".")]
     run.comparison = _compared(directory, run)
     _note_missing(directory, run)
     return run
@@ -186,9 +188,11 @@ def _command(run: _Run) -> str:
 
 
 def _evaluation_command(run: _Run, name: str, checkpoint: Any) -> str:
-    settings = {"checkpoint": checkpoint, "suite": run.config.get("suite", "MT10"), "split": run.config.get("split")}
+    collected = run.config.get("collect")  # the quickstart's suite stands there
+    where = collected if isinstance(collected, dict) else run.config
+    settings = {"checkpoint": checkpoint, "suite": where.get("suite", "MT10"), "split": where.get("split")}
     if settings["suite"] == "MT1":
-        settings |= {"suite": "MT50", "tasks": run.config.get("tasks")}
+        settings |= {"suite": "MT50", "tasks": where.get("tasks")}
     settings |= {"output": run.path / f"evaluation_{name}.json", "videos": run.path / "videos" / name}
     return shlex.join(["sb3-vla", "eval", *(f"{key}={value}" for key, value in settings.items() if value is not None)])
 
@@ -261,7 +265,7 @@ def _by_difficulty(run: _Run) -> Html:
     for name, result in ours.items():
         per_task = {rate.trials for rate in result.per_task().values()}
         trials = f"{min(per_task)}" if len(per_task) == 1 else f"{min(per_task)} to {max(per_task)}"
-        text.append(f"{called[name].capitalize()}: {len(result.tasks)} tasks, {trials} trials each.")
+        text.append(f"{called[name]}: {len(result.tasks)} tasks, {trials} trials each.")
     if not ours:
         text.append("Nothing was measured here yet.")
     text.append(
@@ -494,6 +498,10 @@ def _task_metrics(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def _trained_tasks(run: _Run) -> list[str]:
     return sorted({key.removeprefix(f"{_SUCCESS}/") for rows in run.metrics.values() for key in _task_metrics(rows)})
+
+
+def _numbers(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {str(key): value for key, value in row.items() if isinstance(value, (int, float))}
 
 
 def _number(value: Any) -> float:
