@@ -28,7 +28,7 @@ from torch import Tensor
 from toy import toy_demonstrations, toy_observation, toy_ppo, toy_vec
 
 from sb3_vla import PPO
-from sb3_vla.checkpoints import load_checkpoint, save_checkpoint
+from sb3_vla.checkpoints import checkpoint_digest, load_checkpoint, save_checkpoint
 from sb3_vla.checkpoints import openvla_oft as layout
 from sb3_vla.checkpoints.openvla_oft import load_openvla_oft, save_openvla_oft
 from sb3_vla.distributions import ActionTokens
@@ -40,6 +40,7 @@ from sb3_vla.sft import SFTConfig, sft
 
 TENSORS, RECORDS = recorded("openvla_oft")
 MODEL_FILE = "model.safetensors"
+TEXT = RECORDS["files"]["config.json"]["text_config"]
 #: what the tiny reference's files do not say: its towers' heads, the length of its prompts
 READ: dict[str, Any] = {"vision_heads": (2, 2), "max_prompt_tokens": 88}
 TINY: dict[str, Any] = {
@@ -238,8 +239,12 @@ def test_weights_in_several_files(published: Path, tmp_path: Path) -> None:
     model = load_openvla_oft(published, **READ).model
     assert isinstance(model, OpenVLAOFT)
     save_openvla_oft(tmp_path / "shards", model, max_shard_bytes=1_000_000)
-    assert len(list((tmp_path / "shards").glob("model-*"))) > 2
+    shards = sorted((tmp_path / "shards").glob("model-*"))
+    assert len(shards) > 2
     assert same_tensors(load_checkpoint(tmp_path / "shards").model.state_dict(), model.state_dict())
+    before = checkpoint_digest(tmp_path / "shards")
+    edit_tensors(shards[-1], {"extra": torch.zeros(1)})
+    assert checkpoint_digest(tmp_path / "shards") != before
 
 
 def test_half_precision_is_half_the_size(published: Path) -> None:
@@ -266,7 +271,11 @@ def test_statistics_in_their_own_file(published: Path) -> None:
         (lambda path: (path / "tokenizer.json").unlink(), FileNotFoundError, "has no tokenizer"),
         (lambda path: (path / MODEL_FILE).write_bytes(b"nothing"), ValueError, "is damaged"),
         (lambda path: edit_tensors(path / MODEL_FILE, {}, "projector.fc1.bias"), ValueError, "missing projector.fc1"),
-        (lambda path: edit_json(path / "config.json", text_config={"num_hidden_layers": 4}), ValueError, "do not fit"),
+        (
+            lambda path: edit_json(path / "config.json", text_config={**TEXT, "num_hidden_layers": 4}),
+            ValueError,
+            "missing language_model.model.layers.3",
+        ),
         (lambda path: edit_json(path / "config.json", image_sizes=None), ValueError, "no complete OpenVLA"),
         (lambda path: (path / "action_head--1_checkpoint.pt").touch(), ValueError, "continuous actions"),
         (

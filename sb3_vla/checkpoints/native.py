@@ -191,12 +191,14 @@ def checkpoint_digest(folder: str | Path) -> str:
 
     :raises FileNotFoundError: if one is missing.
     """
+    folder = Path(folder)
     digest = hashlib.sha256()
-    for name in ("config.json", "model.safetensors"):
-        path = Path(folder) / name
-        if not path.is_file():
+    # Published folders have weights in several files, or statistics beside them.
+    tensors = sorted(path.name for path in folder.glob("*.safetensors"))
+    for name in ("config.json", *(tensors or ["model.safetensors"])):
+        if not (folder / name).is_file():
             raise FileNotFoundError(f"Checkpoint {folder} has no {name}")
-        digest.update(path.read_bytes())
+        digest.update((folder / name).read_bytes())
     return digest.hexdigest()
 
 
