@@ -228,7 +228,7 @@ def test_a_killed_command_goes_on_in_metaworld(monkeypatch: pytest.MonkeyPatch, 
 
     def command(run: str, workers: int) -> list[str]:
         # Episodes of eight decisions, rollouts of six.
-        options = {"iterations": 4, "num_envs": 4, "num_workers": workers, "decisions": 6, "horizon": 40}
+        options = {"iterations": 3, "num_envs": 4, "num_workers": workers, "decisions": 6, "horizon": 40}
         options |= {"batch_size": 12, "epochs": 1, "checkpoint_interval": 1, "critic_warmup": 0, "overlap": "true"}
         settings = [f"ppo.{key}={value}" for key, value in options.items()]
         tasks = "tasks=[door-open-v3, reach-v3]"
