@@ -42,6 +42,7 @@ TINY: dict[str, Any] = {
     "instruction_dim": 16,
     "timesteps": 20,
 }
+SIZES = {key: value for key, value in TINY.items() if key not in ("image_size", "action_horizon")}
 DDIM = {"denoising_steps": 5}
 toy_observation = functools.partial(any_observation, image_size=64)
 
@@ -426,22 +427,23 @@ def test_imitates_and_acts(tmp_path: Path) -> None:
     """SFT on toy data, what the sentences mean; the saved policy acts by them."""
     config = SFTConfig(
         model="diffusion_policy",
-        model_kwargs={key: value for key, value in TINY.items() if key not in ("image_size", "action_horizon")},
+        model_kwargs={**SIZES, "prediction": "sample"},  # learnt sooner than noise
         action_horizon=4,
-        steps=120,
-        batch_size=32,
+        steps=80,
+        batch_size=16,
+        draws=4,
         learning_rate=3e-3,
         warmup_steps=5,
         ema_decay=0.9,
         shift=2,
         validation_fraction=0.34,
-        validation_interval=60,
+        validation_interval=40,
         bf16=False,
     )
     data = toy_demonstrations(image_size=64)
     result = sft(data, config, output=tmp_path / "sft", progress=False)
     losses = [row["train_loss"] for row in result.history]
-    assert np.mean(losses[-10:]) < 0.5 * np.mean(losses[:5])
+    assert np.mean(losses[-10:]) < 0.3 * np.mean(losses[:5])
     np.testing.assert_allclose(result.model.action_max.numpy(), data.actions.max(0))  # type: ignore[union-attr, operator]
     policy = load_policy(tmp_path / "sft")
     assert policy.action_space.shape == (4, 4)
@@ -456,17 +458,17 @@ def test_imitates_and_acts(tmp_path: Path) -> None:
 # --- Reinforcement learning -------------------------------------------------------------------------------------------
 
 
-def learner(distribution: str, options: dict[str, Any], trainable: str = "all", **others: Any) -> PPO:
+def learner(
+    distribution: str, options: dict[str, Any], trainable: str = "all", prediction: str = "epsilon", **others: Any
+) -> PPO:
     return toy_ppo(
         env=toy_vec(4, image_size=64),
         model="diffusion_policy",
-        model_kwargs=TINY,
+        model_kwargs={**TINY, "prediction": prediction},
         distribution=distribution,
         distribution_kwargs=options,
         trainable=trainable,
-        n_steps=16,
-        batch_size=32,
-        **others,
+        **{"n_steps": 8, "batch_size": 16, **others},
     )
 
 
@@ -491,7 +493,7 @@ def test_ppo(distribution: str, options: dict[str, Any], trainable: str) -> None
         return found
 
     algorithm.policy.evaluate = watched
-    algorithm.learn(64)
+    algorithm.learn(32)
     moved = {key for key, value in algorithm.policy.model.state_dict().items() if not torch.equal(value, before[key])}
     assert any(key.startswith("unet.") for key in moved)
     assert any(key.startswith("rgb_encoder.") for key in moved) == (trainable == "all")
@@ -522,11 +524,19 @@ def test_the_same_decisions_have_the_same_probability() -> None:
 
 
 def test_ppo_learns_the_toy() -> None:
+    """The expert alone, above a random encoder of the sentences."""
     algorithm = learner(
-        "ddim", {**DDIM, "min_std": 0.2}, learning_rate=2e-3, n_epochs=4, gamma=0.9, vf_coef=0.5, stirred=False
+        "ddim",
+        {**DDIM, "min_std": 0.2},
+        "expert",
+        prediction="sample",
+        n_steps=16,
+        batch_size=32,
+        learning_rate=3e-3,
+        n_epochs=4,
     )
     start = reward_of(algorithm)
-    algorithm.learn(64 * 25)
+    algorithm.learn(64 * 15)
     assert reward_of(algorithm) > start + 0.1
 
 
@@ -542,7 +552,7 @@ def reward_of(algorithm: PPO) -> float:
 
 def test_ppo_in_metaworld(published: Path) -> None:
     """The published policy, two decisions of reach, an update."""
-    env = gym.make("mw_envs:MetaWorldMT1-v0", task="reach-v3", image_size=96, action_chunk=4, horizon=8)
+    env = gym.make("mw_envs:MetaWorldMT1-v0", task="reach-v3", reward="dense", image_size=96, action_chunk=4, horizon=8)
     algorithm = PPO(
         "VLAPolicy",
         env,
