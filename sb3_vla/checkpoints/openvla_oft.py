@@ -184,7 +184,7 @@ def _statistics(config: Mapping[str, Any], folder: Path, key: str | None) -> dic
         known = read_json(folder, "dataset_statistics.json", "the statistics of the actions")
     if wanted is None and len(known) == 1:
         wanted = next(iter(known))
-    if wanted not in known:
+    if wanted is None or wanted not in known:
         raise ValueError(f"{folder} has statistics of {', '.join(known)}; choose one with unnorm_key, not {wanted!r}")
     action = known[wanted].get("action", {})
     lacking = [name for name in ("q01", "q99") if name not in action]
@@ -220,7 +220,7 @@ def _sizes(config: Mapping[str, Any], weights: Mapping[str, Tensor], heads: Sequ
         ffn=text.intermediate_size,
         layers=text.num_hidden_layers,
         heads=text.num_attention_heads,
-        kv_heads=text.num_key_value_heads,
+        kv_heads=text.num_key_value_heads or text.num_attention_heads,
         vocabulary=text.vocab_size,
         vision_widths=(widths[0], widths[1]),
         vision_layers=(layers[0], layers[1]),
