@@ -384,7 +384,7 @@ def test_ppo_learns_what_the_instruction_means() -> None:
     from test_ppo import mean_reward
 
     algorithm = toy_ppo(
-        toy_vec(16),
+        toy_vec(16, chunk=1, action_dim=1),
         model="openvla_oft",
         model_kwargs=TINY,
         distribution="tokens",
@@ -394,9 +394,9 @@ def test_ppo_learns_what_the_instruction_means() -> None:
         learning_rate=1e-3,
         stirred=False,
     )
-    before = mean_reward(algorithm)
-    algorithm.learn(16 * 32)
-    assert before < -0.5 and mean_reward(algorithm) > -0.45
+    assert mean_reward(algorithm) < -0.45
+    algorithm.learn(16 * 64)
+    assert mean_reward(algorithm) > -0.3
 
 
 def test_trains_and_acts_in_metaworld(tmp_path: Path) -> None:

@@ -526,7 +526,7 @@ def test_ppo_learns_what_the_instruction_means() -> None:
     algorithm = toy_ppo(
         toy_vec(16),
         model="smolvla",
-        model_kwargs=TINY,
+        model_kwargs={**TINY, "latent_dim": 2},
         distribution="flow_sde",
         n_steps=4,
         batch_size=32,
@@ -534,9 +534,9 @@ def test_ppo_learns_what_the_instruction_means() -> None:
         learning_rate=1e-3,
         stirred=False,
     )
-    before = mean_reward(algorithm)
-    algorithm.learn(16 * 32)
-    assert before < -0.5 and mean_reward(algorithm) > -0.45
+    assert mean_reward(algorithm) < -0.45
+    algorithm.learn(16 * 64)
+    assert mean_reward(algorithm) > -0.3
 
 
 def test_trains_and_acts_in_metaworld(tmp_path: Path) -> None:

@@ -342,8 +342,7 @@ class VisionTower(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width)) if dino else None
         self.reg_token = nn.Parameter(torch.zeros(1, 4, width)) if dino else None
         self.pos_embed = nn.Parameter(torch.randn(1, (resolution // patch_size) ** 2, width) * 0.02)
-        self.patch_embed = nn.Module()
-        self.patch_embed.proj = nn.Conv2d(3, width, patch_size, patch_size)
+        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, width, patch_size, patch_size)})
         self.blocks = nn.ModuleList(VisionBlock(width, heads, ffn, scaled=dino) for _ in range(layers))
         # Of no use here, but published checkpoints have them.
         self.norm = nn.LayerNorm(width, eps=1e-6)
@@ -353,7 +352,7 @@ class VisionTower(nn.Module):
                 unused.requires_grad_(False)
 
     def forward(self, image: Tensor) -> Tensor:
-        x = self.patch_embed.proj(image).flatten(2).transpose(1, 2) + self.pos_embed  # type: ignore[operator]
+        x = self.patch_embed["proj"](image).flatten(2).transpose(1, 2) + self.pos_embed
         extra = 0
         if self.cls_token is not None and self.reg_token is not None:
             first = torch.cat([self.cls_token, self.reg_token], dim=1)
@@ -426,8 +425,8 @@ def _oft_sizes(sizes: str | Mapping[str, Any]) -> OFTSizes:
         if sizes not in OFT_SIZES:
             raise ValueError(f"OpenVLAOFT sizes={sizes!r}; expected {', '.join(OFT_SIZES)}, or the sizes")
         return OFT_SIZES[sizes]
-    given: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in sizes.items()}
-    return OFTSizes(**given)
+    options: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in sizes.items()}
+    return OFTSizes(**options)
 
 
 def _llama(sizes: OFTSizes) -> nn.Module:
@@ -445,6 +444,5 @@ def _llama(sizes: OFTSizes) -> nn.Module:
             rms_norm_eps=sizes.norm_eps,
             rope_parameters={"rope_type": "default", "rope_theta": sizes.rope_base},
             tie_word_embeddings=False,
-            attn_implementation="sdpa",  # type: ignore[call-arg]
         )
     )

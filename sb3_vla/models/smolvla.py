@@ -266,12 +266,12 @@ class SmolVLA(VLAModel):
         hidden = self.state_token(perception["state"])[:, None]
         layers = []
         for index, layer in enumerate(self.text_model.layers):
-            query, key, value = layer.self_attn.project(layer.input_layernorm(hidden))  # type: ignore[union-attr,operator]
+            query, key, value = layer.self_attn.project(layer.input_layernorm(hidden))
             key = torch.cat([keys[:, index], rotate(key, position)], dim=1)
             value = torch.cat([values[:, index], value], dim=1)
-            hidden = layer.finish(hidden, attend(rotate(query, position), key, value, mask[:, None]))  # type: ignore[operator]
+            hidden = layer.finish(hidden, attend(rotate(query, position), key, value, mask[:, None]))
             expert = self.expert.layers[index]
-            layers.append(expert.self_attn.cross(key, value) if expert.crosses else (key, value))  # type: ignore[union-attr,operator,arg-type]
+            layers.append(expert.self_attn.cross(key, value) if expert.crosses else (key, value))
         features = torch.cat([summary.float(), self.text_model.norm(hidden)[:, 0].float()], dim=1)
         return Context(features, (layers, mask, position))
 
@@ -291,15 +291,15 @@ class SmolVLA(VLAModel):
         hidden = self.embed_actions(x, t)
         for layer, (keys, values) in zip(self.expert.layers, layers, strict=True):
             keys, values = keys.repeat(repeats, 1, 1, 1), values.repeat(repeats, 1, 1, 1)
-            normed = layer.input_layernorm(hidden)  # type: ignore[operator]
+            normed = layer.input_layernorm(hidden)
             if layer.crosses:
-                query = layer.self_attn.query(normed)  # type: ignore[union-attr,operator]
+                query = layer.self_attn.query(normed)
                 attended = attend(rotate(query, steps[None]), keys, values, mask)
             else:
-                query, key, value = layer.self_attn.project(normed)  # type: ignore[union-attr,operator]
+                query, key, value = layer.self_attn.project(normed)
                 keys, values = torch.cat([keys, rotate(key, later)], 1), torch.cat([values, value], 1)
                 attended = attend(rotate(query, later), keys, values, own_mask)
-            hidden = layer.finish(hidden, attended)  # type: ignore[operator]
+            hidden = layer.finish(hidden, attended)
         hidden = self.expert.norm(hidden).float()
         return self.action_out_proj(hidden), hidden
 
@@ -351,9 +351,9 @@ class SmolVLA(VLAModel):
         position = mask.cumsum(1) - 1
         keys, values = [], []
         for layer in self.text_model.layers:
-            query, key, value = layer.self_attn.project(layer.input_layernorm(hidden))  # type: ignore[union-attr,operator]
+            query, key, value = layer.self_attn.project(layer.input_layernorm(hidden))
             key = rotate(key, position)
-            hidden = layer.finish(hidden, attend(rotate(query, position), key, value, mask[:, None]))  # type: ignore[operator]
+            hidden = layer.finish(hidden, attend(rotate(query, position), key, value, mask[:, None]))
             keys.append(key)
             values.append(value)
         there = mask[:, :, None].to(hidden.dtype)
@@ -419,14 +419,15 @@ class SmolVLA(VLAModel):
             part.to(torch.bfloat16)
         for layer in self.expert.layers:
             if layer.crosses:
-                layer.self_attn.k_proj.float()  # type: ignore[union-attr,operator]
-                layer.self_attn.v_proj.float()  # type: ignore[union-attr,operator]
+                layer.self_attn.k_proj.float()
+                layer.self_attn.v_proj.float()
 
 
 class Tower(nn.Module):
     """Decoder layers and the norm after them."""
 
     embed_tokens: nn.Embedding
+    layers: Any  # a ModuleList, whose items have no type
 
     def __init__(self, layers: Sequence[Layer], width: int, eps: float) -> None:
         super().__init__()
