@@ -1,11 +1,11 @@
 """Charts as inline SVG for a page: they take its light or dark colours, print sharply and need no script.
 
-Lengths are CSS pixels of a picture that is 420 wide, which fits a phone. Classes are those of the page's style sheet.
+Lengths are CSS pixels of a picture that is 420 wide, which fits a phone. Classes are those of
+:data:`sb3_vla.page.STYLE`.
 """
 
 from __future__ import annotations
 
-import html
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -13,16 +13,13 @@ import numpy as np
 import numpy.typing as npt
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
+from sb3_vla.page import Html, markup
 from sb3_vla.statistics import Estimate
 
 _WIDTH = 420
 _NAMES = 142  # room for the longest name of a task
 _MOST_POINTS = 400  # of a line: one a pixel
 _THOUSANDS = EngFormatter(sep="")
-
-
-class Html(str):
-    """Text that is HTML already; any other is escaped before it gets into a page."""
 
 
 @dataclass(frozen=True)
@@ -39,11 +36,6 @@ class Line:
     y: npt.NDArray[np.float64]
     name: str = ""
     look: str = "main"
-
-
-def markup(value: object) -> Html:
-    """Text as HTML, escaped unless it is HTML already."""
-    return value if isinstance(value, Html) else Html(html.escape(str(value)))
 
 
 def line_chart(lines: Sequence[Line], title: str, x_label: str, *, percent: bool = False) -> Html:

@@ -12,7 +12,7 @@ import io
 import os
 import re
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,9 @@ import yaml
 
 from mw_envs import DIFFICULTIES
 from mw_envs.tasks import suite_tasks
-from sb3_vla.charts import Html, Line, bars, heat_map, line_chart, markup, trial_map
+from sb3_vla.charts import Line, bars, heat_map, line_chart, trial_map
 from sb3_vla.figures import metric_series, smoothed
+from sb3_vla.page import STYLE, Html, bullets, details, markup, paragraphs, table
 from sb3_vla.published import PUBLISHED
 from sb3_vla.results import Comparison, EvaluationResult, compare
 from sb3_vla.run import RunDirectory, RunError
@@ -203,7 +204,7 @@ def _evaluation_command(run: _Run, name: str, checkpoint: Any) -> str:
 def _page(run: _Run, target: Path, embed_bytes: float) -> str:
     title = f"{run.path.resolve().name} · sb3-vla"
     sections = (
-        ("What is missing", _list(run.missing)),
+        ("What is missing", bullets(run.missing)),
         ("Success by difficulty", _by_difficulty(run)),
         ("Before and after, on the same trials", _paired(run)),
         ("Learning curves", _curves(run)),
@@ -219,7 +220,7 @@ def _page(run: _Run, target: Path, embed_bytes: float) -> str:
         # The page itself forbids scripts and downloads, whatever is in the files that it was made of.
         "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'; "
         'img-src data:; media-src data:">'
-        f"<title>{markup(title)}</title><style>{_STYLE}</style></head>"
+        f"<title>{markup(title)}</title><style>{STYLE}</style></head>"
         f"<body><main><header><h1>{markup(run.path.resolve().name)}</h1>{_headline(run)}</header>{body}</main></body>"
         "</html>\n"
     )
@@ -273,9 +274,9 @@ def _by_difficulty(run: _Run) -> Html:
         "trials each, which leave about five points of uncertainty of the average. Avg is the mean of the groups."
     )
     if any(set(result.tasks) != set(suite_tasks("MT50")) for result in ours.values()):
-        text.append("What was measured here are not the same tasks, so the levels cannot be compared with those rows.")
-    table = _table("Success in percent by difficulty, with 95 % intervals", header, rows, published)
-    return Html(table + _paragraphs(text))
+        text.append("The tasks measured here are others, so the levels cannot be compared with those rows.")
+    rates = table("Success in percent by difficulty, with 95 % intervals", header, rows, published)
+    return Html(rates + paragraphs(text))
 
 
 def _paired(run: _Run) -> Html:
@@ -286,7 +287,7 @@ def _paired(run: _Run) -> Html:
             return Html("")
         rates = {task: [rate.rate] for task, rate in only.per_task().items()}
         return Html(
-            _paragraphs(["Only one of the two was measured."]) + bars(rates, "Success of each task", ["success"])
+            paragraphs(["Only one of the two was measured."]) + bars(rates, "Success of each task", ["success"])
         )
     before, after, paired = comparison.before.per_task(), comparison.after.per_task(), comparison.per_task()
     order = sorted(paired, key=lambda task: (-paired[task].difference.value, task))
@@ -311,14 +312,14 @@ def _paired(run: _Run) -> Html:
         f"{everything.trials} trials were run by both: {everything.gained} gained, {everything.lost} lost, exact "
         f"McNemar test p = {everything.p_value:.2g}. Intervals are at 95 %; those of differences resample the pairs."
     )
-    table = _table("Success in percent before and after, and the paired difference", header, groups)
-    per_task = _details("Table of tasks", _table("Success of each task in percent", header, tasks))
+    by_group = table("Success in percent before and after, and the paired difference", header, groups)
+    per_task = details("Table of tasks", table("Success of each task in percent", header, tasks))
     chart = bars(
         {task: [before[task].rate, after[task].rate] for task in order},
         "Success of each task, with 95 % intervals",
         comparison.names,
     )
-    return Html(table + _paragraphs([said]) + chart + per_task)
+    return Html(by_group + paragraphs([said]) + chart + per_task)
 
 
 def _curves(run: _Run) -> Html:
@@ -406,7 +407,7 @@ def _videos(run: _Run, target: Path, embed_bytes: float) -> Html:
             f"{linked} of {len(shown)} videos are linked and not in this page, which holds {embed_bytes / _MEGABYTE:g} "
             "MB of them at most (embed_mb); the links work while page and run directory stay where they are."
         )
-    return Html(f'{_paragraphs(notes)}<div class="videos">{"".join(shown)}</div>')
+    return Html(f'{paragraphs(notes)}<div class="videos">{"".join(shown)}</div>')
 
 
 def _provenance(run: _Run) -> Html:
@@ -430,45 +431,14 @@ def _provenance(run: _Run) -> Html:
     every = [(name, number) for name, number in sorted(known.items())]
     return Html(
         f"<h3>Command</h3><pre>{markup(_command(run) or 'not known')}</pre>"
-        + _table("Stages", ("", "State", "Finished", "Minutes"), stages)
-        + _table("Versions", ("", "Version"), list(facts.items()))
-        + _details(f"All {len(every)} packages", _table("Packages", ("", "Version"), every))
-        + _details("Configuration", f"<pre>{markup(run.config_text)}</pre>")
+        + table("Stages", ("", "State", "Finished", "Minutes"), stages)
+        + table("Versions", ("", "Version"), list(facts.items()))
+        + details(f"All {len(every)} packages", table("Packages", ("", "Version"), every))
+        + details("Configuration", f"<pre>{markup(run.config_text)}</pre>")
     )
 
 
-# Parts of the page
-
-
-def _table(
-    caption: str, header: Sequence[str], rows: Iterable[Sequence[Any]], more: Iterable[Sequence[Any]] = ()
-) -> Html:
-    """A table whose first column heads its rows; ``more`` are rows apart from the others."""
-    heads = "".join(f'<th scope="col">{markup(cell)}</th>' if cell else "<td></td>" for cell in header)
-    bodies = []
-    for look, part in (("ours", list(rows)), ("published", list(more))):
-        lines = "".join(
-            f'<tr><th scope="row">{markup(row[0])}</th>{"".join(f"<td>{markup(cell)}</td>" for cell in row[1:])}</tr>'
-            for row in part
-        )
-        if lines:
-            bodies.append(f'<tbody class="{look}">{lines}</tbody>')
-    return Html(
-        f'<div class="scroll" role="region" tabindex="0" aria-label="{markup(caption)}"><table>'
-        f"<caption>{markup(caption)}</caption><thead><tr>{heads}</tr></thead>{''.join(bodies)}</table></div>"
-    )
-
-
-def _details(summary: str, content: str) -> Html:
-    return Html(f"<details><summary>{markup(summary)}</summary>{content}</details>")
-
-
-def _paragraphs(texts: Iterable[str]) -> Html:
-    return Html("".join(f"<p>{markup(text)}</p>" for text in texts))
-
-
-def _list(texts: Sequence[str]) -> Html:
-    return Html(f"<ul>{''.join(f'<li>{markup(text)}</li>' for text in texts)}</ul>" if texts else "")
+# Texts and numbers
 
 
 def _stacked(estimate: Estimate) -> Html:
@@ -540,83 +510,3 @@ def _still(path: Path) -> str | None:
     content = io.BytesIO()
     picture.convert("RGB").save(content, "JPEG", quality=70)
     return f"data:image/jpeg;base64,{base64.b64encode(content.getvalue()).decode()}"
-
-
-_STYLE = """
-:root{color-scheme:light dark;--page:#fff;--text:#1f2328;--soft:#57606a;--line:#d0d7de;--panel:#f6f8fa;
---before:#a3adb8;--after:#4a8fd0;--curve:#2469b0;--thin:#8fa3b8;--second:#b35900;--gained:#1f6feb;--lost:#bc4c00}
-@media screen and (prefers-color-scheme:dark){:root{--page:#0d1117;--text:#e6edf3;--soft:#9aa4af;--line:#30363d;
---panel:#161b22;--before:#6e7781;--after:#58a6ff;--curve:#79c0ff;--thin:#58677a;--second:#f0a35e;--gained:#58a6ff;
---lost:#f0883e}}
-*{box-sizing:border-box}
-body{margin:0;background:var(--page);color:var(--text);font:16px/1.5 system-ui,sans-serif;overflow-wrap:break-word}
-main{max-width:64rem;margin:auto;padding:1rem}
-h1{margin:.5rem 0;font-size:1.6rem}
-h2{margin:2rem 0 .5rem;font-size:1.25rem;border-bottom:1px solid var(--line)}
-h3{margin:1rem 0 .25rem;font-size:1rem}
-p{margin:.5rem 0;max-width:48rem}
-a{color:var(--curve)}
-.facts{display:flex;flex-wrap:wrap;gap:.75rem;margin:0}
-.facts div{background:var(--panel);border:1px solid var(--line);border-radius:6px;padding:.4rem .8rem}
-dt{color:var(--soft);font-size:.8rem}
-dd{margin:0;font-size:1.15rem;font-weight:600}
-.scroll{overflow-x:auto}
-table{border-collapse:collapse;margin:.75rem 0;font-variant-numeric:tabular-nums}
-caption{text-align:left;color:var(--soft);font-size:.85rem}
-th,td{padding:.25rem .6rem;text-align:right;vertical-align:top;border-bottom:1px solid var(--line)}
-th:first-child{text-align:left;font-weight:400}
-thead th{font-weight:600}
-td small{display:block;white-space:nowrap}
-small{color:var(--soft);font-size:.75rem;font-weight:400}
-.published{background:var(--panel)}
-.published th{font-style:italic}
-.published:not(:first-of-type) tr:first-child>*{border-top:2px solid var(--soft)}
-pre{background:var(--panel);border:1px solid var(--line);border-radius:6px;padding:.6rem;font-size:.85rem;
-white-space:pre-wrap;overflow-wrap:anywhere}
-summary{cursor:pointer;color:var(--curve)}
-details{margin:.5rem 0}
-.charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,20rem),1fr));gap:1rem}
-.videos{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,10rem),1fr));gap:.75rem}
-figure{margin:1rem 0;break-inside:avoid}
-.charts figure,.videos figure{margin:0}
-figure p{font-size:.8rem;color:var(--soft)}
-figcaption{font-size:.9rem;font-weight:600}
-.video figcaption{font-size:.75rem;font-weight:400;color:var(--soft);overflow-wrap:anywhere}
-video,.video img{width:100%;display:block;background:var(--panel)}
-.still{background:var(--panel);padding:1rem .5rem;margin:0}
-svg{display:block;width:100%;height:auto;font:11px system-ui,sans-serif;fill:var(--text)}
-svg .end{text-anchor:end}
-svg .middle{text-anchor:middle}
-.grid{stroke:var(--line);stroke-width:1}
-polyline{fill:none;stroke-linejoin:round}
-.main{stroke:var(--curve);stroke-width:2.2}
-.second{stroke:var(--second);stroke-width:2.2}
-.thin{stroke:var(--thin);stroke-width:.8;opacity:.7}
-.dots{stroke:var(--curve);stroke-width:4;stroke-linecap:round;opacity:.4;fill:none}
-.before{fill:var(--before)}
-.after{fill:var(--after)}
-.interval{stroke:var(--text);stroke-width:1;fill:none}
-.heat{fill:var(--curve)}
-.frame{fill:none;stroke:var(--line)}
-.both{fill:var(--before)}
-.gained{fill:var(--gained)}
-.lost{fill:none;stroke:var(--lost);stroke-width:2}
-.neither{fill:var(--soft)}
-.key{display:inline-block;margin-right:1rem;white-space:nowrap}
-.key i{display:inline-block;width:.8em;height:.8em;margin-right:.35em;vertical-align:-.05em;background:var(--curve)}
-.key .thin,.key .second,.key .main{height:3px;vertical-align:.2em;opacity:1}
-.key .thin{background:var(--thin)}
-.key .second{background:var(--second)}
-.key .dots{border-radius:50%;width:.5em;height:.5em}
-.key .before,.key .both{background:var(--before)}
-.key .after{background:var(--after)}
-.key .gained{background:var(--gained)}
-.key .lost{background:linear-gradient(45deg,transparent 40%,var(--lost) 40% 60%,transparent 60%),
-linear-gradient(-45deg,transparent 40%,var(--lost) 40% 60%,transparent 60%)}
-.key .neither{background:var(--soft);width:.3em;height:.3em;vertical-align:.2em}
-.scale span{display:inline-block;width:6em;height:.8em;margin:0 .4em;border:1px solid var(--line);
-background:linear-gradient(90deg,transparent,var(--curve));vertical-align:-.1em}
-@media (max-width:30rem){body{font-size:15px}th,td{padding:.25rem .35rem}main{padding:.75rem}}
-@media print{main{max-width:none}details::details-content{content-visibility:visible;block-size:auto}a{color:inherit}
-*{print-color-adjust:exact;-webkit-print-color-adjust:exact}.scroll{overflow:visible}h2{break-after:avoid}}
-"""
