@@ -157,7 +157,11 @@ class VLAPolicy(BasePolicy):
         source: dict[str, Any] = {"model": model, "model_kwargs": dict(model_kwargs)}
         if self._frozen is not None and checkpoint is not None:
             where = Path(checkpoint)  # or a name on the hub
-            source = {"checkpoint": str(where.resolve() if where.exists() else checkpoint), "model_kwargs": given}
+            source = {
+                "model": model,
+                "checkpoint": str(where.resolve() if where.exists() else checkpoint),
+                "model_kwargs": given,
+            }
         self.portable_kwargs: dict[str, Any] = {
             **source,
             "distribution": distribution,

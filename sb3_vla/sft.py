@@ -261,8 +261,7 @@ def _statistics(demonstrations: Demonstrations, model: VLAModel) -> dict[str, Te
     found: dict[str, Tensor] = {}
     for name, values in demonstrations.statistics().items():
         values["std"] = np.maximum(values["std"], _SMALLEST_STD)
-        for low, high in (("min", "max"), ("q01", "q99")):
-            values[high] = np.maximum(values[high], values[low] + 2 * _SMALLEST_STD)
+        values["q99"] = np.maximum(values["q99"], values["q01"] + 2 * _SMALLEST_STD)
         found |= {f"{name}_{statistic}": torch.from_numpy(value) for statistic, value in values.items()}
     places = dict(model.named_buffers())
     return {name: value for name, value in found.items() if name in places}

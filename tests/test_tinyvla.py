@@ -335,7 +335,7 @@ def _pop(key: str) -> Callable[[Path], None]:
         (lambda f: (f / "dataset_stats.pkl").unlink(), FileNotFoundError, "no dataset_stats.pkl.*nor has its parent"),
         (lambda f: (f / "model.safetensors").unlink(), FileNotFoundError, "no model.safetensors.*LoRA"),
         (lambda f: (f / "dataset_stats.pkl").write_bytes(b"x"), ValueError, "no file of statistics"),
-        (lambda f: (f / "dataset_stats.pkl").write_bytes(pickle.dumps({})), ValueError, "with action_mean"),
+        (lambda f: (f / "dataset_stats.pkl").write_bytes(pickle.dumps({})), ValueError, "of arrays.*action_mean"),
         (_edit(lambda c: c.pop("model"), "tokenizer.json"), ValueError, "no tokenizer.json"),
         (_edit(lambda c: c.update(action_head_type="act")), ValueError, "action_head_type='act'; expected 'droid_diff"),
         (_edit(lambda c: c.pop("chunk_size")), ValueError, "no complete TinyVLA configuration.*chunk_size"),
