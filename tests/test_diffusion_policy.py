@@ -536,8 +536,8 @@ def test_ppo_learns_the_toy() -> None:
         n_epochs=4,
     )
     start = reward_of(algorithm)
-    algorithm.learn(64 * 15)
-    assert reward_of(algorithm) > start + 0.1
+    algorithm.learn(64 * 45)
+    assert reward_of(algorithm) > start + 0.15  # three seeds: 0.24 to 0.51
 
 
 def reward_of(algorithm: PPO) -> float:
