@@ -270,7 +270,7 @@ def test_the_other_variant(tmp_path: Path) -> None:
     write_json(folder / "config.json", {**config, "type": "pi0"})
     with pytest.raises(ValueError, match=r"does not fit Pi0: 13 missing .*; 18 unexpected .*The names look like pi05"):
         load_checkpoint(folder, HEADS)
-    with pytest.raises(ValueError, match="model='pi05', but the checkpoint .* is of 'pi0'"):
+    with pytest.raises(ValueError, match=r"model='pi05', but the checkpoint .* is of 'pi0'"):
         policy(write_layout(tmp_path / "b", "pi0", "openpi"), model="pi05", model_kwargs=HEADS)
 
 
