@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file
 from stable_baselines3.common.vec_env import DummyVecEnv, VecMonitor
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
 from toy import ToyEnv, stir, tiny_model, toy_demonstrations, toy_ppo, toy_vec
 
 from sb3_vla import training
@@ -65,6 +66,8 @@ def toys() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training, "SharedMemoryVecEnv", make)
+        # TensorBoard reads a run's files in the order of their names: the second, then how many the process had before.
+        patch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(10_000))
         yield
 
 
