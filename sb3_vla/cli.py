@@ -228,10 +228,10 @@ def run_train(command: TrainCommand, console: Console) -> None:
 def run_recipe(name: str, settings: list[str], console: Console, *, dry_run: bool) -> None:
     """``sb3-vla train RECIPE``."""
     from sb3_vla.plan import make_plan
-    from sb3_vla.recipes import load_recipe
+    from sb3_vla.recipes import given_keys, load_recipe
 
     recipe = load_recipe(name, settings)
-    plan = make_plan(recipe, settings)
+    plan = make_plan(recipe, given_keys(name, settings))
     if dry_run:
         console.print(to_yaml(recipe), highlight=False, markup=False, soft_wrap=True)
         return
@@ -327,9 +327,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments[:1] == ["doctor"]:
         return doctor.main(arguments[1:])
-    parsed = parser.parse_args(arguments)
+    parsed, rest = parser.parse_known_args(arguments)
+    if any(argument.startswith("-") for argument in rest):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     kind, run = COMMANDS[parsed.command]
-    settings = parsed.settings
+    settings = [*parsed.settings, *rest]  # argparse takes no settings after an option
     if parsed.command == "report" and settings and "=" not in settings[0]:
         settings = [f"run={settings[0]}", *settings[1:]]
     console = Console()

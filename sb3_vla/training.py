@@ -160,6 +160,8 @@ class GRPOConfig:
     final_learning_rate: float = 2e-5
     clip_range: float = 0.2
     clip_range_high: float | None = None
+    dual_clip: float | None = None
+    logprob_type: str = "chunk"
     target_kl: float | None = 0.03
     ent_coef: float = 0.0
     kl_coef: float = 0.0
@@ -172,6 +174,7 @@ class GRPOConfig:
     task_sampling: str = "signal"
     rehearsal_coef: float = 0.0
     rehearsal_batch_size: int = 64
+    micro_batch_size: int | None = None
     bf16: bool | None = False
     checkpoint_interval: int = 5
     seed: int = 0
@@ -341,6 +344,9 @@ def _grpo(
         n_epochs=config.epochs,
         clip_range=config.clip_range,
         clip_range_high=config.clip_range_high,
+        dual_clip=config.dual_clip,
+        logprob_type=config.logprob_type,
+        micro_batch_size=config.micro_batch_size,
         target_kl=config.target_kl,
         ent_coef=config.ent_coef,
         kl_coef=config.kl_coef,
