@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mw_envs.tasks import did_you_mean
+from sb3_vla import noise as draw
 from sb3_vla.models.base import VLAModel
 
 SCHEDULES = ("squaredcos_cap_v2", "linear")
@@ -115,8 +116,8 @@ class DiffusionModel(VLAModel):
             actions = torch.cat([actions[:, :1].expand(-1, past, -1), actions[:, :-past]], dim=1)
             mask = torch.cat([torch.zeros_like(mask[:, :past]), mask[:, :-past]], dim=1)
         x0 = self.normalise_action(actions).repeat(draws, 1, 1)
-        noise = torch.randn(x0.shape, generator=generator, device=x0.device)
-        t = torch.randint(len(self.alphas_cumprod), (len(x0),), generator=generator, device=x0.device)
+        noise = draw.normal(x0.shape, generator, x0.device)
+        t = draw.integers(0, len(self.alphas_cumprod), (len(x0),), generator, x0.device)
         x, target = self.noised(x0, noise, t)
         error = (self.denoise(context, x, t) - target).square().mean(dim=2)
         if not self.mask_padding:
