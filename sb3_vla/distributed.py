@@ -1,4 +1,4 @@
-"""Data-parallel training under ``torchrun``: how ranks find one another, what they tell each other, how they share work.
+"""Data-parallel training under ``torchrun``: how ranks meet, what they tell one another, and how they share work.
 
 ::
 
@@ -19,17 +19,17 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 T = TypeVar("T")
 #: longest wait for another rank, seconds; a rank whose episodes last longer than the others' lets them wait
@@ -73,6 +73,16 @@ class Ranks:
         each = total // self.count
         return range(self.rank * each, (self.rank + 1) * each)
 
+    def rows(self, total: int, name: str) -> npt.NDArray[np.int64]:
+        """The numbers among ``total`` that are this rank's, where shares may differ by one.
+
+        :param name: what there are ``total`` of, for the message.
+        :raises ValueError: if some rank would have none.
+        """
+        if total < self.count:
+            raise ValueError(f"{total} {name} for {self.count} ranks; expected at least one for each")
+        return np.array_split(np.arange(total), self.count)[self.rank]
+
     def gather(self, value: T) -> list[T]:
         """A picklable value of every rank, in their order."""
         if self.count == 1:
@@ -91,6 +101,23 @@ class Ranks:
             dist.broadcast_object_list(holder, src=0)
         return holder[0]
 
+    def first_does(self, work: Callable[[], T]) -> T:
+        """Let rank 0 do something, and give all ranks its picklable result.
+
+        :raises Exception: what rank 0 raised, on all of them.
+        """
+        result: T | None = None
+        error: Exception | None = None
+        if self.leads:
+            try:
+                result = work()
+            except Exception as raised:
+                error = raised
+        result, error = self.from_first((result, error))
+        if error is not None:
+            raise error
+        return result  # type: ignore[return-value]
+
     def any(self, flag: bool) -> bool:
         """Whether it holds on some rank."""
         return any(self.gather(flag))
@@ -99,41 +126,37 @@ class Ranks:
         """Sum over ranks."""
         return sum(self.gather(value))
 
-    def sum_(self, tensor: Tensor) -> Tensor:
-        """Sum over ranks, in place; bit for bit the same on all."""
-        if self.count > 1:
-            with _lost_ranks_told(self.rank):
-                dist.all_reduce(tensor)
-        return tensor
-
-    def sum_gradients(self, parameters: Sequence[nn.Parameter], beside: Tensor) -> Tensor:
+    def sum_gradients(self, parameters: Iterable[nn.Parameter], beside: Mapping[str, float]) -> dict[str, float]:
         """Sum the gradients over ranks, in place; one that no rank has stays None.
 
         Sharded parameters' gradients are left alone: they are summed in the backward pass.
 
-        :param beside: float64 (n,), further numbers to sum.
+        :param beside: further numbers to sum; where a rank has none of a name it counts as zero.
         :return: the sums of these.
         """
         if self.count == 1:
-            return beside
-        whole = [parameter for parameter in parameters if not isinstance(parameter, DTensor)]
-        present = torch.tensor([parameter.grad is not None for parameter in whole], dtype=torch.float64)
-        sums = self.sum_(torch.cat([beside.cpu(), present]))
-        shared = [parameter for parameter, count in zip(whole, sums[len(beside) :], strict=True) if count > 0]
+            return dict(beside)
+        whole = [
+            parameter for parameter in parameters if parameter.requires_grad and not is_shard(parameter)
+        ]
+        told = self.gather((dict(beside), [parameter.grad is not None for parameter in whole]))
+        shared = [
+            p for p, present in zip(whole, zip(*(flags for _, flags in told), strict=True), strict=True) if any(present)
+        ]
         for parameter in shared:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        gradients = [parameter.grad for parameter in shared if parameter.grad is not None]
         with _lost_ranks_told(self.rank):
             under_way = []
-            for bucket in _buckets(gradients):
+            for bucket in _buckets([parameter.grad for parameter in shared if parameter.grad is not None]):
                 flat = torch.cat([gradient.flatten() for gradient in bucket])
                 under_way.append((dist.all_reduce(flat, async_op=True), flat, bucket))
             for work, flat, bucket in under_way:
                 work.wait()
                 pieces = flat.split([gradient.numel() for gradient in bucket])
                 torch._foreach_copy_(bucket, [p.view_as(g) for p, g in zip(pieces, bucket, strict=True)])
-        return sums[: len(beside)]
+        names = {name: None for numbers, _ in told for name in numbers}
+        return {name: sum(numbers.get(name, 0.0) for numbers, _ in told) for name in names}
 
     def take_generators(self, first: int = 0) -> None:
         """Give every rank the state of one rank's generators: torch's, also on its device, NumPy's and Python's.
@@ -197,6 +220,11 @@ def torchrun(timeout_seconds: float = TIMEOUT_SECONDS) -> Iterator[Ranks]:
         dist.destroy_process_group()
 
 
+def is_shard(tensor: Tensor) -> bool:
+    """Whether a tensor lies in shards on the ranks, see :mod:`sb3_vla.sharding`; that module takes long to import."""
+    return hasattr(tensor, "full_tensor")
+
+
 def ranks_on_this_machine() -> int:
     """How many ranks share the machine's cores."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if current_ranks().count > 1 else 1
@@ -257,65 +285,8 @@ def _set_generators(state: Mapping[str, Any]) -> None:
 
 
 def _checksum(tensor: Tensor) -> tuple[float, float]:
-    if isinstance(tensor, DTensor):
-        tensor = tensor.full_tensor()
+    if is_shard(tensor):
+        tensor = tensor.full_tensor()  # type: ignore[operator]
     values = tensor.detach().flatten().double()
     places = torch.arange(1, len(values) + 1, dtype=torch.float64, device=values.device)
     return values.sum().item(), (values / places).sum().item()
-
-
-# --- One rollout of all ranks -----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Minibatch:
-    """Decisions of all ranks that make one step of the optimiser.
-
-    :param places: theirs in the :class:`SharedRollout`, int64 (M,).
-    :param mine: which of them this rank holds, bool (M,).
-    :param indices: of those, their indices in this rank's buffer, in the same order.
-    """
-
-    places: Tensor
-    mine: Tensor
-    indices: Tensor
-
-    def __len__(self) -> int:
-        return len(self.places)
-
-
-class SharedRollout:
-    """The decisions of all ranks' buffers as one rollout, in the order in which one process would have them.
-
-    :ivar numbers: the given columns of all ranks, in that order.
-
-    :param indices: this rank's decisions in its buffer, int64 (n,).
-    :param keys: of each a number that is its own among all ranks; their order is that of the rollout, int64 (n,).
-    :param columns: of each further numbers, such as advantages, (n,).
-    :param ranks: those that share.
-    """
-
-    def __init__(self, indices: Tensor, keys: Tensor, columns: Mapping[str, Tensor], ranks: Ranks) -> None:
-        parts = ranks.gather((keys, dict(columns)))
-        everyone = torch.cat([part_keys for part_keys, _ in parts])
-        holder = torch.repeat_interleave(torch.tensor([len(part_keys) for part_keys, _ in parts]))
-        order = torch.argsort(everyone)
-        self.numbers = {name: torch.cat([part[name] for _, part in parts])[order] for name in columns}
-        self._mine = holder[order] == ranks.rank
-        # Where a place is not this rank's there is no index.
-        self._indices = torch.full((len(order),), -1)
-        self._indices[self._mine] = indices[torch.argsort(keys)]
-
-    def __len__(self) -> int:
-        return len(self._indices)
-
-    def minibatches(self, split: Callable[[Tensor], Sequence[Tensor]]) -> list[Minibatch]:
-        """All decisions once, shuffled by torch's global generator.
-
-        :param split: cuts shuffled places into minibatches.
-        """
-        return [self._minibatch(places) for places in split(torch.randperm(len(self)))]
-
-    def _minibatch(self, places: Tensor) -> Minibatch:
-        mine = self._mine[places]
-        return Minibatch(places, mine, self._indices[places[mine]])

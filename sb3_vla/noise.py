@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -25,13 +27,13 @@ _part: ContextVar[_Part | None] = ContextVar("part", default=None)
 
 
 @contextmanager
-def part_of_batch(rows: Sequence[int] | Tensor, total: int) -> Iterator[None]:
+def part_of_batch(rows: npt.ArrayLike, total: int) -> Iterator[None]:
     """What is drawn in this context is for some samples of a larger batch.
 
     :param rows: their places in it, in the order of the samples here.
     :param total: size of the larger batch.
     """
-    token = _part.set(_Part(torch.as_tensor(rows, dtype=torch.int64), total))
+    token = _part.set(_Part(torch.from_numpy(np.asarray(rows, dtype=np.int64)), total))
     try:
         yield
     finally:

@@ -18,6 +18,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from sb3_vla.checkpoints import load_checkpoint, save_checkpoint
 from sb3_vla.demonstrations import Demonstrations
+from sb3_vla.distributed import current_ranks
 from sb3_vla.grpo import GRPO
 from sb3_vla.holding import HoldAtEnd
 from sb3_vla.ppo import PPO
@@ -196,7 +197,7 @@ def train(
     progress: bool = True,
     renderer: str = "auto",
 ) -> None:
-    """Improve a checkpoint by PPO or GRPO in MetaWorld.
+    """Improve a checkpoint by PPO or GRPO in MetaWorld; under ``torchrun`` on all ranks, which share the environments.
 
     PPO's critic also sees the time that has passed and the simulator's state, which the policy does not. Metrics go to
     the run's ``metrics.jsonl`` and to TensorBoard under ``tensorboard/``.
@@ -211,6 +212,7 @@ def train(
     :param resume: go on from the stage's last checkpoint, if there is one, to the same weights and the same metrics
         that a training without an interrupt gives, bit for bit.
     """
+    ranks = current_ranks()
     start = load_checkpoint(checkpoint)
     view = view_of(start.notes)
     env_kwargs = {
@@ -238,7 +240,8 @@ def train(
     make = functools.partial(gym.make, f"mw_envs:MetaWorld{suite}-v0", **env_kwargs)
     if isinstance(config, GRPOConfig):
         make = functools.partial(_holding, make)
-    env = SharedMemoryVecEnv([make] * config.num_envs, num_workers=config.num_workers)
+    own = ranks.share(config.num_envs, "num_envs")
+    env = SharedMemoryVecEnv([make] * len(own), num_workers=config.num_workers)
     try:
         model: PPO
         if isinstance(config, GRPOConfig):
@@ -249,19 +252,20 @@ def train(
             model.anchor()
         logger = Logger(str(run.path), [])
         model.set_logger(logger)
-        env.seed(1000 * (config.seed + 1))
+        env.seed(1000 * (config.seed + 1) + own.start)
         latest = run.latest_checkpoint(stage) if resume else None
         if latest is not None:
             load_algorithm(latest, model)
         done = model.num_timesteps
         run.rewind_metrics(lambda row: row.get("stage") != stage or row["time/total_timesteps"] <= done)
-        logger.output_formats += [
-            _TensorBoard(str(run.path / "tensorboard" / stage), first_step=done + 1),
-            _RunMetrics(run, stage, _seconds_so_far(run, stage), model),
-        ]
+        if ranks.leads:
+            logger.output_formats += [
+                _TensorBoard(str(run.path / "tensorboard" / stage), first_step=done + 1),
+                _RunMetrics(run, stage, _seconds_so_far(run, stage), model),
+            ]
         remaining = config.total_decisions - done
         if remaining > 0:
-            with _Progress(run, stage, config, model, progress) as callback:
+            with _Progress(run, stage, config, model, progress and ranks.leads) as callback:
                 model.learn(remaining, callback, reset_num_timesteps=False)
                 callback.save()
     finally:
@@ -271,7 +275,8 @@ def train(
     distribution = (config.distribution, config.distribution_kwargs)
     policy = model.policy
     critic = None if isinstance(config, GRPOConfig) else policy.value_head  # GRPO leaves it behind the actor
-    save_checkpoint(output, policy.model, critic, notes, distribution, policy.distribution)
+    if ranks.leads:
+        save_checkpoint(output, policy.model, critic, notes, distribution, policy.distribution)
 
 
 def _holding(make: Callable[[], gym.Env]) -> gym.Env:

@@ -201,6 +201,13 @@ class VLAModel(nn.Module, ABC):
         weight = mask.to(error.dtype).repeat(draws, 1)
         return (error * weight).sum() / weight.sum()
 
+    def imitation_weight(self, mask: Tensor) -> float:
+        """How many numbers the mean of :meth:`imitation_loss` is over, up to a factor that is the same for all batches.
+
+        :param mask: as there.
+        """
+        return mask.sum().item()
+
     def sample_time(self, count: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
         """Flow times of a training batch, (count,): uniform in (0, 1)."""
         return draw.uniform((count,), generator, device)

@@ -125,6 +125,10 @@ class DiffusionModel(VLAModel):
         weight = mask.to(error.dtype).repeat(draws, 1)
         return (error * weight).sum() / weight.sum()
 
+    def imitation_weight(self, mask: Tensor) -> float:
+        """See :meth:`VLAModel.imitation_weight`."""
+        return mask[:, : mask.shape[1] - self.first_action].sum().item() if self.mask_padding else len(mask)
+
     def noised(self, x0: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """Normalised chunks (N, H, L) at timesteps (N,), and what the denoiser should put out there."""
         alphas = self.alphas_cumprod[t][:, None, None]

@@ -293,6 +293,10 @@ class OpenVLAOFT(VLAModel):
         """
         return self.token_loss(self.encode(observation), self.action_tokens(actions), mask)
 
+    def imitation_weight(self, mask: Tensor) -> float:
+        """See :meth:`VLAModel.imitation_weight`."""
+        return mask.sum().item() * self.numbers + self.stop_token * len(mask)
+
     def token_loss(self, context: Context, tokens: Tensor, mask: Tensor) -> Tensor:
         """Mean cross-entropy of tokens (N, H, D), 0..255, where the mask (N, H) says so, a scalar."""
         targets = (tokens + self.first_action_id).flatten(1)
