@@ -136,9 +136,7 @@ class Ranks:
         """
         if self.count == 1:
             return dict(beside)
-        whole = [
-            parameter for parameter in parameters if parameter.requires_grad and not is_shard(parameter)
-        ]
+        whole = [parameter for parameter in parameters if parameter.requires_grad and not is_shard(parameter)]
         told = self.gather((dict(beside), [parameter.grad is not None for parameter in whole]))
         shared = [
             p for p, present in zip(whole, zip(*(flags for _, flags in told), strict=True), strict=True) if any(present)

@@ -14,9 +14,13 @@ from typing import Any
 from sb3_vla.distributed import torchrun
 
 
-def run_ranks(count: int, work: Callable[[int], Any], timeout_seconds: float = 60.0) -> list[Any]:
+def run_ranks(
+    count: int, work: Callable[[int], Any], timeout_seconds: float = 60.0, patience_seconds: float = 120.0
+) -> list[Any]:
     """What a function of the rank gives in each of ``count`` processes that are ranks of one group.
 
+    :param timeout_seconds: how long a rank waits for another.
+    :param patience_seconds: how long this waits for a rank.
     :raises AssertionError: with the traceback of a rank that raised.
     """
     with socket.socket() as free:
@@ -35,7 +39,9 @@ def run_ranks(count: int, work: Callable[[int], Any], timeout_seconds: float = 6
     results, errors = [], []
     for rank, (receiver, _) in enumerate(pipes):
         try:
-            error, result = pickle.loads(receiver.recv_bytes()) if receiver.poll(timeout_seconds) else ("no answer", None)
+            error, result = (
+                pickle.loads(receiver.recv_bytes()) if receiver.poll(patience_seconds) else ("no answer", None)
+            )
         except EOFError:
             error, result = "it died", None
         results.append(result)
