@@ -284,7 +284,7 @@ def _set_generators(state: Mapping[str, Any]) -> None:
 
 def _checksum(tensor: Tensor) -> tuple[float, float]:
     if is_shard(tensor):
-        tensor = tensor.full_tensor()  # type: ignore[operator]
+        tensor = tensor.full_tensor()  # type: ignore[attr-defined]
     values = tensor.detach().flatten().double()
     places = torch.arange(1, len(values) + 1, dtype=torch.float64, device=values.device)
     return values.sum().item(), (values / places).sum().item()

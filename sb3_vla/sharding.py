@@ -78,7 +78,7 @@ def whole_weights(module: nn.Module) -> Iterator[None]:
         for name, parameter in owner.named_parameters(recurse=False)
         if isinstance(parameter, DTensor)
     ]
-    whole = {parameter: nn.Parameter(parameter.detach().full_tensor().cpu()) for _, _, parameter in places}
+    whole = {parameter: nn.Parameter(whole_tensor(parameter.detach()).cpu()) for _, _, parameter in places}
     before = {parameter: tensor.detach()._version for parameter, tensor in whole.items()}
     for owner, name, parameter in places:
         owner._parameters[name] = whole[parameter]

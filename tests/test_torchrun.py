@@ -71,7 +71,7 @@ def test_two_ranks_write_the_run_of_one(tmp_path: Path, start: Path) -> None:
         assert output.count("checkpoint ") == 1  # one rank speaks
     one, two = weights(tmp_path / "1"), weights(tmp_path / "2")
     for name, expected in one.items():  # Adam's steps are of full length where gradients are next to nothing
-        np.testing.assert_allclose(two[name], expected, atol=2e-4, err_msg=name)
+        np.testing.assert_allclose(two[name], expected, atol=2e-5, err_msg=name)
     rows = [RunDirectory(tmp_path / name).metrics() for name in ("1", "2")]
     assert len(rows[0]) == len(rows[1]) == 6
     for expected_row, row in zip(*rows, strict=True):
@@ -79,7 +79,7 @@ def test_two_ranks_write_the_run_of_one(tmp_path: Path, start: Path) -> None:
             assert row.get(key) == expected_row.get(key), key
     before = load_file(start / "model.safetensors")
     moved = [np.abs(one[name] - value).max() for name, value in before.items() if name.startswith("model.")]
-    assert max(moved) > 1e-3  # there was something to learn, and to compare
+    assert max(moved) > 5e-4  # there was something to learn, and to compare
 
 
 @pytest.mark.slow
