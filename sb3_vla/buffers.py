@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from sb3_vla.distributed import Ranks, current_ranks
 from sb3_vla.distributions import Trace
@@ -30,6 +32,11 @@ class DecisionBatch:
     advantages: Tensor
     returns: Tensor
     indices: Tensor
+
+    def to(self, device: torch.device) -> DecisionBatch:
+        """The same decisions elsewhere."""
+        moved: dict[str, Any] = tree_map(lambda tensor: tensor.to(device), vars(self))
+        return DecisionBatch(**moved)
 
 
 class DecisionBuffer(ABC):
@@ -72,11 +79,13 @@ class Minibatch:
     :param indices: of those that this rank holds, in its buffer, int64 (m,).
     :param advantages: of all of them, float32 (M,).
     :param mine: which of them this rank holds, in the order of ``indices``, bool (M,).
+    :param most: how many of them the rank holds that holds most.
     """
 
     indices: Tensor
     advantages: Tensor
     mine: Tensor
+    most: int
 
     def __len__(self) -> int:
         return len(self.advantages)
@@ -98,6 +107,7 @@ class SharedRollout:
         order = torch.argsort(torch.cat([part_keys for part_keys, _ in parts]))
         self.advantages, self.values, self.returns = torch.cat([numbers for _, numbers in parts])[order].unbind(1)
         holders = torch.cat([torch.full_like(part_keys, rank) for rank, (part_keys, _) in enumerate(parts)])[order]
+        self._holders = holders
         self._mine = holders == ranks.rank
         self._indices = torch.full_like(order, -1)  # of another rank's decision there is none
         self._indices[self._mine] = indices[torch.argsort(keys)]
@@ -111,7 +121,8 @@ class SharedRollout:
 
     def _minibatch(self, places: Tensor) -> Minibatch:
         mine = self._mine[places]
-        return Minibatch(self._indices[places[mine]], self.advantages[places], mine)
+        most = int(torch.bincount(self._holders[places]).max())
+        return Minibatch(self._indices[places[mine]], self.advantages[places], mine, most)
 
 
 class ChunkRolloutBuffer(DecisionBuffer):

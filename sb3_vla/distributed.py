@@ -118,6 +118,10 @@ class Ranks:
             raise error
         return result  # type: ignore[return-value]
 
+    def wait(self) -> None:
+        """Until all ranks have come here."""
+        self.gather(None)
+
     def any(self, flag: bool) -> bool:
         """Whether it holds on some rank."""
         return any(self.gather(flag))

@@ -111,6 +111,7 @@ class GRPO(PPO):
         bf16: bool | None = False,
         noise_scale: float | Schedule = 1.0,
         task_sampling: str = "uniform",
+        sharding: str = "none",
     ) -> None:
         self.group_size = group_size
         self.n_groups = n_groups
@@ -150,6 +151,7 @@ class GRPO(PPO):
             bf16=bf16,
             noise_scale=noise_scale,
             task_sampling=task_sampling,
+            sharding=sharding,
         )
 
     def _setup_model(self) -> None:

@@ -17,6 +17,7 @@ from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import register_dataclass
 
 from mw_envs.tasks import INSTRUCTION_BYTES
 from sb3_vla.checkpoints import LoadedCheckpoint, load_checkpoint
@@ -49,6 +50,10 @@ class Evaluation:
     mean: Tensor
     std: Tensor
     entropy: Tensor | None
+
+
+# Where weights are sharded, torch looks into what a method returns for what the backward pass begins with.
+register_dataclass(Evaluation)
 
 
 class VLAPolicy(BasePolicy):
@@ -258,6 +263,12 @@ class VLAPolicy(BasePolicy):
             std=std,
             entropy=self.distribution.entropy(mean, std, executed),
         )
+
+    def imitation_loss(
+        self, observation: dict[str, Tensor], actions: Tensor, mask: Tensor, *, draws: int = 1
+    ) -> Tensor:
+        """The model's, see :meth:`VLAModel.imitation_loss`."""
+        return self.model.imitation_loss(observation, actions, mask, draws=draws)
 
     def evaluate_actions(self, obs: PyTorchObs, actions: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Stable-Baselines3's contract: values (N, 1), log-probabilities (N,) and entropies of actions.

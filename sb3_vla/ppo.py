@@ -37,6 +37,16 @@ from sb3_vla.policies import Evaluation, VLAPolicy
 from sb3_vla.precision import autocast
 from sb3_vla.progress import SuccessBar
 from sb3_vla.sft import DemonstrationBatches, shared_imitation_loss
+from sb3_vla.sharding import (
+    SHARDING,
+    in_shards,
+    is_sharded,
+    load_optimizer_state,
+    shard,
+    whole_optimizer_state,
+    whole_tensor,
+    whole_weights,
+)
 from sb3_vla.stepping import (
     Clock,
     Decision,
@@ -63,6 +73,7 @@ _OWN_OPTIONS = (
     "bootstrap_truncated",
     "task_sampling",
     "overlap",
+    "sharding",
 )
 TASK_SAMPLING = ("uniform", "signal")
 GAMMA_PER = ("decision", "env_step")
@@ -134,6 +145,8 @@ class PPO(stable_baselines3.PPO):
         where the policy runs on another device than the simulators. It needs a
         :class:`~sb3_vla.vec_env.SharedMemoryVecEnv` without wrappers, and acts on no other environment. The policy then
         decides for two small batches instead of one: an environment meets other exploration noise than without.
+    :param sharding: ``none``, every rank has a replica; or ``fsdp``, in an update each has a part of the weights that
+        are trained, of their gradients and of the optimiser, see :mod:`sb3_vla.sharding`. One rank has all of them.
     """
 
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {  # type: ignore[assignment]
@@ -189,6 +202,7 @@ class PPO(stable_baselines3.PPO):
         noise_scale: float | Schedule = 1.0,
         task_sampling: str = "uniform",
         overlap: bool = False,
+        sharding: str = "none",
     ) -> None:
         self.value_lr = value_lr
         self.clip_range_high = None if clip_range_high is None else FloatSchedule(clip_range_high)
@@ -212,6 +226,9 @@ class PPO(stable_baselines3.PPO):
             raise ValueError(f"Unknown task_sampling={task_sampling!r}; {did_you_mean(task_sampling, TASK_SAMPLING)}")
         self.task_sampling = task_sampling
         self.overlap = overlap
+        if sharding not in SHARDING:
+            raise ValueError(f"Unknown sharding={sharding!r}; {did_you_mean(sharding, SHARDING)}")
+        self.sharding = sharding
         self.env_steps = 0
         #: rollouts that have been trained on; ``_n_updates`` counts epochs, which ``target_kl`` may cut short
         self.updates = 0
@@ -268,6 +285,9 @@ class PPO(stable_baselines3.PPO):
         super()._setup_model()
         self.rollout_buffer_class = None
         self._check_options()
+        if self.sharding == "fsdp" and self.ranks.count > 1:
+            policy, methods = self.policy, ("evaluate", "imitation_loss")
+            shard(policy, policy.model.sharding_units(), methods, policy.optimizer, self.device, self.ranks.count)
         self.rollout_buffer = ChunkRolloutBuffer(  # type: ignore[assignment]
             self.n_steps, self.n_envs, self.device, self.gamma, self.gae_lambda, self.gamma_per
         )
@@ -277,6 +297,7 @@ class PPO(stable_baselines3.PPO):
         )
         self._ended: list[tuple[tuple[int, ...], dict[str, Any]]] = []
         self._reference: VLAPolicy | None = None
+        self._idle_batch: DecisionBatch | None = None
 
     def set_random_seed(self, seed: int | None = None) -> None:
         """As in Stable-Baselines3; of the environments of all ranks in their order each has the next seed."""
@@ -316,6 +337,10 @@ class PPO(stable_baselines3.PPO):
             raise ValueError(
                 f"ent_coef={self.ent_coef} has nothing to act on: the entropy of this action distribution is fixed. "
                 "Set ent_coef=0, or distribution_kwargs=dict(learn_std=True) with the Gaussian, or use flow_noise"
+            )
+        if self.sharding == "fsdp" and self.kl_coef > 0:
+            raise ValueError(
+                f"kl_coef={self.kl_coef} needs a whole copy of the policy, which sharding='fsdp' has not; choose one"
             )
         if self.value_lr is not None and self.lr_schedule(1.0) <= 0:
             raise ValueError("value_lr needs a learning_rate schedule that does not begin at zero")
@@ -443,13 +468,32 @@ class PPO(stable_baselines3.PPO):
         minibatches = rollout.minibatches(self.batch_size)
         old = self._old_policy(buffer, [minibatch.indices for minibatch in minibatches])
         metrics: defaultdict[str, list[float]] = defaultdict(list)
+        self._idle_batch = self._some_batch(buffer) if is_sharded(policy) else None
+        with in_shards(policy):
+            self._run_epochs(rollout, minibatches, old, clip_range, clip_range_vf, metrics)
+        self.updates += 1
+        self._log_update(rollout, metrics, clip_range, clip_range_vf, time.perf_counter() - started)
+
+    def _run_epochs(
+        self,
+        rollout: SharedRollout,
+        minibatches: list[Minibatch],
+        old: _OldPolicy,
+        clip_range: float,
+        clip_range_vf: float | None,
+        metrics: defaultdict[str, list[float]],
+    ) -> None:
+        """The steps of an update, until the policy is as far from the rollout's as it may be.
+
+        :param minibatches: of the first epoch.
+        """
         stopped = False
         for epoch in range(self.n_epochs):
             divergence: list[float] = []
             if epoch > 0:
                 minibatches = rollout.minibatches(self.batch_size)
             for minibatch in minibatches:
-                loss, kl = self._accumulate_gradient(buffer, minibatch, old, clip_range, clip_range_vf, metrics)
+                loss, kl = self._accumulate_gradient(rollout.buffer, minibatch, old, clip_range, clip_range_vf, metrics)
                 if kl is not None:
                     divergence.append(kl)
                     metrics["approx_kl"].append(kl)
@@ -460,8 +504,6 @@ class PPO(stable_baselines3.PPO):
             self._n_updates += 1
             if stopped:
                 break
-        self.updates += 1
-        self._log_update(rollout, metrics, clip_range, clip_range_vf, time.perf_counter() - started)
 
     def _accumulate_gradient(
         self,
@@ -503,10 +545,19 @@ class PPO(stable_baselines3.PPO):
             metrics["ratio_max"] += noted.pop("ratio_max", [])
             for name, (value,) in noted.items():
                 sums[name] += share * value
+        if self._idle_batch is not None:
+            others = self._micro_batches(torch.arange(minibatch.most))
+            for _ in others[len(self._micro_batches(minibatch.indices)) :]:
+                self._idle(self._idle_batch, train_actor)
         if train_actor and self.rehearsal is not None:
             with autocast(self.bf16, self.device.type):
                 loss = shared_imitation_loss(
-                    self.policy.model, self.rehearsal, self.rehearsal_batch_size, self.ranks, self.device
+                    self.policy.model,
+                    self.rehearsal,
+                    self.rehearsal_batch_size,
+                    self.ranks,
+                    self.device,
+                    loss_of=self.policy.imitation_loss,
                 )
             (self.rehearsal_coef * loss).backward()
             sums["rehearsal_loss"] = loss.item()
@@ -516,6 +567,23 @@ class PPO(stable_baselines3.PPO):
         for name, value in whole.items():
             metrics[name].append(value)
         return total, divergence
+
+    def _some_batch(self, buffer: DecisionBuffer) -> DecisionBatch:
+        """A decision, of another rank where this one has none."""
+        own = buffer.batch(torch.zeros(1, dtype=torch.int64)) if len(buffer) else None
+        if not self.ranks.any(own is None):
+            assert own is not None
+            return own
+        told = next(batch for batch in self.ranks.gather(own and own.to(torch.device("cpu"))) if batch is not None)
+        return told.to(self.device)
+
+    def _idle(self, batch: DecisionBatch, train_actor: bool) -> None:
+        """Keep step with ranks that have more micro-batches, without a gradient: shards are gathered together."""
+        found = self.policy.evaluate(batch.observations, batch.trace, batch.executed, self.logprob_type)
+        loss = found.values.sum()
+        if train_actor:
+            loss = loss + found.log_prob.sum()
+        (0.0 * loss).backward()
 
     def _micro_batches(self, indices: Tensor) -> tuple[Tensor, ...]:
         return indices.split(self.micro_batch_size or len(indices)) if len(indices) else ()
@@ -580,7 +648,7 @@ class PPO(stable_baselines3.PPO):
         return value_loss
 
     def _optimizer_step(self, loss: float, metrics: defaultdict[str, list[float]]) -> None:
-        norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm)
+        norm = whole_tensor(torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm))
         finite = bool(torch.isfinite(norm))
         metrics["skipped_steps"].append(float(not finite))
         if finite:
@@ -741,7 +809,34 @@ class PPO(stable_baselines3.PPO):
             "rehearsal",
             "_episodes",
             "_ended",
+            "_idle_batch",
         ]
+
+    def get_parameters(self) -> dict[str, dict[str, Any]]:
+        """As in Stable-Baselines3; of shards the whole, for which all ranks must call it."""
+        if not is_sharded(self.policy):
+            return super().get_parameters()
+        with whole_weights(self.policy):
+            weights = {name: tensor.clone() for name, tensor in self.policy.state_dict().items()}
+        optimizer = {**self.policy.optimizer.state_dict(), "state": whole_optimizer_state(self.policy.optimizer)}
+        return {"policy": weights, "policy.optimizer": optimizer}
+
+    def set_parameters(
+        self, load_path_or_dict: Any, exact_match: bool = True, device: torch.device | str = "auto"
+    ) -> None:
+        """As in Stable-Baselines3; where there are shards all ranks must call it."""
+        with whole_weights(self.policy):
+            super().set_parameters(load_path_or_dict, exact_match, device)
+        if is_sharded(self.policy):
+            load_optimizer_state(self.policy.optimizer, self.policy.optimizer.state_dict()["state"])
+
+    def save(self, path: Any, exclude: Any = None, include: Any = None) -> None:
+        """As in Stable-Baselines3; of several ranks, all of which must call it, the first writes."""
+        if self.ranks.leads:
+            super().save(path, exclude, include)
+        else:
+            self.get_parameters()
+        self.ranks.wait()
 
     def learn(
         self,

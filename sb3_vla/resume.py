@@ -22,6 +22,7 @@ from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecTranspose
 from sb3_vla.checkpoints.training_state import load_training_state, save_training_state
 from sb3_vla.distributed import Ranks
 from sb3_vla.ppo import PPO
+from sb3_vla.sharding import whole_optimizer_state, whole_weights
 
 _COUNTERS = ("num_timesteps", "env_steps", "updates", "_n_updates", "_current_progress_remaining")
 
@@ -49,8 +50,10 @@ def save_algorithm(folder: Path | None, algorithm: PPO) -> None:
         # An update's metrics are written with the next rollout's.
         "log": [[key, value, log.name_to_excluded[key]] for key, value in log.name_to_value.items()],
     }
-    if folder is not None:
-        save_training_state(folder, {"policy": algorithm.policy}, algorithm.policy.optimizer, values)
+    optimizer_state = whole_optimizer_state(algorithm.policy.optimizer)
+    with whole_weights(algorithm.policy):
+        if folder is not None:
+            save_training_state(folder, {"policy": algorithm.policy}, optimizer_state, values)
 
 
 def load_algorithm(folder: Path, algorithm: PPO) -> None:
@@ -59,7 +62,8 @@ def load_algorithm(folder: Path, algorithm: PPO) -> None:
 
     :raises ValueError: if the state is of another algorithm or of other environments.
     """
-    values = load_training_state(folder, {"policy": algorithm.policy}, algorithm.policy.optimizer)
+    with whole_weights(algorithm.policy):
+        values = load_training_state(folder, {"policy": algorithm.policy}, algorithm.policy.optimizer)
     env, ranks = _environment(algorithm), algorithm.ranks
     count = env.num_envs * ranks.count
     if len(values["environments"]) != count:

@@ -24,6 +24,7 @@ from sb3_vla.distributed import Ranks, current_ranks
 from sb3_vla.models import VLAModel, make_model
 from sb3_vla.noise import part_of_batch
 from sb3_vla.precision import autocast
+from sb3_vla.sharding import whole_optimizer_state
 
 # A deviation of nothing (a gripper that never moves) must not blow up what is divided by it.
 _SMALLEST_STD = 1e-2
@@ -236,7 +237,7 @@ def sft(
                     "schedule": schedule.state_dict(),
                 }
                 with save_state(step) as folder:
-                    save_training_state(folder, modules, optimizer, values)
+                    save_training_state(folder, modules, whole_optimizer_state(optimizer), values)
     if output is not None and ranks.leads:
         save_checkpoint(output, averaged, notes=notes)
     return SFTResult(averaged, history, time.perf_counter() - started)
@@ -249,17 +250,19 @@ def shared_imitation_loss(
     ranks: Ranks,
     device: torch.device | str = "cpu",
     draws: int = 1,
+    loss_of: Callable[..., Tensor] | None = None,
 ) -> Tensor:
     """What this rank's part of a batch adds to the mean imitation loss of the batch; alone, all of it.
 
     :param batches: those of all ranks must have the same generator.
     :param size: of the batch.
+    :param loss_of: what runs the model's ``imitation_loss``; None for the model itself.
     """
     rows = ranks.rows(size, "frames of a batch")
     observation, actions, mask = batches.sample(size, rows)
     weight = model.imitation_weight(mask)
     with part_of_batch(rows, size):
-        loss = model.imitation_loss(
+        loss = (loss_of or model.imitation_loss)(
             {key: value.to(device) for key, value in observation.items()},
             actions.to(device),
             mask.to(device),

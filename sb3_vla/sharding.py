@@ -1,9 +1,9 @@
 """Parameters, gradients and optimiser in shards, where a replica on every rank does not fit (FSDP2, Zhao et al. 2023).
 
-What is trained is sharded; frozen weights, which have neither gradient nor optimiser state, stay whole. In an update a
-block's weights are gathered when it runs. In a rollout, whose number of decisions may differ between ranks, they are
-gathered once (:func:`gathered`). Whatever is written or read is whole (:func:`whole_weights`), so that a checkpoint
-fits any number of ranks.
+What is trained is sharded; frozen weights, which have neither gradient nor optimiser state, stay whole. In an update
+(:func:`in_shards`) weights are gathered block by block when they run. Between updates they are whole on every rank, so
+that rollouts and evaluations, in which ranks decide differently often, need no other. What is written or read is whole
+too (:func:`whole_weights`): a checkpoint fits any number of ranks.
 """
 
 from __future__ import annotations
@@ -14,55 +14,66 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, distribute_tensor
+
+from sb3_vla.distributed import is_shard
 
 SHARDING = ("none", "fsdp")
 
 
-def shard(module: nn.Module, blocks: Iterable[nn.Module], methods: Sequence[str], device_type: str, ranks: int) -> None:
-    """Shard the trainable parameters of a module that is on its device, the same on all ranks; in place.
+def shard(
+    module: nn.Module,
+    blocks: Iterable[nn.Module],
+    methods: Sequence[str],
+    optimizer: torch.optim.Optimizer,
+    device: torch.device,
+    ranks: int,
+) -> None:
+    """Shard the trainable parameters of a module, the same on all ranks, in place.
 
-    The parameters are new ones: make the optimiser afterwards. Gradients are summed over ranks, not averaged.
+    Gradients are then summed over ranks, not averaged, in the backward pass, which all must run equally often.
 
     :param blocks: parts that are always run by calling them; each is gathered for itself, the rest together.
-    :param methods: of the module, those that run in an update; none of them calls another one of them.
-    :param device_type: ``cpu`` or ``cuda``.
+    :param methods: of the module, those that an update runs; none of them calls another one of them.
+    :param optimizer: one without a state yet; it gets the shards.
+    :param device: where the module is.
     :param ranks: how many there are.
     """
-    mesh = init_device_mesh(device_type, (ranks,))
+    # torch imports its compiler for these, for seconds.
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+    names = {parameter: name for name, parameter in module.named_parameters()}
+    groups = [[names[parameter] for parameter in group["params"]] for group in optimizer.param_groups]
+    mesh = init_device_mesh(device.type, (ranks,))
     frozen = {parameter for parameter in module.parameters() if not parameter.requires_grad}
     for block in blocks:
         if any(parameter.requires_grad for parameter in block.parameters()):
             fully_shard(block, mesh=mesh, ignored_params=frozen)
     fully_shard(module, mesh=mesh, ignored_params=frozen)
-    for part in _units(module):
-        part.set_gradient_divide_factor(1.0)
-        part.set_force_sum_reduction_for_comms(True)  # gloo has no other
+    for unit in _units(module):
+        unit.set_gradient_divide_factor(1.0)
+        unit.set_force_sum_reduction_for_comms(True)  # gloo has no other
     for method in methods:
         register_fsdp_forward_method(module, method)
+    shards = dict(module.named_parameters())
+    for group, members in zip(optimizer.param_groups, groups, strict=True):
+        group["params"] = [shards[name] for name in members]
+    _gather(module)
 
 
 def is_sharded(module: nn.Module) -> bool:
     """Whether :func:`shard` was applied."""
-    return isinstance(module, FSDPModule)
+    return hasattr(module, "set_reshard_after_forward")
 
 
 @contextmanager
-def gathered(module: nn.Module) -> Iterator[None]:
-    """Whole weights on every rank, in which ranks may run the module as often as each likes; all must come and leave
-    together. Does nothing to a module that is not sharded."""
-    units = _units(module)
-    for unit in units:
-        unit.set_reshard_after_forward(False, recurse=False)
-        unit.unshard()
+def in_shards(module: nn.Module) -> Iterator[None]:
+    """For an update; all ranks must come and leave together. Does nothing to a module that is not sharded."""
+    _reshard(module)
     try:
         yield
     finally:
-        for unit in units:
-            unit.reshard()
-            unit.set_reshard_after_forward(unit is not module, recurse=False)
+        _gather(module)
 
 
 @contextmanager
@@ -72,14 +83,15 @@ def whole_weights(module: nn.Module) -> Iterator[None]:
     All ranks must come and leave together, and each holds all of the weights meanwhile. Does nothing to a module that
     is not sharded.
     """
+    _reshard(module)
     places = [
         (owner, name, parameter)
         for owner in module.modules()
         for name, parameter in owner.named_parameters(recurse=False)
-        if isinstance(parameter, DTensor)
+        if is_shard(parameter)
     ]
     whole = {parameter: nn.Parameter(whole_tensor(parameter.detach()).cpu()) for _, _, parameter in places}
-    before = {parameter: tensor.detach()._version for parameter, tensor in whole.items()}
+    versions = {parameter: tensor._version for parameter, tensor in whole.items()}
     for owner, name, parameter in places:
         owner._parameters[name] = whole[parameter]
     try:
@@ -87,17 +99,18 @@ def whole_weights(module: nn.Module) -> Iterator[None]:
     finally:
         for owner, name, parameter in places:
             owner._parameters[name] = parameter
-        for parameter, tensor in whole.items():
-            if tensor._version != before[parameter]:
-                with torch.no_grad():
+        with torch.no_grad():
+            for parameter, tensor in whole.items():
+                if tensor._version != versions[parameter]:
                     parameter.copy_(_as_shards(tensor.detach(), parameter))
+        _gather(module)
 
 
 def whole_optimizer_state(optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Any]]:
     """The optimiser's state by number of the parameter, without shards; all ranks must call it."""
     state: dict[int, dict[str, Any]] = optimizer.state_dict()["state"]
     return {
-        number: {key: value.full_tensor() if isinstance(value, DTensor) else value for key, value in values.items()}
+        number: {key: whole_tensor(value) if isinstance(value, Tensor) else value for key, value in values.items()}
         for number, values in state.items()
     }
 
@@ -108,7 +121,7 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[int, dict
     placed = {
         number: {
             key: _as_shards(value, parameters[number])
-            if isinstance(parameters[number], DTensor) and value.shape == parameters[number].shape
+            if is_shard(parameters[number]) and value.shape == parameters[number].shape
             else value
             for key, value in values.items()
         }
@@ -118,13 +131,27 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[int, dict
 
 
 def whole_tensor(tensor: Tensor) -> Tensor:
-    """A tensor without shards."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    """A tensor without shards; all ranks must ask for it."""
+    return tensor.full_tensor() if is_shard(tensor) else tensor  # type: ignore[attr-defined]
 
 
-def _as_shards(tensor: Tensor, like: DTensor) -> DTensor:
+def _as_shards(tensor: Tensor, like: Any) -> Tensor:
+    from torch.distributed.tensor import distribute_tensor
+
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
 
 
+def _gather(module: nn.Module) -> None:
+    for unit in _units(module):
+        unit.set_reshard_after_forward(False, recurse=False)
+        unit.unshard()
+
+
+def _reshard(module: nn.Module) -> None:
+    for unit in _units(module):
+        unit.reshard()
+        unit.set_reshard_after_forward(unit is not module, recurse=False)
+
+
 def _units(module: nn.Module) -> list[Any]:
-    return [part for part in module.modules() if isinstance(part, FSDPModule)]
+    return [part for part in module.modules() if is_sharded(part)]

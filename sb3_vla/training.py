@@ -25,6 +25,7 @@ from sb3_vla.ppo import PPO
 from sb3_vla.resume import load_algorithm, save_algorithm
 from sb3_vla.run import RunDirectory
 from sb3_vla.sft import DemonstrationBatches
+from sb3_vla.sharding import whole_weights
 from sb3_vla.vec_env import SharedMemoryVecEnv
 
 
@@ -71,6 +72,7 @@ class PPOConfig:
     :param overlap: simulate one half of the environments while the policy decides for the other; pays with a GPU.
     :param micro_batch_size: decisions evaluated at a time, where a minibatch does not fit into memory.
     :param bf16: bfloat16 autocast of updates; None where the processor has it.
+    :param sharding: ``none``; or ``fsdp``: under ``torchrun`` each rank has a part of what is trained.
     :param checkpoint_interval: iterations between checkpoints.
     :param seed: of environments and exploration.
     """
@@ -113,6 +115,7 @@ class PPOConfig:
     overlap: bool = False
     micro_batch_size: int | None = None
     bf16: bool | None = False
+    sharding: str = "none"
     checkpoint_interval: int = 5
     seed: int = 0
 
@@ -173,6 +176,7 @@ class GRPOConfig:
     rehearsal_coef: float = 0.0
     rehearsal_batch_size: int = 64
     bf16: bool | None = False
+    sharding: str = "none"
     checkpoint_interval: int = 5
     seed: int = 0
 
@@ -275,8 +279,9 @@ def train(
     distribution = (config.distribution, config.distribution_kwargs)
     policy = model.policy
     critic = None if isinstance(config, GRPOConfig) else policy.value_head  # GRPO leaves it behind the actor
-    if ranks.leads:
-        save_checkpoint(output, policy.model, critic, notes, distribution, policy.distribution)
+    with whole_weights(policy):
+        if ranks.leads:
+            save_checkpoint(output, policy.model, critic, notes, distribution, policy.distribution)
 
 
 def _holding(make: Callable[[], gym.Env]) -> gym.Env:
@@ -320,6 +325,7 @@ def _ppo(
         task_sampling=config.task_sampling,
         overlap=config.overlap,
         bf16=config.bf16,
+        sharding=config.sharding,
         seed=config.seed,
         policy_kwargs=_policy_kwargs(config, checkpoint),
     )
@@ -353,6 +359,7 @@ def _grpo(
         noise_scale=_linear(1.0, config.final_noise_scale),
         task_sampling=config.task_sampling,
         bf16=config.bf16,
+        sharding=config.sharding,
         seed=config.seed,
         policy_kwargs=_policy_kwargs(config, checkpoint),
     )

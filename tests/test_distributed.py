@@ -424,3 +424,70 @@ def test_other_environments_are_refused(tmp_path: Path) -> None:
             load_algorithm(tmp_path, algorithm)
 
     run_ranks(2, work)
+
+
+# --- Shards -----------------------------------------------------------------------------------------------------------
+
+
+def _sharded(ranks: int, options: dict[str, Any], make: Callable[..., PPO] = toy_ppo) -> PPO:
+    env = toy_vec(4 // ranks, horizon=3, truncates=True, privileged=True, action_dim=4)
+    return toy_ppo(env, sharding="fsdp", learning_rate=1e-5, **options)
+
+
+@pytest.mark.parametrize("trainable", ["all", "expert"])
+def test_shards_learn_what_replicas_learn(tmp_path: Path, trainable: str) -> None:
+    """Adam's small steps; with micro-batches, of which ranks have different numbers; the file of one is the other's."""
+
+    def options() -> dict[str, Any]:
+        batches = DemonstrationBatches(toy_demonstrations(), None, 2, 2, 0)
+        return {"micro_batch_size": 3, "n_epochs": 2, "rehearsal": batches, "trainable": trainable}
+
+    def work(ranks: int, rank: int) -> tuple[dict[str, Any], int, Any]:
+        algorithm = _sharded(ranks, options())
+        algorithm.learn(64, log_interval=1000)
+        save_algorithm(tmp_path / "state" if rank == 0 and ranks == 2 else None, algorithm)
+        algorithm.save(tmp_path / f"{ranks}.zip")
+        held = [group for group in algorithm.policy.optimizer.param_groups for group in group["params"]]
+        own = sum((p.to_local() if distributed.is_shard(p) else p).numel() for p in held)  # type: ignore[operator]
+        return result_of(algorithm), own, PPO.load(tmp_path / f"{ranks}.zip").policy.state_dict()
+
+    (tmp_path / "state").mkdir()
+    expected, whole, _ = work(1, 0)
+    results = run_ranks(2, functools.partial(work, 2))
+    for found, own, loaded in results:
+        assert_alike(found, expected, 2e-6)
+        assert own < 0.6 * whole  # the rest is with the other
+        for name, weights in found["weights"].items():
+            assert np.array_equal(loaded[name].numpy(), weights), name
+
+    def go_on(ranks: int, _: int) -> dict[str, Any]:
+        algorithm = _sharded(ranks, options())
+        algorithm._setup_learn(0)
+        load_algorithm(tmp_path / "state", algorithm)
+        algorithm.learn(64, log_interval=1000, reset_num_timesteps=False)
+        return result_of(algorithm)
+
+    alone = go_on(1, 0)
+    for found in run_ranks(2, functools.partial(go_on, 2)):
+        assert_alike(found, alone, 4e-6)
+
+
+def test_shards_of_a_rank_without_a_group() -> None:
+    def work(rank: int) -> dict[str, Any]:
+        return trained(_grpo_in_shards, 2, 60, {"reward": 1.0} if rank == 1 else {}, {})
+
+    first, second = run_ranks(2, work)
+    assert_alike(second, first, 0.0)
+    assert first["counters"][2] > 0
+
+
+def _grpo_in_shards(ranks: int, env_kwargs: dict[str, Any], options: dict[str, Any]) -> Any:
+    makers: list[Any] = [lambda: HoldAtEnd(VariedEnv(**env_kwargs))] * (8 // ranks)
+    return toy_grpo(DummyVecEnv(makers), group_size=2, n_groups=7, n_epochs=2, sharding="fsdp", **options)
+
+
+def test_what_shards_cannot_do_is_refused() -> None:
+    with pytest.raises(ValueError, match="needs a whole copy of the policy, which sharding='fsdp' has not"):
+        toy_ppo(sharding="fsdp", kl_coef=0.1)
+    with pytest.raises(ValueError, match="Unknown sharding='fsdp2'; did you mean 'fsdp'"):
+        toy_ppo(sharding="fsdp2")

@@ -21,6 +21,7 @@ from sb3_vla.distributions import GaussianChunk
 from sb3_vla.models import VLAModel
 from sb3_vla.precision import autocast
 from sb3_vla.sft import DemonstrationBatches, SFTConfig, SFTResult, sft
+from sb3_vla.sharding import whole_optimizer_state
 
 
 def config(**options: Any) -> SFTConfig:
@@ -229,7 +230,7 @@ def test_a_resumed_training_ends_as_an_uninterrupted_one(tmp_path: Path) -> None
 def test_a_state_of_other_modules_is_refused(tmp_path: Path) -> None:
     model = tiny_model()
     optimizer = torch.optim.AdamW(model.parameters())
-    save_training_state(tmp_path, {"model": model}, optimizer, {"step": 1})
+    save_training_state(tmp_path, {"model": model}, whole_optimizer_state(optimizer), {"step": 1})
     assert load_training_state(tmp_path, {"model": model}, optimizer) == {"step": 1}
     with pytest.raises(ValueError, match="state of 'model'; expected averaged"):
         load_training_state(tmp_path, {"averaged": model}, optimizer)

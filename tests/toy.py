@@ -282,7 +282,8 @@ def toy_ppo(
 
 def whole_minibatch(buffer: DecisionBuffer, indices: Tensor) -> Minibatch:
     """A minibatch that no other rank has a part in."""
-    return Minibatch(indices, buffer.advantages.flatten()[indices], torch.ones(len(indices), dtype=torch.bool))
+    everywhere = torch.ones(len(indices), dtype=torch.bool)
+    return Minibatch(indices, buffer.advantages.flatten()[indices], everywhere, len(indices))
 
 
 def stir(module: nn.Module, size: float = 0.05, seed: int = 0) -> None:

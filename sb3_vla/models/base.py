@@ -92,6 +92,11 @@ class VLAModel(nn.Module, ABC):
         """The parameters that modulate the norms of the expert, where a model has some apart from the rest."""
         yield from ()
 
+    def sharding_units(self) -> Iterator[nn.Module]:
+        """Layers that are always run by calling them, so that each can be gathered for itself where weights are sharded
+        over GPUs (:mod:`sb3_vla.sharding`)."""
+        yield from ()
+
     def set_trainable(self, trainable: str) -> None:
         """Leave a gradient to one part of the model.
 

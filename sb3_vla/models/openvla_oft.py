@@ -276,6 +276,11 @@ class OpenVLAOFT(VLAModel):
         edges = torch.linspace(-1, 1, BINS, dtype=torch.float64, device=actions.device)
         return BINS - torch.bucketize(normalised.double(), edges, right=True)
 
+    def sharding_units(self) -> Iterator[nn.Module]:
+        """See :meth:`VLAModel.sharding_units`."""
+        yield from self.language_model.model.layers
+        yield from (part for part in self.vision_backbone.modules() if isinstance(part, VisionBlock))
+
     def imitation_loss(
         self,
         observation: dict[str, Tensor],

@@ -22,7 +22,7 @@ from mw_envs.tasks import decode_instruction, did_you_mean
 from sb3_vla import noise as draw
 from sb3_vla.models.base import PERCEPTION, Context, VLAModel
 from sb3_vla.models.compact import time_embedding
-from sb3_vla.models.gemma import GemmaSize, GemmaTower, KeysValues
+from sb3_vla.models.gemma import GemmaLayer, GemmaSize, GemmaTower, KeysValues
 from sb3_vla.models.normalisation import CONVENTIONS, SCHEMES, STATISTICS, normalise, unnormalise
 from sb3_vla.models.prompts import PromptTokenizer, clean
 
@@ -304,6 +304,10 @@ class Pi0(VLAModel):
     def unnormalise_action(self, action: Tensor) -> Tensor:
         """See :meth:`VLAModel.unnormalise_action`."""
         return unnormalise(action, self._statistics("action"), self.action_scheme, self.convention)
+
+    def sharding_units(self) -> Iterator[nn.Module]:
+        """See :meth:`VLAModel.sharding_units`."""
+        yield from (part for part in self.modules() if isinstance(part, GemmaLayer))
 
     def imitation_loss(
         self,
