@@ -75,6 +75,7 @@ class GRPO(PPO):
     """
 
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {"VLAPolicy": VLAPolicy}  # type: ignore[assignment]
+    has_critic = False
 
     def __init__(
         self,
@@ -159,7 +160,6 @@ class GRPO(PPO):
             raise ValueError(f'GRPO trains VLAPolicy alone; got {self.policy_class.__name__}. Use "VLAPolicy"')
         self._check_groups()
         super()._setup_model()
-        self.policy.value_head.requires_grad_(False)
         self.rollout_buffer = GroupBuffer(self.device)  # type: ignore[assignment]
 
     def _check_groups(self) -> None:

@@ -26,6 +26,7 @@ from sb3_vla.distributions import Trace, default_distribution, make_distribution
 from sb3_vla.frozen import FrozenWeights
 from sb3_vla.models import Context, VLAModel, make_model
 from sb3_vla.models.base import is_perceived
+from sb3_vla.sharding import as_shards, in_shards, is_sharded
 
 MODEL_KEYS = ("image", "state", "instruction")
 #: observations that only the critic reads, where an environment gives them
@@ -212,7 +213,10 @@ class VLAPolicy(BasePolicy):
                 f"These are not the weights of this {type(self.model).__name__} policy: {'; '.join(problems[:4])} "
                 f"({len(problems)} in all)"
             )
-        return super().load_state_dict(state_dict, strict, assign)
+        if not is_sharded(self):
+            return super().load_state_dict(state_dict, strict, assign)
+        with in_shards(self):
+            return super().load_state_dict(as_shards(self, state_dict), strict, assign)
 
     def set_training_mode(self, mode: bool) -> None:
         """Dropout is off in updates as in rollouts: a ratio compares weights, not two draws of a mask."""

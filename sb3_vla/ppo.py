@@ -154,6 +154,8 @@ class PPO(stable_baselines3.PPO):
         "VLAPolicy": VLAPolicy,
     }
     policy: Any
+    #: whether the value head is trained
+    has_critic: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -285,6 +287,7 @@ class PPO(stable_baselines3.PPO):
         super()._setup_model()
         self.rollout_buffer_class = None
         self._check_options()
+        self.policy.value_head.requires_grad_(self.has_critic)
         if self.sharding == "fsdp" and self.ranks.count > 1:
             policy, methods = self.policy, ("evaluate", "imitation_loss")
             shard(policy, policy.model.sharding_units(), methods, policy.optimizer, self.device, self.ranks.count)
@@ -825,8 +828,7 @@ class PPO(stable_baselines3.PPO):
         self, load_path_or_dict: Any, exact_match: bool = True, device: torch.device | str = "auto"
     ) -> None:
         """As in Stable-Baselines3; where there are shards all ranks must call it."""
-        with whole_weights(self.policy):
-            super().set_parameters(load_path_or_dict, exact_match, device)
+        super().set_parameters(load_path_or_dict, exact_match, device)
         if is_sharded(self.policy):
             load_optimizer_state(self.policy.optimizer, self.policy.optimizer.state_dict()["state"])
 

@@ -62,8 +62,7 @@ def load_algorithm(folder: Path, algorithm: PPO) -> None:
 
     :raises ValueError: if the state is of another algorithm or of other environments.
     """
-    with whole_weights(algorithm.policy):
-        values = load_training_state(folder, {"policy": algorithm.policy}, algorithm.policy.optimizer)
+    values = load_training_state(folder, {"policy": algorithm.policy}, algorithm.policy.optimizer)
     env, ranks = _environment(algorithm), algorithm.ranks
     count = env.num_envs * ranks.count
     if len(values["environments"]) != count:

@@ -8,7 +8,7 @@ too (:func:`whole_weights`): a checkpoint fits any number of ranks.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -78,32 +78,34 @@ def in_shards(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def whole_weights(module: nn.Module) -> Iterator[None]:
-    """Plain weights on the CPU in the place of shards, for saving and loading; changes go back into the shards.
+    """Plain weights on the CPU in the place of shards, for saving.
 
     All ranks must come and leave together, and each holds all of the weights meanwhile. Does nothing to a module that
     is not sharded.
     """
-    _reshard(module)
-    places = [
-        (owner, name, parameter)
-        for owner in module.modules()
-        for name, parameter in owner.named_parameters(recurse=False)
-        if is_shard(parameter)
-    ]
-    whole = {parameter: nn.Parameter(whole_tensor(parameter.detach()).cpu()) for _, _, parameter in places}
-    versions = {parameter: tensor._version for parameter, tensor in whole.items()}
-    for owner, name, parameter in places:
-        owner._parameters[name] = whole[parameter]
-    try:
-        yield
-    finally:
+    with in_shards(module):
+        places = [
+            (owner, name, parameter)
+            for owner in module.modules()
+            for name, parameter in owner.named_parameters(recurse=False)
+            if is_shard(parameter)
+        ]
         for owner, name, parameter in places:
-            owner._parameters[name] = parameter
-        with torch.no_grad():
-            for parameter, tensor in whole.items():
-                if tensor._version != versions[parameter]:
-                    parameter.copy_(_as_shards(tensor.detach(), parameter))
-        _gather(module)
+            owner._parameters[name] = nn.Parameter(whole_tensor(parameter.detach()).cpu())
+        try:
+            yield
+        finally:
+            for owner, name, parameter in places:
+                owner._parameters[name] = parameter
+
+
+def as_shards(module: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights by name, in shards where the module's are; it must be in shards, and all ranks must call it."""
+    own = dict(module.named_parameters())
+    return {
+        name: _distributed(tensor, own[name]) if name in own and is_shard(own[name]) else tensor
+        for name, tensor in state.items()
+    }
 
 
 def whole_optimizer_state(optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Any]]:
@@ -120,7 +122,7 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[int, dict
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     placed = {
         number: {
-            key: _as_shards(value, parameters[number])
+            key: _distributed(value, parameters[number])
             if is_shard(parameters[number]) and value.shape == parameters[number].shape
             else value
             for key, value in values.items()
@@ -135,7 +137,7 @@ def whole_tensor(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if is_shard(tensor) else tensor  # type: ignore[attr-defined]
 
 
-def _as_shards(tensor: Tensor, like: Any) -> Tensor:
+def _distributed(tensor: Tensor, like: Any) -> Tensor:
     from torch.distributed.tensor import distribute_tensor
 
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
