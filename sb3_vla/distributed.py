@@ -32,8 +32,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 T = TypeVar("T")
-#: longest wait for another rank, seconds; a rank whose episodes last longer than the others' lets them wait
-TIMEOUT_SECONDS = 1800.0
+#: longest wait for a rank that lives but does not answer, seconds: such as for rank 0 while experts play; the death of
+#: one is noticed at once
+TIMEOUT_SECONDS = 7200.0
 # Gradients that travel at a time: enough to fill a network, little beside a model.
 _BUCKET_NUMBERS = 8 * 2**20
 _TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")

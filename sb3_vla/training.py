@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
+import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import KVWriter, Logger, TensorBoardOutputFormat
@@ -200,6 +201,9 @@ def train(
     resume: bool = False,
     progress: bool = True,
     renderer: str = "auto",
+    env_kwargs: Mapping[str, Any] | None = None,
+    model_kwargs: Mapping[str, Any] | None = None,
+    optimizer_kwargs: Mapping[str, Any] | None = None,
 ) -> None:
     """Improve a checkpoint by PPO or GRPO in MetaWorld; under ``torchrun`` on all ranks, which share the environments.
 
@@ -215,11 +219,15 @@ def train(
     :param demonstrations: for rehearsal.
     :param resume: go on from the stage's last checkpoint, if there is one, to the same weights and the same metrics
         that a training without an interrupt gives, bit for bit.
+    :param env_kwargs: options of the environments that differ, such as ``reward``, or ``action_chunk`` where fewer
+        actions are executed than the model predicts.
+    :param model_kwargs: what a published checkpoint does not say, see :func:`sb3_vla.checkpoints.load_checkpoint`.
+    :param optimizer_kwargs: options of AdamW; None for Adam with betas (0.9, 0.95).
     """
     ranks = current_ranks()
-    start = load_checkpoint(checkpoint)
+    start = load_checkpoint(checkpoint, model_kwargs)
     view = view_of(start.notes)
-    env_kwargs = {
+    options: dict[str, Any] = {
         "image_size": start.model.image_size[0],
         "action_chunk": start.model.action_horizon - start.model.first_action,
         "horizon": config.horizon,
@@ -229,19 +237,21 @@ def train(
         "elapsed_time": True,
         "renderer": renderer,
         **view,
+        **(env_kwargs or {}),
     }
     if suite in ("ML10", "ML45"):
-        env_kwargs["split"] = split
+        options["split"] = split
     if suite == "MT1":
         if tasks is None or len(tasks) != 1:
             raise ValueError(f"MT1 practises one task, got tasks={tasks}; give one, or another suite")
-        env_kwargs.update(task=tasks[0], tasks=None)
+        options.update(task=tasks[0], tasks=None)
     rehearsal = None
     if config.rehearsal_coef > 0:
         if demonstrations is None:
             raise ValueError(f"rehearsal_coef={config.rehearsal_coef} needs demonstrations; give data, or set it to 0")
         rehearsal = DemonstrationBatches(demonstrations, None, start.model.action_horizon, shift=4, seed=config.seed)
-    make = functools.partial(gym.make, f"mw_envs:MetaWorld{suite}-v0", **env_kwargs)
+    make = functools.partial(gym.make, f"mw_envs:MetaWorld{suite}-v0", **options)
+    policy_kwargs = _policy_kwargs(config, checkpoint, model_kwargs, optimizer_kwargs)
     if isinstance(config, GRPOConfig):
         make = functools.partial(_holding, make)
     own = ranks.share(config.num_envs, "num_envs")
@@ -249,9 +259,9 @@ def train(
     try:
         model: PPO
         if isinstance(config, GRPOConfig):
-            model = _grpo(config, env, checkpoint, rehearsal)
+            model = _grpo(config, env, policy_kwargs, rehearsal)
         else:
-            model = _ppo(config, env, checkpoint, rehearsal)
+            model = _ppo(config, env, policy_kwargs, rehearsal)
         if config.kl_coef > 0:  # also after an interrupt it is the policy at the start
             model.anchor()
         logger = Logger(str(run.path), [])
@@ -289,7 +299,7 @@ def _holding(make: Callable[[], gym.Env]) -> gym.Env:
 
 
 def _ppo(
-    config: PPOConfig, env: SharedMemoryVecEnv, checkpoint: str | Path, rehearsal: DemonstrationBatches | None
+    config: PPOConfig, env: SharedMemoryVecEnv, policy_kwargs: dict[str, Any], rehearsal: DemonstrationBatches | None
 ) -> PPO:
     return PPO(
         "VLAPolicy",
@@ -327,12 +337,12 @@ def _ppo(
         bf16=config.bf16,
         sharding=config.sharding,
         seed=config.seed,
-        policy_kwargs=_policy_kwargs(config, checkpoint),
+        policy_kwargs=policy_kwargs,
     )
 
 
 def _grpo(
-    config: GRPOConfig, env: SharedMemoryVecEnv, checkpoint: str | Path, rehearsal: DemonstrationBatches | None
+    config: GRPOConfig, env: SharedMemoryVecEnv, policy_kwargs: dict[str, Any], rehearsal: DemonstrationBatches | None
 ) -> GRPO:
     return GRPO(
         "VLAPolicy",
@@ -361,7 +371,7 @@ def _grpo(
         bf16=config.bf16,
         sharding=config.sharding,
         seed=config.seed,
-        policy_kwargs=_policy_kwargs(config, checkpoint),
+        policy_kwargs=policy_kwargs,
     )
 
 
@@ -369,13 +379,22 @@ def _linear(first: float, last: float) -> Schedule:
     return lambda remaining: np.interp(remaining, [0, 1], [last, first]).item()
 
 
-def _policy_kwargs(config: PPOConfig | GRPOConfig, checkpoint: str | Path) -> dict[str, Any]:
+def _policy_kwargs(
+    config: PPOConfig | GRPOConfig,
+    checkpoint: str | Path,
+    model_kwargs: Mapping[str, Any] | None,
+    optimizer_kwargs: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    optimizer: dict[str, Any] = {"optimizer_kwargs": {"betas": (0.9, 0.95)}}
+    if optimizer_kwargs is not None:
+        optimizer = {"optimizer_class": torch.optim.AdamW, "optimizer_kwargs": dict(optimizer_kwargs)}
     return {
         "checkpoint": str(checkpoint),
+        "model_kwargs": dict(model_kwargs or {}) or None,
         "trainable": config.trainable,
         "distribution": config.distribution,
         "distribution_kwargs": config.distribution_kwargs,
-        "optimizer_kwargs": {"betas": (0.9, 0.95)},
+        **optimizer,
     }
 
 
