@@ -25,9 +25,11 @@ from rich.markup import escape
 from mw_envs.tasks import select_tasks
 from sb3_vla import doctor
 from sb3_vla.config import ConfigError, load_config, to_yaml
+from sb3_vla.distributed import current_ranks, torchrun
 from sb3_vla.results import TRIAL_SEED
-from sb3_vla.run import RunDirectory, RunError
+from sb3_vla.run import RunError
 from sb3_vla.sft import SFTConfig
+from sb3_vla.shared_run import SharedRun
 from sb3_vla.training import GRPOConfig, PPOConfig
 
 
@@ -177,7 +179,7 @@ def run_sft(command: SFTCommand, console: Console) -> None:
     )
     output = Path(command.output)
     # Until the result is there, what a second start goes on from after an interrupt.
-    unfinished = RunDirectory(output.parent / f".{output.name}.unfinished", command)
+    unfinished = SharedRun(output.parent / f".{output.name}.unfinished", command)
     with unfinished.stage("sft", {"sft": command}) as stage:
         result = sft(
             data,
@@ -186,7 +188,7 @@ def run_sft(command: SFTCommand, console: Console) -> None:
             save_state=lambda step: unfinished.checkpoint("sft", step),
             resume_from=unfinished.latest_checkpoint("sft") if stage.resumed else None,
         )
-    shutil.rmtree(unfinished.path)
+    unfinished.ranks.first_does(lambda: shutil.rmtree(unfinished.path))
     console.print(f"{output}: {result.seconds:.0f} s, loss {result.history[-1]['train_loss']:.3f}", highlight=False)
 
 
@@ -198,7 +200,7 @@ def run_train(command: TrainCommand, console: Console) -> None:
 
     name = command.algorithm
     config = command.grpo if name == "grpo" else command.ppo
-    run = RunDirectory(command.run, command)
+    run = SharedRun(command.run, command)
     # The same folder may hold another checkpoint by now.
     inputs = {"train": command, "checkpoint": checkpoint_digest(command.checkpoint)}
     with run.stage(name, inputs, outputs=[name]) as stage:
@@ -270,8 +272,9 @@ def run_eval(command: EvalCommand, console: Console) -> None:
         },
         videos=VideoOptions(command.videos) if command.videos else None,
     )
-    result.to_json(command.output)
-    result.to_markdown(Path(command.output).with_suffix(".md"))
+    if current_ranks().leads:
+        result.to_json(command.output)
+        result.to_markdown(Path(command.output).with_suffix(".md"))
     result.print_table(console)
 
 
@@ -303,6 +306,10 @@ COMMANDS: dict[str, tuple[type[Any], Callable[[Any, Console], None]]] = {
 }
 
 
+# Those that the ranks of torchrun do together; others are done by the first of them.
+_SHARED_COMMANDS = ("sft", "train", "eval")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status: 0, 2 for an error told in one message, 130 for Ctrl-C.
 
@@ -332,23 +339,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     settings = parsed.settings
     if parsed.command == "report" and settings and "=" not in settings[0]:
         settings = [f"run={settings[0]}", *settings[1:]]
-    console = Console()
     try:
-        if parsed.command == "train" and parsed.list:
-            list_recipes(console)
-        elif parsed.command == "train" and settings and "=" not in settings[0]:
-            if parsed.config is not None:
-                raise ConfigError(f"--config {parsed.config} beside the recipe {settings[0]}: give one of the two")
-            run_recipe(settings[0], settings[1:], console, dry_run=parsed.dry_run)
-        elif parsed.command == "train" and parsed.dry_run:
-            raise ConfigError("--dry-run is for a recipe: sb3-vla train RECIPE --dry-run. sb3-vla train --list")
-        else:
-            run(load_config(kind, parsed.config, settings), console)
+        with torchrun() as ranks:
+            console = Console(quiet=not ranks.leads)
+            if parsed.command == "train" and parsed.list:
+                list_recipes(console)
+            elif parsed.command == "train" and settings and "=" not in settings[0]:
+                if parsed.config is not None:
+                    raise ConfigError(f"--config {parsed.config} beside the recipe {settings[0]}: give one of the two")
+                run_recipe(settings[0], settings[1:], console, dry_run=parsed.dry_run)
+            elif parsed.command == "train" and parsed.dry_run:
+                raise ConfigError("--dry-run is for a recipe: sb3-vla train RECIPE --dry-run. sb3-vla train --list")
+            elif ranks.leads or parsed.command in _SHARED_COMMANDS:
+                run(load_config(kind, parsed.config, settings), console)
     except (ConfigError, RunError, ValueError, RuntimeError, OSError) as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)
+        # What every rank finds in the same settings is said once.
+        if os.environ.get("RANK", "0") == "0" or not isinstance(error, (ConfigError, RunError)):
+            Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)
         return 2
     except KeyboardInterrupt:
-        console.print("\ninterrupted")
+        Console().print("\ninterrupted")
         return 130
     return 0
 

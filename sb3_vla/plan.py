@@ -239,6 +239,7 @@ def _algorithm(recipe: Recipe) -> PPOConfig | GRPOConfig:
         "rehearsal_coef": algorithm.rehearsal_coef,
         "rehearsal_batch_size": algorithm.rehearsal_batch_size,
         "bf16": _bf16(recipe),
+        "sharding": actor.sharding,
         "checkpoint_interval": runner.max_epochs if runner.save_interval == -1 else runner.save_interval,
         "seed": actor.seed,
     }
