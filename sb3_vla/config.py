@@ -141,9 +141,9 @@ def _merge(cls: type, base: Any, addition: DictConfig, source: str) -> Any:
 def leaves(tree: DictConfig) -> list[str]:
     """Keys of what a file or an override gives, in dotted form, without those of sections that hold others."""
     found: list[str] = []
-    for key, value in OmegaConf.to_container(tree, resolve=False).items():  # type: ignore[union-attr]
+    for key, value in dict(OmegaConf.to_container(tree, resolve=False)).items():  # type: ignore[arg-type]
         inner = leaves(OmegaConf.create(value)) if isinstance(value, dict) and value else [""]
-        found += [f"{key}.{name}".removesuffix(".") for name in inner]
+        found += [f"{key!s}.{name}".removesuffix(".") for name in inner]
     return found
 
 

@@ -235,7 +235,9 @@ def _algorithm(recipe: Recipe) -> PPOConfig | GRPOConfig:
         "rehearsal_coef": algorithm.rehearsal_coef,
         "micro_batch_size": actor.micro_batch_size,
         "bf16": _bf16(recipe),
+        "sharding": actor.sharding,
         "checkpoint_interval": runner.max_epochs if runner.save_interval == -1 else runner.save_interval,
+        "keep_checkpoints": runner.keep_checkpoints,
         "seed": actor.seed,
     }
     if algorithm.rehearsal_coef > 0:

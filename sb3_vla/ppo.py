@@ -29,12 +29,24 @@ from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 
 from mw_envs.tasks import did_you_mean
-from sb3_vla.buffers import ChunkRolloutBuffer, DecisionBatch, DecisionBuffer
+from sb3_vla.buffers import ChunkRolloutBuffer, DecisionBatch, DecisionBuffer, Minibatch, SharedRollout
+from sb3_vla.distributed import Ranks, current_ranks
 from sb3_vla.distributions.base import logprob_mask
+from sb3_vla.noise import part_of_batch
 from sb3_vla.policies import Evaluation, VLAPolicy
 from sb3_vla.precision import autocast
 from sb3_vla.progress import SuccessBar
-from sb3_vla.sft import DemonstrationBatches
+from sb3_vla.sft import DemonstrationBatches, shared_imitation_loss
+from sb3_vla.sharding import (
+    SHARDING,
+    in_shards,
+    is_sharded,
+    load_optimizer_state,
+    shard,
+    whole_optimizer_state,
+    whole_tensor,
+    whole_weights,
+)
 from sb3_vla.stepping import (
     Clock,
     Decision,
@@ -61,6 +73,7 @@ _OWN_OPTIONS = (
     "bootstrap_truncated",
     "task_sampling",
     "overlap",
+    "sharding",
 )
 TASK_SAMPLING = ("uniform", "signal")
 GAMMA_PER = ("decision", "env_step")
@@ -68,6 +81,8 @@ GAMMA_PER = ("decision", "env_step")
 _LARGEST_LOG_RATIO = 20.0
 # Least weight of a task that is always or never solved, where 1 is that of a task solved every other time.
 _LEAST_TASK_WEIGHT = 0.1
+# What a training remembers of an episode that ended.
+_EPISODE_KEYS = ("task", "is_success", "elapsed_steps", "episode")
 # Episodes of a task that tell how often it is solved now; more would lag behind the policy.
 _RECENT_EPISODES = 30
 
@@ -90,6 +105,10 @@ class PPO(stable_baselines3.PPO):
     update at the exact divergence of the action distributions, averaged over the epoch so far; what was drawn, and so
     an outlier among the ratios, has no part in it. ``normalize_advantage`` is over a minibatch. A step whose gradient
     is not finite is left out and counted in ``train/skipped_steps``.
+
+    Under ``torchrun`` (:mod:`sb3_vla.distributed`) each rank gives its share of the environments, ``batch_size`` and
+    ``total_timesteps`` count what all ranks have, and what is learned is what one process with all the environments
+    would learn, up to rounding. A callback that stops training stops all ranks, at the end of the rollout.
 
     :param value_lr: the critic's learning rate at the start; it follows the schedule of ``learning_rate``. None: that
         of the actor.
@@ -126,6 +145,8 @@ class PPO(stable_baselines3.PPO):
         where the policy runs on another device than the simulators. It needs a
         :class:`~sb3_vla.vec_env.SharedMemoryVecEnv` without wrappers, and acts on no other environment. The policy then
         decides for two small batches instead of one: an environment meets other exploration noise than without.
+    :param sharding: ``none``, every rank has a replica; or ``fsdp``, in an update each has a part of the weights that
+        are trained, of their gradients and of the optimiser, see :mod:`sb3_vla.sharding`. One rank has all of them.
     """
 
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {  # type: ignore[assignment]
@@ -133,6 +154,8 @@ class PPO(stable_baselines3.PPO):
         "VLAPolicy": VLAPolicy,
     }
     policy: Any
+    #: whether the value head is trained
+    has_critic: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -181,6 +204,7 @@ class PPO(stable_baselines3.PPO):
         noise_scale: float | Schedule = 1.0,
         task_sampling: str = "uniform",
         overlap: bool = False,
+        sharding: str = "none",
     ) -> None:
         self.value_lr = value_lr
         self.clip_range_high = None if clip_range_high is None else FloatSchedule(clip_range_high)
@@ -204,6 +228,9 @@ class PPO(stable_baselines3.PPO):
             raise ValueError(f"Unknown task_sampling={task_sampling!r}; {did_you_mean(task_sampling, TASK_SAMPLING)}")
         self.task_sampling = task_sampling
         self.overlap = overlap
+        if sharding not in SHARDING:
+            raise ValueError(f"Unknown sharding={sharding!r}; {did_you_mean(sharding, SHARDING)}")
+        self.sharding = sharding
         self.env_steps = 0
         #: rollouts that have been trained on; ``_n_updates`` counts epochs, which ``target_kl`` may cut short
         self.updates = 0
@@ -236,9 +263,16 @@ class PPO(stable_baselines3.PPO):
             _init_setup_model=_init_setup_model,
         )
 
+    @property
+    def ranks(self) -> Ranks:
+        """Those that train together, see :mod:`sb3_vla.distributed`."""
+        return current_ranks()
+
     def _setup_model(self) -> None:
         if not issubclass(self.policy_class, VLAPolicy):
             self._refuse_own_options()
+            if self.ranks.count > 1:
+                raise ValueError(f"Several ranks train VLAPolicy alone; got {self.policy_class.__name__}")
             super()._setup_model()
             return
         # The stock set-up would allocate its own buffer at the size of the raw images.
@@ -249,9 +283,14 @@ class PPO(stable_baselines3.PPO):
                 f"{self.rollout_buffer_kwargs!r}: VLAPolicy has its own rollout buffer"
             )
         self.rollout_buffer_class = _NoBuffer  # type: ignore[assignment]
+        self.ranks.take_generators()  # without a seed, too, all ranks begin with the same weights
         super()._setup_model()
         self.rollout_buffer_class = None
         self._check_options()
+        self.policy.value_head.requires_grad_(self.has_critic)
+        if self.sharding == "fsdp" and self.ranks.count > 1:
+            policy, methods = self.policy, ("evaluate", "imitation_loss")
+            shard(policy, policy.model.sharding_units(), methods, policy.optimizer, self.device, self.ranks.count)
         self.rollout_buffer = ChunkRolloutBuffer(  # type: ignore[assignment]
             self.n_steps, self.n_envs, self.device, self.gamma, self.gae_lambda, self.gamma_per
         )
@@ -259,7 +298,15 @@ class PPO(stable_baselines3.PPO):
         self._episodes: defaultdict[str, deque[tuple[float, int]]] = defaultdict(
             lambda: deque(maxlen=self._stats_window_size)
         )
+        self._ended: list[tuple[tuple[int, ...], dict[str, Any]]] = []
         self._reference: VLAPolicy | None = None
+        self._idle_batch: DecisionBatch | None = None
+
+    def set_random_seed(self, seed: int | None = None) -> None:
+        """As in Stable-Baselines3; of the environments of all ranks in their order each has the next seed."""
+        super().set_random_seed(seed)
+        if seed is not None and self.env is not None and self.ranks.count > 1:
+            self.env.seed(seed + self.ranks.rank * self.n_envs)
 
     def _refuse_own_options(self) -> None:
         """Options that only VLAPolicy's update knows must not be given in vain."""
@@ -294,6 +341,10 @@ class PPO(stable_baselines3.PPO):
                 f"ent_coef={self.ent_coef} has nothing to act on: the entropy of this action distribution is fixed. "
                 "Set ent_coef=0, or distribution_kwargs=dict(learn_std=True) with the Gaussian, or use flow_noise"
             )
+        if self.sharding == "fsdp" and self.kl_coef > 0:
+            raise ValueError(
+                f"kl_coef={self.kl_coef} needs a whole copy of the policy, which sharding='fsdp' has not; choose one"
+            )
         if self.value_lr is not None and self.lr_schedule(1.0) <= 0:
             raise ValueError("value_lr needs a learning_rate schedule that does not begin at zero")
         if self.rehearsal is not None:
@@ -314,40 +365,54 @@ class PPO(stable_baselines3.PPO):
         self._prepare_rollout(env)
         buffer.reset()
         callback.on_rollout_start()
-        env_steps_before, clock = self.env_steps, Clock()
+        env_steps_before, clock, ranks, stopped = self.env_steps, Clock(), self.ranks, False
         steps = step_by_halves if self.overlap and halved(env) else step_together
         for decision, outcome in steps(env, self._decide, self._last_obs, n_rollout_steps, clock):  # type: ignore[arg-type]
             # Callbacks read these from the locals, by Stable-Baselines3's names.
             actions, clipped_actions, values = decision.actions, decision.clipped, decision.values
             new_obs, rewards, dones, infos = outcome.new_obs, outcome.rewards, outcome.dones, outcome.infos
             check_rewards(rewards, infos)
-            self.num_timesteps += env.num_envs
+            self.num_timesteps += ranks.count * env.num_envs
             executed = np.array([info.get("env_steps", self.policy.action_chunk) for info in infos])
             self.env_steps += int(executed.sum())
             callback.update_locals(locals())
-            if not callback.on_step():
+            stopped |= not callback.on_step()
+            if stopped and ranks.count == 1:
                 return False
-            self._update_info_buffer(infos, dones)
-            self._record_episodes(infos, dones)
+            self._record_episodes(infos, dones, self.num_timesteps)
             rewards = self._bootstrap(rewards, dones, infos, executed)
             assert isinstance(self._last_episode_starts, np.ndarray)
             buffer.add(decision.observation, decision.trace, values, rewards, executed, self._last_episode_starts)
             self._last_obs = new_obs  # type: ignore[assignment]
             self._last_episode_starts = dones
+        self._share_rollout(env_steps_before)
+        if ranks.any(stopped):
+            return False
         with torch.no_grad():
             last_values = self.policy.predict_values(obs_as_tensor(new_obs, self.device))[:, 0]  # type: ignore[arg-type]
         buffer.compute_returns_and_advantage(last_values, dones)
         callback.update_locals(locals())
         callback.on_rollout_end()
-        self._log_rollout(n_rollout_steps * env.num_envs, self.env_steps - env_steps_before, clock)
+        self._log_rollout(n_rollout_steps * env.num_envs * ranks.count, self.env_steps - env_steps_before, clock)
         return True
 
     def _prepare_rollout(self, env: VecEnv) -> None:
         """Which tasks are drawn, and how strongly the policy explores."""
+        self.ranks.take_generators()
         if self.task_sampling == "signal" and self._episodes:
             env.env_method("set_task_weights", self._task_weights())
         self.policy.set_training_mode(False)
         self.policy.distribution.noise_scale = self.noise_scale(self._current_progress_remaining)
+
+    def _share_rollout(self, env_steps_before: int) -> None:
+        """Let every rank know of the environment steps and of the episodes of all, in the order of one process."""
+        if self.ranks.count == 1:
+            return
+        self.env_steps = env_steps_before + self.ranks.total(self.env_steps - env_steps_before)
+        ended = sorted((one for part in self.ranks.gather(self._ended) for one in part), key=lambda one: one[0])
+        self._ended = []
+        for _, info in ended:
+            self._remember_episode(info)
 
     def _log_rollout(self, decisions: int, env_steps: int, clock: Clock) -> None:
         seconds = clock.elapsed()
@@ -359,9 +424,19 @@ class PPO(stable_baselines3.PPO):
         self.logger.record("perf/inference_share", clock.seconds["inference"] / seconds)
 
     @torch.no_grad()
-    def _decide(self, observations: Mapping[str, np.ndarray]) -> Decision:
+    def _decide(
+        self, observations: Mapping[str, np.ndarray], rows: np.ndarray | None = None, among: int | None = None
+    ) -> Decision:
+        """Decide for some environments.
+
+        :param rows: their places among those of this rank for which noise is drawn; None for all of them.
+        :param among: how many these are.
+        """
+        among = len(observations["instruction"]) if among is None else among
+        rows = np.arange(among) if rows is None else rows
         prepared = self.policy.prepare(obs_as_tensor(dict(observations), self.device))
-        chunk, values, trace = self.policy.decide(prepared)
+        with part_of_batch(self.ranks.rank * among + rows, self.ranks.count * among):
+            chunk, values, trace = self.policy.decide(prepared)
         actions = chunk.cpu().numpy()
         check_decision(actions, values, observations)
         clipped = np.clip(actions, self.action_space.low, self.action_space.high)  # type: ignore[attr-defined]
@@ -391,16 +466,37 @@ class PPO(stable_baselines3.PPO):
             self.anchor()
         if self._reference is not None:
             self._reference.distribution.noise_scale = policy.distribution.noise_scale
-        minibatches = buffer.minibatches(self.batch_size)
-        old = self._old_policy(buffer, minibatches)
+        self.ranks.take_generators()
+        rollout = SharedRollout(buffer, self.ranks)
+        minibatches = rollout.minibatches(self.batch_size)
+        old = self._old_policy(buffer, [minibatch.indices for minibatch in minibatches])
         metrics: defaultdict[str, list[float]] = defaultdict(list)
+        self._idle_batch = self._some_batch(buffer) if is_sharded(policy) else None
+        with in_shards(policy):
+            self._run_epochs(rollout, minibatches, old, clip_range, clip_range_vf, metrics)
+        self.updates += 1
+        self._log_update(rollout, metrics, clip_range, clip_range_vf, time.perf_counter() - started)
+
+    def _run_epochs(
+        self,
+        rollout: SharedRollout,
+        minibatches: list[Minibatch],
+        old: _OldPolicy,
+        clip_range: float,
+        clip_range_vf: float | None,
+        metrics: defaultdict[str, list[float]],
+    ) -> None:
+        """The steps of an update, until the policy is as far from the rollout's as it may be.
+
+        :param minibatches: of the first epoch.
+        """
         stopped = False
         for epoch in range(self.n_epochs):
             divergence: list[float] = []
             if epoch > 0:
-                minibatches = buffer.minibatches(self.batch_size)
-            for indices in minibatches:
-                loss, kl = self._accumulate_gradient(buffer, indices, old, clip_range, clip_range_vf, metrics)
+                minibatches = rollout.minibatches(self.batch_size)
+            for minibatch in minibatches:
+                loss, kl = self._accumulate_gradient(rollout.buffer, minibatch, old, clip_range, clip_range_vf, metrics)
                 if kl is not None:
                     divergence.append(kl)
                     metrics["approx_kl"].append(kl)
@@ -411,52 +507,89 @@ class PPO(stable_baselines3.PPO):
             self._n_updates += 1
             if stopped:
                 break
-        self.updates += 1
-        self._log_update(buffer, metrics, clip_range, clip_range_vf, time.perf_counter() - started)
 
     def _accumulate_gradient(
         self,
         buffer: DecisionBuffer,
-        indices: Tensor,
+        minibatch: Minibatch,
         old: _OldPolicy,
         clip_range: float,
         clip_range_vf: float | None,
         metrics: defaultdict[str, list[float]],
     ) -> tuple[float, float | None]:
-        """Gradient of a minibatch's loss, micro-batch by micro-batch.
+        """Gradient of a minibatch's loss, micro-batch by micro-batch, and summed over ranks.
 
-        Every term is a mean over decisions, so a micro-batch counts by its share of them.
+        Every term is a mean over decisions, so a micro-batch counts by its share of those of all ranks.
 
         :return: the loss, and the divergence from the rollout's policy, None while the critic alone learns.
         """
         self.policy.optimizer.zero_grad(set_to_none=True)
         train_actor = self.updates >= self.critic_warmup
-        advantages = buffer.advantages.flatten()[indices]
+        advantages = minibatch.advantages
         if self.normalize_advantage and len(advantages) > 1:
             advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
-        total = divergence = 0.0
+        advantages = advantages[minibatch.mine]
+        sums: defaultdict[str, float] = defaultdict(float)
         start = 0
-        for part in self._micro_batches(indices):
-            batch, share = buffer.batch(part), len(part) / len(indices)
+        for part in self._micro_batches(minibatch.indices):
+            batch, share = buffer.batch(part), len(part) / len(minibatch)
+            noted: defaultdict[str, list[float]] = defaultdict(list)
             batch.advantages = advantages[start : start + len(part)].to(self.device)
             start += len(part)
             with autocast(self.bf16, self.device.type):
                 found = self.policy.evaluate(batch.observations, batch.trace, batch.executed, self.logprob_type)
-            loss = self.vf_coef * self._value_loss(found.values, batch, clip_range_vf, metrics)
+            loss = self.vf_coef * self._value_loss(found.values, batch, clip_range_vf, noted)
             if train_actor:
-                loss = loss + self._actor_loss(found, batch, old, clip_range, metrics)
+                loss = loss + self._actor_loss(found, batch, old, clip_range, noted)
                 with torch.no_grad():
-                    divergence += share * self._divergence(found, (old.mean, old.std), batch).item()
+                    sums["divergence"] += share * self._divergence(found, (old.mean, old.std), batch).item()
             (share * loss).backward()
-            total += share * loss.item()
+            sums["total"] += share * loss.item()
+            metrics["ratio_max"] += noted.pop("ratio_max", [])
+            for name, (value,) in noted.items():
+                sums[name] += share * value
+        if self._idle_batch is not None:
+            others = self._micro_batches(torch.arange(minibatch.most))
+            for _ in others[len(self._micro_batches(minibatch.indices)) :]:
+                self._idle(self._idle_batch, train_actor)
         if train_actor and self.rehearsal is not None:
-            loss = self.rehearsal_coef * self._rehearsal_loss(self.rehearsal, metrics)
-            loss.backward()
-            total += loss.item()
-        return total, divergence if train_actor else None
+            with autocast(self.bf16, self.device.type):
+                loss = shared_imitation_loss(
+                    self.policy.model,
+                    self.rehearsal,
+                    self.rehearsal_batch_size,
+                    self.ranks,
+                    self.device,
+                    loss_of=self.policy.imitation_loss,
+                )
+            (self.rehearsal_coef * loss).backward()
+            sums["rehearsal_loss"] = loss.item()
+            sums["total"] += self.rehearsal_coef * sums["rehearsal_loss"]
+        whole = self.ranks.sum_gradients(self.policy.parameters(), sums)
+        total, divergence = whole.pop("total"), whole.pop("divergence", None)
+        for name, value in whole.items():
+            metrics[name].append(value)
+        return total, divergence
+
+    def _some_batch(self, buffer: DecisionBuffer) -> DecisionBatch:
+        """A decision, of another rank where this one has none."""
+        own = buffer.batch(torch.zeros(1, dtype=torch.int64)) if len(buffer) else None
+        if not self.ranks.any(own is None):
+            assert own is not None
+            return own
+        told = next(batch for batch in self.ranks.gather(own and own.to(torch.device("cpu"))) if batch is not None)
+        return told.to(self.device)
+
+    def _idle(self, batch: DecisionBatch, train_actor: bool) -> None:
+        """Keep step with ranks that have more micro-batches, without a gradient: shards are gathered together."""
+        found = self.policy.evaluate(batch.observations, batch.trace, batch.executed, self.logprob_type)
+        loss = found.values.sum()
+        if train_actor:
+            loss = loss + found.log_prob.sum()
+        (0.0 * loss).backward()
 
     def _micro_batches(self, indices: Tensor) -> tuple[Tensor, ...]:
-        return indices.split(self.micro_batch_size or len(indices))
+        return indices.split(self.micro_batch_size or len(indices)) if len(indices) else ()
 
     def _actor_loss(
         self,
@@ -494,17 +627,6 @@ class PPO(stable_baselines3.PPO):
             loss = loss + self.kl_coef * kl
         return loss
 
-    def _rehearsal_loss(self, rehearsal: DemonstrationBatches, metrics: defaultdict[str, list[float]]) -> Tensor:
-        observation, actions, mask = rehearsal.sample(self.rehearsal_batch_size)
-        with autocast(self.bf16, self.device.type):
-            loss = self.policy.model.imitation_loss(
-                {key: value.to(self.device) for key, value in observation.items()},
-                actions.to(self.device),
-                mask.to(self.device),
-            )
-        metrics["rehearsal_loss"].append(loss.item())
-        return loss
-
     def _divergence(self, found: Evaluation, other: tuple[Tensor, Tensor], batch: DecisionBatch) -> Tensor:
         """Mean KL(policy || other), where the other's mean and deviation are in buffer order."""
         mean, std = (tensor[batch.indices].to(self.device) for tensor in other)
@@ -529,7 +651,7 @@ class PPO(stable_baselines3.PPO):
         return value_loss
 
     def _optimizer_step(self, loss: float, metrics: defaultdict[str, list[float]]) -> None:
-        norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm)
+        norm = whole_tensor(torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm))
         finite = bool(torch.isfinite(norm))
         metrics["skipped_steps"].append(float(not finite))
         if finite:
@@ -556,7 +678,10 @@ class PPO(stable_baselines3.PPO):
             parts["log_prob"].append(found.log_prob.cpu())
             parts["mean"].append(found.mean.cpu())
             parts["std"].append(found.std.cpu())
-        indices, whole = torch.cat(minibatches), {}
+        indices, whole = (
+            torch.cat(minibatches),
+            defaultdict(lambda: torch.zeros(0)),
+        )
         for name, tensors in parts.items():
             found_in_order = torch.cat(tensors)
             whole[name] = found_in_order.new_zeros(buffer.advantages.numel(), *found_in_order.shape[1:])
@@ -583,11 +708,23 @@ class PPO(stable_baselines3.PPO):
         rewards[cut] += self.rollout_buffer.discounts(executed)[cut] * values  # type: ignore[attr-defined]
         return rewards
 
-    def _record_episodes(self, infos: list[dict[str, Any]], dones: np.ndarray) -> None:
+    def _record_episodes(self, infos: list[dict[str, Any]], dones: np.ndarray, *when: int) -> None:
+        """Remember the episodes that ended; where there are several ranks, at the end of the rollout.
+
+        :param when: what orders the steps of a rollout.
+        """
+        first = self.ranks.rank * len(infos)
         for i in np.flatnonzero(dones):
-            if "is_success" in infos[i] and "task" in infos[i]:
-                success = float(infos[i]["is_success"])
-                self._episodes[infos[i]["task"]].append((success, infos[i].get("elapsed_steps", 0)))
+            info = {key: infos[i][key] for key in _EPISODE_KEYS if key in infos[i]}
+            if self.ranks.count == 1:
+                self._remember_episode(info)
+            else:
+                self._ended.append(((*when, first + int(i)), info))
+
+    def _remember_episode(self, info: dict[str, Any]) -> None:
+        self._update_info_buffer([info], np.ones(1, dtype=bool))
+        if "is_success" in info and "task" in info:
+            self._episodes[info["task"]].append((float(info["is_success"]), info.get("elapsed_steps", 0)))
 
     def task_success(self) -> dict[str, float]:
         """Share of successes among each task's last ``stats_window_size`` training episodes."""
@@ -604,7 +741,7 @@ class PPO(stable_baselines3.PPO):
 
     def _log_update(
         self,
-        buffer: DecisionBuffer,
+        rollout: SharedRollout,
         metrics: Mapping[str, list[float]],
         clip_range: float,
         clip_range_vf: float | None,
@@ -620,12 +757,12 @@ class PPO(stable_baselines3.PPO):
             "actor/grad_norm": mean("grad_norm"),
             "actor/approx_kl": mean("approx_kl"),
             "actor/pg_clipfrac": mean("clip_fraction"),
-            "rollout/returns_mean": buffer.returns.mean().item(),
-            "rollout/advantages_mean": buffer.advantages.mean().item(),
+            "rollout/returns_mean": rollout.returns.mean().item(),
+            "rollout/advantages_mean": rollout.advantages.mean().item(),
             "train/policy_gradient_loss": mean("policy_loss"),
             "train/approx_kl": mean("approx_kl"),
             "train/clip_fraction": mean("clip_fraction"),
-            "train/ratio_max": max(metrics.get("ratio_max") or [1.0]),
+            "train/ratio_max": max(self.ranks.gather(max(metrics.get("ratio_max") or [1.0]))),
             "train/loss": mean("loss"),
             "train/skipped_steps": float(np.sum(metrics.get("skipped_steps", []))),
             "train/n_updates": self._n_updates,
@@ -637,8 +774,7 @@ class PPO(stable_baselines3.PPO):
             record("actor/value_loss", mean("value_loss"))
             record("actor/value_clip_ratio", mean("value_clip_ratio"))
             record("train/value_loss", mean("value_loss"))
-            values, returns = buffer.values.flatten().numpy(), buffer.returns.flatten().numpy()
-            record("train/explained_variance", explained_variance(values, returns))
+            record("train/explained_variance", explained_variance(rollout.values.numpy(), rollout.returns.numpy()))
         if clip_range_vf is not None:
             record("train/clip_range_vf", clip_range_vf)
         for name in ("entropy_loss", "reference_kl", "rehearsal_loss"):
@@ -675,7 +811,34 @@ class PPO(stable_baselines3.PPO):
             "_reference",
             "rehearsal",
             "_episodes",
+            "_ended",
+            "_idle_batch",
         ]
+
+    def get_parameters(self) -> dict[str, dict[str, Any]]:
+        """As in Stable-Baselines3; of shards the whole, for which all ranks must call it."""
+        if not is_sharded(self.policy):
+            return super().get_parameters()
+        with whole_weights(self.policy):
+            weights = {name: tensor.clone() for name, tensor in self.policy.state_dict().items()}
+        optimizer = {**self.policy.optimizer.state_dict(), "state": whole_optimizer_state(self.policy.optimizer)}
+        return {"policy": weights, "policy.optimizer": optimizer}
+
+    def set_parameters(
+        self, load_path_or_dict: Any, exact_match: bool = True, device: torch.device | str = "auto"
+    ) -> None:
+        """As in Stable-Baselines3; where there are shards all ranks must call it."""
+        super().set_parameters(load_path_or_dict, exact_match, device)
+        if is_sharded(self.policy):
+            load_optimizer_state(self.policy.optimizer, self.policy.optimizer.state_dict()["state"])
+
+    def save(self, path: Any, exclude: Any = None, include: Any = None) -> None:
+        """As in Stable-Baselines3; of several ranks, all of which must call it, the first writes."""
+        if self.ranks.leads:
+            super().save(path, exclude, include)
+        else:
+            self.get_parameters()
+        self.ranks.wait()
 
     def learn(
         self,
@@ -689,19 +852,20 @@ class PPO(stable_baselines3.PPO):
         """Train for at least ``total_timesteps`` decisions; see ``stable_baselines3.PPO.learn``."""
         if isinstance(self.policy, VLAPolicy):
             self._check_batch_size()
+            self.ranks.check_same(dict(self.policy.named_parameters()), "the policy")
             if reset_num_timesteps:
                 self.env_steps = 0
         super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
         return self
 
     def _check_batch_size(self) -> None:
-        decisions = self.n_steps * self.n_envs
+        decisions = self.n_steps * self.n_envs * self.ranks.count
         if decisions % self.batch_size:
             divisors = [size for size in range(1, decisions + 1) if decisions % size == 0]
             nearest = min(divisors, key=lambda size: abs(size - self.batch_size))
             raise ValueError(
                 f"batch_size={self.batch_size} does not divide a rollout of n_steps={self.n_steps} decisions of "
-                f"{self.n_envs} environments, {decisions} in all; the nearest that does is {nearest}"
+                f"{self.n_envs * self.ranks.count} environments, {decisions} in all; the nearest that does is {nearest}"
             )
 
     def _init_callback(self, callback: MaybeCallback, progress_bar: bool = False) -> BaseCallback:

@@ -38,11 +38,13 @@ class RunnerSection:
     :param max_epochs: iterations: rollouts, each followed by an update; with grpo as many decisions as these would
         take if all episodes had their full length.
     :param save_interval: iterations between the states from which an interrupted run goes on; -1 for the end alone.
+    :param keep_checkpoints: newest of these states that stay; null for all.
     """
 
     task_type: Literal["embodied", "sft"] = "embodied"
     max_epochs: int = 1000
     save_interval: int = 50
+    keep_checkpoints: int | None = 2
     logger: LoggerSection = field(default_factory=LoggerSection)
 
 
@@ -244,11 +246,13 @@ class ActorSection:
     :param seed: of everything that is random but the trials of evaluation.
     :param global_batch_size: decisions per optimiser step.
     :param micro_batch_size: decisions that are evaluated at a time; None for all of them.
+    :param sharding: under ``torchrun``, ``none`` for a replica on every rank, or ``fsdp`` for a part of what trains.
     """
 
     seed: int = 42
     global_batch_size: int = 2048
     micro_batch_size: int | None = None
+    sharding: Literal["none", "fsdp"] = "none"
     model: ModelSection = field(default_factory=ModelSection)
     optim: OptimSection = field(default_factory=OptimSection)
 
@@ -357,7 +361,7 @@ class Recipe:
         "rollout.backend": "the policy acts by the model that learns",
         "actor.enable_offload": "nothing is moved off the GPU between phases",
         "actor.training_backend": "torch trains; start under torchrun for several GPUs",
-        "actor.fsdp_config": "start under torchrun for several GPUs",
+        "actor.fsdp_config": "start under torchrun for several GPUs, and give actor.sharding=fsdp",
         "actor.checkpoint_save_path": "give runner.logger.log_path",
         "actor.model.openpi.train_expert_only": "give actor.model.trainable: expert, all or adaptive",
         "actor.model.openpi.config_name": "give actor.model.model_type: pi0 or pi05",

@@ -20,12 +20,14 @@ from torch.utils.tensorboard import SummaryWriter
 
 from sb3_vla.checkpoints import load_checkpoint, save_checkpoint
 from sb3_vla.demonstrations import Demonstrations
+from sb3_vla.distributed import current_ranks
 from sb3_vla.grpo import GRPO
 from sb3_vla.holding import HoldAtEnd
 from sb3_vla.ppo import PPO
 from sb3_vla.resume import load_algorithm, save_algorithm
 from sb3_vla.run import RunDirectory
 from sb3_vla.sft import DemonstrationBatches
+from sb3_vla.sharding import whole_weights
 from sb3_vla.vec_env import SharedMemoryVecEnv
 
 
@@ -61,6 +63,7 @@ class TrainingConfig:
     :param rehearsal_batch_size: frames of demonstrations per minibatch.
     :param micro_batch_size: decisions evaluated at a time, where a minibatch does not fit into memory.
     :param bf16: bfloat16 autocast of updates; None where the processor has it.
+    :param sharding: ``none``; or ``fsdp``: under ``torchrun`` each rank has a part of what is trained.
     :param checkpoint_interval: rollouts between checkpoints.
     :param keep_checkpoints: newest checkpoints of the training's state that stay; None for all.
     :param seed: of environments and exploration.
@@ -94,6 +97,7 @@ class TrainingConfig:
     rehearsal_batch_size: int = 64
     micro_batch_size: int | None = None
     bf16: bool | None = False
+    sharding: str = "none"
     checkpoint_interval: int = 5
     keep_checkpoints: int | None = 2
     seed: int = 0
@@ -216,7 +220,7 @@ def train(
     model_kwargs: Mapping[str, Any] | None = None,
     optimizer_kwargs: Mapping[str, Any] | None = None,
 ) -> None:
-    """Improve a checkpoint by PPO or GRPO in MetaWorld.
+    """Improve a checkpoint by PPO or GRPO in MetaWorld; under ``torchrun`` on all ranks, which share the environments.
 
     PPO's critic also sees the time that has passed and the simulator's state, which the policy does not. Metrics go to
     the run's ``metrics.jsonl`` and to TensorBoard under ``tensorboard/``.
@@ -235,6 +239,7 @@ def train(
     :param model_kwargs: what a published checkpoint does not say, see :func:`sb3_vla.checkpoints.load_checkpoint`.
     :param optimizer_kwargs: options of AdamW; None for Adam with betas (0.9, 0.95).
     """
+    ranks = current_ranks()
     start = load_checkpoint(checkpoint, model_kwargs)
     view = view_of(start.notes)
     options: dict[str, Any] = {
@@ -264,7 +269,8 @@ def train(
     policy_kwargs = _policy_kwargs(config, checkpoint, model_kwargs, optimizer_kwargs)
     if isinstance(config, GRPOConfig):
         make = functools.partial(_holding, make)
-    env = SharedMemoryVecEnv([make] * config.num_envs, num_workers=config.num_workers)
+    own = ranks.share(config.num_envs, "num_envs")
+    env = SharedMemoryVecEnv([make] * len(own), num_workers=config.num_workers)
     try:
         model = config.algorithm(
             "VLAPolicy", env, rehearsal=rehearsal, policy_kwargs=policy_kwargs, **config.arguments()
@@ -273,19 +279,20 @@ def train(
             model.anchor()
         logger = Logger(str(run.path), [])
         model.set_logger(logger)
-        env.seed(1000 * (config.seed + 1))
+        env.seed(1000 * (config.seed + 1) + own.start)
         latest = run.latest_checkpoint(stage) if resume else None
         if latest is not None:
             load_algorithm(latest, model)
         done = model.num_timesteps
         run.rewind_metrics(lambda row: row.get("stage") != stage or row["time/total_timesteps"] <= done)
-        logger.output_formats += [
-            _TensorBoard(str(run.path / "tensorboard" / stage), first_step=done + 1),
-            _RunMetrics(run, stage, _seconds_so_far(run, stage), model),
-        ]
+        if ranks.leads:
+            logger.output_formats += [
+                _TensorBoard(str(run.path / "tensorboard" / stage), first_step=done + 1),
+                _RunMetrics(run, stage, _seconds_so_far(run, stage), model),
+            ]
         remaining = config.total_decisions - done
         if remaining > 0:
-            with _Progress(run, stage, config, model, progress) as callback:
+            with _Progress(run, stage, config, model, progress and ranks.leads) as callback:
                 model.learn(remaining, callback, reset_num_timesteps=False)
                 callback.save()
     finally:
@@ -295,7 +302,9 @@ def train(
     distribution = (config.distribution, config.distribution_kwargs)
     policy = model.policy
     critic = None if isinstance(config, GRPOConfig) else policy.value_head  # GRPO leaves it behind the actor
-    save_checkpoint(output, policy.model, critic, notes, distribution, policy.distribution)
+    with whole_weights(policy):
+        if ranks.leads:
+            save_checkpoint(output, policy.model, critic, notes, distribution, policy.distribution)
 
 
 def _holding(make: Callable[[], gym.Env]) -> gym.Env:

@@ -14,7 +14,7 @@ import stable_baselines3
 import torch
 from stable_baselines3.common.callbacks import BaseCallback
 from torch import Tensor
-from toy import TARGETS, TINY, stir, toy_demonstrations, toy_ppo, toy_vec
+from toy import TARGETS, TINY, stir, toy_demonstrations, toy_ppo, toy_vec, whole_minibatch
 
 from sb3_vla import PPO
 from sb3_vla.buffers import ChunkRolloutBuffer, DecisionBatch
@@ -232,7 +232,9 @@ def gradient(algorithm: PPO, count: int = 16) -> dict[str, Tensor]:
     """Of the loss of a whole rollout, in the order of the buffer, against its own weights."""
     indices = torch.arange(count)
     old = algorithm._old_policy(decisions(algorithm), [indices])
-    algorithm._accumulate_gradient(decisions(algorithm), indices, old, 0.2, 0.05, defaultdict(list))
+    algorithm._accumulate_gradient(
+        decisions(algorithm), whole_minibatch(decisions(algorithm), indices), old, 0.2, 0.05, defaultdict(list)
+    )
     return {name: p.grad.clone() for name, p in algorithm.policy.named_parameters() if p.grad is not None}
 
 
@@ -303,8 +305,10 @@ def test_micro_batches_add_up_to_the_minibatch(size: int) -> None:
         rehearsal.generator = np.random.default_rng(0)
         torch.manual_seed(0)
         record = collected()[1]
-        loss, kl = algorithm._accumulate_gradient(decisions(algorithm), indices, old, 0.2, 0.05, record)
-        assert len(record["policy_loss"]) == (1 if micro_batch_size is None else math.ceil(16 / size))
+        loss, kl = algorithm._accumulate_gradient(
+            decisions(algorithm), whole_minibatch(decisions(algorithm), indices), old, 0.2, 0.05, record
+        )
+        assert len(record["ratio_max"]) == (1 if micro_batch_size is None else math.ceil(16 / size))
         assert 0 < np.mean(record["clip_fraction"]) < 1 and len(record["rehearsal_loss"]) == 1
         found[micro_batch_size] = loss, kl, {n: p.grad.clone() for n, p in algorithm.policy.named_parameters()}
     whole, parts = found[None], found[size]
@@ -448,9 +452,9 @@ def test_rehearsal_adds_its_loss() -> None:
     sizes: list[int] = []
     real = rehearsal.sample
 
-    def sample(size: int) -> Any:
+    def sample(size: int, rows: Any) -> Any:
         sizes.append(size)
-        return real(size)
+        return real(size, rows)
 
     rehearsal.sample = sample  # type: ignore[method-assign]
     env = toy_vec(action_dim=4, reward=0.0)  # nothing else to learn from
@@ -467,14 +471,16 @@ def test_rehearsal_adds_its_loss() -> None:
     observation, actions, mask = real(24)
     with torch.no_grad():
         expected = algorithm.policy.model.imitation_loss(observation, actions, mask)
-    rehearsal.sample = lambda size: (observation, actions, mask)  # type: ignore[method-assign]
+    rehearsal.sample = lambda *_: (observation, actions, mask)  # type: ignore[method-assign]
     found, record = collected()
     indices = torch.arange(16)
     old = algorithm._old_policy(decisions(algorithm), [indices])
     algorithm.normalize_advantage, algorithm.vf_coef = False, 0.0
     decisions(algorithm).advantages.zero_()
     torch.manual_seed(0)
-    loss, _ = algorithm._accumulate_gradient(decisions(algorithm), indices, old, 0.2, None, record)
+    loss, _ = algorithm._accumulate_gradient(
+        decisions(algorithm), whole_minibatch(decisions(algorithm), indices), old, 0.2, None, record
+    )
     assert found["rehearsal_loss"] == [pytest.approx(expected.item(), rel=1e-6)]
     assert loss == pytest.approx(2.0 * expected.item(), rel=1e-6)
 

@@ -14,6 +14,7 @@ import yaml
 
 from sb3_vla.cli import main
 from sb3_vla.config import ConfigError, leaf_keys
+from sb3_vla.footprint import footprint
 from sb3_vla.plan import Plan, make_plan
 from sb3_vla.recipes import RECIPES, Recipe, find_recipe, given_keys, load_recipe, recipe_names, summary
 
@@ -121,7 +122,14 @@ def expected_keys(context: str) -> set[str]:
     learning |= {f"actor.model.{name}" for name in ("trainable", "noise_method", "num_steps", "noise_level")}
     learning |= {f"actor.model.{name}" for name in ("joint_logprob", "noise_kwargs", "final_noise_scale")}
     learning |= {"actor.model.privileged_critic", "actor.global_batch_size", "actor.micro_batch_size"}
-    learning |= {"runner.max_epochs", "runner.save_interval", "env.train.total_num_envs", "env.train.reward_coef"}
+    learning |= {
+        "runner.keep_checkpoints",
+        "actor.sharding",
+        "runner.max_epochs",
+        "runner.save_interval",
+        "env.train.total_num_envs",
+        "env.train.reward_coef",
+    }
     learning |= {
         "env.train.dense_reward",
         "env.train.max_episode_steps",
@@ -309,3 +317,20 @@ def test_sections_and_fields_are_explained() -> None:
 def test_find_recipe_takes_names_and_paths() -> None:
     assert find_recipe("metaworld_50_ppo_compact") == RECIPES / "metaworld_50_ppo_compact.yaml"
     assert find_recipe("some/where.yaml") == Path("some/where.yaml")
+
+
+def test_a_dry_run_tells_the_memory() -> None:
+    """By hand: 64 x 8 x 20 pictures of 224 x 224; 4 bytes a weight and 12 more a trained one, with a quarter on top."""
+    found = footprint(plan_of("metaworld_50_ppo_openpi", []))
+    assert found.rollout == 10_240 * 224 * 224 * 3
+    assert 3.2e9 < found.parameters < 3.6e9 and 3.0e8 < found.trained < 3.3e8  # facts: 311 M in the expert
+    assert found.learner == 1.25 * (4 * found.parameters + 12 * found.trained) + 1024**3
+    assert "on the GPU" in str(found)
+    every = footprint(plan_of("metaworld_50_ppo_openpi", ["actor.model.trainable=all"]))
+    assert every.trained == every.parameters == found.parameters
+    assert footprint(plan_of("metaworld_50_sft_compact", [])).rollout == 0
+
+
+def test_memory_of_every_recipe_is_estimated() -> None:
+    for name in NAMES:
+        assert footprint(plan_of(name, [])).learner > 0, name
