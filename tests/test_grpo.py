@@ -411,7 +411,8 @@ def test_the_upper_clip_is_another() -> None:
     ratios, advantages = (1.5, 0.5, 1.25, 0.5, 1.5), (1.0, -1.0, 2.0, 3.0, -1.0)
     mean, std = torch.zeros(5, 2, 2), torch.full((5, 2, 2), 0.5)
     found = Evaluation(torch.zeros(5), torch.tensor(ratios).log(), mean, std, None)
-    old = _OldPolicy(torch.zeros(5), mean, std, None)
+    old = _OldPolicy(5)
+    old.keep(torch.arange(5), Evaluation(torch.zeros(5), torch.zeros(5), mean, std, None))
     batch = DecisionBatch(
         {}, {}, torch.full((5,), 2), mean[:, 0, 0], torch.tensor(advantages), mean[:, 0, 0], torch.arange(5)
     )

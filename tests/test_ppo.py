@@ -136,7 +136,16 @@ def evaluation(log_prob: list[float], **options: Any) -> Evaluation:
 
 def old_policy(log_prob: list[float], reference_mean: Tensor | None = None) -> _OldPolicy:
     mean, std = torch.zeros(len(log_prob), 2, 2), torch.full((len(log_prob), 2, 2), 0.5)
-    return _OldPolicy(torch.tensor(log_prob), mean, std, None if reference_mean is None else (reference_mean, std))
+    old = known(Evaluation(mean[:, 0, 0], torch.tensor(log_prob), mean, std, None))
+    if reference_mean is not None:
+        old.reference = known(Evaluation(mean[:, 0, 0], torch.tensor(log_prob), reference_mean, std, None))
+    return old
+
+
+def known(found: Evaluation) -> _OldPolicy:
+    old = _OldPolicy(len(found.mean))
+    old.keep(torch.arange(len(found.mean)), found)
+    return old
 
 
 def collected() -> tuple[dict[str, list[float]], Any]:
