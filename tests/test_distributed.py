@@ -396,7 +396,7 @@ def _interrupted(ranks: int, folder: Path) -> None:
 
 
 def _continued(before: int, ranks: int, folder: Path) -> list[dict[str, Any]]:
-    message = f"This training ran on {before} rank(s) and goes on with {ranks}: to"[:60]
+    message = f"This training ran on {before} rank(s) and goes on with {ranks}: to"
     expected_warning = [] if before == ranks else [message]
 
     def work(_: int) -> dict[str, Any]:
@@ -404,7 +404,7 @@ def _continued(before: int, ranks: int, folder: Path) -> list[dict[str, Any]]:
         algorithm._setup_learn(0)  # gives it a logger
         with warnings.catch_warnings(record=True) as told:
             load_algorithm(folder, algorithm)
-        assert [str(warning.message)[:60] for warning in told] == expected_warning
+        assert [str(warning.message)[: len(message)] for warning in told] == expected_warning
         algorithm.learn(64, log_interval=1000, reset_num_timesteps=False)
         return result_of(algorithm)
 
