@@ -25,7 +25,14 @@ from sb3_vla.distributed import Ranks
 from sb3_vla.ppo import PPO
 from sb3_vla.sharding import whole_optimizer_state, whole_weights
 
-_COUNTERS = ("num_timesteps", "env_steps", "updates", "_n_updates", "_current_progress_remaining")
+_COUNTERS = (
+    "num_timesteps",
+    "env_steps",
+    "updates",
+    "_n_updates",
+    "_current_progress_remaining",
+    "_trial_entropy",  # of GRPO alone
+)
 
 
 def save_algorithm(folder: Path | None, algorithm: PPO) -> None:
@@ -42,7 +49,7 @@ def save_algorithm(folder: Path | None, algorithm: PPO) -> None:
     rehearsal, log, ranks = algorithm.rehearsal, algorithm.logger, algorithm.ranks
     values = {
         "ranks": ranks.count,
-        "counters": {name: getattr(algorithm, name) for name in _COUNTERS},
+        "counters": {name: getattr(algorithm, name) for name in _COUNTERS if hasattr(algorithm, name)},
         "environments": _of_all(ranks, env.env_method("snapshot")),
         "episode_starts": _of_all(ranks, algorithm._last_episode_starts.tolist()),
         "episodes": {task: list(episodes) for task, episodes in algorithm._episodes.items()},

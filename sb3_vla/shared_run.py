@@ -43,9 +43,9 @@ class SharedRun(RunDirectory):
         else:
             yield self.ranks.first_does(entered.__enter__)
 
-    def checkpoint(self, stage: str, step: int) -> Any:
+    def checkpoint(self, stage: str, step: int, keep: int | None = 2) -> Any:
         """See :meth:`RunDirectory.checkpoint`; a context of None on the ranks that do not write."""
-        return super().checkpoint(stage, step) if self.ranks.leads else nullcontext(None)
+        return super().checkpoint(stage, step, keep) if self.ranks.leads else nullcontext(None)
 
     def latest_checkpoint(self, stage: str) -> Path | None:
         """See :meth:`RunDirectory.latest_checkpoint`."""
