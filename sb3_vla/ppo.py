@@ -248,6 +248,8 @@ class PPO(stable_baselines3.PPO):
         self.env_steps = 0
         #: rollouts that have been trained on; ``_n_updates`` counts epochs, which ``target_kl`` may cut short
         self.updates = 0
+        if self.ranks.count > 1:  # it looks at this rank's part of a rollout; _check_batch_size() does at all of it
+            warnings.filterwarnings("ignore", "You have specified a mini-batch size of")
         super().__init__(
             policy,
             env,
