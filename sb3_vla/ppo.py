@@ -13,7 +13,6 @@ import time
 import warnings
 from collections import defaultdict, deque
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -87,14 +86,29 @@ _EPISODE_KEYS = ("task", "is_success", "elapsed_steps", "episode")
 _RECENT_EPISODES = 30
 
 
-@dataclass
 class _OldPolicy:
-    """What the update compares with: the rollout's decisions under the weights that took them, in buffer order."""
+    """What the update compares with: the rollout's decisions under the weights that took them, in buffer order.
 
-    log_prob: Tensor
-    mean: Tensor
-    std: Tensor
-    reference: tuple[Tensor, Tensor] | None
+    :param count: decisions in the buffer.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.log_prob = self.mean = self.std = torch.zeros(0)
+        self.reference: _OldPolicy | None = None
+        self._known = torch.zeros(count, dtype=torch.bool)
+
+    def knows(self, indices: Tensor) -> bool:
+        """Whether all of these decisions were kept."""
+        return bool(self._known[indices].all())
+
+    def keep(self, indices: Tensor, found: Evaluation) -> None:
+        """Take over decisions that were evaluated under those weights."""
+        for name in ("log_prob", "mean", "std"):
+            rows = getattr(found, name).detach().cpu()
+            if not self._known.any():
+                setattr(self, name, rows.new_zeros(len(self._known), *rows.shape[1:]))
+            getattr(self, name)[indices] = rows
+        self._known[indices] = True
 
 
 class PPO(stable_baselines3.PPO):
@@ -234,6 +248,8 @@ class PPO(stable_baselines3.PPO):
         self.env_steps = 0
         #: rollouts that have been trained on; ``_n_updates`` counts epochs, which ``target_kl`` may cut short
         self.updates = 0
+        if self.ranks.count > 1:  # it looks at this rank's part of a rollout; _check_batch_size() does at all of it
+            warnings.filterwarnings("ignore", "You have specified a mini-batch size of")
         super().__init__(
             policy,
             env,
@@ -469,7 +485,8 @@ class PPO(stable_baselines3.PPO):
         self.ranks.take_generators()
         rollout = SharedRollout(buffer, self.ranks)
         minibatches = rollout.minibatches(self.batch_size)
-        old = self._old_policy(buffer, [minibatch.indices for minibatch in minibatches])
+        compared = [minibatch.indices for minibatch in minibatches] if self._actor_learns else []
+        old = self._old_policy(buffer, compared, known_soon=1)
         metrics: defaultdict[str, list[float]] = defaultdict(list)
         self._idle_batch = self._some_batch(buffer) if is_sharded(policy) else None
         with in_shards(policy):
@@ -524,7 +541,7 @@ class PPO(stable_baselines3.PPO):
         :return: the loss, and the divergence from the rollout's policy, None while the critic alone learns.
         """
         self.policy.optimizer.zero_grad(set_to_none=True)
-        train_actor = self.updates >= self.critic_warmup
+        train_actor = self._actor_learns
         advantages = minibatch.advantages
         if self.normalize_advantage and len(advantages) > 1:
             advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
@@ -540,9 +557,11 @@ class PPO(stable_baselines3.PPO):
                 found = self.policy.evaluate(batch.observations, batch.trace, batch.executed, self.logprob_type)
             loss = self.vf_coef * self._value_loss(found.values, batch, clip_range_vf, noted)
             if train_actor:
+                if not old.knows(part):  # of the first minibatch, before any step
+                    old.keep(part, found)
                 loss = loss + self._actor_loss(found, batch, old, clip_range, noted)
                 with torch.no_grad():
-                    sums["divergence"] += share * self._divergence(found, (old.mean, old.std), batch).item()
+                    sums["divergence"] += share * self._divergence(found, old, batch).item()
             (share * loss).backward()
             sums["total"] += share * loss.item()
             metrics["ratio_max"] += noted.pop("ratio_max", [])
@@ -627,9 +646,9 @@ class PPO(stable_baselines3.PPO):
             loss = loss + self.kl_coef * kl
         return loss
 
-    def _divergence(self, found: Evaluation, other: tuple[Tensor, Tensor], batch: DecisionBatch) -> Tensor:
-        """Mean KL(policy || other), where the other's mean and deviation are in buffer order."""
-        mean, std = (tensor[batch.indices].to(self.device) for tensor in other)
+    def _divergence(self, found: Evaluation, other: _OldPolicy, batch: DecisionBatch) -> Tensor:
+        """Mean KL(policy || other)."""
+        mean, std = (tensor[batch.indices].to(self.device) for tensor in (other.mean, other.std))
         return self.policy.distribution.kl_divergence(found.mean, found.std, mean, std, batch.executed).mean()
 
     def _value_loss(
@@ -659,35 +678,34 @@ class PPO(stable_baselines3.PPO):
             metrics["loss"].append(loss)
             self.policy.optimizer.step()
 
-    @torch.no_grad()
-    def _old_policy(self, buffer: DecisionBuffer, minibatches: list[Tensor]) -> _OldPolicy:
-        """The rollout under the weights that took it, in buffer order.
+    @property
+    def _actor_learns(self) -> bool:
+        return self.updates >= self.critic_warmup
 
-        It is computed in the update's precision and in the micro-batches of its first epoch, so that ratios start at
+    @torch.no_grad()
+    def _old_policy(self, buffer: DecisionBuffer, minibatches: list[Tensor], known_soon: int = 0) -> _OldPolicy:
+        """The rollout under the weights that took it, and under those of the reference.
+
+        It is evaluated in the update's precision and in the micro-batches of its first epoch, so that ratios start at
         exactly one: a row of a matrix product may be rounded otherwise beside other rows.
+
+        :param minibatches: indices, of the first epoch.
+        :param known_soon: minibatches at the start that are left to the update, because it evaluates them itself before
+            it makes a step.
         """
-        parts: defaultdict[str, list[Tensor]] = defaultdict(list)
-        micro_batches = [part for indices in minibatches for part in self._micro_batches(indices)]
-        for batch in map(buffer.batch, micro_batches):
-            with autocast(self.bf16, self.device.type):
-                found = self.policy.evaluate(batch.observations, batch.trace, batch.executed, self.logprob_type)
-                if self._reference is not None:
-                    other = self._reference.evaluate(batch.observations, batch.trace, batch.executed)
-                    parts["reference_mean"].append(other.mean.cpu())
-                    parts["reference_std"].append(other.std.cpu())
-            parts["log_prob"].append(found.log_prob.cpu())
-            parts["mean"].append(found.mean.cpu())
-            parts["std"].append(found.std.cpu())
-        indices, whole = (
-            torch.cat(minibatches),
-            defaultdict(lambda: torch.zeros(0)),
-        )
-        for name, tensors in parts.items():
-            found_in_order = torch.cat(tensors)
-            whole[name] = found_in_order.new_zeros(buffer.advantages.numel(), *found_in_order.shape[1:])
-            whole[name][indices] = found_in_order
-        reference = (whole["reference_mean"], whole["reference_std"]) if self._reference is not None else None
-        return _OldPolicy(whole["log_prob"], whole["mean"], whole["std"], reference)
+        count = buffer.advantages.numel()
+        old = _OldPolicy(count)
+        old.reference = None if self._reference is None else _OldPolicy(count)
+        for number, indices in enumerate(minibatches):
+            asked = [] if number < known_soon else [(self.policy, old)]
+            if old.reference is not None:
+                asked.append((self._reference, old.reference))
+            for batch in map(buffer.batch, self._micro_batches(indices) if asked else ()):
+                with autocast(self.bf16, self.device.type):
+                    for policy, kept in asked:
+                        found = policy.evaluate(batch.observations, batch.trace, batch.executed, self.logprob_type)
+                        kept.keep(batch.indices, found)
+        return old
 
     @torch.no_grad()
     def _bootstrap(

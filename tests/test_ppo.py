@@ -136,7 +136,16 @@ def evaluation(log_prob: list[float], **options: Any) -> Evaluation:
 
 def old_policy(log_prob: list[float], reference_mean: Tensor | None = None) -> _OldPolicy:
     mean, std = torch.zeros(len(log_prob), 2, 2), torch.full((len(log_prob), 2, 2), 0.5)
-    return _OldPolicy(torch.tensor(log_prob), mean, std, None if reference_mean is None else (reference_mean, std))
+    old = known(Evaluation(mean[:, 0, 0], torch.tensor(log_prob), mean, std, None))
+    if reference_mean is not None:
+        old.reference = known(Evaluation(mean[:, 0, 0], torch.tensor(log_prob), reference_mean, std, None))
+    return old
+
+
+def known(found: Evaluation) -> _OldPolicy:
+    old = _OldPolicy(len(found.mean))
+    old.keep(torch.arange(len(found.mean)), found)
+    return old
 
 
 def collected() -> tuple[dict[str, list[float]], Any]:
@@ -377,6 +386,41 @@ def test_critic_warmup_leaves_the_actor_alone() -> None:
     assert not same(weights(algorithm.policy.value_head), critic)
     algorithm.learn(16, reset_num_timesteps=False)
     assert not same(actor(algorithm.policy), before)
+
+
+@pytest.mark.parametrize(
+    ("options", "passes"),
+    [
+        ({}, [1, 2, 2]),  # of two minibatches, the second beforehand, then both in two epochs
+        ({"micro_batch_size": 4}, [2, 4, 4]),
+        ({"batch_size": 16}, [0, 1, 1]),
+        ({"critic_warmup": 1}, [0, 2, 2]),
+        ({"kl_coef": 0.1}, [1, 2, 2]),
+    ],
+)
+def test_nothing_is_evaluated_again_that_the_update_evaluates_itself(
+    options: dict[str, Any], passes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the weights are those, bit for bit, of an update that evaluates everything beforehand."""
+
+    def learned() -> PPO:
+        algorithm = toy_ppo(**{"batch_size": 8, "n_epochs": 2, "learning_rate": 1e-2, **options})
+        evaluate = algorithm.policy.evaluate
+
+        def counted(*arguments: Any) -> Evaluation:
+            calls.append(torch.is_grad_enabled())
+            return evaluate(*arguments)
+
+        algorithm.policy.evaluate = counted
+        return algorithm.learn(16)
+
+    calls: list[bool] = []
+    found = learned()
+    assert [calls.count(False), calls.count(True)] == [passes[0], sum(passes[1:])]
+    assert calls[: passes[0]] == [False] * passes[0]
+    real = PPO._old_policy
+    monkeypatch.setattr(PPO, "_old_policy", lambda self, buffer, minibatches, **_: real(self, buffer, minibatches))
+    assert same(weights(found.policy), weights(learned().policy))
 
 
 def test_actor_warmup_raises_the_actors_rate_alone() -> None:
