@@ -13,7 +13,6 @@ import time
 import warnings
 from collections import defaultdict, deque
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -24,7 +23,7 @@ from stable_baselines3.common.buffers import DictRolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback, ConvertCallback
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
-from stable_baselines3.common.utils import FloatSchedule, explained_variance, obs_as_tensor
+from stable_baselines3.common.utils import FloatSchedule, obs_as_tensor
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 
@@ -32,6 +31,7 @@ from mw_envs.tasks import did_you_mean
 from sb3_vla.buffers import ChunkRolloutBuffer, DecisionBatch, DecisionBuffer, Minibatch, SharedRollout
 from sb3_vla.distributed import Ranks, current_ranks
 from sb3_vla.distributions.base import logprob_mask
+from sb3_vla.metrics import EpisodeRecord, episode_metrics, in_terminal, ratio_metrics, update_metrics
 from sb3_vla.noise import part_of_batch
 from sb3_vla.policies import Evaluation, VLAPolicy
 from sb3_vla.precision import autocast
@@ -82,19 +82,34 @@ _LARGEST_LOG_RATIO = 20.0
 # Least weight of a task that is always or never solved, where 1 is that of a task solved every other time.
 _LEAST_TASK_WEIGHT = 0.1
 # What a training remembers of an episode that ended.
-_EPISODE_KEYS = ("task", "is_success", "elapsed_steps", "episode")
+_EPISODE_KEYS = ("task", "is_success", "elapsed_steps", "episode_return", "episode")
 # Episodes of a task that tell how often it is solved now; more would lag behind the policy.
 _RECENT_EPISODES = 30
 
 
-@dataclass
 class _OldPolicy:
-    """What the update compares with: the rollout's decisions under the weights that took them, in buffer order."""
+    """What the update compares with: the rollout's decisions under the weights that took them, in buffer order.
 
-    log_prob: Tensor
-    mean: Tensor
-    std: Tensor
-    reference: tuple[Tensor, Tensor] | None
+    :param count: decisions in the buffer.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.log_prob = self.mean = self.std = torch.zeros(0)
+        self.reference: _OldPolicy | None = None
+        self._known = torch.zeros(count, dtype=torch.bool)
+
+    def knows(self, indices: Tensor) -> bool:
+        """Whether all of these decisions were kept."""
+        return bool(self._known[indices].all())
+
+    def keep(self, indices: Tensor, found: Evaluation) -> None:
+        """Take over decisions that were evaluated under those weights."""
+        for name in ("log_prob", "mean", "std"):
+            rows = getattr(found, name).detach().cpu()
+            if not self._known.any():
+                setattr(self, name, rows.new_zeros(len(self._known), *rows.shape[1:]))
+            getattr(self, name)[indices] = rows
+        self._known[indices] = True
 
 
 class PPO(stable_baselines3.PPO):
@@ -234,6 +249,8 @@ class PPO(stable_baselines3.PPO):
         self.env_steps = 0
         #: rollouts that have been trained on; ``_n_updates`` counts epochs, which ``target_kl`` may cut short
         self.updates = 0
+        if self.ranks.count > 1:  # it looks at this rank's part of a rollout; _check_batch_size() does at all of it
+            warnings.filterwarnings("ignore", "You have specified a mini-batch size of")
         super().__init__(
             policy,
             env,
@@ -295,10 +312,11 @@ class PPO(stable_baselines3.PPO):
             self.n_steps, self.n_envs, self.device, self.gamma, self.gae_lambda, self.gamma_per
         )
         self.policy_kwargs = self.policy.portable_kwargs
-        self._episodes: defaultdict[str, deque[tuple[float, int]]] = defaultdict(
+        self._episodes: defaultdict[str, deque[EpisodeRecord]] = defaultdict(
             lambda: deque(maxlen=self._stats_window_size)
         )
         self._ended: list[tuple[tuple[int, ...], dict[str, Any]]] = []
+        self._ended_episodes, self._rollout_seconds = 0, 0.0  # of the last rollout
         self._reference: VLAPolicy | None = None
         self._idle_batch: DecisionBatch | None = None
 
@@ -366,12 +384,14 @@ class PPO(stable_baselines3.PPO):
         buffer.reset()
         callback.on_rollout_start()
         env_steps_before, clock, ranks, stopped = self.env_steps, Clock(), self.ranks, False
+        earned = 0.0
         steps = step_by_halves if self.overlap and halved(env) else step_together
         for decision, outcome in steps(env, self._decide, self._last_obs, n_rollout_steps, clock):  # type: ignore[arg-type]
             # Callbacks read these from the locals, by Stable-Baselines3's names.
             actions, clipped_actions, values = decision.actions, decision.clipped, decision.values
             new_obs, rewards, dones, infos = outcome.new_obs, outcome.rewards, outcome.dones, outcome.infos
             check_rewards(rewards, infos)
+            earned += float(rewards.sum())
             self.num_timesteps += ranks.count * env.num_envs
             executed = np.array([info.get("env_steps", self.policy.action_chunk) for info in infos])
             self.env_steps += int(executed.sum())
@@ -390,15 +410,18 @@ class PPO(stable_baselines3.PPO):
             return False
         with torch.no_grad():
             last_values = self.policy.predict_values(obs_as_tensor(new_obs, self.device))[:, 0]  # type: ignore[arg-type]
-        buffer.compute_returns_and_advantage(last_values, dones)
+        with clock("advantages"):
+            buffer.compute_returns_and_advantage(last_values, dones)
         callback.update_locals(locals())
         callback.on_rollout_end()
-        self._log_rollout(n_rollout_steps * env.num_envs * ranks.count, self.env_steps - env_steps_before, clock)
+        decisions = n_rollout_steps * env.num_envs * ranks.count
+        self._log_rollout(decisions, self.env_steps - env_steps_before, earned, clock)
         return True
 
     def _prepare_rollout(self, env: VecEnv) -> None:
         """Which tasks are drawn, and how strongly the policy explores."""
         self.ranks.take_generators()
+        self._ended_episodes = 0
         if self.task_sampling == "signal" and self._episodes:
             env.env_method("set_task_weights", self._task_weights())
         self.policy.set_training_mode(False)
@@ -414,8 +437,15 @@ class PPO(stable_baselines3.PPO):
         for _, info in ended:
             self._remember_episode(info)
 
-    def _log_rollout(self, decisions: int, env_steps: int, clock: Clock) -> None:
-        seconds = clock.elapsed()
+    def _log_rollout(self, decisions: int, env_steps: int, earned: float, clock: Clock) -> None:
+        """
+        :param decisions: of all ranks, as ``env_steps``.
+        :param earned: sum of this rank's rewards.
+        """
+        self._rollout_seconds = seconds = clock.elapsed()
+        self.logger.record("rollout/rewards", sum(self.ranks.gather(earned)) / decisions)
+        self.logger.record("time/generate_rollouts", seconds - clock.seconds["advantages"], exclude="stdout")
+        self.logger.record("time/cal_adv_and_returns", clock.seconds["advantages"], exclude="stdout")
         self.logger.record("time/rollout_seconds", seconds)
         self.logger.record("time/env_steps", self.env_steps, exclude="tensorboard")
         self.logger.record("perf/env_steps_per_second", env_steps / seconds)
@@ -469,7 +499,8 @@ class PPO(stable_baselines3.PPO):
         self.ranks.take_generators()
         rollout = SharedRollout(buffer, self.ranks)
         minibatches = rollout.minibatches(self.batch_size)
-        old = self._old_policy(buffer, [minibatch.indices for minibatch in minibatches])
+        compared = [minibatch.indices for minibatch in minibatches] if self._actor_learns else []
+        old = self._old_policy(buffer, compared, known_soon=1)
         metrics: defaultdict[str, list[float]] = defaultdict(list)
         self._idle_batch = self._some_batch(buffer) if is_sharded(policy) else None
         with in_shards(policy):
@@ -524,7 +555,7 @@ class PPO(stable_baselines3.PPO):
         :return: the loss, and the divergence from the rollout's policy, None while the critic alone learns.
         """
         self.policy.optimizer.zero_grad(set_to_none=True)
-        train_actor = self.updates >= self.critic_warmup
+        train_actor = self._actor_learns
         advantages = minibatch.advantages
         if self.normalize_advantage and len(advantages) > 1:
             advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
@@ -540,9 +571,11 @@ class PPO(stable_baselines3.PPO):
                 found = self.policy.evaluate(batch.observations, batch.trace, batch.executed, self.logprob_type)
             loss = self.vf_coef * self._value_loss(found.values, batch, clip_range_vf, noted)
             if train_actor:
+                if not old.knows(part):  # of the first minibatch, before any step
+                    old.keep(part, found)
                 loss = loss + self._actor_loss(found, batch, old, clip_range, noted)
                 with torch.no_grad():
-                    sums["divergence"] += share * self._divergence(found, (old.mean, old.std), batch).item()
+                    sums["divergence"] += share * self._divergence(found, old, batch).item()
             (share * loss).backward()
             sums["total"] += share * loss.item()
             metrics["ratio_max"] += noted.pop("ratio_max", [])
@@ -609,13 +642,16 @@ class PPO(stable_baselines3.PPO):
         advantages = batch.advantages.reshape(-1, *[1] * (ratio.ndim - 1))
         clipped = torch.clamp(ratio, 1 - clip_range, 1 + above)
         surrogate = torch.min(advantages * ratio, advantages * clipped)
+        bounded = torch.zeros_like(surrogate, dtype=torch.bool)
         if self.dual_clip is not None:
-            bounded = torch.max(surrogate, self.dual_clip * advantages)
-            surrogate = torch.where(advantages < 0, bounded, surrogate)
-        policy_loss = -(surrogate * counted).reshape(len(ratio), -1).sum(1).mean()
+            bounded = (advantages < 0) & (surrogate < self.dual_clip * advantages)
+            surrogate = torch.where(bounded, self.dual_clip * advantages, surrogate)
+        loss_of_decisions = -(surrogate * counted).reshape(len(ratio), -1).sum(1)
+        policy_loss = loss_of_decisions.mean()
         metrics["policy_loss"].append(policy_loss.item())
-        metrics["clip_fraction"].append((ratio != clipped)[counted > 0].float().mean().item())
-        metrics["ratio_max"].append(ratio.max().item())
+        metrics["policy_loss_abs"].append(loss_of_decisions.abs().mean().item())
+        for name, value in ratio_metrics(ratio, clipped, bounded, counted).items():
+            metrics[name].append(value)
         loss = policy_loss
         if found.entropy is not None:
             entropy_loss = -found.entropy.mean()
@@ -627,9 +663,9 @@ class PPO(stable_baselines3.PPO):
             loss = loss + self.kl_coef * kl
         return loss
 
-    def _divergence(self, found: Evaluation, other: tuple[Tensor, Tensor], batch: DecisionBatch) -> Tensor:
-        """Mean KL(policy || other), where the other's mean and deviation are in buffer order."""
-        mean, std = (tensor[batch.indices].to(self.device) for tensor in other)
+    def _divergence(self, found: Evaluation, other: _OldPolicy, batch: DecisionBatch) -> Tensor:
+        """Mean KL(policy || other)."""
+        mean, std = (tensor[batch.indices].to(self.device) for tensor in (other.mean, other.std))
         return self.policy.distribution.kl_divergence(found.mean, found.std, mean, std, batch.executed).mean()
 
     def _value_loss(
@@ -659,35 +695,34 @@ class PPO(stable_baselines3.PPO):
             metrics["loss"].append(loss)
             self.policy.optimizer.step()
 
-    @torch.no_grad()
-    def _old_policy(self, buffer: DecisionBuffer, minibatches: list[Tensor]) -> _OldPolicy:
-        """The rollout under the weights that took it, in buffer order.
+    @property
+    def _actor_learns(self) -> bool:
+        return self.updates >= self.critic_warmup
 
-        It is computed in the update's precision and in the micro-batches of its first epoch, so that ratios start at
+    @torch.no_grad()
+    def _old_policy(self, buffer: DecisionBuffer, minibatches: list[Tensor], known_soon: int = 0) -> _OldPolicy:
+        """The rollout under the weights that took it, and under those of the reference.
+
+        It is evaluated in the update's precision and in the micro-batches of its first epoch, so that ratios start at
         exactly one: a row of a matrix product may be rounded otherwise beside other rows.
+
+        :param minibatches: indices, of the first epoch.
+        :param known_soon: minibatches at the start that are left to the update, because it evaluates them itself before
+            it makes a step.
         """
-        parts: defaultdict[str, list[Tensor]] = defaultdict(list)
-        micro_batches = [part for indices in minibatches for part in self._micro_batches(indices)]
-        for batch in map(buffer.batch, micro_batches):
-            with autocast(self.bf16, self.device.type):
-                found = self.policy.evaluate(batch.observations, batch.trace, batch.executed, self.logprob_type)
-                if self._reference is not None:
-                    other = self._reference.evaluate(batch.observations, batch.trace, batch.executed)
-                    parts["reference_mean"].append(other.mean.cpu())
-                    parts["reference_std"].append(other.std.cpu())
-            parts["log_prob"].append(found.log_prob.cpu())
-            parts["mean"].append(found.mean.cpu())
-            parts["std"].append(found.std.cpu())
-        indices, whole = (
-            torch.cat(minibatches),
-            defaultdict(lambda: torch.zeros(0)),
-        )
-        for name, tensors in parts.items():
-            found_in_order = torch.cat(tensors)
-            whole[name] = found_in_order.new_zeros(buffer.advantages.numel(), *found_in_order.shape[1:])
-            whole[name][indices] = found_in_order
-        reference = (whole["reference_mean"], whole["reference_std"]) if self._reference is not None else None
-        return _OldPolicy(whole["log_prob"], whole["mean"], whole["std"], reference)
+        count = buffer.advantages.numel()
+        old = _OldPolicy(count)
+        old.reference = None if self._reference is None else _OldPolicy(count)
+        for number, indices in enumerate(minibatches):
+            asked = [] if number < known_soon else [(self.policy, old)]
+            if old.reference is not None:
+                asked.append((self._reference, old.reference))
+            for batch in map(buffer.batch, self._micro_batches(indices) if asked else ()):
+                with autocast(self.bf16, self.device.type):
+                    for policy, kept in asked:
+                        found = policy.evaluate(batch.observations, batch.trace, batch.executed, self.logprob_type)
+                        kept.keep(batch.indices, found)
+        return old
 
     @torch.no_grad()
     def _bootstrap(
@@ -722,20 +757,23 @@ class PPO(stable_baselines3.PPO):
                 self._ended.append(((*when, first + int(i)), info))
 
     def _remember_episode(self, info: dict[str, Any]) -> None:
+        self._ended_episodes += 1
         self._update_info_buffer([info], np.ones(1, dtype=bool))
         if "is_success" in info and "task" in info:
-            self._episodes[info["task"]].append((float(info["is_success"]), info.get("elapsed_steps", 0)))
+            length, reward = info.get("elapsed_steps", 0), info.get("episode_return", 0.0)
+            self._episodes[info["task"]].append(EpisodeRecord(float(info["is_success"]), length, reward))
 
     def task_success(self) -> dict[str, float]:
         """Share of successes among each task's last ``stats_window_size`` training episodes."""
-        return {task: float(np.mean([s for s, _ in episodes])) for task, episodes in sorted(self._episodes.items())}
+        known = sorted(self._episodes.items())
+        return {task: float(np.mean([each.success for each in episodes])) for task, episodes in known}
 
     def _task_weights(self) -> dict[str, float]:
         weights = {}
         for task, episodes in self._episodes.items():
             # Laplace's rule: a task without a success among a few episodes is not yet hopeless.
             recent = list(episodes)[-_RECENT_EPISODES:]
-            rate = (sum(success for success, _ in recent) + 1) / (len(recent) + 2)
+            rate = (sum(each.success for each in recent) + 1) / (len(recent) + 2)
             weights[task] = max(_LEAST_TASK_WEIGHT, 4 * rate * (1 - rate))
         return weights
 
@@ -747,46 +785,22 @@ class PPO(stable_baselines3.PPO):
         clip_range_vf: float | None,
         seconds: float,
     ) -> None:
-        def mean(name: str) -> float:
-            return float(np.mean(metrics[name])) if metrics.get(name) else 0.0
-
-        record = self.logger.record
-        # The reference's names, then Stable-Baselines3's.
-        for name, value in {
-            "actor/loss": mean("policy_loss"),
-            "actor/grad_norm": mean("grad_norm"),
-            "actor/approx_kl": mean("approx_kl"),
-            "actor/pg_clipfrac": mean("clip_fraction"),
-            "rollout/returns_mean": rollout.returns.mean().item(),
-            "rollout/advantages_mean": rollout.advantages.mean().item(),
-            "train/policy_gradient_loss": mean("policy_loss"),
-            "train/approx_kl": mean("approx_kl"),
-            "train/clip_fraction": mean("clip_fraction"),
+        rates = tuple(group["lr"] for group in self.policy.optimizer.param_groups)
+        values = {
+            **update_metrics(metrics, rollout, rates),
+            **episode_metrics(self._episodes, self._ended_episodes),
             "train/ratio_max": max(self.ranks.gather(max(metrics.get("ratio_max") or [1.0]))),
-            "train/loss": mean("loss"),
-            "train/skipped_steps": float(np.sum(metrics.get("skipped_steps", []))),
             "train/n_updates": self._n_updates,
             "train/clip_range": clip_range,
             "time/update_seconds": seconds,
-        }.items():
-            record(name, value)
-        if metrics.get("value_loss"):  # there is a critic
-            record("actor/value_loss", mean("value_loss"))
-            record("actor/value_clip_ratio", mean("value_clip_ratio"))
-            record("train/value_loss", mean("value_loss"))
-            record("train/explained_variance", explained_variance(rollout.values.numpy(), rollout.returns.numpy()))
+            "time/actor_training": seconds,
+            "time/step": self._rollout_seconds + seconds,
+            "time/sync_weights": 0.0,  # what acts is what learns
+        }
         if clip_range_vf is not None:
-            record("train/clip_range_vf", clip_range_vf)
-        for name in ("entropy_loss", "reference_kl", "rehearsal_loss"):
-            if metrics.get(name):
-                record(f"train/{name}", mean(name))
-        episodes = [episode for window in self._episodes.values() for episode in window]
-        if episodes:
-            success = self.task_success()
-            record("env/success_once", float(np.mean(list(success.values()))))
-            record("env/episode_len", float(np.mean([length for _, length in episodes])))
-            for task, rate in success.items():
-                record(f"env/success_once/{task}", rate, exclude="stdout")
+            values["train/clip_range_vf"] = clip_range_vf
+        for name, value in values.items():
+            self.logger.record(name, value, exclude=None if in_terminal(name) else "stdout")
 
     def _update_learning_rate(self, optimizers: Any) -> None:
         """The schedule's rate for the actor, after its warm-up; the critic's follows in the proportion at the start."""
@@ -798,7 +812,6 @@ class PPO(stable_baselines3.PPO):
             critic["lr"] *= self.value_lr / self.lr_schedule(1.0)
         risen = (self.updates - self.critic_warmup + 1) / (self.actor_warmup + 1)
         actor["lr"] *= min(max(risen, 0.0), 1.0)
-        self.logger.record("train/actor_learning_rate", actor["lr"])
 
     def _excluded_save_params(self) -> list[str]:
         if not issubclass(self.policy_class, VLAPolicy):

@@ -246,7 +246,7 @@ class ActorSection:
     :param seed: of everything that is random but the trials of evaluation.
     :param global_batch_size: decisions per optimiser step.
     :param micro_batch_size: decisions that are evaluated at a time; None for all of them.
-    :param sharding: under ``torchrun``, ``none`` for a replica on every rank, or ``fsdp`` for a part of what trains.
+    :param sharding: under ``torchrun`` ``none``, all of what is trained is on every rank; or ``fsdp``, a part.
     """
 
     seed: int = 42

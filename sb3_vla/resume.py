@@ -12,6 +12,7 @@ also goes on with another number of ranks, which share that list anew.
 
 from __future__ import annotations
 
+import warnings
 from collections import deque
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecTranspose
 
 from sb3_vla.checkpoints.training_state import load_training_state, save_training_state
 from sb3_vla.distributed import Ranks
+from sb3_vla.metrics import EpisodeRecord
 from sb3_vla.ppo import PPO
 from sb3_vla.sharding import whole_optimizer_state, whole_weights
 
@@ -47,6 +49,7 @@ def save_algorithm(folder: Path | None, algorithm: PPO) -> None:
     assert algorithm._last_episode_starts is not None
     rehearsal, log, ranks = algorithm.rehearsal, algorithm.logger, algorithm.ranks
     values = {
+        "ranks": ranks.count,
         "counters": {name: getattr(algorithm, name) for name in _COUNTERS if hasattr(algorithm, name)},
         "environments": _of_all(ranks, env.env_method("snapshot")),
         "episode_starts": _of_all(ranks, algorithm._last_episode_starts.tolist()),
@@ -75,13 +78,19 @@ def load_algorithm(folder: Path, algorithm: PPO) -> None:
     if len(values["environments"]) != count:
         raise ValueError(f"{folder} is of {len(values['environments'])} environments; this algorithm has {count}")
     own = slice(ranks.rank * env.num_envs, (ranks.rank + 1) * env.num_envs)
+    if values["ranks"] != ranks.count:
+        warnings.warn(
+            f"This training ran on {values['ranks']} rank(s) and goes on with {ranks.count}: to the same result up to "
+            "rounding, not bit for bit",
+            stacklevel=2,
+        )
     for name, value in values["counters"].items():
         setattr(algorithm, name, value)
     env.set_options([{"snapshot": snapshot} for snapshot in values["environments"][own]])
     algorithm._last_obs = env.reset()  # type: ignore[assignment]
     algorithm._last_episode_starts = np.array(values["episode_starts"][own], dtype=bool)
     for task, episodes in values["episodes"].items():
-        algorithm._episodes[task].extend((success, length) for success, length in episodes)
+        algorithm._episodes[task].extend(EpisodeRecord(*episode) for episode in episodes)
     algorithm.ep_info_buffer = deque(values["episode_infos"], maxlen=algorithm._stats_window_size)
     algorithm.ep_success_buffer = deque(values["successes"], maxlen=algorithm._stats_window_size)
     if algorithm.rehearsal is not None:

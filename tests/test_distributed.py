@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -394,11 +395,16 @@ def _interrupted(ranks: int, folder: Path) -> None:
     run_ranks(ranks, work) if ranks > 1 else work(0)
 
 
-def _continued(ranks: int, folder: Path) -> list[dict[str, Any]]:
+def _continued(before: int, ranks: int, folder: Path) -> list[dict[str, Any]]:
+    message = f"This training ran on {before} rank(s) and goes on with {ranks}: to"
+    expected_warning = [] if before == ranks else [message]
+
     def work(_: int) -> dict[str, Any]:
         algorithm = _ppo(ranks, {}, {"task_sampling": "signal"})
         algorithm._setup_learn(0)  # gives it a logger
-        load_algorithm(folder, algorithm)
+        with warnings.catch_warnings(record=True) as told:
+            load_algorithm(folder, algorithm)
+        assert [str(warning.message)[: len(message)] for warning in told] == expected_warning
         algorithm.learn(64, log_interval=1000, reset_num_timesteps=False)
         return result_of(algorithm)
 
@@ -410,7 +416,7 @@ def test_a_training_goes_on_with_any_number_of_ranks(tmp_path: Path, before: int
     _interrupted(before, tmp_path)
     whole = functools.partial(trained, _ppo, before, 128, {}, {"task_sampling": "signal"})
     expected = run_ranks(before, lambda _: whole())[0] if before > 1 else whole()
-    for found in _continued(after, tmp_path):
+    for found in _continued(before, after, tmp_path):
         assert_alike(found, expected, 0.0 if before == after else ROUNDING)
 
 

@@ -18,6 +18,7 @@ from toy import TARGETS, TINY, stir, toy_demonstrations, toy_ppo, toy_vec, whole
 
 from sb3_vla import PPO
 from sb3_vla.buffers import ChunkRolloutBuffer, DecisionBatch
+from sb3_vla.metrics import EpisodeRecord
 from sb3_vla.policies import Evaluation, VLAPolicy
 from sb3_vla.ppo import _OldPolicy
 from sb3_vla.sft import DemonstrationBatches
@@ -136,7 +137,16 @@ def evaluation(log_prob: list[float], **options: Any) -> Evaluation:
 
 def old_policy(log_prob: list[float], reference_mean: Tensor | None = None) -> _OldPolicy:
     mean, std = torch.zeros(len(log_prob), 2, 2), torch.full((len(log_prob), 2, 2), 0.5)
-    return _OldPolicy(torch.tensor(log_prob), mean, std, None if reference_mean is None else (reference_mean, std))
+    old = known(Evaluation(mean[:, 0, 0], torch.tensor(log_prob), mean, std, None))
+    if reference_mean is not None:
+        old.reference = known(Evaluation(mean[:, 0, 0], torch.tensor(log_prob), reference_mean, std, None))
+    return old
+
+
+def known(found: Evaluation) -> _OldPolicy:
+    old = _OldPolicy(len(found.mean))
+    old.keep(torch.arange(len(found.mean)), found)
+    return old
 
 
 def collected() -> tuple[dict[str, list[float]], Any]:
@@ -377,6 +387,41 @@ def test_critic_warmup_leaves_the_actor_alone() -> None:
     assert not same(weights(algorithm.policy.value_head), critic)
     algorithm.learn(16, reset_num_timesteps=False)
     assert not same(actor(algorithm.policy), before)
+
+
+@pytest.mark.parametrize(
+    ("options", "passes"),
+    [
+        ({}, [1, 2, 2]),  # of two minibatches, the second beforehand, then both in two epochs
+        ({"micro_batch_size": 4}, [2, 4, 4]),
+        ({"batch_size": 16}, [0, 1, 1]),
+        ({"critic_warmup": 1}, [0, 2, 2]),
+        ({"kl_coef": 0.1}, [1, 2, 2]),
+    ],
+)
+def test_nothing_is_evaluated_again_that_the_update_evaluates_itself(
+    options: dict[str, Any], passes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the weights are those, bit for bit, of an update that evaluates everything beforehand."""
+
+    def learned() -> PPO:
+        algorithm = toy_ppo(**{"batch_size": 8, "n_epochs": 2, "learning_rate": 1e-2, **options})
+        evaluate = algorithm.policy.evaluate
+
+        def counted(*arguments: Any) -> Evaluation:
+            calls.append(torch.is_grad_enabled())
+            return evaluate(*arguments)
+
+        algorithm.policy.evaluate = counted
+        return algorithm.learn(16)
+
+    calls: list[bool] = []
+    found = learned()
+    assert [calls.count(False), calls.count(True)] == [passes[0], sum(passes[1:])]
+    assert calls[: passes[0]] == [False] * passes[0]
+    real = PPO._old_policy
+    monkeypatch.setattr(PPO, "_old_policy", lambda self, buffer, minibatches, **_: real(self, buffer, minibatches))
+    assert same(weights(found.policy), weights(learned().policy))
 
 
 def test_actor_warmup_raises_the_actors_rate_alone() -> None:
@@ -778,10 +823,11 @@ def test_diffusion_and_tokens_learn_it_too(
 
 def test_tasks_are_drawn_by_the_signal_they_give() -> None:
     algorithm = toy_ppo(task_sampling="signal")
+    failed, solved = EpisodeRecord(0.0, 9, 0.0), EpisodeRecord(1.0, 9, 1.0)
     # Only the last 30 episodes count: what came before lags behind the policy.
-    algorithm._episodes["solved"].extend([(0.0, 9)] * 70 + [(1.0, 9)] * 30)
-    algorithm._episodes["open"].extend([(1.0, 9)] * 49 + [(0.0, 9)] * 15 + [(1.0, 9)] * 15)
-    algorithm._episodes["rare"].extend([(1.0, 9)] * 3 + [(0.0, 9)] * 25)
+    algorithm._episodes["solved"].extend([failed] * 70 + [solved] * 30)
+    algorithm._episodes["open"].extend([solved] * 49 + [failed] * 15 + [solved] * 15)
+    algorithm._episodes["rare"].extend([solved] * 3 + [failed] * 25)
     weights = algorithm._task_weights()
     assert weights == {
         "solved": pytest.approx(4 * 31 / 32 / 32),
