@@ -127,6 +127,7 @@ def _practise(
                 demonstrations=_demonstrations(run, plan) if plan.config.rehearsal_coef > 0 else None,
                 resume=stage.resumed,
                 model_kwargs=options,
+                loggers=plan.loggers,
                 **plan.train,
             )
     return name

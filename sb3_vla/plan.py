@@ -10,8 +10,9 @@ from typing import Any, cast
 
 from mw_envs.tasks import did_you_mean, select_tasks
 from sb3_vla.config import ConfigError
+from sb3_vla.loggers import LoggerOptions
 from sb3_vla.models import MODELS
-from sb3_vla.recipes import EvalEnvSection, Recipe, SFTSection, TrainEnvSection
+from sb3_vla.recipes import EvalEnvSection, LoggerSection, Recipe, SFTSection, TrainEnvSection
 from sb3_vla.results import PROTOCOLS, TRIAL_SEED, Protocol
 from sb3_vla.sft import SFTConfig
 from sb3_vla.training import GRPOConfig, PPOConfig
@@ -42,6 +43,7 @@ class Plan:
     :param sft: settings of imitation; None for none.
     :param config: settings of the algorithm; None for imitation alone.
     :param train: further arguments of :func:`sb3_vla.training.train`.
+    :param loggers: where metrics go; None for imitation alone.
     :param action_chunk: actions executed per decision.
     :param evaluate: arguments of :func:`sb3_vla.evaluation.evaluate`; None for no evaluation.
     :param videos_per_task: trials of each task that are filmed.
@@ -56,6 +58,7 @@ class Plan:
     sft: SFTConfig | None
     config: PPOConfig | GRPOConfig | None
     train: dict[str, Any]
+    loggers: LoggerOptions | None
     action_chunk: int
     evaluate: dict[str, Any] | None
     videos_per_task: int
@@ -128,6 +131,7 @@ def _resolve(recipe: Recipe) -> Plan:
         sft=_sft(recipe) if imitates else None,
         config=_algorithm(recipe) if trains else None,
         train=_train(recipe, suite, split) if trains else {},
+        loggers=_loggers(recipe.runner.logger) if trains else None,
         action_chunk=model.num_action_chunks,
         evaluate=_evaluate(recipe.env.eval, model.num_action_chunks) if evaluates else None,
         videos_per_task=recipe.env.eval.videos_per_task if evaluates else 0,
@@ -311,6 +315,10 @@ def _train(recipe: Recipe, suite: str, split: str) -> dict[str, Any]:
             "weight_decay": optim.weight_decay,
         },
     }
+
+
+def _loggers(section: LoggerSection) -> LoggerOptions:
+    return LoggerOptions(list(section.logger_backends), section.project_name, section.experiment_name, section.mode)
 
 
 def _evaluate(section: EvalEnvSection, action_chunk: int) -> dict[str, Any]:

@@ -20,14 +20,20 @@ RECIPES = Path(__file__).parent / "embodiment"
 
 @dataclass
 class LoggerSection:
-    """Where a run lies: in ``log_path/experiment_name``.
+    """Where a run lies, in ``log_path/experiment_name``, and where its metrics go besides.
 
     :param log_path: folder of runs.
+    :param project_name: of trackers.
     :param experiment_name: the run's; None for the recipe's name.
+    :param logger_backends: of ``tensorboard``, ``csv``, ``json``, ``wandb`` and ``swanlab``.
+    :param mode: ``online``, or ``offline`` to keep what trackers would send in the run's directory.
     """
 
     log_path: str = "runs"
+    project_name: str = "sb3-vla"
     experiment_name: str | None = None
+    logger_backends: list[str] = field(default_factory=lambda: ["tensorboard"])
+    mode: Literal["online", "offline"] = "online"
 
 
 @dataclass

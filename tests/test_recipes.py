@@ -29,6 +29,7 @@ CONTEXTS = {
 }
 #: another value where none follows from the type, or not every one is allowed
 OTHERS: dict[str, Any] = {
+    "runner.logger.logger_backends": ["csv"],
     "rollout.pipeline_stage_num": 2,
     "algorithm.group_size": 4,
     "env.train.task_suite_name": "metaworld_45_ind",
@@ -121,6 +122,7 @@ def expected_keys(context: str) -> set[str]:
     learning = {key for key in keys if key.startswith(("algorithm.", "rollout.", "actor.optim."))}
     learning |= {f"actor.model.{name}" for name in ("trainable", "noise_method", "num_steps", "noise_level")}
     learning |= {f"actor.model.{name}" for name in ("joint_logprob", "noise_kwargs", "final_noise_scale")}
+    learning |= {f"runner.logger.{name}" for name in ("project_name", "logger_backends", "mode")}
     learning |= {"actor.model.privileged_critic", "actor.global_batch_size", "actor.micro_batch_size"}
     learning |= {
         "runner.keep_checkpoints",
@@ -259,6 +261,7 @@ def test_the_list_names_every_recipe(capsys: pytest.CaptureFixture[str]) -> None
         (["metaworld_50_grpo_compact", "algorithm.group_size=7"], "does not divide the 96 episodes"),
         (["metaworld_50_grpo_openpi", "env.train.dense_reward=true"], "bounds a reward of success"),
         (["metaworld_50_ppo_compact", "--config", "x.yaml"], "give one of the two"),
+        (["metaworld_50_ppo_compact", "runner.logger.logger_backends=[tensorbord]"], "did you mean 'tensorboard'"),
         (["--dry-run"], "--dry-run is for a recipe"),
     ],
 )
