@@ -227,27 +227,31 @@ def run_train(command: TrainCommand, console: Console) -> None:
     console.print(f"checkpoint {run.path / name}, TensorBoard {run.path / 'tensorboard'}", highlight=False)
 
 
-def run_recipe(name: str, settings: list[str], console: Console, *, dry_run: bool) -> None:
-    """``sb3-vla train RECIPE``."""
+def run_recipe(parsed: argparse.Namespace, settings: list[str], console: Console) -> None:
+    """``sb3-vla train RECIPE``, ``--list`` and ``--dry-run``."""
     from sb3_vla.plan import make_plan
-    from sb3_vla.recipes import load_recipe
+    from sb3_vla.recipes import given_keys, load_recipe, recipe_names, summary
 
-    recipe = load_recipe(name, settings)
-    plan = make_plan(recipe, settings)
-    if dry_run:
+    if parsed.list:
+        for name in recipe_names():
+            console.print(f"{name:38}  {summary(name)}", highlight=False, soft_wrap=True)
+        return
+    name, overrides = settings[0] if settings else "", settings[1:]
+    if name == "" or "=" in name:
+        raise ConfigError("--dry-run is for a recipe: sb3-vla train RECIPE --dry-run. sb3-vla train --list")
+    if parsed.config is not None:
+        raise ConfigError(f"--config {parsed.config} beside the recipe {name}: give one of the two")
+    recipe = load_recipe(name, overrides)
+    plan = make_plan(recipe, given_keys(name, overrides))
+    if parsed.dry_run:
+        from sb3_vla.footprint import footprint
+
         console.print(to_yaml(recipe), highlight=False, markup=False, soft_wrap=True)
+        console.print(footprint(plan), highlight=False, markup=False, soft_wrap=True)
         return
     from sb3_vla.launch import launch
 
     launch(recipe, plan, console)
-
-
-def list_recipes(console: Console) -> None:
-    """``sb3-vla train --list``."""
-    from sb3_vla.recipes import recipe_names, summary
-
-    for name in recipe_names():
-        console.print(f"{name:38}  {summary(name)}", highlight=False, soft_wrap=True)
 
 
 def run_eval(command: EvalCommand, console: Console) -> None:
@@ -334,22 +338,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments[:1] == ["doctor"]:
         return doctor.main(arguments[1:])
-    parsed = parser.parse_args(arguments)
+    parsed, rest = parser.parse_known_args(arguments)
+    if any(argument.startswith("-") for argument in rest):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     kind, run = COMMANDS[parsed.command]
-    settings = parsed.settings
+    settings = [*parsed.settings, *rest]  # argparse takes no settings after an option
     if parsed.command == "report" and settings and "=" not in settings[0]:
         settings = [f"run={settings[0]}", *settings[1:]]
     try:
         with torchrun() as ranks:
             console = Console(quiet=not ranks.leads)
-            if parsed.command == "train" and parsed.list:
-                list_recipes(console)
-            elif parsed.command == "train" and settings and "=" not in settings[0]:
-                if parsed.config is not None:
-                    raise ConfigError(f"--config {parsed.config} beside the recipe {settings[0]}: give one of the two")
-                run_recipe(settings[0], settings[1:], console, dry_run=parsed.dry_run)
-            elif parsed.command == "train" and parsed.dry_run:
-                raise ConfigError("--dry-run is for a recipe: sb3-vla train RECIPE --dry-run. sb3-vla train --list")
+            if parsed.command == "train" and (parsed.list or parsed.dry_run or (settings and "=" not in settings[0])):
+                run_recipe(parsed, settings, console)
             elif ranks.leads or parsed.command in _SHARED_COMMANDS:
                 run(load_config(kind, parsed.config, settings), console)
     except (ConfigError, RunError, ValueError, RuntimeError, OSError) as error:

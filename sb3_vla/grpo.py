@@ -221,7 +221,8 @@ class GRPO(PPO):
         self._share_rollout(env_steps_before)
         callback.update_locals(locals())
         callback.on_rollout_end()
-        self._log_rollout(self.num_timesteps - decisions_before, self.env_steps - env_steps_before, clock)
+        earned = sum(sum(episode.rewards) for group in played for episode in group)
+        self._log_rollout(self.num_timesteps - decisions_before, self.env_steps - env_steps_before, earned, clock)
         self._log_groups(played, kept)
         return True
 

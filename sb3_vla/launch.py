@@ -34,7 +34,7 @@ def launch(recipe: Recipe, plan: Plan, console: Console) -> Path:
     :param plan: what it means, by :func:`sb3_vla.plan.make_plan`.
     :return: the run's directory.
     """
-    _check_start(recipe, plan)
+    _check_start(plan)
     run = SharedRun(plan.run, recipe)
     started = time.monotonic()
     stages: list[str] = []
@@ -57,22 +57,21 @@ def launch(recipe: Recipe, plan: Plan, console: Console) -> Path:
     return run.path
 
 
-def _check_start(recipe: Recipe, plan: Plan) -> None:
+def _check_start(plan: Plan) -> None:
     """Before hours are spent on a checkpoint that is not there, or of another model."""
     if plan.checkpoint is None:
-        if not can_begin(recipe):
+        if not can_begin(plan.model, plan.model_kwargs):
             raise ConfigError(
-                f"actor.model.model_path is not set: {recipe.actor.model.model_type} starts from a checkpoint. Give "
+                f"actor.model.model_path is not set: {plan.model} starts from a checkpoint. Give "
                 "actor.model.model_path=FOLDER or =owner/name on the Hugging Face hub, or the sizes of a small new "
                 "model as actor.model.model_kwargs; the recipes with compact in their names need neither"
             )
         return
     found = load_checkpoint(plan.checkpoint, plan.model_kwargs).model_name
-    expected = recipe.actor.model.model_type
-    if found != expected:
+    if found != plan.model:
         raise ValueError(
             f"actor.model.model_path={plan.checkpoint} is a checkpoint of {found}, but actor.model.model_type="
-            f"{expected}; give another checkpoint, or a recipe of {found}"
+            f"{plan.model}; give another checkpoint, or a recipe of {found}"
         )
 
 

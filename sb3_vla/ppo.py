@@ -23,7 +23,7 @@ from stable_baselines3.common.buffers import DictRolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback, ConvertCallback
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
-from stable_baselines3.common.utils import FloatSchedule, explained_variance, obs_as_tensor
+from stable_baselines3.common.utils import FloatSchedule, obs_as_tensor
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 
@@ -31,6 +31,7 @@ from mw_envs.tasks import did_you_mean
 from sb3_vla.buffers import ChunkRolloutBuffer, DecisionBatch, DecisionBuffer, Minibatch, SharedRollout
 from sb3_vla.distributed import Ranks, current_ranks
 from sb3_vla.distributions.base import logprob_mask
+from sb3_vla.metrics import EpisodeRecord, episode_metrics, in_terminal, ratio_metrics, update_metrics
 from sb3_vla.noise import part_of_batch
 from sb3_vla.policies import Evaluation, VLAPolicy
 from sb3_vla.precision import autocast
@@ -81,7 +82,7 @@ _LARGEST_LOG_RATIO = 20.0
 # Least weight of a task that is always or never solved, where 1 is that of a task solved every other time.
 _LEAST_TASK_WEIGHT = 0.1
 # What a training remembers of an episode that ended.
-_EPISODE_KEYS = ("task", "is_success", "elapsed_steps", "episode")
+_EPISODE_KEYS = ("task", "is_success", "elapsed_steps", "episode_return", "episode")
 # Episodes of a task that tell how often it is solved now; more would lag behind the policy.
 _RECENT_EPISODES = 30
 
@@ -311,10 +312,11 @@ class PPO(stable_baselines3.PPO):
             self.n_steps, self.n_envs, self.device, self.gamma, self.gae_lambda, self.gamma_per
         )
         self.policy_kwargs = self.policy.portable_kwargs
-        self._episodes: defaultdict[str, deque[tuple[float, int]]] = defaultdict(
+        self._episodes: defaultdict[str, deque[EpisodeRecord]] = defaultdict(
             lambda: deque(maxlen=self._stats_window_size)
         )
         self._ended: list[tuple[tuple[int, ...], dict[str, Any]]] = []
+        self._ended_episodes, self._rollout_seconds = 0, 0.0  # of the last rollout
         self._reference: VLAPolicy | None = None
         self._idle_batch: DecisionBatch | None = None
 
@@ -382,12 +384,14 @@ class PPO(stable_baselines3.PPO):
         buffer.reset()
         callback.on_rollout_start()
         env_steps_before, clock, ranks, stopped = self.env_steps, Clock(), self.ranks, False
+        earned = 0.0
         steps = step_by_halves if self.overlap and halved(env) else step_together
         for decision, outcome in steps(env, self._decide, self._last_obs, n_rollout_steps, clock):  # type: ignore[arg-type]
             # Callbacks read these from the locals, by Stable-Baselines3's names.
             actions, clipped_actions, values = decision.actions, decision.clipped, decision.values
             new_obs, rewards, dones, infos = outcome.new_obs, outcome.rewards, outcome.dones, outcome.infos
             check_rewards(rewards, infos)
+            earned += float(rewards.sum())
             self.num_timesteps += ranks.count * env.num_envs
             executed = np.array([info.get("env_steps", self.policy.action_chunk) for info in infos])
             self.env_steps += int(executed.sum())
@@ -406,15 +410,18 @@ class PPO(stable_baselines3.PPO):
             return False
         with torch.no_grad():
             last_values = self.policy.predict_values(obs_as_tensor(new_obs, self.device))[:, 0]  # type: ignore[arg-type]
-        buffer.compute_returns_and_advantage(last_values, dones)
+        with clock("advantages"):
+            buffer.compute_returns_and_advantage(last_values, dones)
         callback.update_locals(locals())
         callback.on_rollout_end()
-        self._log_rollout(n_rollout_steps * env.num_envs * ranks.count, self.env_steps - env_steps_before, clock)
+        decisions = n_rollout_steps * env.num_envs * ranks.count
+        self._log_rollout(decisions, self.env_steps - env_steps_before, earned, clock)
         return True
 
     def _prepare_rollout(self, env: VecEnv) -> None:
         """Which tasks are drawn, and how strongly the policy explores."""
         self.ranks.take_generators()
+        self._ended_episodes = 0
         if self.task_sampling == "signal" and self._episodes:
             env.env_method("set_task_weights", self._task_weights())
         self.policy.set_training_mode(False)
@@ -430,8 +437,15 @@ class PPO(stable_baselines3.PPO):
         for _, info in ended:
             self._remember_episode(info)
 
-    def _log_rollout(self, decisions: int, env_steps: int, clock: Clock) -> None:
-        seconds = clock.elapsed()
+    def _log_rollout(self, decisions: int, env_steps: int, earned: float, clock: Clock) -> None:
+        """
+        :param decisions: of all ranks, as ``env_steps``.
+        :param earned: sum of this rank's rewards.
+        """
+        self._rollout_seconds = seconds = clock.elapsed()
+        self.logger.record("rollout/rewards", sum(self.ranks.gather(earned)) / decisions)
+        self.logger.record("time/generate_rollouts", seconds - clock.seconds["advantages"], exclude="stdout")
+        self.logger.record("time/cal_adv_and_returns", clock.seconds["advantages"], exclude="stdout")
         self.logger.record("time/rollout_seconds", seconds)
         self.logger.record("time/env_steps", self.env_steps, exclude="tensorboard")
         self.logger.record("perf/env_steps_per_second", env_steps / seconds)
@@ -628,13 +642,16 @@ class PPO(stable_baselines3.PPO):
         advantages = batch.advantages.reshape(-1, *[1] * (ratio.ndim - 1))
         clipped = torch.clamp(ratio, 1 - clip_range, 1 + above)
         surrogate = torch.min(advantages * ratio, advantages * clipped)
+        bounded = torch.zeros_like(surrogate, dtype=torch.bool)
         if self.dual_clip is not None:
-            bounded = torch.max(surrogate, self.dual_clip * advantages)
-            surrogate = torch.where(advantages < 0, bounded, surrogate)
-        policy_loss = -(surrogate * counted).reshape(len(ratio), -1).sum(1).mean()
+            bounded = (advantages < 0) & (surrogate < self.dual_clip * advantages)
+            surrogate = torch.where(bounded, self.dual_clip * advantages, surrogate)
+        loss_of_decisions = -(surrogate * counted).reshape(len(ratio), -1).sum(1)
+        policy_loss = loss_of_decisions.mean()
         metrics["policy_loss"].append(policy_loss.item())
-        metrics["clip_fraction"].append((ratio != clipped)[counted > 0].float().mean().item())
-        metrics["ratio_max"].append(ratio.max().item())
+        metrics["policy_loss_abs"].append(loss_of_decisions.abs().mean().item())
+        for name, value in ratio_metrics(ratio, clipped, bounded, counted).items():
+            metrics[name].append(value)
         loss = policy_loss
         if found.entropy is not None:
             entropy_loss = -found.entropy.mean()
@@ -740,20 +757,23 @@ class PPO(stable_baselines3.PPO):
                 self._ended.append(((*when, first + int(i)), info))
 
     def _remember_episode(self, info: dict[str, Any]) -> None:
+        self._ended_episodes += 1
         self._update_info_buffer([info], np.ones(1, dtype=bool))
         if "is_success" in info and "task" in info:
-            self._episodes[info["task"]].append((float(info["is_success"]), info.get("elapsed_steps", 0)))
+            length, reward = info.get("elapsed_steps", 0), info.get("episode_return", 0.0)
+            self._episodes[info["task"]].append(EpisodeRecord(float(info["is_success"]), length, reward))
 
     def task_success(self) -> dict[str, float]:
         """Share of successes among each task's last ``stats_window_size`` training episodes."""
-        return {task: float(np.mean([s for s, _ in episodes])) for task, episodes in sorted(self._episodes.items())}
+        known = sorted(self._episodes.items())
+        return {task: float(np.mean([each.success for each in episodes])) for task, episodes in known}
 
     def _task_weights(self) -> dict[str, float]:
         weights = {}
         for task, episodes in self._episodes.items():
             # Laplace's rule: a task without a success among a few episodes is not yet hopeless.
             recent = list(episodes)[-_RECENT_EPISODES:]
-            rate = (sum(success for success, _ in recent) + 1) / (len(recent) + 2)
+            rate = (sum(each.success for each in recent) + 1) / (len(recent) + 2)
             weights[task] = max(_LEAST_TASK_WEIGHT, 4 * rate * (1 - rate))
         return weights
 
@@ -765,46 +785,22 @@ class PPO(stable_baselines3.PPO):
         clip_range_vf: float | None,
         seconds: float,
     ) -> None:
-        def mean(name: str) -> float:
-            return float(np.mean(metrics[name])) if metrics.get(name) else 0.0
-
-        record = self.logger.record
-        # The reference's names, then Stable-Baselines3's.
-        for name, value in {
-            "actor/loss": mean("policy_loss"),
-            "actor/grad_norm": mean("grad_norm"),
-            "actor/approx_kl": mean("approx_kl"),
-            "actor/pg_clipfrac": mean("clip_fraction"),
-            "rollout/returns_mean": rollout.returns.mean().item(),
-            "rollout/advantages_mean": rollout.advantages.mean().item(),
-            "train/policy_gradient_loss": mean("policy_loss"),
-            "train/approx_kl": mean("approx_kl"),
-            "train/clip_fraction": mean("clip_fraction"),
+        rates = tuple(group["lr"] for group in self.policy.optimizer.param_groups)
+        values = {
+            **update_metrics(metrics, rollout, rates),
+            **episode_metrics(self._episodes, self._ended_episodes),
             "train/ratio_max": max(self.ranks.gather(max(metrics.get("ratio_max") or [1.0]))),
-            "train/loss": mean("loss"),
-            "train/skipped_steps": float(np.sum(metrics.get("skipped_steps", []))),
             "train/n_updates": self._n_updates,
             "train/clip_range": clip_range,
             "time/update_seconds": seconds,
-        }.items():
-            record(name, value)
-        if metrics.get("value_loss"):  # there is a critic
-            record("actor/value_loss", mean("value_loss"))
-            record("actor/value_clip_ratio", mean("value_clip_ratio"))
-            record("train/value_loss", mean("value_loss"))
-            record("train/explained_variance", explained_variance(rollout.values.numpy(), rollout.returns.numpy()))
+            "time/actor_training": seconds,
+            "time/step": self._rollout_seconds + seconds,
+            "time/sync_weights": 0.0,  # what acts is what learns
+        }
         if clip_range_vf is not None:
-            record("train/clip_range_vf", clip_range_vf)
-        for name in ("entropy_loss", "reference_kl", "rehearsal_loss"):
-            if metrics.get(name):
-                record(f"train/{name}", mean(name))
-        episodes = [episode for window in self._episodes.values() for episode in window]
-        if episodes:
-            success = self.task_success()
-            record("env/success_once", float(np.mean(list(success.values()))))
-            record("env/episode_len", float(np.mean([length for _, length in episodes])))
-            for task, rate in success.items():
-                record(f"env/success_once/{task}", rate, exclude="stdout")
+            values["train/clip_range_vf"] = clip_range_vf
+        for name, value in values.items():
+            self.logger.record(name, value, exclude=None if in_terminal(name) else "stdout")
 
     def _update_learning_rate(self, optimizers: Any) -> None:
         """The schedule's rate for the actor, after its warm-up; the critic's follows in the proportion at the start."""
@@ -816,7 +812,6 @@ class PPO(stable_baselines3.PPO):
             critic["lr"] *= self.value_lr / self.lr_schedule(1.0)
         risen = (self.updates - self.critic_warmup + 1) / (self.actor_warmup + 1)
         actor["lr"] *= min(max(risen, 0.0), 1.0)
-        self.logger.record("train/actor_learning_rate", actor["lr"])
 
     def _excluded_save_params(self) -> list[str]:
         if not issubclass(self.policy_class, VLAPolicy):

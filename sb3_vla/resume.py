@@ -22,6 +22,7 @@ from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecTranspose
 
 from sb3_vla.checkpoints.training_state import load_training_state, save_training_state
 from sb3_vla.distributed import Ranks
+from sb3_vla.metrics import EpisodeRecord
 from sb3_vla.ppo import PPO
 from sb3_vla.sharding import whole_optimizer_state, whole_weights
 
@@ -89,7 +90,7 @@ def load_algorithm(folder: Path, algorithm: PPO) -> None:
     algorithm._last_obs = env.reset()  # type: ignore[assignment]
     algorithm._last_episode_starts = np.array(values["episode_starts"][own], dtype=bool)
     for task, episodes in values["episodes"].items():
-        algorithm._episodes[task].extend((success, length) for success, length in episodes)
+        algorithm._episodes[task].extend(EpisodeRecord(*episode) for episode in episodes)
     algorithm.ep_info_buffer = deque(values["episode_infos"], maxlen=algorithm._stats_window_size)
     algorithm.ep_success_buffer = deque(values["successes"], maxlen=algorithm._stats_window_size)
     if algorithm.rehearsal is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,15 +15,15 @@ import numpy as np
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.logger import KVWriter, Logger, TensorBoardOutputFormat
+from stable_baselines3.common.logger import KVWriter, Logger
 from stable_baselines3.common.type_aliases import Schedule
-from torch.utils.tensorboard import SummaryWriter
 
 from sb3_vla.checkpoints import load_checkpoint, save_checkpoint
 from sb3_vla.demonstrations import Demonstrations
 from sb3_vla.distributed import current_ranks
 from sb3_vla.grpo import GRPO
 from sb3_vla.holding import HoldAtEnd
+from sb3_vla.loggers import LoggerOptions, Loggers
 from sb3_vla.ppo import PPO
 from sb3_vla.resume import load_algorithm, save_algorithm
 from sb3_vla.run import RunDirectory
@@ -219,11 +220,12 @@ def train(
     env_kwargs: Mapping[str, Any] | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
     optimizer_kwargs: Mapping[str, Any] | None = None,
+    loggers: LoggerOptions | None = None,
 ) -> None:
     """Improve a checkpoint by PPO or GRPO in MetaWorld; under ``torchrun`` on all ranks, which share the environments.
 
     PPO's critic also sees the time that has passed and the simulator's state, which the policy does not. Metrics go to
-    the run's ``metrics.jsonl`` and to TensorBoard under ``tensorboard/``.
+    the run's ``metrics.jsonl`` and to ``loggers``.
 
     :param run: the run directory.
     :param stage: name under which the run keeps the training's own checkpoints.
@@ -238,6 +240,7 @@ def train(
         actions are executed than the model predicts.
     :param model_kwargs: what a published checkpoint does not say, see :func:`sb3_vla.checkpoints.load_checkpoint`.
     :param optimizer_kwargs: options of AdamW; None for Adam with betas (0.9, 0.95).
+    :param loggers: None for TensorBoard alone, under the run's ``tensorboard/``.
     """
     ranks = current_ranks()
     start = load_checkpoint(checkpoint, model_kwargs)
@@ -285,16 +288,19 @@ def train(
             load_algorithm(latest, model)
         done = model.num_timesteps
         run.rewind_metrics(lambda row: row.get("stage") != stage or row["time/total_timesteps"] <= done)
+        tracked = ExitStack()
+        callbacks: list[BaseCallback] = []
         if ranks.leads:
-            logger.output_formats += [
-                _TensorBoard(str(run.path / "tensorboard" / stage), first_step=done + 1),
-                _RunMetrics(run, stage, _seconds_so_far(run, stage), model),
-            ]
+            opened = tracked.enter_context(Loggers(loggers or LoggerOptions(), run, stage, done + 1))
+            callbacks += opened.callbacks
+            seconds = _seconds_so_far(run, stage)
+            logger.output_formats += [*opened.writers, _RunMetrics(run, stage, seconds, model)]
         remaining = config.total_decisions - done
-        if remaining > 0:
-            with _Progress(run, stage, config, model, progress and ranks.leads) as callback:
-                model.learn(remaining, callback, reset_num_timesteps=False)
-                callback.save()
+        with tracked:
+            if remaining > 0:
+                with _Progress(run, stage, config, model, progress and ranks.leads) as callback:
+                    model.learn(remaining, [callback, *callbacks], reset_num_timesteps=False)
+                    callback.save()
     finally:
         env.close()
     practice = {"decisions": model.num_timesteps, "env_steps": model.env_steps, "tasks": tasks}
@@ -342,15 +348,6 @@ def view_of(notes: dict[str, Any]) -> dict[str, Any]:
     camera = notes.get("view", {})
     drawn = {"image_size": camera["render_size"]} if "render_size" in camera else {}
     return {"camera": camera.get("camera", "corner2"), "crop": camera.get("crop"), **drawn}
-
-
-class _TensorBoard(TensorBoardOutputFormat):
-    """Values for TensorBoard, which hides what was written from ``first_step`` on before an interrupt."""
-
-    def __init__(self, folder: str, first_step: int) -> None:
-        super().__init__(folder)
-        self.writer.close()
-        self.writer = SummaryWriter(folder, purge_step=first_step)
 
 
 class _RunMetrics(KVWriter):

@@ -18,6 +18,7 @@ from toy import TARGETS, TINY, stir, toy_demonstrations, toy_ppo, toy_vec, whole
 
 from sb3_vla import PPO
 from sb3_vla.buffers import ChunkRolloutBuffer, DecisionBatch
+from sb3_vla.metrics import EpisodeRecord
 from sb3_vla.policies import Evaluation, VLAPolicy
 from sb3_vla.ppo import _OldPolicy
 from sb3_vla.sft import DemonstrationBatches
@@ -822,10 +823,11 @@ def test_diffusion_and_tokens_learn_it_too(
 
 def test_tasks_are_drawn_by_the_signal_they_give() -> None:
     algorithm = toy_ppo(task_sampling="signal")
+    failed, solved = EpisodeRecord(0.0, 9, 0.0), EpisodeRecord(1.0, 9, 1.0)
     # Only the last 30 episodes count: what came before lags behind the policy.
-    algorithm._episodes["solved"].extend([(0.0, 9)] * 70 + [(1.0, 9)] * 30)
-    algorithm._episodes["open"].extend([(1.0, 9)] * 49 + [(0.0, 9)] * 15 + [(1.0, 9)] * 15)
-    algorithm._episodes["rare"].extend([(1.0, 9)] * 3 + [(0.0, 9)] * 25)
+    algorithm._episodes["solved"].extend([failed] * 70 + [solved] * 30)
+    algorithm._episodes["open"].extend([solved] * 49 + [failed] * 15 + [solved] * 15)
+    algorithm._episodes["rare"].extend([solved] * 3 + [failed] * 25)
     weights = algorithm._task_weights()
     assert weights == {
         "solved": pytest.approx(4 * 31 / 32 / 32),
