@@ -21,6 +21,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 from rich.console import Console
 from rich.markup import escape
+from safetensors import SafetensorError
 
 from mw_envs.tasks import select_tasks
 from sb3_vla import doctor
@@ -352,7 +353,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 run_recipe(parsed, settings, console)
             elif ranks.leads or parsed.command in _SHARED_COMMANDS:
                 run(load_config(kind, parsed.config, settings), console)
-    except (ConfigError, RunError, ValueError, RuntimeError, OSError) as error:
+    except (ConfigError, RunError, ValueError, RuntimeError, OSError, SafetensorError) as error:
         # What every rank finds in the same settings is said once.
         if os.environ.get("RANK", "0") == "0" or not isinstance(error, (ConfigError, RunError)):
             Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)

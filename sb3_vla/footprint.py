@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from sb3_vla.doctor import GIB, needed_memory
-from sb3_vla.models import VLAModel, model_class
+from sb3_vla.models import VLAModel, make_model
 from sb3_vla.plan import Plan
 from sb3_vla.training import PPOConfig
 
@@ -60,13 +59,16 @@ def footprint(plan: Plan) -> Footprint:
 
 def _on_meta(plan: Plan) -> VLAModel:
     # What a published checkpoint does not say may be no option of the model itself, such as where its statistics are.
-    options: dict[str, Any] = dict(plan.model_kwargs) if plan.checkpoint is None else {}
-    kind: Callable[..., VLAModel] = model_class(plan.model)
+    if plan.checkpoint is not None or not plan.model_kwargs:
+        return _of_default_size(plan.model)
     with torch.device("meta"):  # nothing is allocated
-        try:
-            return kind(**options)
-        except TypeError:
-            return kind()
+        return make_model(plan.model, plan.model_kwargs)
+
+
+@functools.cache
+def _of_default_size(name: str) -> VLAModel:
+    with torch.device("meta"):
+        return make_model(name, {})
 
 
 def _most_decisions(plan: Plan) -> int:

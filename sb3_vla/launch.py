@@ -18,7 +18,7 @@ from sb3_vla.collecting import collect
 from sb3_vla.config import ConfigError
 from sb3_vla.demonstrations import Demonstrations
 from sb3_vla.evaluation import EvaluationResult, VideoOptions, compare, evaluate
-from sb3_vla.plan import Plan, can_begin
+from sb3_vla.plan import Plan
 from sb3_vla.policies import load_policy
 from sb3_vla.recipes import Recipe
 from sb3_vla.report import write_report
@@ -60,7 +60,7 @@ def launch(recipe: Recipe, plan: Plan, console: Console) -> Path:
 def _check_start(plan: Plan) -> None:
     """Before hours are spent on a checkpoint that is not there, or of another model."""
     if plan.checkpoint is None:
-        if not can_begin(plan.model, plan.model_kwargs):
+        if not plan.begins:
             raise ConfigError(
                 f"actor.model.model_path is not set: {plan.model} starts from a checkpoint. Give "
                 "actor.model.model_path=FOLDER or =owner/name on the Hugging Face hub, or the sizes of a small new "

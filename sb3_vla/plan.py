@@ -61,6 +61,11 @@ class Plan:
     videos_per_task: int
 
     @property
+    def begins(self) -> bool:
+        """Whether the model is a new one, which needs no checkpoint."""
+        return self.checkpoint is None and can_begin(self.model, self.model_kwargs)
+
+    @property
     def algorithm(self) -> str | None:
         """``ppo``, ``grpo``, or None."""
         return None if self.config is None else type(self.config).__name__.removesuffix("Config").lower()

@@ -6,17 +6,20 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import av
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from toy_pi0 import HEADS, write_layout
 
 from sb3_vla.checkpoints import load_checkpoint
+from sb3_vla.cli import main
 from sb3_vla.evaluation import EvaluationResult
 
 ROOT = Path(__file__).parents[1]
@@ -196,3 +199,49 @@ def test_imitation_then_ppo_then_grpo(model: str, environment: dict[str, str], t
         assert_complete(run, kind)
         if kind == "ppo":
             assert moved(start / "sft", run / "ppo")
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 20 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=20m", "tmpfs", str(folder)], capture_output=True).returncode:
+        pytest.skip("mounting a tmpfs needs the right to")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_told_in_one_message(environment: dict[str, str], small_disk: Path, tmp_path: Path) -> None:
+    """A model of full size: its checkpoint fits, the state of its training does not."""
+    settings = [*EVERY, *LEARNING, *IMITATION, "data.image_size=32", f"runner.logger.log_path={small_disk}"]
+    done = shell(environment, tmp_path, "metaworld_50_ppo_compact", *settings)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "No space left on device" in done.stderr and "Traceback" not in done.stderr
+    run = small_disk / "metaworld_50_ppo_compact"
+    assert load_checkpoint(run / "sft").model is not None
+    assert not (run / "ppo").exists() and not list((run / "checkpoints" / "ppo").glob("*"))
+
+
+def test_a_folder_that_cannot_be_written_is_told_in_one_message(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    assert main(["train", "metaworld_50_ppo_compact", f"runner.logger.log_path={tmp_path / 'file'}"]) == 2
+    told = " ".join(capsys.readouterr().err.split())
+    assert told.startswith("error: cannot write") and "Not a directory" in told
+
+
+def test_a_disk_that_fills_while_weights_are_written_is_told_in_one_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """safetensors has an exception of its own for it."""
+
+    def full(*_: Any, **__: Any) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("sb3_vla.launch.collect", full)
+    assert main(["train", "metaworld_50_ppo_compact", f"runner.logger.log_path={tmp_path}"]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error:") and "No space left" in told and "Traceback" not in told
