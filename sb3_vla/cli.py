@@ -31,6 +31,7 @@ from sb3_vla.results import TRIAL_SEED
 from sb3_vla.run import RunError
 from sb3_vla.sft import SFTConfig
 from sb3_vla.shared_run import SharedRun
+from sb3_vla.stopping import Stopped, stopped_by_signals
 from sb3_vla.training import GRPOConfig, PPOConfig
 
 
@@ -316,7 +317,10 @@ _SHARED_COMMANDS = ("sft", "train", "eval")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit status: 0, 2 for an error told in one message, 130 for Ctrl-C.
+    """Entry point; returns the exit status: 0, 2 for an error told in one message, 130 for Ctrl-C, 143 for SIGTERM.
+
+    After a signal ``train`` finishes the iteration that is under way, ``sft`` the step, and writes a checkpoint; a
+    second signal ends them at once, and the same command then goes on from the checkpoint before.
 
     ``doctor`` returns 1 if the quickstart cannot run here.
     """
@@ -347,7 +351,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if parsed.command == "report" and settings and "=" not in settings[0]:
         settings = [f"run={settings[0]}", *settings[1:]]
     try:
-        with torchrun() as ranks:
+        with stopped_by_signals(), torchrun() as ranks:
             console = Console(quiet=not ranks.leads)
             if parsed.command == "train" and (parsed.list or parsed.dry_run or (settings and "=" not in settings[0])):
                 run_recipe(parsed, settings, console)
@@ -358,6 +362,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if os.environ.get("RANK", "0") == "0" or not isinstance(error, (ConfigError, RunError)):
             Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)
         return 2
+    except Stopped as stopped:
+        Console().print(f"\ninterrupted by {stopped}; the same command goes on")
+        return stopped.exit_code
     except KeyboardInterrupt:
         Console().print("\ninterrupted")
         return 130

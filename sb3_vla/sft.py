@@ -25,6 +25,7 @@ from sb3_vla.models import VLAModel, make_model
 from sb3_vla.noise import part_of_batch
 from sb3_vla.precision import autocast
 from sb3_vla.sharding import whole_optimizer_state
+from sb3_vla.stopping import Stopped, stop_request
 
 # A deviation of nothing (a gripper that never moves) must not blow up what is divided by it.
 _SMALLEST_STD = 1e-2
@@ -204,7 +205,7 @@ def sft(
             group["lr"] = rate
     ranks.check_same(model.state_dict(), "the model")
     started = time.perf_counter() - (history[-1]["seconds"] if history else 0.0)
-    with _bar(config.steps, progress and ranks.leads) as bar:
+    with stop_request() as stop, _bar(config.steps, progress and ranks.leads) as bar:
         task = bar.add_task("imitation", total=config.steps, completed=first_step - 1, losses="")
         for step in range(first_step, config.steps + 1):
             with autocast(config.bf16):
@@ -229,7 +230,9 @@ def sft(
             recent = np.mean([r["train_loss"] for r in history[-50:]])
             shown = next((r["validation_loss"] for r in reversed(history) if "validation_loss" in r), math.nan)
             bar.update(task, advance=1, losses=f"loss {recent:.3f}  validation {shown:.3f}")
-            if save_state is not None and ranks.leads and step % checkpoint_interval == 0 and step < config.steps:
+            stopped_by = stop.common(ranks)
+            due = step < config.steps and (step % checkpoint_interval == 0 or stopped_by is not None)
+            if save_state is not None and ranks.leads and due:
                 values = {
                     "step": step,
                     "history": history,
@@ -238,6 +241,8 @@ def sft(
                 }
                 with save_state(step) as folder:
                     save_training_state(folder, modules, whole_optimizer_state(optimizer), values)
+            if stopped_by is not None and step < config.steps:
+                raise Stopped(stopped_by)
     if output is not None and ranks.leads:
         save_checkpoint(output, averaged, notes=notes)
     return SFTResult(averaged, history, time.perf_counter() - started)

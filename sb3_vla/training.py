@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 import inspect
+import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, fields
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -29,7 +31,11 @@ from sb3_vla.resume import load_algorithm, save_algorithm
 from sb3_vla.run import RunDirectory
 from sb3_vla.sft import DemonstrationBatches
 from sb3_vla.sharding import whole_weights
+from sb3_vla.stopping import Stopped, StopRequest, stop_request
 from sb3_vla.vec_env import SharedMemoryVecEnv
+
+# Of progress where it is not drawn as a bar.
+_SECONDS_BETWEEN_LINES = 30.0
 
 
 @dataclass
@@ -225,7 +231,8 @@ def train(
     """Improve a checkpoint by PPO or GRPO in MetaWorld; under ``torchrun`` on all ranks, which share the environments.
 
     PPO's critic also sees the time that has passed and the simulator's state, which the policy does not. Metrics go to
-    the run's ``metrics.jsonl`` and to ``loggers``.
+    the run's ``metrics.jsonl`` and to ``loggers``. After SIGINT (Ctrl-C) or SIGTERM the iteration that is under way is
+    finished and a checkpoint written; a second signal ends it at once.
 
     :param run: the run directory.
     :param stage: name under which the run keeps the training's own checkpoints.
@@ -241,6 +248,7 @@ def train(
     :param model_kwargs: what a published checkpoint does not say, see :func:`sb3_vla.checkpoints.load_checkpoint`.
     :param optimizer_kwargs: options of AdamW; None for Adam with betas (0.9, 0.95).
     :param loggers: None for TensorBoard alone, under the run's ``tensorboard/``.
+    :raises Stopped: after a signal.
     """
     ranks = current_ranks()
     start = load_checkpoint(checkpoint, model_kwargs)
@@ -288,19 +296,21 @@ def train(
             load_algorithm(latest, model)
         done = model.num_timesteps
         run.rewind_metrics(lambda row: row.get("stage") != stage or row["time/total_timesteps"] <= done)
-        tracked = ExitStack()
-        callbacks: list[BaseCallback] = []
-        if ranks.leads:
-            opened = tracked.enter_context(Loggers(loggers or LoggerOptions(), run, stage, done + 1))
-            callbacks += opened.callbacks
-            seconds = _seconds_so_far(run, stage)
-            logger.output_formats += [*opened.writers, _RunMetrics(run, stage, seconds, model)]
         remaining = config.total_decisions - done
-        with tracked:
-            if remaining > 0:
-                with _Progress(run, stage, config, model, progress and ranks.leads) as callback:
-                    model.learn(remaining, [callback, *callbacks], reset_num_timesteps=False)
-                    callback.save()
+        if remaining > 0:
+            with (
+                ExitStack() as tracked,
+                stop_request() as stop,
+                _Progress(run, stage, config, model, stop, progress and ranks.leads) as callback,
+            ):
+                callbacks: list[BaseCallback] = [callback]
+                if ranks.leads:
+                    opened = tracked.enter_context(Loggers(loggers or LoggerOptions(), run, stage, done + 1))
+                    callbacks += opened.callbacks
+                    seconds = _seconds_so_far(run, stage)
+                    logger.output_formats += [*opened.writers, _RunMetrics(run, stage, seconds, model)]
+                model.learn(remaining, callbacks, reset_num_timesteps=False)
+                callback.save()
     finally:
         env.close()
     practice = {"decisions": model.num_timesteps, "env_steps": model.env_steps, "tasks": tasks}
@@ -369,14 +379,18 @@ class _RunMetrics(KVWriter):
 
 
 class _Progress(BaseCallback):
-    """A progress bar with the success rate, and a checkpoint every few iterations."""
+    """A progress bar with success rate, pace and time left, and a checkpoint every few iterations."""
 
-    def __init__(self, run: RunDirectory, stage: str, config: PPOConfig | GRPOConfig, model: PPO, shown: bool) -> None:
+    def __init__(
+        self, run: RunDirectory, stage: str, config: PPOConfig | GRPOConfig, model: PPO, stop: StopRequest, shown: bool
+    ) -> None:
         super().__init__()
-        self.run, self.stage, self.config, self.algorithm = run, stage, config, model
+        self.run, self.stage, self.config, self.algorithm, self.stop = run, stage, config, model, stop
         # A rollout of GRPO has as many decisions as its episodes happen to need.
         self.unit = config.num_envs * config.decisions if isinstance(config, PPOConfig) else 1
         self.saved = model.updates
+        self.started = self.printed = time.monotonic()
+        self.env_steps_before, self.done_before = model.env_steps, self._done()
         columns = (
             TextColumn(type(model).__name__),
             BarColumn(),
@@ -404,12 +418,34 @@ class _Progress(BaseCallback):
         now = ""
         if success:
             rate = sum(success.values()) / len(success)
-            now = f"success while exploring {rate:.0%}  {self.algorithm.env_steps:,} env steps"
+            now = f"success while exploring {rate:.0%}  {self.algorithm.env_steps:,} env steps{self._pace()}"
         self.bar.update(self.task, completed=self._done(), now=now)
+        self._print_line(now)
         updates = self.algorithm.updates
+        stopped_by = self.stop.common(self.algorithm.ranks)
         # At the first rollout after an interrupt there is a checkpoint already.
-        if updates > self.saved and updates % self.config.checkpoint_interval == 0:
+        due = updates % self.config.checkpoint_interval == 0 or stopped_by is not None
+        if updates > self.saved and due:
             self.save()
+        if stopped_by is not None:
+            raise Stopped(stopped_by)
+
+    def _pace(self) -> str:
+        """Environment steps a second since the start, updates included."""
+        steps = self.algorithm.env_steps - self.env_steps_before
+        return f"  {steps / (time.monotonic() - self.started):,.0f}/s" if steps else ""
+
+    def _print_line(self, now: str) -> None:
+        """Where output goes to a file a bar is not drawn, so a line now and then takes its place."""
+        moment = time.monotonic()
+        if self.bar.disable or self.bar.console.is_terminal or moment - self.printed < _SECONDS_BETWEEN_LINES:
+            return
+        self.printed = moment
+        done, total = self._done(), self.config.total_decisions // self.unit
+        new = done - self.done_before
+        left = f"  {timedelta(seconds=round((total - done) * (moment - self.started) / new))} left" if new else ""
+        line = f"{type(self.algorithm).__name__} {done}/{total}  {now}{left}"
+        self.bar.console.print(line, highlight=False, soft_wrap=True)
 
     def save(self) -> None:
         """Checkpoint everything that a training needs to go on."""
