@@ -448,7 +448,8 @@ class _Progress(BaseCallback):
         done, total = self._done(), self.config.total_decisions // self.unit
         new = done - self.done_before
         left = f"  {timedelta(seconds=round((total - done) * (moment - self.started) / new))} left" if new else ""
-        self.bar.console.print(f"{type(self.algorithm).__name__} {done}/{total}  {now}{left}", highlight=False, soft_wrap=True)
+        line = f"{type(self.algorithm).__name__} {done}/{total}  {now}{left}"
+        self.bar.console.print(line, highlight=False, soft_wrap=True)
 
     def save(self) -> None:
         """Checkpoint everything that a training needs to go on."""
