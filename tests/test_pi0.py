@@ -253,15 +253,18 @@ def test_several_denoisings_of_a_context(name: str) -> None:
 @both
 def test_gradient_checkpointing_changes_no_gradient(name: str) -> None:
     ref = reference(name)
-    ref.model.set_trainable("expert")
-    gradients = []
-    for checkpointing in (False, True):
-        ref.model.expert.gradient_checkpointing = checkpointing
-        ref.model.zero_grad()
-        ref.model.denoise(ref.context, ref.inputs["noise"], ref.inputs["time"]).square().mean().backward()
-        gradients.append({key: p.grad.clone() for key, p in ref.model.named_parameters() if p.grad is not None})
-    assert gradients[0].keys() == gradients[1].keys() and all(not key.startswith(P) for key in gradients[0])
-    assert all(torch.equal(gradients[0][key], gradients[1][key]) for key in gradients[0])
+    for trainable in ("expert", "all"):
+        ref.model.set_trainable(trainable)
+        gradients = []
+        for checkpointing in (False, True):
+            ref.model.set_gradient_checkpointing(checkpointing)
+            ref.model.zero_grad()
+            context = make_context(ref.model, ref.inputs)
+            ref.model.denoise(context, ref.inputs["noise"], ref.inputs["time"]).square().mean().backward()
+            gradients.append({key: p.grad.clone() for key, p in ref.model.named_parameters() if p.grad is not None})
+        assert gradients[0].keys() == gradients[1].keys()
+        assert any(key.startswith(P) for key in gradients[0]) == (trainable == "all")
+        assert all(torch.equal(gradients[0][key], gradients[1][key]) for key in gradients[0])
 
 
 # Preprocessing

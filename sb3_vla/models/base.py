@@ -19,12 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mw_envs.tasks import did_you_mean
+from sb3_vla.models.recomputing import Recomputing
 
 PERCEPTION = "perception/"
 #: what a model may predict: a flow's velocity; a diffusion's noise, clean action or v (Salimans & Ho 2022); tokens
 PREDICTIONS = ("velocity", "epsilon", "sample", "v_prediction", "tokens")
 #: parts of a model that can be trained
-TRAINABLE = ("all", "expert", "adaptive")
+TRAINABLE = ("all", "expert", "adaptive", "lora")
 
 
 def is_perceived(observation: Mapping[str, Tensor]) -> bool:
@@ -80,6 +81,8 @@ class VLAModel(nn.Module, ABC):
         self.latent_dim = action_dim
         self.register_buffer("action_mean", torch.zeros(action_dim))
         self.register_buffer("action_std", torch.ones(action_dim))
+        #: see :meth:`set_gradient_checkpointing`
+        self.gradient_checkpointing = False
         self.action_mean: Tensor
         self.action_std: Tensor
 
@@ -92,10 +95,10 @@ class VLAModel(nn.Module, ABC):
         yield from ()
 
     def set_trainable(self, trainable: str) -> None:
-        """Leave a gradient to one part of the model.
+        """Leave a gradient to one part of the model, and to the adapters that it has.
 
-        :param trainable: ``all``, ``expert`` for all but the backbone, or ``adaptive`` for
-            :meth:`adaptive_parameters`.
+        :param trainable: ``all``, ``expert`` for all but the backbone, ``adaptive`` for
+            :meth:`adaptive_parameters`, or ``lora`` for nothing else, see :func:`sb3_vla.models.lora.add_lora`.
         :raises ValueError: for an unknown part, or one that the model has not.
         """
         if trainable not in TRAINABLE:
@@ -103,11 +106,25 @@ class VLAModel(nn.Module, ABC):
         adaptive = list(self.adaptive_parameters())
         if trainable == "adaptive" and not adaptive:
             raise ValueError(f'{type(self).__name__} has no modulated norms to train alone; use trainable="expert"')
-        self.requires_grad_(trainable != "adaptive")
+        adapters = [parameter for name, parameter in self.named_parameters() if ".lora_" in name]
+        self.requires_grad_(trainable in ("all", "expert"))
         for parameter in self.backbone() if trainable == "expert" else ():
             parameter.requires_grad_(False)
-        for parameter in adaptive if trainable == "adaptive" else ():
+        for parameter in (*(adaptive if trainable == "adaptive" else ()), *adapters):
             parameter.requires_grad_(True)
+
+    def set_gradient_checkpointing(self, enabled: bool) -> None:
+        """Whether layers keep their inputs alone for the backward pass and compute the rest again: the same gradients
+        with less memory and about a third more work.
+
+        :raises ValueError: if the model has no layers that do.
+        """
+        layers = [module for module in self.modules() if isinstance(module, Recomputing)]
+        if enabled and not layers:
+            raise ValueError(f"{type(self).__name__} has no gradient checkpointing; lower micro_batch_size instead")
+        for module in layers:
+            module.recomputes = enabled
+        self.gradient_checkpointing = enabled
 
     @abstractmethod
     def perceive(self, observation: dict[str, Tensor]) -> dict[str, Tensor]:

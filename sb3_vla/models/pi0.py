@@ -24,6 +24,7 @@ from sb3_vla.models.compact import time_embedding
 from sb3_vla.models.gemma import GemmaSize, GemmaTower, KeysValues
 from sb3_vla.models.normalisation import CONVENTIONS, SCHEMES, STATISTICS, normalise, unnormalise
 from sb3_vla.models.prompts import PromptTokenizer, clean
+from sb3_vla.models.recomputing import recomputing
 
 PALIGEMMA = "google/paligemma-3b-pt-224"
 _STATE_BINS = 256
@@ -468,4 +469,6 @@ def _vision_model(size: VisionSize, image_size: int) -> nn.Module:
             vision_use_head=False,
         )
     )
-    return getattr(model, "vision_model", model)  # before transformers 5.6 it was one level deeper
+    model = getattr(model, "vision_model", model)  # before transformers 5.6 it was one level deeper
+    recomputing(model.encoder.layers)
+    return model
