@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
+from toy import toy_observation
+from toy_pi0 import TINY_PI0, tiny_tokenizer
 
 from sb3_vla.memory import GIB, HEADROOM, MemoryPlan, plan_memory
 from sb3_vla.models import VLAModel, make_model
-from toy import toy_observation
-from toy_pi0 import TINY_PI0, tiny_tokenizer
 
 #: large enough that activations are far more than what is allocated beside them
 SMALL: dict[str, Any] = {
