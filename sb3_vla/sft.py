@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from stable_baselines3.common.utils import get_device
 from torch import Tensor
 
 from mw_envs.tasks import encode_instruction
@@ -21,6 +22,7 @@ from sb3_vla.checkpoints import load_checkpoint, save_checkpoint
 from sb3_vla.checkpoints.training_state import load_training_state, save_training_state
 from sb3_vla.demonstrations import Demonstrations
 from sb3_vla.models import VLAModel, make_model
+from sb3_vla.models.lora import prepare_training
 from sb3_vla.precision import autocast
 
 # A deviation of nothing (a gripper that never moves) must not blow up what is divided by it.
@@ -37,6 +39,11 @@ class SFTConfig:
     :param checkpoint: start from this checkpoint's model instead of a new one; of a published one, model_kwargs are
         what it does not say. A model that comes without normalisation gets that of the data.
     :param trainable: what is trained, see :class:`sb3_vla.policies.VLAPolicy`.
+    :param lora: options of adapters, see :class:`sb3_vla.models.lora.LoRA`; None for none, or with
+        ``trainable=lora`` for the defaults.
+    :param frozen_bf16: a frozen backbone's weights in bfloat16.
+    :param gradient_checkpointing: layers compute again what the backward pass needs, for less memory.
+    :param device: ``cpu``, ``cuda`` or ``auto``; the result is on the CPU.
     :param action_horizon: H, length of the predicted chunk.
     :param steps: optimiser steps.
     :param batch_size: frames a step.
@@ -57,6 +64,10 @@ class SFTConfig:
     model_kwargs: dict[str, Any] = field(default_factory=dict)
     checkpoint: str | None = None
     trainable: str | None = None
+    lora: dict[str, Any] | None = None
+    frozen_bf16: bool = False
+    gradient_checkpointing: bool = False
+    device: str = "auto"
     action_horizon: int = 5
     steps: int = 500
     batch_size: int = 128
@@ -82,7 +93,7 @@ class SFTConfig:
 class SFTResult:
     """A trained model and its curve.
 
-    :param model: with averaged weights.
+    :param model: with averaged weights, and adapters apart where it was trained with some.
     :param history: rows of step, seconds, train_loss and, at validations, validation_loss.
     """
 
@@ -160,7 +171,16 @@ def sft(
     model = _make_model(demonstrations, config)
     batches = DemonstrationBatches(demonstrations, train_frames, model.action_horizon, config.shift, config.seed)
     validation = _validation_batches(demonstrations, validation_frames, model.action_horizon, config.seed)
-    model.set_trainable(config.trainable or model.default_trainable)
+    trainable = config.trainable or model.default_trainable
+    prepare_training(
+        model,
+        trainable,
+        lora={} if config.lora is None and trainable == "lora" else config.lora,
+        frozen_bf16=config.frozen_bf16,
+        gradient_checkpointing=config.gradient_checkpointing,
+    )
+    device = get_device(config.device)
+    model.to(device)
     # What is frozen is shared: it is most of a large model.
     averaged = copy.deepcopy(model, {id(p): p for p in model.parameters() if not p.requires_grad})
     averaged.requires_grad_(False)
@@ -193,8 +213,8 @@ def sft(
     with _bar(config.steps, progress) as bar:
         task = bar.add_task("imitation", total=config.steps, completed=first_step - 1, losses="")
         for step in range(first_step, config.steps + 1):
-            observation, actions, mask = batches.sample(config.batch_size)
-            with autocast(config.bf16):
+            observation, actions, mask = _moved(batches.sample(config.batch_size), device)
+            with autocast(config.bf16, device.type):
                 loss = model.imitation_loss(observation, actions, mask, draws=config.draws)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
@@ -225,6 +245,7 @@ def sft(
                 }
                 with save_state(step) as folder:
                     save_training_state(folder, modules, optimizer, values)
+    averaged.cpu()
     if output is not None:
         save_checkpoint(output, averaged, notes=notes)
     return SFTResult(averaged, history, time.perf_counter() - started)
@@ -281,10 +302,11 @@ def _validation_loss(
     model: VLAModel, batches: list[tuple[dict[str, Tensor], Tensor, Tensor]], config: SFTConfig
 ) -> float:
     """Mean loss with the same noise at every validation, so that the curve is smooth."""
-    generator = torch.Generator().manual_seed(config.seed)
+    device = model.action_mean.device
+    generator = torch.Generator(device).manual_seed(config.seed)
     total = count = 0.0
-    for observation, actions, mask in batches:
-        with autocast(config.bf16):
+    for observation, actions, mask in (_moved(batch, device) for batch in batches):
+        with autocast(config.bf16, device.type):
             loss = model.imitation_loss(observation, actions, mask, draws=4, generator=generator)
         total += loss.item() * len(actions)
         count += len(actions)
@@ -297,6 +319,13 @@ def _average(averaged: VLAModel, model: VLAModel, decay: float) -> None:
         (ours, new) for ours, new in zip(averaged.parameters(), model.parameters(), strict=True) if ours is not new
     ]
     torch._foreach_lerp_([ours for ours, _ in pairs], [new for _, new in pairs], 1 - decay)
+
+
+def _moved(
+    batch: tuple[dict[str, Tensor], Tensor, Tensor], device: torch.device
+) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    observation, actions, mask = batch
+    return {key: value.to(device) for key, value in observation.items()}, actions.to(device), mask.to(device)
 
 
 def _shifted(images: np.ndarray, index: np.ndarray, generator: np.random.Generator, shift: int) -> np.ndarray:

@@ -126,6 +126,21 @@ class VLAModel(nn.Module, ABC):
             module.recomputes = enabled
         self.gradient_checkpointing = enabled
 
+    def halve_backbone(self) -> None:
+        """Keep the backbone's frozen weights in bfloat16.
+
+        :raises ValueError: if the model does not compute with such, or its backbone is trained.
+        """
+        raise ValueError(f"{type(self).__name__} reads its backbone in float32; leave frozen_bf16=True out")
+
+    def compile_towers(self, options: Mapping[str, Any]) -> None:
+        """Compile what takes the time; names of weights and what is saved stay as they are.
+
+        :param options: of ``torch.compile``.
+        :raises ValueError: if the model has nothing that is compiled.
+        """
+        raise ValueError(f"{type(self).__name__} is not compiled; leave compile={dict(options)} out")
+
     @abstractmethod
     def perceive(self, observation: dict[str, Tensor]) -> dict[str, Tensor]:
         """The backbone's part of the encoding, which a rollout can keep where the backbone is frozen.

@@ -96,6 +96,30 @@ def add_lora(model: VLAModel, lora: LoRA) -> list[str]:
     return names
 
 
+def prepare_training(
+    model: VLAModel,
+    trainable: str,
+    *,
+    lora: Mapping[str, Any] | None = None,
+    frozen_bf16: bool = False,
+    gradient_checkpointing: bool = False,
+    compile: Mapping[str, Any] | None = None,
+) -> None:
+    """Make a model ready to be trained, or planned; see :class:`sb3_vla.policies.VLAPolicy` for the options.
+
+    :raises ValueError: for what the model cannot do.
+    """
+    model.set_trainable(trainable)
+    if lora is not None:
+        add_lora(model, make_lora(lora))
+    if frozen_bf16:
+        model.halve_backbone()
+    if gradient_checkpointing:
+        model.set_gradient_checkpointing(True)
+    if compile is not None:
+        model.compile_towers(compile)
+
+
 def adapted_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Layers with an adapter, by name."""
     return {name: layer for name, layer in model.named_modules() if hasattr(layer, "lora_A")}
