@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from sb3_vla.checkpoints.folders import HUB, local_folder
 from sb3_vla.models import MODELS, VLAModel, model_class
 from sb3_vla.models.lora import merged_state
 
@@ -192,9 +193,10 @@ def published_reader(folder: Path) -> Callable[[Path], LoadedCheckpoint] | None:
 def checkpoint_digest(folder: str | Path) -> str:
     """What tells one checkpoint from another in the same folder: a digest of its files.
 
+    :param folder: also ``hf://owner/name`` or ``hf://owner/name@revision`` on the Hugging Face hub.
     :raises FileNotFoundError: if one is missing.
     """
-    folder = Path(folder)
+    folder = local_folder(folder) if str(folder).startswith(HUB) else Path(folder)
     digest = hashlib.sha256()
     # Published folders have weights in several files, or statistics beside them.
     tensors = sorted(path.name for path in folder.glob("*.safetensors"))

@@ -280,8 +280,8 @@ class Pi0(VLAModel):
 
     def embed_prefix(self, images: Tensor, tokens: Tensor) -> Tensor:
         """Embeddings (N, P, W) of pictures (N, C, 3, S, S) in [-1, 1], then of tokens (N, T)."""
-        images = images.flatten(0, 1).to(self.vision_model.embeddings.patch_embedding.weight.dtype)  # type: ignore[union-attr]
-        seen = self.vision_model(pixel_values=images).last_hidden_state
+        kind = self.vision_model.embeddings.patch_embedding.weight.dtype  # type: ignore[union-attr]
+        seen = self.vision_model(pixel_values=images.flatten(0, 1).to(kind)).last_hidden_state  # type: ignore[arg-type]
         pictured = self._paligemma["multi_modal_projector"]["linear"](seen)  # type: ignore[index]
         pictured = pictured.unflatten(0, images.shape[:2]).flatten(1, 2)
         words = self.language_model.embed_tokens(tokens) * math.sqrt(self.language_model.size.width)
