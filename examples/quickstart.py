@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import sys
 import time
 from dataclasses import dataclass, field
@@ -31,9 +30,11 @@ from sb3_vla.demonstrations import Demonstrations
 from sb3_vla.evaluation import Comparison, EvaluationResult, VideoOptions, compare, evaluate, find_protocol
 from sb3_vla.figures import before_after_bars, learning_curve
 from sb3_vla.policies import load_policy
+from sb3_vla.report import write_report
 from sb3_vla.results import TRIAL_SEED
 from sb3_vla.run import RunDirectory, RunError
 from sb3_vla.sft import SFTConfig, sft
+from sb3_vla.stopping import Stopped, stopped_by_signals
 from sb3_vla.training import PPOConfig, train, view_of
 
 # Three sets of trials that share no goal: demonstrations and PPO use seeds below these.
@@ -105,13 +106,14 @@ def main() -> int:
     console = Console()
     try:
         config = load_config(QuickstartConfig, overrides=(FULL if arguments.full else []) + arguments.settings)
-        quickstart(RunDirectory(folder, config), config, console)
+        with stopped_by_signals():
+            quickstart(RunDirectory(folder, config), config, console)
     except (ConfigError, RunError, ValueError, RuntimeError, OSError) as error:
         console.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)
         return 2
-    except KeyboardInterrupt:
-        console.print(f"\nInterrupted; the same command goes on from here ({folder}).")
-        return 130
+    except Stopped as stopped:
+        console.print(f"\nInterrupted by {stopped}; the same command goes on from here ({folder}).")
+        return stopped.exit_code
     return 0
 
 
@@ -251,7 +253,9 @@ def report_results(run: RunDirectory, comparison: Comparison, tasks: list[str], 
         f"95 % interval {100 * gain.difference.low:+.1f} to {100 * gain.difference.high:+.1f}",
         highlight=False,
     )
+    write_report(run.path)
     for what, where in {
+        "report": "report.html",
         "tables": "comparison.md",
         "learning curve": "learning_curve.png",
         "before and after": "before_after.png",
@@ -263,5 +267,4 @@ def report_results(run: RunDirectory, comparison: Comparison, tasks: list[str], 
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     sys.exit(main())

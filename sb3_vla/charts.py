@@ -201,7 +201,7 @@ def _figure(
     return Html(
         f"<figure><figcaption>{markup(title)}</figcaption><div{scroll}>"
         f'<svg viewBox="0 0 {width:.0f} {height:.0f}" role="img" aria-label="{markup(said)}" '
-        f'style="min-width:{0.8 * width if width > _WIDTH else 0:.0f}px;max-width:{1.6 * width:.0f}px">'
+        f'style="min-width:{0.8 * width if width > _WIDTH else 0:.0f}px;max-width:{1.35 * width:.0f}px">'
         f"{''.join(parts)}</svg></div><p>{keys}{extra}</p></figure>"
     )
 

@@ -20,7 +20,12 @@ def markup(value: object) -> Html:
 
 
 def table(
-    caption: str, header: Sequence[str], rows: Iterable[Sequence[Any]], more: Iterable[Sequence[Any]] = ()
+    caption: str,
+    header: Sequence[str],
+    rows: Iterable[Sequence[Any]],
+    more: Iterable[Sequence[Any]] = (),
+    *,
+    words: bool = False,
 ) -> Html:
     """
     A table whose first column heads its rows.
@@ -29,6 +34,7 @@ def table(
     :param header: what heads the columns; an empty one heads nothing
     :param rows: cells, text or HTML
     :param more: rows that are set apart below the others
+    :param words: the cells are words, to be broken where they are too long, instead of numbers in columns
     :return: the table, which is moved sideways where it is too wide
     """
     heads = "".join(f'<th scope="col">{markup(cell)}</th>' if cell else "<td></td>" for cell in header)
@@ -40,8 +46,10 @@ def table(
         )
         if lines:
             bodies.append(f'<tbody class="{look}">{lines}</tbody>')
+    kind = ' class="words"' if words else ""
     return Html(
-        f'<div class="scroll" role="region" tabindex="0" aria-label="{markup(caption)}"><table>'
+        f'<div class="scroll" role="region" tabindex="0" aria-label="{markup(caption)}">'
+        f"<table{kind}>"
         f"<caption>{markup(caption)}</caption><thead><tr>{heads}</tr></thead>{''.join(bodies)}</table></div>"
     )
 
@@ -84,6 +92,8 @@ table{border-collapse:collapse;margin:.75rem 0;font-variant-numeric:tabular-nums
 caption{text-align:left;color:var(--soft);font-size:.85rem}
 th,td{padding:.25rem .6rem;text-align:right;vertical-align:top;border-bottom:1px solid var(--line)}
 th:first-child{text-align:left;font-weight:400}
+.words th,.words td{text-align:left;overflow-wrap:anywhere}
+.words td{min-width:6rem}
 thead th{font-weight:600}
 td small{display:block;white-space:nowrap}
 small{color:var(--soft);font-size:.75rem;font-weight:400}
@@ -94,7 +104,7 @@ pre{background:var(--panel);border:1px solid var(--line);border-radius:6px;paddi
 white-space:pre-wrap;overflow-wrap:anywhere}
 summary{cursor:pointer;color:var(--curve)}
 details{margin:.5rem 0}
-.charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,20rem),1fr));gap:1rem}
+.charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,26rem),1fr));gap:1.25rem}
 .videos{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,10rem),1fr));gap:.75rem}
 figure{margin:1rem 0;break-inside:avoid}
 .charts figure,.videos figure{margin:0}
@@ -135,7 +145,8 @@ linear-gradient(-45deg,transparent 40%,var(--lost) 40% 60%,transparent 60%)}
 .key .neither{background:var(--soft);width:.3em;height:.3em;vertical-align:.2em}
 .scale span{display:inline-block;width:6em;height:.8em;margin:0 .4em;border:1px solid var(--line);
 background:linear-gradient(90deg,transparent,var(--curve));vertical-align:-.1em}
-@media (max-width:30rem){body{font-size:15px}th,td{padding:.25rem .35rem}main{padding:.75rem}}
+@media (max-width:30rem){body{font-size:15px}th,td{padding:.25rem .35rem}main{padding:.75rem}
+.published small{display:block;font-size:.65rem;line-height:1.25}th:first-child{min-width:7.5rem}}
 @media print{main{max-width:none}details::details-content{content-visibility:visible;block-size:auto}a{color:inherit}
 *{print-color-adjust:exact;-webkit-print-color-adjust:exact}.scroll{overflow:visible}h2{break-after:avoid}}
 """

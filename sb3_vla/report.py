@@ -418,7 +418,7 @@ def _provenance(run: _Run) -> Html:
     git = versions.get("git")
     revision = f"{git.get('revision')}{', with changes' if git.get('dirty') else ''}" if isinstance(git, dict) else "-"
     facts = {
-        "started": versions.get("started", "-"),
+        "started": _moment(versions.get("started", "-")),
         "git revision": revision,
         "Python": versions.get("python", "-"),
         "platform": versions.get("platform", "-"),
@@ -427,12 +427,12 @@ def _provenance(run: _Run) -> Html:
     stages = []
     for name, marker in sorted(run.stages.items(), key=lambda stage: str(stage[1].get("finished", "~"))):
         state = "complete" if marker.get("complete") else "not complete"
-        stages.append((name, state, marker.get("finished", "-"), _minutes(marker.get("last_attempt_seconds"))))
+        stages.append((name, state, _moment(marker.get("finished", "-")), _minutes(marker.get("last_attempt_seconds"))))
     every = [(name, number) for name, number in sorted(known.items())]
     return Html(
         f"<h3>Command</h3><pre>{markup(_command(run) or 'not known')}</pre>"
-        + table("Stages", ("", "State", "Finished", "Minutes"), stages)
-        + table("Versions", ("", "Version"), list(facts.items()))
+        + table("Stages", ("", "State", "Finished", "Minutes"), stages, words=True)
+        + table("Versions", ("", "Version"), list(facts.items()), words=True)
         + details(f"All {len(every)} packages", table("Packages", ("", "Version"), every))
         + details("Configuration", f"<pre>{markup(run.config_text)}</pre>")
     )
@@ -485,6 +485,12 @@ def _mean(values: Any) -> float:
 
 def _minutes(seconds: Any) -> str:
     return f"{seconds / 60:.1f}" if isinstance(seconds, (int, float)) else "-"
+
+
+def _moment(written: Any) -> str:
+    """A time of a run directory without seconds; whatever else stands there as it is."""
+    found = re.fullmatch(r"(\d{4}-\d\d-\d\d)T(\d\d:\d\d):\d\d\+00:00", str(written))
+    return f"{found[1]} {found[2]} UTC" if found else str(written)
 
 
 def _normal(name: str) -> str:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import functools
 import inspect
+import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field, fields
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,15 +17,16 @@ import numpy as np
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.logger import KVWriter, Logger, TensorBoardOutputFormat
+from stable_baselines3.common.logger import KVWriter, Logger
 from stable_baselines3.common.type_aliases import Schedule
 from stable_baselines3.common.utils import get_device
-from torch.utils.tensorboard import SummaryWriter
 
 from sb3_vla.checkpoints import load_checkpoint, save_checkpoint
 from sb3_vla.demonstrations import Demonstrations, available_memory
+from sb3_vla.distributed import current_ranks
 from sb3_vla.grpo import GRPO
 from sb3_vla.holding import HoldAtEnd
+from sb3_vla.loggers import LoggerOptions, Loggers
 from sb3_vla.memory import MemoryPlan, plan_memory
 from sb3_vla.models import VLAModel
 from sb3_vla.models.lora import prepare_training
@@ -30,7 +34,12 @@ from sb3_vla.ppo import PPO
 from sb3_vla.resume import load_algorithm, save_algorithm
 from sb3_vla.run import RunDirectory
 from sb3_vla.sft import DemonstrationBatches
+from sb3_vla.sharding import whole_weights
+from sb3_vla.stopping import Stopped, StopRequest, stop_request
 from sb3_vla.vec_env import SharedMemoryVecEnv
+
+# Of progress where it is not drawn as a bar.
+_SECONDS_BETWEEN_LINES = 30.0
 
 
 @dataclass
@@ -71,6 +80,7 @@ class TrainingConfig:
     :param rehearsal_batch_size: frames of demonstrations per minibatch.
     :param micro_batch_size: decisions evaluated at a time, where a minibatch does not fit into memory.
     :param bf16: bfloat16 autocast of updates; None where the processor has it.
+    :param sharding: ``none``; or ``fsdp``: under ``torchrun`` each rank has a part of what is trained.
     :param checkpoint_interval: rollouts between checkpoints.
     :param keep_checkpoints: newest checkpoints of the training's state that stay; None for all.
     :param seed: of environments and exploration.
@@ -109,6 +119,7 @@ class TrainingConfig:
     rehearsal_batch_size: int = 64
     micro_batch_size: int | None = None
     bf16: bool | None = False
+    sharding: str = "none"
     checkpoint_interval: int = 5
     keep_checkpoints: int | None = 2
     seed: int = 0
@@ -230,11 +241,13 @@ def train(
     env_kwargs: Mapping[str, Any] | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
     optimizer_kwargs: Mapping[str, Any] | None = None,
+    loggers: LoggerOptions | None = None,
 ) -> None:
-    """Improve a checkpoint by PPO or GRPO in MetaWorld.
+    """Improve a checkpoint by PPO or GRPO in MetaWorld; under ``torchrun`` on all ranks, which share the environments.
 
     PPO's critic also sees the time that has passed and the simulator's state, which the policy does not. Metrics go to
-    the run's ``metrics.jsonl`` and to TensorBoard under ``tensorboard/``.
+    the run's ``metrics.jsonl`` and to ``loggers``. After SIGINT (Ctrl-C) or SIGTERM the iteration that is under way is
+    finished and a checkpoint written; a second signal ends it at once.
 
     :param run: the run directory.
     :param stage: name under which the run keeps the training's own checkpoints.
@@ -249,7 +262,10 @@ def train(
         actions are executed than the model predicts.
     :param model_kwargs: what a published checkpoint does not say, see :func:`sb3_vla.checkpoints.load_checkpoint`.
     :param optimizer_kwargs: options of AdamW; None for Adam with betas (0.9, 0.95).
+    :param loggers: None for TensorBoard alone, under the run's ``tensorboard/``.
+    :raises Stopped: after a signal.
     """
+    ranks = current_ranks()
     start = load_checkpoint(checkpoint, model_kwargs)
     view = view_of(start.notes)
     options: dict[str, Any] = {
@@ -282,8 +298,10 @@ def train(
     device = get_device(config.device)
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
-        plan_training(start.model, config, action_chunk=options["action_chunk"]).check(free, available_memory())
-    env = SharedMemoryVecEnv([make] * config.num_envs, num_workers=config.num_workers)
+        plan = plan_training(start.model, config, action_chunk=options["action_chunk"], ranks=ranks.size)
+        plan.check(free, available_memory())
+    own = ranks.share(config.num_envs, "num_envs")
+    env = SharedMemoryVecEnv([make] * len(own), num_workers=config.num_workers)
     try:
         model = config.algorithm(
             "VLAPolicy", env, rehearsal=rehearsal, policy_kwargs=policy_kwargs, **config.arguments()
@@ -292,20 +310,26 @@ def train(
             model.anchor()
         logger = Logger(str(run.path), [])
         model.set_logger(logger)
-        env.seed(1000 * (config.seed + 1))
+        env.seed(1000 * (config.seed + 1) + own.start)
         latest = run.latest_checkpoint(stage) if resume else None
         if latest is not None:
             load_algorithm(latest, model)
         done = model.num_timesteps
         run.rewind_metrics(lambda row: row.get("stage") != stage or row["time/total_timesteps"] <= done)
-        logger.output_formats += [
-            _TensorBoard(str(run.path / "tensorboard" / stage), first_step=done + 1),
-            _RunMetrics(run, stage, _seconds_so_far(run, stage), model),
-        ]
         remaining = config.total_decisions - done
         if remaining > 0:
-            with _Progress(run, stage, config, model, progress) as callback:
-                model.learn(remaining, callback, reset_num_timesteps=False)
+            with (
+                ExitStack() as tracked,
+                stop_request() as stop,
+                _Progress(run, stage, config, model, stop, progress and ranks.leads) as callback,
+            ):
+                callbacks: list[BaseCallback] = [callback]
+                if ranks.leads:
+                    opened = tracked.enter_context(Loggers(loggers or LoggerOptions(), run, stage, done + 1))
+                    callbacks += opened.callbacks
+                    seconds = _seconds_so_far(run, stage)
+                    logger.output_formats += [*opened.writers, _RunMetrics(run, stage, seconds, model)]
+                model.learn(remaining, callbacks, reset_num_timesteps=False)
                 callback.save()
     finally:
         env.close()
@@ -314,18 +338,20 @@ def train(
     distribution = (config.distribution, config.distribution_kwargs)
     policy = model.policy
     critic = None if isinstance(config, GRPOConfig) else policy.value_head  # GRPO leaves it behind the actor
-    save_checkpoint(output, policy.model, critic, notes, distribution, policy.distribution)
+    with whole_weights(policy):
+        if ranks.leads:
+            save_checkpoint(output, policy.model, critic, notes, distribution, policy.distribution)
 
 
 def plan_training(
-    model: VLAModel, config: PPOConfig | GRPOConfig, *, action_chunk: int | None = None, world_size: int = 1
+    model: VLAModel, config: PPOConfig | GRPOConfig, *, action_chunk: int | None = None, ranks: int = 1
 ) -> MemoryPlan:
     """What a training will take of each rank's memory, see :func:`sb3_vla.memory.plan_memory`.
 
     :param model: the checkpoint's, or one of the same sizes on the meta device; it gets the adapters and the types of
         the training, and is not to be trained afterwards.
     :param action_chunk: actions executed per decision; None for all that the model predicts.
-    :param world_size: ranks over which what is trained is spread.
+    :param ranks: which share environments and minibatches, and with ``sharding=fsdp`` what is trained.
     """
     lora = {} if config.lora is None and config.trainable == "lora" else config.lora
     prepare_training(model, config.trainable, lora=lora, frozen_bf16=config.frozen_bf16)
@@ -341,11 +367,11 @@ def plan_training(
     return plan_memory(
         model,
         trainable=config.trainable,
-        batch_size=config.micro_batch_size or config.batch_size,
+        batch_size=config.micro_batch_size or -(-config.batch_size // ranks),
         bf16=config.bf16,
         gradient_checkpointing=config.gradient_checkpointing,
-        world_size=world_size,
-        num_envs=config.num_envs,
+        world_size=ranks if config.sharding == "fsdp" else 1,
+        num_envs=-(-config.num_envs // ranks),
         decisions=decisions,
         cache_perception=model.caches_perception and config.trainable != "all" and lora is None,
         denoisings=steps if joint else 1,
@@ -395,15 +421,6 @@ def view_of(notes: dict[str, Any]) -> dict[str, Any]:
     return {"camera": camera.get("camera", "corner2"), "crop": camera.get("crop"), **drawn}
 
 
-class _TensorBoard(TensorBoardOutputFormat):
-    """Values for TensorBoard, which hides what was written from ``first_step`` on before an interrupt."""
-
-    def __init__(self, folder: str, first_step: int) -> None:
-        super().__init__(folder)
-        self.writer.close()
-        self.writer = SummaryWriter(folder, purge_step=first_step)
-
-
 class _RunMetrics(KVWriter):
     """Logged values as rows of the run's ``metrics.jsonl``."""
 
@@ -423,14 +440,18 @@ class _RunMetrics(KVWriter):
 
 
 class _Progress(BaseCallback):
-    """A progress bar with the success rate, and a checkpoint every few iterations."""
+    """A progress bar with success rate, pace and time left, and a checkpoint every few iterations."""
 
-    def __init__(self, run: RunDirectory, stage: str, config: PPOConfig | GRPOConfig, model: PPO, shown: bool) -> None:
+    def __init__(
+        self, run: RunDirectory, stage: str, config: PPOConfig | GRPOConfig, model: PPO, stop: StopRequest, shown: bool
+    ) -> None:
         super().__init__()
-        self.run, self.stage, self.config, self.algorithm = run, stage, config, model
+        self.run, self.stage, self.config, self.algorithm, self.stop = run, stage, config, model, stop
         # A rollout of GRPO has as many decisions as its episodes happen to need.
         self.unit = config.num_envs * config.decisions if isinstance(config, PPOConfig) else 1
         self.saved = model.updates
+        self.started = self.printed = time.monotonic()
+        self.env_steps_before, self.done_before = model.env_steps, self._done()
         columns = (
             TextColumn(type(model).__name__),
             BarColumn(),
@@ -458,12 +479,34 @@ class _Progress(BaseCallback):
         now = ""
         if success:
             rate = sum(success.values()) / len(success)
-            now = f"success while exploring {rate:.0%}  {self.algorithm.env_steps:,} env steps"
+            now = f"success while exploring {rate:.0%}  {self.algorithm.env_steps:,} env steps{self._pace()}"
         self.bar.update(self.task, completed=self._done(), now=now)
+        self._print_line(now)
         updates = self.algorithm.updates
+        stopped_by = self.stop.common(self.algorithm.ranks)
         # At the first rollout after an interrupt there is a checkpoint already.
-        if updates > self.saved and updates % self.config.checkpoint_interval == 0:
+        due = updates % self.config.checkpoint_interval == 0 or stopped_by is not None
+        if updates > self.saved and due:
             self.save()
+        if stopped_by is not None:
+            raise Stopped(stopped_by)
+
+    def _pace(self) -> str:
+        """Environment steps a second since the start, updates included."""
+        steps = self.algorithm.env_steps - self.env_steps_before
+        return f"  {steps / (time.monotonic() - self.started):,.0f}/s" if steps else ""
+
+    def _print_line(self, now: str) -> None:
+        """Where output goes to a file a bar is not drawn, so a line now and then takes its place."""
+        moment = time.monotonic()
+        if self.bar.disable or self.bar.console.is_terminal or moment - self.printed < _SECONDS_BETWEEN_LINES:
+            return
+        self.printed = moment
+        done, total = self._done(), self.config.total_decisions // self.unit
+        new = done - self.done_before
+        left = f"  {timedelta(seconds=round((total - done) * (moment - self.started) / new))} left" if new else ""
+        line = f"{type(self.algorithm).__name__} {done}/{total}  {now}{left}"
+        self.bar.console.print(line, highlight=False, soft_wrap=True)
 
     def save(self) -> None:
         """Checkpoint everything that a training needs to go on."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from toy import tiny_model
 
 import sb3_vla.sft
 from sb3_vla.checkpoints import save_checkpoint
-from sb3_vla.cli import main
+from sb3_vla.cli import COMMANDS, main
 
 SFT = [
     "sft.steps=24",
@@ -104,3 +106,40 @@ def test_an_interrupted_imitation_goes_on_to_the_same_weights(
     whole, broken = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "broken"))
     assert all(torch.equal(whole[name], broken[name]) for name in whole)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["broken", "whole"]
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_imitation_after_the_step_with_a_checkpoint(
+    number: signal.Signals, status: int, demonstrations: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[int] = []
+    imitate = sb3_vla.sft.sft
+
+    def watched(*arguments: Any, **options: Any) -> Any:
+        def on_step(row: dict[str, float]) -> None:
+            steps.append(int(row["step"]))
+            if steps == [1, 2, 3, 4, 5]:
+                os.kill(os.getpid(), number)
+
+        return imitate(*arguments, on_step=on_step, **options)
+
+    command = ["sft", f"data={demonstrations}", *SFT]
+    assert main([*command, f"output={tmp_path / 'whole'}"]) == 0
+    monkeypatch.setattr(sb3_vla.sft, "sft", watched)
+    assert main([*command, f"output={tmp_path / 'broken'}"]) == status
+    assert main([*command, f"output={tmp_path / 'broken'}"]) == 0
+    assert steps == [*range(1, 25)]
+    whole, broken = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "broken"))
+    assert all(torch.equal(whole[name], broken[name]) for name in whole)
+
+
+@pytest.mark.parametrize("command", ["collect", "eval"])
+def test_sigterm_ends_what_has_no_checkpoint_at_once(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    kind, _ = COMMANDS[command]
+
+    def run(*_: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise AssertionError("it went on")
+
+    monkeypatch.setitem(COMMANDS, command, (kind, run))
+    assert main([command]) == 143

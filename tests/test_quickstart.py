@@ -72,6 +72,7 @@ def test_from_nothing_to_a_table_and_again(tmp_path: Path) -> None:
         "comparison.md",
         "learning_curve.png",
         "before_after.png",
+        "report.html",
     ):
         assert (run / name).stat().st_size > 0, name
     assert len(list((run / "videos").rglob("*.mp4"))) == 4
@@ -93,7 +94,10 @@ def test_from_nothing_to_a_table_and_again(tmp_path: Path) -> None:
     assert (run / "ppo/model.safetensors").read_bytes() == weights
 
 
-def test_an_interrupt_leaves_no_process_and_the_next_start_goes_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("sent", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupt_leaves_no_process_and_the_next_start_goes_on(
+    sent: signal.Signals, status: int, tmp_path: Path
+) -> None:
     run = tmp_path / "run"
     command = [sys.executable, str(QUICKSTART), "--run", str(run), *SMALL, "ppo.iterations=400"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
@@ -103,11 +107,14 @@ def test_an_interrupt_leaves_no_process_and_the_next_start_goes_on(tmp_path: Pat
             assert process.poll() is None, process.communicate()[0].decode()
             assert time.monotonic() < deadline, "PPO did not begin"
             time.sleep(0.2)
-        os.killpg(process.pid, signal.SIGINT)  # what Ctrl-C does: the whole group gets it
+        if sent == signal.SIGINT:
+            os.killpg(process.pid, sent)  # what Ctrl-C does: the whole group gets it
+        else:
+            process.send_signal(sent)
         output = process.communicate(timeout=60)[0].decode()
     finally:
         process.kill()
-    assert process.returncode == 130, output
+    assert process.returncode == status, output
     assert "goes on" in output and "Traceback" not in output
     for _ in range(100):  # the server that forks workers notices a moment later that it is not needed any more
         if not group_is_alive(process.pid):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -29,6 +30,7 @@ from sb3_vla.policies import ValueHead
 from sb3_vla.ppo import PPO
 from sb3_vla.resume import load_algorithm, save_algorithm
 from sb3_vla.run import RunDirectory
+from sb3_vla.stopping import Stopped
 from sb3_vla.training import GRPOConfig, PPOConfig, TrainingConfig
 from sb3_vla.vec_env import SharedMemoryVecEnv
 
@@ -76,7 +78,7 @@ def toys() -> Iterator[None]:
         yield
 
 
-def train(folder: Path, algorithm: str = "ppo", **changes: Any) -> None:
+def train(folder: Path, algorithm: str = "ppo", *, progress: bool = False, **changes: Any) -> None:
     config_class, settings = CONFIGS[algorithm]
     config: Any = config_class(**{**COMMON, **settings, **changes})
     run = RunDirectory(folder, config)
@@ -92,7 +94,7 @@ def train(folder: Path, algorithm: str = "ppo", **changes: Any) -> None:
         suite="MT10",
         demonstrations=toy_demonstrations(),
         resume=True,
-        progress=False,
+        progress=progress,
     )
 
 
@@ -196,6 +198,82 @@ def test_interrupted_again_and_again(algorithm: str, tmp_path: Path, uninterrupt
                 train(tmp_path / "run", algorithm)
     train(tmp_path / "run", algorithm)
     assert differences(outcome(tmp_path / "run", algorithm), uninterrupted[algorithm]) == []
+
+
+def signalling(real: Callable[..., Any], call: int, *signals: signal.Signals) -> Callable[..., Any]:
+    """A function at a call of which this process gets signals."""
+    calls = 0
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            for number in signals:
+                os.kill(os.getpid(), number)
+        return real(*args, **kwargs)
+
+    return wrapped
+
+
+@pytest.mark.parametrize("algorithm", CONFIGS)
+@pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("method", ["_decide", "_optimizer_step"])
+def test_a_signal_ends_it_after_the_iteration_with_a_checkpoint(
+    method: str,
+    number: signal.Signals,
+    exit_code: int,
+    algorithm: str,
+    tmp_path: Path,
+    uninterrupted: dict[str, dict[str, Any]],
+) -> None:
+    before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+    calls = {"_decide": 2 * 6 + 3, "_optimizer_step": 2 * 4 + 2}  # in the third iteration, after which none is due
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PPO, method, signalling(getattr(PPO, method), calls[method], number))
+        with pytest.raises(Stopped) as stopped:
+            train(tmp_path / "run", algorithm)
+    assert stopped.value.exit_code == exit_code
+    assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == before
+    latest = RunDirectory(tmp_path / "run").latest_checkpoint(algorithm)
+    assert latest is not None
+    state = json.loads((latest / "training_state.json").read_text())
+    assert state["values"]["counters"]["updates"] == 3
+    train(tmp_path / "run", algorithm)
+    assert differences(outcome(tmp_path / "run", algorithm), uninterrupted[algorithm]) == []
+
+
+def test_a_second_signal_ends_it_at_once(tmp_path: Path, uninterrupted: dict[str, dict[str, Any]]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PPO, "_decide", signalling(PPO._decide, 2 * 6 + 3, signal.SIGINT, signal.SIGTERM))
+        with pytest.raises(Stopped, match="SIGTERM"):
+            train(tmp_path / "run")
+    latest = RunDirectory(tmp_path / "run").latest_checkpoint("ppo")
+    assert latest is not None and latest.name == "step-00000002"
+    train(tmp_path / "run")
+    assert differences(outcome(tmp_path / "run"), uninterrupted["ppo"]) == []
+
+
+def test_an_error_after_a_signal_is_its_consequence(tmp_path: Path) -> None:
+    """As when a whole group of processes gets SIGTERM, and a worker's death is noticed first."""
+    step = signalling(PPO._optimizer_step, 10, signal.SIGTERM)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PPO, "_optimizer_step", interrupting(step, 10, afterwards=True))
+        with pytest.raises(Stopped, match="SIGTERM") as stopped:
+            train(tmp_path / "run")
+    assert isinstance(stopped.value.__cause__, Interrupt)
+
+
+def test_progress_that_goes_to_a_file_is_told_in_lines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(training, "_SECONDS_BETWEEN_LINES", 0.0)
+    train(tmp_path / "run", progress=True)
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    told = [line for line in lines if "left" in line]
+    assert [line.split()[1] for line in told[:5]] == [f"{done}/6" for done in range(1, 6)], lines
+    assert all(
+        re.search(r"success while exploring \d+% [\d,]+ env steps [\d,]+/s \d:\d\d:\d\d left", line) for line in told
+    )
 
 
 def test_groups_go_on_from_trials_that_no_seed_told(tmp_path: Path) -> None:

@@ -68,6 +68,7 @@ SHARED_CHANGES: dict[str, Any] = {
     "rehearsal_batch_size": 3,
     "bf16": None,
     "device": "cpu",
+    "sharding": "fsdp",
     "seed": 11,
 }
 PPO_CHANGES: dict[str, Any] = {
