@@ -93,6 +93,7 @@ class TrainCommand:
 
     :param algorithm: ``ppo`` or ``grpo``, whose settings are in the section of that name.
     :param checkpoint: where to start.
+    :param model_kwargs: what a published checkpoint does not say, such as ``{tokenizer: FOLDER}``.
     :param run: run directory; the result is its folder ``ppo`` or ``grpo``.
     :param tasks: which of the suite's tasks to practise.
     :param data: demonstrations for rehearsal, with ``ppo.rehearsal_coef`` or ``grpo.rehearsal_coef``.
@@ -100,6 +101,7 @@ class TrainCommand:
 
     algorithm: Literal["ppo", "grpo"] = "ppo"
     checkpoint: str = "checkpoints/sft"
+    model_kwargs: dict[str, Any] = field(default_factory=dict)
     run: str = "runs/${algorithm}"
     suite: str = "MT10"
     split: str = "train"
@@ -211,13 +213,14 @@ def run_train(command: TrainCommand, console: Console) -> None:
             if command.data is not None:
                 if config.rehearsal_coef == 0:
                     raise ConfigError(f"data={command.data} is for rehearsal; set {name}.rehearsal_coef as well")
-                size = load_checkpoint(command.checkpoint).model.image_size[0]
+                size = load_checkpoint(command.checkpoint, command.model_kwargs).model.image_size[0]
                 data = Demonstrations.load(command.data, image_size=size)
             train(
                 run,
                 name,
                 config,
                 checkpoint=command.checkpoint,
+                model_kwargs=command.model_kwargs,
                 output=run.path / name,
                 suite=command.suite,
                 split=command.split,

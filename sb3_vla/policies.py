@@ -26,6 +26,7 @@ from sb3_vla.distributions import Trace, default_distribution, make_distribution
 from sb3_vla.frozen import FrozenWeights
 from sb3_vla.models import Context, VLAModel, make_model
 from sb3_vla.models.base import is_perceived
+from sb3_vla.models.lora import prepare_training
 from sb3_vla.sharding import as_shards, in_shards, is_sharded
 
 MODEL_KEYS = ("image", "state", "instruction")
@@ -76,7 +77,15 @@ class VLAPolicy(BasePolicy):
     :param distribution_kwargs: the distribution's own options.
     :param value_width: width of the critic's two hidden layers.
     :param trainable: ``all``, ``expert`` to freeze the model's backbone, or ``adaptive`` for what modulates its norms
-        alone (pi0.5); None for the model's default, ``expert`` with pi0 and pi0.5, else ``all``.
+        alone (pi0.5), or ``lora`` for adapters alone; None for the model's default, ``expert`` with pi0 and pi0.5, else
+        ``all``.
+    :param lora: options of :class:`sb3_vla.models.lora.LoRA`, for adapters in what ``trainable`` leaves frozen; None
+        for none, or with ``trainable="lora"`` for the defaults.
+    :param frozen_bf16: keep a frozen backbone's weights in bfloat16, which halves their memory; what is trained, and
+        adapters, stay float32. pi0 and pi0.5 alone.
+    :param gradient_checkpointing: see :meth:`sb3_vla.models.VLAModel.set_gradient_checkpointing`.
+    :param compile: arguments of ``torch.compile``, such as ``{"mode": "reduce-overhead"}``, for the towers of pi0 and
+        pi0.5; ``{}`` for its defaults, None to run them as they are.
     :param cache_perception: whether a rollout keeps what a frozen backbone perceived instead of the picture, so that an
         update costs the expert alone. A decision takes 114 kB with CompactVLA's default size, and megabytes with pi0.
         None for the model's default: not with pi0 and pi0.5.
@@ -100,6 +109,10 @@ class VLAPolicy(BasePolicy):
         distribution_kwargs: Mapping[str, Any] | None = None,
         value_width: int = 256,
         trainable: str | None = None,
+        lora: Mapping[str, Any] | None = None,
+        frozen_bf16: bool = False,
+        gradient_checkpointing: bool = False,
+        compile: Mapping[str, Any] | None = None,
         cache_perception: bool | None = None,
         optimizer_class: type[torch.optim.Optimizer] = torch.optim.Adam,
         optimizer_kwargs: Mapping[str, Any] | None = None,
@@ -138,12 +151,25 @@ class VLAPolicy(BasePolicy):
             self.model = make_model(model, model_kwargs)
         self._check_model(action_dim)
         trainable = self.model.default_trainable if trainable is None else trainable
-        self.model.set_trainable(trainable)
+        if lora is None and trainable == "lora":
+            lora = {}
+        prepare_training(
+            self.model,
+            trainable,
+            lora=lora,
+            frozen_bf16=frozen_bf16,
+            gradient_checkpointing=gradient_checkpointing,
+            compile=compile,
+        )
         self._frozen_backbone = trainable != "all"
+        perceives_alike = self._frozen_backbone and not any(p.requires_grad for p in self.model.backbone())
         if cache_perception is None:
-            cache_perception = self._frozen_backbone and self.model.caches_perception
-        if cache_perception and not self._frozen_backbone:
-            raise ValueError(f'cache_perception=True keeps what changes with trainable={trainable!r}; use "expert"')
+            cache_perception = perceives_alike and self.model.caches_perception
+        if cache_perception and not perceives_alike:
+            adapted = "" if lora is None else f" and lora={dict(lora)}"
+            raise ValueError(
+                f'cache_perception=True keeps what changes with trainable={trainable!r}{adapted}; use "expert"'
+            )
         self._caches_perception = cache_perception
         self._frozen: FrozenWeights | None = None
         if self._frozen_backbone and checkpoint is not None:
@@ -174,6 +200,10 @@ class VLAPolicy(BasePolicy):
             "distribution_kwargs": dict(distribution_kwargs or {}),
             "value_width": value_width,
             "trainable": trainable,
+            "lora": None if lora is None else dict(lora),
+            "frozen_bf16": frozen_bf16,
+            "gradient_checkpointing": gradient_checkpointing,
+            "compile": None if compile is None else dict(compile),
             "cache_perception": cache_perception,
             "optimizer_class": optimizer_class,
             "optimizer_kwargs": dict(optimizer_kwargs or {}),

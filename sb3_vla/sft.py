@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from stable_baselines3.common.utils import get_device
 from torch import Tensor
 
 from mw_envs.tasks import encode_instruction
@@ -22,6 +23,7 @@ from sb3_vla.checkpoints.training_state import load_training_state, save_trainin
 from sb3_vla.demonstrations import Demonstrations
 from sb3_vla.distributed import Ranks, current_ranks
 from sb3_vla.models import VLAModel, make_model
+from sb3_vla.models.lora import prepare_training
 from sb3_vla.noise import part_of_batch
 from sb3_vla.precision import autocast
 from sb3_vla.sharding import whole_optimizer_state
@@ -41,6 +43,11 @@ class SFTConfig:
     :param checkpoint: start from this checkpoint's model instead of a new one; of a published one, model_kwargs are
         what it does not say. A model that comes without normalisation gets that of the data.
     :param trainable: what is trained, see :class:`sb3_vla.policies.VLAPolicy`.
+    :param lora: options of adapters, see :class:`sb3_vla.models.lora.LoRA`; None for none, or with
+        ``trainable=lora`` for the defaults.
+    :param frozen_bf16: a frozen backbone's weights in bfloat16.
+    :param gradient_checkpointing: layers compute again what the backward pass needs, for less memory.
+    :param device: ``cpu``, ``cuda`` or ``auto``; the result is on the CPU.
     :param action_horizon: H, length of the predicted chunk.
     :param steps: optimiser steps.
     :param batch_size: frames a step.
@@ -61,6 +68,10 @@ class SFTConfig:
     model_kwargs: dict[str, Any] = field(default_factory=dict)
     checkpoint: str | None = None
     trainable: str | None = None
+    lora: dict[str, Any] | None = None
+    frozen_bf16: bool = False
+    gradient_checkpointing: bool = False
+    device: str = "auto"
     action_horizon: int = 5
     steps: int = 500
     batch_size: int = 128
@@ -86,7 +97,7 @@ class SFTConfig:
 class SFTResult:
     """A trained model and its curve.
 
-    :param model: with averaged weights.
+    :param model: with averaged weights, and adapters apart where it was trained with some.
     :param history: rows of step, seconds, train_loss and, at validations, validation_loss.
     """
 
@@ -174,7 +185,16 @@ def sft(
     model = _make_model(demonstrations, config)
     batches = DemonstrationBatches(demonstrations, train_frames, model.action_horizon, config.shift, config.seed)
     validation = _validation_batches(demonstrations, validation_frames, model.action_horizon, config.seed)
-    model.set_trainable(config.trainable or model.default_trainable)
+    trainable = config.trainable or model.default_trainable
+    prepare_training(
+        model,
+        trainable,
+        lora={} if config.lora is None and trainable == "lora" else config.lora,
+        frozen_bf16=config.frozen_bf16,
+        gradient_checkpointing=config.gradient_checkpointing,
+    )
+    device = get_device(config.device)
+    model.to(device)
     # What is frozen is shared: it is most of a large model.
     averaged = copy.deepcopy(model, {id(p): p for p in model.parameters() if not p.requires_grad})
     averaged.requires_grad_(False)
@@ -208,8 +228,10 @@ def sft(
     with stop_request() as stop, _bar(config.steps, progress and ranks.leads) as bar:
         task = bar.add_task("imitation", total=config.steps, completed=first_step - 1, losses="")
         for step in range(first_step, config.steps + 1):
-            with autocast(config.bf16):
-                loss = shared_imitation_loss(model, batches, config.batch_size, ranks, draws=config.draws)
+            with autocast(config.bf16, device.type):
+                loss = shared_imitation_loss(
+                    model, batches, config.batch_size, ranks, device=device, draws=config.draws
+                )
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             train_loss = ranks.sum_gradients(model.parameters(), {"loss": loss.item()})["loss"]
@@ -243,6 +265,7 @@ def sft(
                     save_training_state(folder, modules, whole_optimizer_state(optimizer), values)
             if stopped_by is not None and step < config.steps:
                 raise Stopped(stopped_by)
+    averaged.cpu()
     if output is not None and ranks.leads:
         save_checkpoint(output, averaged, notes=notes)
     return SFTResult(averaged, history, time.perf_counter() - started)
@@ -327,10 +350,11 @@ def _validation_loss(
     model: VLAModel, batches: list[tuple[dict[str, Tensor], Tensor, Tensor]], config: SFTConfig
 ) -> float:
     """Mean loss with the same noise at every validation, so that the curve is smooth."""
-    generator = torch.Generator().manual_seed(config.seed)
+    device = model.action_mean.device
+    generator = torch.Generator(device).manual_seed(config.seed)
     total = count = 0.0
-    for observation, actions, mask in batches:
-        with autocast(config.bf16):
+    for observation, actions, mask in (_moved(batch, device) for batch in batches):
+        with autocast(config.bf16, device.type):
             loss = model.imitation_loss(observation, actions, mask, draws=4, generator=generator)
         total += loss.item() * len(actions)
         count += len(actions)
@@ -343,6 +367,13 @@ def _average(averaged: VLAModel, model: VLAModel, decay: float) -> None:
         (ours, new) for ours, new in zip(averaged.parameters(), model.parameters(), strict=True) if ours is not new
     ]
     torch._foreach_lerp_([ours for ours, _ in pairs], [new for _, new in pairs], 1 - decay)
+
+
+def _moved(
+    batch: tuple[dict[str, Tensor], Tensor, Tensor], device: torch.device
+) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    observation, actions, mask = batch
+    return {key: value.to(device) for key, value in observation.items()}, actions.to(device), mask.to(device)
 
 
 def _shifted(images: np.ndarray, index: np.ndarray, moves: np.ndarray) -> np.ndarray:

@@ -19,13 +19,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import KVWriter, Logger
 from stable_baselines3.common.type_aliases import Schedule
+from stable_baselines3.common.utils import get_device
 
 from sb3_vla.checkpoints import load_checkpoint, save_checkpoint
-from sb3_vla.demonstrations import Demonstrations
+from sb3_vla.demonstrations import Demonstrations, available_memory
 from sb3_vla.distributed import current_ranks
 from sb3_vla.grpo import GRPO
 from sb3_vla.holding import HoldAtEnd
 from sb3_vla.loggers import LoggerOptions, Loggers
+from sb3_vla.memory import MemoryPlan, plan_memory
+from sb3_vla.models import VLAModel
+from sb3_vla.models.lora import prepare_training
 from sb3_vla.ppo import PPO
 from sb3_vla.resume import load_algorithm, save_algorithm
 from sb3_vla.run import RunDirectory
@@ -61,7 +65,13 @@ class TrainingConfig:
     :param kl_coef: weight of the divergence from the policy at the start.
     :param max_grad_norm: clip of the gradient's norm.
     :param actor_warmup: rollouts over which the actor's learning rate rises.
-    :param trainable: ``all``, or ``expert`` to freeze the model's backbone.
+    :param trainable: ``all``, ``expert`` to freeze the model's backbone, ``adaptive`` or ``lora``.
+    :param lora: options of adapters, see :class:`sb3_vla.models.lora.LoRA`; None for none, or with
+        ``trainable=lora`` for the defaults.
+    :param frozen_bf16: a frozen backbone's weights in bfloat16.
+    :param gradient_checkpointing: layers compute again what the backward pass needs, for less memory.
+    :param compile: arguments of ``torch.compile``, ``{}`` for its defaults; None for no compilation.
+    :param device: ``cpu``, ``cuda`` or ``auto``.
     :param distribution: name of the action distribution.
     :param distribution_kwargs: its options.
     :param final_noise_scale: factor of the exploration noise at the end; it falls linearly from 1.
@@ -96,6 +106,11 @@ class TrainingConfig:
     max_grad_norm: float = 0.5
     actor_warmup: int = 5
     trainable: str = "expert"
+    lora: dict[str, Any] | None = None
+    frozen_bf16: bool = False
+    gradient_checkpointing: bool = False
+    compile: dict[str, Any] | None = None
+    device: str = "auto"
     distribution: str = "gaussian"
     distribution_kwargs: dict[str, Any] = field(default_factory=lambda: {"std": 0.2, "coherence": "offset"})
     final_noise_scale: float = 0.4
@@ -280,6 +295,11 @@ def train(
     policy_kwargs = _policy_kwargs(config, checkpoint, model_kwargs, optimizer_kwargs)
     if isinstance(config, GRPOConfig):
         make = functools.partial(_holding, make)
+    device = get_device(config.device)
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        plan = plan_training(start.model, config, action_chunk=options["action_chunk"], ranks=ranks.size)
+        plan.check(free, available_memory())
     own = ranks.share(config.num_envs, "num_envs")
     env = SharedMemoryVecEnv([make] * len(own), num_workers=config.num_workers)
     try:
@@ -323,6 +343,43 @@ def train(
             save_checkpoint(output, policy.model, critic, notes, distribution, policy.distribution)
 
 
+def plan_training(
+    model: VLAModel, config: PPOConfig | GRPOConfig, *, action_chunk: int | None = None, ranks: int = 1
+) -> MemoryPlan:
+    """What a training will take of each rank's memory, see :func:`sb3_vla.memory.plan_memory`.
+
+    :param model: the checkpoint's, or one of the same sizes on the meta device; it gets the adapters and the types of
+        the training, and is not to be trained afterwards.
+    :param action_chunk: actions executed per decision; None for all that the model predicts.
+    :param ranks: which share environments and minibatches, and with ``sharding=fsdp`` what is trained.
+    """
+    lora = {} if config.lora is None and config.trainable == "lora" else config.lora
+    prepare_training(model, config.trainable, lora=lora, frozen_bf16=config.frozen_bf16)
+    chunk = action_chunk or model.action_horizon - model.first_action
+    if isinstance(config, GRPOConfig):
+        played = config.groups * config.group_size * -(-config.horizon // chunk)
+        decisions = -(-played // config.num_envs)
+    else:
+        decisions = config.decisions
+    options = config.distribution_kwargs
+    steps = int(options.get("denoising_steps") or 4)
+    joint = options.get("joint", config.distribution == "flow_noise")
+    return plan_memory(
+        model,
+        trainable=config.trainable,
+        batch_size=config.micro_batch_size or -(-config.batch_size // ranks),
+        bf16=config.bf16,
+        gradient_checkpointing=config.gradient_checkpointing,
+        world_size=ranks if config.sharding == "fsdp" else 1,
+        num_envs=-(-config.num_envs // ranks),
+        decisions=decisions,
+        cache_perception=model.caches_perception and config.trainable != "all" and lora is None,
+        denoisings=steps if joint else 1,
+        denoising_steps=steps,
+        copies=int(config.kl_coef > 0),
+    )
+
+
 def _holding(make: Callable[[], gym.Env]) -> gym.Env:
     return HoldAtEnd(make())
 
@@ -344,6 +401,10 @@ def _policy_kwargs(
         "checkpoint": str(checkpoint),
         "model_kwargs": dict(model_kwargs or {}) or None,
         "trainable": config.trainable,
+        "lora": config.lora,
+        "frozen_bf16": config.frozen_bf16,
+        "gradient_checkpointing": config.gradient_checkpointing,
+        "compile": config.compile,
         "distribution": config.distribution,
         "distribution_kwargs": config.distribution_kwargs,
         **optimizer,

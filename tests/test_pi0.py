@@ -126,12 +126,15 @@ def test_flow_sde(name: str) -> None:
         x, index = ref.outputs["euler_chain"][:, step], torch.full((2,), step)
         mean, std, _ = sde.kernel(ref.model, ref.context, x, index)
         assert std.flatten().tolist() == pytest.approx([ref.outputs["sde_std"][step].item()] * 2, rel=2e-6)
-        assert difference(mean, ref.outputs["sde_mean"][:, step]) < TOLERANCE
+        expected_mean = ref.outputs["sde_mean"][:, step]
+        assert difference(mean, expected_mean) < 2e-6 * expected_mean.abs().max()
         reached = ref.outputs["sde_mean"][:, step] + ref.outputs["sde_std"][step] * ref.inputs["eps"]
         log_prob = gaussian_log_prob(reached, mean, std)[:, :, :4]
         expected = ref.outputs["sde_logp"][:, step]
         # The mean's error counts in units of the deviation.
         torch.testing.assert_close(log_prob, expected, rtol=2e-6, atol=2e-6 / std.min().item() * 4)
+        given = gaussian_log_prob(reached, expected_mean, ref.outputs["sde_std"][step])[:, :, :4]
+        torch.testing.assert_close(given, expected, rtol=2e-6, atol=2e-6)
 
 
 @both
@@ -200,6 +203,21 @@ def test_the_prefix_is_blind_to_the_suffix_and_stays(name: str) -> None:
 
 
 @both
+def test_other_numbers_of_steps_and_actions(name: str) -> None:
+    """In turns on one context, which a longer or shorter chain must not change."""
+    ref = reference(name)
+    for steps in (3, 1, 10, 3):
+        x = ref.inputs["noise"]
+        for step in range(steps):
+            x = x - ref.model.denoise(ref.context, x, torch.full((2,), 1 - step / steps)) / steps
+        assert difference(integrate(ref.model, ref.context, ref.inputs["noise"], steps), x) < TOLERANCE
+        for chunk in (5, 2):
+            acted = FlowSDE(chunk, denoising_steps=steps).mode(ref.model, ref.context)
+            whole = FlowSDE(5, denoising_steps=steps).mode(ref.model, ref.context)
+            assert torch.equal(acted, whole[:, :chunk])
+
+
+@both
 def test_one_attention_over_both_towers(name: str) -> None:
     """All tokens in one softmax, layer by layer, with the mask of blocks written out: the same velocity."""
     ref = reference(name)
@@ -253,15 +271,18 @@ def test_several_denoisings_of_a_context(name: str) -> None:
 @both
 def test_gradient_checkpointing_changes_no_gradient(name: str) -> None:
     ref = reference(name)
-    ref.model.set_trainable("expert")
-    gradients = []
-    for checkpointing in (False, True):
-        ref.model.expert.gradient_checkpointing = checkpointing
-        ref.model.zero_grad()
-        ref.model.denoise(ref.context, ref.inputs["noise"], ref.inputs["time"]).square().mean().backward()
-        gradients.append({key: p.grad.clone() for key, p in ref.model.named_parameters() if p.grad is not None})
-    assert gradients[0].keys() == gradients[1].keys() and all(not key.startswith(P) for key in gradients[0])
-    assert all(torch.equal(gradients[0][key], gradients[1][key]) for key in gradients[0])
+    for trainable in ("expert", "all"):
+        ref.model.set_trainable(trainable)
+        gradients = []
+        for checkpointing in (False, True):
+            ref.model.set_gradient_checkpointing(checkpointing)
+            ref.model.zero_grad()
+            context = make_context(ref.model, ref.inputs)
+            ref.model.denoise(context, ref.inputs["noise"], ref.inputs["time"]).square().mean().backward()
+            gradients.append({key: p.grad.clone() for key, p in ref.model.named_parameters() if p.grad is not None})
+        assert gradients[0].keys() == gradients[1].keys()
+        assert any(key.startswith(P) for key in gradients[0]) == (trainable == "all")
+        assert all(torch.equal(gradients[0][key], gradients[1][key]) for key in gradients[0])
 
 
 # Preprocessing

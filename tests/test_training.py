@@ -67,6 +67,7 @@ SHARED_CHANGES: dict[str, Any] = {
     "task_sampling": "uniform",
     "rehearsal_batch_size": 3,
     "bf16": None,
+    "device": "cpu",
     "sharding": "fsdp",
     "seed": 11,
 }
@@ -96,6 +97,7 @@ OTHERWISE = {
     *("num_envs", "epochs", "learning_rate", "final_learning_rate", "final_noise_scale"),
     *("trainable", "distribution", "distribution_kwargs", "rehearsal_coef", "checkpoint_interval", "keep_checkpoints"),
     *("iterations", "decisions", "privileged_critic", "total_decisions", "groups"),
+    *("lora", "frozen_bf16", "gradient_checkpointing", "compile"),
 }
 
 

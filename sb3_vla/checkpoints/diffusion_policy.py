@@ -17,6 +17,7 @@ from sb3_vla.checkpoints.layout import load_weights, read_json, read_tensors, wr
 from sb3_vla.checkpoints.native import LoadedCheckpoint, whole_folder
 from sb3_vla.models.diffusion import NORMALISATIONS, SCHEDULES
 from sb3_vla.models.diffusion_policy import RESNETS, DiffusionPolicy
+from sb3_vla.models.lora import merged_state
 
 _STATE = "observation.state"
 _ACTION = "action"
@@ -120,7 +121,7 @@ def save_diffusion_policy(
         for feature, ours in ((_ACTION, "action"), (_IMAGE, "image"), (_STATE, "state"))
         for moment in _MOMENTS
     }
-    parts = {key: value for key, value in model.state_dict().items() if key.startswith(_PARTS)}
+    parts = {key: value for key, value in merged_state(model).items() if key.startswith(_PARTS)}
     device = {"registry_name": "device_processor", "config": {"device": "cpu", "float_dtype": None}}
     normaliser = {"eps": 1e-8, "features": {**inputs, **outputs}, "norm_map": norm_map}
     before = [

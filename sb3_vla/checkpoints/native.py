@@ -17,7 +17,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from sb3_vla.checkpoints.folders import HUB, local_folder
 from sb3_vla.models import MODELS, VLAModel, model_class
+from sb3_vla.models.lora import merged_state
 
 # 2: CompactVLA attends to picture and sentence alone.
 FORMAT = "sb3-vla-2"
@@ -52,6 +54,8 @@ def save_checkpoint(
 ) -> None:
     """Write a checkpoint folder; it appears whole or not at all, and takes the place of one that is there.
 
+    Adapters are merged into the weights, see :mod:`sb3_vla.models.lora`.
+
     :param notes: JSON values kept beside the weights.
     :param distribution: name and options of the action distribution that the model acts by.
     :param distribution_module: that distribution, for the weights that it owns.
@@ -66,7 +70,7 @@ def save_checkpoint(
         "notes": dict(notes or {}),
         **({} if distribution is None else {"distribution": [distribution[0], dict(distribution[1])]}),
     }
-    tensors = {f"model.{key}": value for key, value in model.state_dict().items()}
+    tensors = {f"model.{key}": value for key, value in merged_state(model).items()}
     for prefix, part in (("value_head", value_head), ("distribution", distribution_module)):
         if part is not None:
             tensors.update({f"{prefix}.{key}": value for key, value in part.state_dict().items()})
@@ -189,9 +193,10 @@ def published_reader(folder: Path) -> Callable[[Path], LoadedCheckpoint] | None:
 def checkpoint_digest(folder: str | Path) -> str:
     """What tells one checkpoint from another in the same folder: a digest of its files.
 
+    :param folder: also ``hf://owner/name`` or ``hf://owner/name@revision`` on the Hugging Face hub.
     :raises FileNotFoundError: if one is missing.
     """
-    folder = Path(folder)
+    folder = local_folder(folder) if str(folder).startswith(HUB) else Path(folder)
     digest = hashlib.sha256()
     # Published folders have weights in several files, or statistics beside them.
     tensors = sorted(path.name for path in folder.glob("*.safetensors"))

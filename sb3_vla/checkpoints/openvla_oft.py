@@ -19,6 +19,7 @@ from sb3_vla.checkpoints.layout import load_weights, read_json, write_json
 from sb3_vla.checkpoints.native import LoadedCheckpoint, whole_folder
 from sb3_vla.checkpoints.shards import read_weights, write_weights
 from sb3_vla.checkpoints.tokenizer_files import find_tokenizer, write_tokenizer
+from sb3_vla.models.lora import merged_state
 from sb3_vla.models.openvla_oft import OFT_SIZES, SPECIAL_TOKENS, OFTSizes, OpenVLAOFT
 from sb3_vla.models.tokenizing import byte_tokenizer
 
@@ -167,7 +168,7 @@ def save_openvla_oft(
         "means": [_IMAGENET[0], _HALF[0]],
         "stds": [_IMAGENET[1], _HALF[1]],
     }
-    weights = {key: value.to(dtype) for key, value in model.state_dict().items() if key not in _STATISTICS}
+    weights = {key: value.to(dtype) for key, value in merged_state(model).items() if key not in _STATISTICS}
     with whole_folder(Path(folder)) as partial:
         write_json(partial / "config.json", config)
         write_json(partial / "dataset_statistics.json", statistics)

@@ -30,6 +30,7 @@ from sb3_vla.checkpoints.folders import (
 from sb3_vla.checkpoints.native import LoadedCheckpoint
 from sb3_vla.models import Pi0, Pi05
 from sb3_vla.models.gemma import GemmaSize
+from sb3_vla.models.lora import merged_state
 from sb3_vla.models.normalisation import STATISTICS
 from sb3_vla.models.prompts import tokenizer_file
 
@@ -379,7 +380,10 @@ def _distribution(
 def _openpi_weights(model: Pi0) -> dict[str, Tensor]:
     """All weights under openpi's names. The embedding is tied to PaliGemma's head, whose name alone is written, as
     safetensors does it; openpi and LeRobot also want the expert's head, which they never use."""
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.named_parameters()}
+    buffers = dict(model.named_buffers())
+    weights = {
+        name: tensor.detach().cpu().contiguous() for name, tensor in merged_state(model).items() if name not in buffers
+    }
     weights[TIED] = weights.pop(EMBEDDING)
     vocabulary, width = model.config["vocabulary"], model.config["expert"]["width"]
     weights[UNUSED[0]] = torch.zeros(vocabulary, width, dtype=torch.bfloat16)

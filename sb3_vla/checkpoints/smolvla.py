@@ -19,6 +19,7 @@ from sb3_vla.checkpoints.layout import load_weights, read_json, read_tensors, re
 from sb3_vla.checkpoints.native import LoadedCheckpoint, whole_folder
 from sb3_vla.checkpoints.shards import read_weights, write_weights
 from sb3_vla.checkpoints.tokenizer_files import find_tokenizer, write_tokenizer
+from sb3_vla.models.lora import merged_state
 from sb3_vla.models.smolvla import SPECIAL_TOKENS, SmolVLA
 from sb3_vla.models.tokenizing import byte_tokenizer
 
@@ -133,7 +134,7 @@ def save_smolvla(
         for feature, ours in ((_ACTION, "action"), (_STATE, "state"))
         for moment in ("mean", "std")
     }
-    weights = {_their_name(key): value for key, value in model.state_dict().items() if key not in _STATISTICS}
+    weights = {_their_name(key): value for key, value in merged_state(model).items() if key not in _STATISTICS}
     device = {"registry_name": "device_processor", "config": {"device": "cpu", "float_dtype": None}}
     normaliser = {"eps": 1e-8, "features": {**inputs, **outputs}, "norm_map": _NORM_MAP}
     words = {

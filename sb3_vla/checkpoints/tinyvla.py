@@ -21,6 +21,7 @@ from torch import Tensor
 
 from sb3_vla.checkpoints.layout import load_weights, read_json, read_tensors, write_json, write_tensors
 from sb3_vla.checkpoints.native import LoadedCheckpoint, whole_folder
+from sb3_vla.models.lora import merged_state
 from sb3_vla.models.tinyvla import PROMPT, TinyVLA
 
 _STATISTICS = "dataset_stats.pkl"
@@ -120,7 +121,7 @@ def save_tinyvla(folder: str | Path, model: TinyVLA) -> None:
     }
     weights = {
         _their_name(key): value
-        for key, value in model.state_dict().items()
+        for key, value in merged_state(model).items()
         if not key.startswith(("action_", "state_"))
     }
     statistics = {theirs: getattr(model, ours).cpu().numpy() for ours, theirs in _NAMES.items()}

@@ -20,12 +20,13 @@ from torch import Tensor, nn
 
 from mw_envs.tasks import did_you_mean
 from sb3_vla import noise as draw
+from sb3_vla.models.recomputing import Recomputing
 
 PERCEPTION = "perception/"
 #: what a model may predict: a flow's velocity; a diffusion's noise, clean action or v (Salimans & Ho 2022); tokens
 PREDICTIONS = ("velocity", "epsilon", "sample", "v_prediction", "tokens")
 #: parts of a model that can be trained
-TRAINABLE = ("all", "expert", "adaptive")
+TRAINABLE = ("all", "expert", "adaptive", "lora")
 
 
 def is_perceived(observation: Mapping[str, Tensor]) -> bool:
@@ -81,6 +82,8 @@ class VLAModel(nn.Module, ABC):
         self.latent_dim = action_dim
         self.register_buffer("action_mean", torch.zeros(action_dim))
         self.register_buffer("action_std", torch.ones(action_dim))
+        #: see :meth:`set_gradient_checkpointing`
+        self.gradient_checkpointing = False
         self.action_mean: Tensor
         self.action_std: Tensor
 
@@ -98,10 +101,10 @@ class VLAModel(nn.Module, ABC):
         yield from ()
 
     def set_trainable(self, trainable: str) -> None:
-        """Leave a gradient to one part of the model.
+        """Leave a gradient to one part of the model, and to the adapters that it has.
 
-        :param trainable: ``all``, ``expert`` for all but the backbone, or ``adaptive`` for
-            :meth:`adaptive_parameters`.
+        :param trainable: ``all``, ``expert`` for all but the backbone, ``adaptive`` for
+            :meth:`adaptive_parameters`, or ``lora`` for nothing else, see :func:`sb3_vla.models.lora.add_lora`.
         :raises ValueError: for an unknown part, or one that the model has not.
         """
         if trainable not in TRAINABLE:
@@ -109,11 +112,40 @@ class VLAModel(nn.Module, ABC):
         adaptive = list(self.adaptive_parameters())
         if trainable == "adaptive" and not adaptive:
             raise ValueError(f'{type(self).__name__} has no modulated norms to train alone; use trainable="expert"')
-        self.requires_grad_(trainable != "adaptive")
+        adapters = [parameter for name, parameter in self.named_parameters() if ".lora_" in name]
+        self.requires_grad_(trainable in ("all", "expert"))
         for parameter in self.backbone() if trainable == "expert" else ():
             parameter.requires_grad_(False)
-        for parameter in adaptive if trainable == "adaptive" else ():
+        for parameter in (*(adaptive if trainable == "adaptive" else ()), *adapters):
             parameter.requires_grad_(True)
+
+    def set_gradient_checkpointing(self, enabled: bool) -> None:
+        """Whether layers keep their inputs alone for the backward pass and compute the rest again: the same gradients
+        with less memory and about a third more work.
+
+        :raises ValueError: if the model has no layers that do.
+        """
+        layers = [module for module in self.modules() if isinstance(module, Recomputing)]
+        if enabled and not layers:
+            raise ValueError(f"{type(self).__name__} has no gradient checkpointing; lower micro_batch_size instead")
+        for module in layers:
+            module.recomputes = enabled
+        self.gradient_checkpointing = enabled
+
+    def halve_backbone(self) -> None:
+        """Keep the backbone's frozen weights in bfloat16.
+
+        :raises ValueError: if the model does not compute with such, or its backbone is trained.
+        """
+        raise ValueError(f"{type(self).__name__} reads its backbone in float32; leave frozen_bf16=True out")
+
+    def compile_towers(self, options: Mapping[str, Any]) -> None:
+        """Compile what takes the time; names of weights and what is saved stay as they are.
+
+        :param options: of ``torch.compile``.
+        :raises ValueError: if the model has nothing that is compiled.
+        """
+        raise ValueError(f"{type(self).__name__} is not compiled; leave compile={dict(options)} out")
 
     @abstractmethod
     def perceive(self, observation: dict[str, Tensor]) -> dict[str, Tensor]:

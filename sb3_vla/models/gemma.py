@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+
+from sb3_vla.models.recomputing import Recomputing
 
 #: of one layer, after the rotation: (N, kv_heads, T, head_dim) each
 KeysValues = tuple[Tensor, Tensor]
@@ -45,7 +46,6 @@ class GemmaTower(nn.Module):
     def __init__(self, size: GemmaSize, vocabulary: int | None = None, condition_dim: int | None = None) -> None:
         super().__init__()
         self.size = size
-        self.gradient_checkpointing = False
         if vocabulary is not None:
             self.embed_tokens = nn.Embedding(vocabulary, size.width)
         self.layers = nn.ModuleList(GemmaLayer(size, condition_dim) for _ in range(size.depth))
@@ -73,15 +73,12 @@ class GemmaTower(nn.Module):
         left: list[KeysValues] = []
         for index, layer in enumerate(self.layers):
             others = None if before is None else before[index]
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                x, own = checkpoint(layer, x, rotation, mask, others, condition, use_reentrant=False)
-            else:
-                x, own = layer(x, rotation, mask, others, condition)
+            x, own = layer(x, rotation, mask, others, condition)
             left.append(own)
         return self.norm(x, condition)[0], left
 
 
-class GemmaLayer(nn.Module):
+class GemmaLayer(Recomputing):
     """Attention and a gated perceptron, each behind a norm and with a residual connection."""
 
     def __init__(self, size: GemmaSize, condition_dim: int | None) -> None:

@@ -22,9 +22,10 @@ from mw_envs.tasks import decode_instruction, did_you_mean
 from sb3_vla import noise as draw
 from sb3_vla.models.base import PERCEPTION, Context, VLAModel
 from sb3_vla.models.compact import time_embedding
-from sb3_vla.models.gemma import GemmaLayer, GemmaSize, GemmaTower, KeysValues
+from sb3_vla.models.gemma import GemmaLayer, GemmaSize, GemmaTower, KeysValues, RMSNorm
 from sb3_vla.models.normalisation import CONVENTIONS, SCHEMES, STATISTICS, normalise, unnormalise
 from sb3_vla.models.prompts import PromptTokenizer, clean
+from sb3_vla.models.recomputing import recomputing
 
 PALIGEMMA = "google/paligemma-3b-pt-224"
 _STATE_BINS = 256
@@ -97,6 +98,7 @@ class Pi0(VLAModel):
         vocabulary: int = 257_152,
     ) -> None:
         super().__init__(action_dim, action_horizon)
+        self.compiled = False
         self.vision_size = VisionSize(**dict(vision or {}))
         vlm_size = GemmaSize(**{"width": 2048, "mlp": 16_384, **dict(vlm or {})})
         expert_size = GemmaSize(**{"width": 1024, "mlp": 4096, **dict(expert or {})})
@@ -167,6 +169,25 @@ class Pi0(VLAModel):
         """See :meth:`VLAModel.backbone`."""
         yield from self._paligemma.parameters()
 
+    def halve_backbone(self) -> None:
+        """See :meth:`VLAModel.halve_backbone`; norms of the language model stay float32, as openpi keeps them."""
+        if any(p.requires_grad for name, p in self._paligemma.named_parameters() if ".lora_" not in name):
+            raise ValueError('frozen_bf16=True is for a frozen backbone; use trainable="expert", "adaptive" or "lora"')
+        norms = {id(part.weight) for part in self.modules() if isinstance(part, RMSNorm)}
+        for parameter in self.backbone():
+            if not parameter.requires_grad and id(parameter) not in norms:
+                parameter.data = parameter.data.to(torch.bfloat16)
+
+    def compile_towers(self, options: Mapping[str, Any]) -> None:
+        """See :meth:`VLAModel.compile_towers`; prompts are then padded to one length: each is compiled anew."""
+        for tower in (self.vision_model, self.language_model, self.expert):
+            tower.compile(**dict(options))
+        self.compiled = True
+
+    def _shown_tokens(self, used: int, longest: int) -> int:
+        """How many tokens the towers are given, of which ``used`` are no padding in the longest prompt."""
+        return longest if self.compiled else used
+
     def fit_image(self, image: Tensor) -> Tensor:
         """See :meth:`VLAModel.fit_image`; LeRobot's way gives no whole numbers, so the picture is kept as it came."""
         return image if self.convention == "lerobot" else resize_with_pad(image, self.image_size[0], antialias=True)
@@ -175,7 +196,7 @@ class Pi0(VLAModel):
         """See :meth:`VLAModel.perceive`; what it gives has room for the longest prompt."""
         images = self.read_image(observation["image"])[:, None]
         tokens, valid = self.read_prompt(observation)
-        used = int(valid.sum(1).max())
+        used = self._shown_tokens(int(valid.sum(1).max()), self.config["prompt_tokens"])
         hidden, keys_values, prefix_valid = self.run_prefix(images, tokens[:, :used], valid[:, :used])
         pictured = hidden.shape[1] - used
         room = self.config["prompt_tokens"] - used
@@ -194,7 +215,7 @@ class Pi0(VLAModel):
         """See :meth:`VLAModel.contextualise`."""
         valid = perception[PERCEPTION + "valid"]
         length = valid.sum(1)
-        used = int(length.max())
+        used = self._shown_tokens(int(length.max()), valid.shape[1])
         stacked = perception[PERCEPTION + "keys_values"][..., :used, :]
         keys_values = [(pair[:, 0], pair[:, 1]) for pair in stacked.unbind(1)]
         state = self.normalise_state(perception["state"].float())
@@ -260,7 +281,8 @@ class Pi0(VLAModel):
 
     def embed_prefix(self, images: Tensor, tokens: Tensor) -> Tensor:
         """Embeddings (N, P, W) of pictures (N, C, 3, S, S) in [-1, 1], then of tokens (N, T)."""
-        seen = self.vision_model(pixel_values=images.flatten(0, 1)).last_hidden_state
+        kind = self.vision_model.embeddings.patch_embedding.weight.dtype  # type: ignore[union-attr]
+        seen = self.vision_model(pixel_values=images.flatten(0, 1).to(kind)).last_hidden_state  # type: ignore[arg-type]
         pictured = self._paligemma["multi_modal_projector"]["linear"](seen)  # type: ignore[index]
         pictured = pictured.unflatten(0, images.shape[:2]).flatten(1, 2)
         words = self.language_model.embed_tokens(tokens) * math.sqrt(self.language_model.size.width)
@@ -473,4 +495,6 @@ def _vision_model(size: VisionSize, image_size: int) -> nn.Module:
             vision_use_head=False,
         )
     )
-    return getattr(model, "vision_model", model)  # before transformers 5.6 it was one level deeper
+    model = getattr(model, "vision_model", model)  # before transformers 5.6 it was one level deeper
+    recomputing(model.encoder.layers)
+    return model

@@ -1,0 +1,344 @@
+"""Memory that training a model takes, known before it starts: the update is played through without any numbers.
+
+Parameters and what comes of them are fake tensors, which have a shape, a type and a life but no contents, so that a
+model of billions of parameters, also one on the meta device, is planned in seconds on any machine. What the forward
+and backward pass hold at their worst moment is counted as they run, not estimated by a formula of one architecture.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from mw_envs.tasks import encode_instruction
+from sb3_vla.models.base import PERCEPTION, VLAModel
+from sb3_vla.models.prompts import PromptTokenizer
+from sb3_vla.precision import autocast
+
+GIB = 2**30
+#: share of a device left to what a plan does not count: the driver's context, fragments, workspaces of kernels
+HEADROOM = 0.1
+# A sentence as long as MetaWorld's longest.
+_SENTENCE = "Push the puck into the goal, bypassing a wall on the way"
+_FLOAT = 4
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes that a training takes, on each rank.
+
+    :param weights: of the model, trained or not.
+    :param copies: of what is trained: averaged weights, or the anchor of a divergence.
+    :param gradients: of what is trained.
+    :param optimizer: state of the optimiser.
+    :param activations: what an update holds at its worst moment besides, for one micro batch.
+    :param rollout: what a decision of all environments holds at its worst moment, besides weights.
+    :param prefix_per_decision: what a rollout keeps of a decision where it keeps what a frozen backbone perceived.
+    :param buffer: the rollout, which lies in the machine's own memory, not on the device.
+    :param settings: what was planned, for the table.
+    """
+
+    weights: int
+    copies: int
+    gradients: int
+    optimizer: int
+    activations: int
+    rollout: int
+    prefix_per_decision: int
+    buffer: int
+    settings: str
+
+    @property
+    def device(self) -> int:
+        """On the device at the worst moment, of updates and rollouts, which take turns."""
+        return self.weights + self.copies + self.optimizer + max(self.gradients + self.activations, self.rollout)
+
+    def rows(self) -> list[tuple[str, int]]:
+        """What takes how many bytes."""
+        return [
+            ("weights", self.weights),
+            ("copies of what is trained", self.copies),
+            ("gradients", self.gradients),
+            ("optimiser state", self.optimizer),
+            ("activations of a micro batch", self.activations),
+            ("a decision of all environments", self.rollout),
+            ("device, at most", self.device),
+            ("perception kept per decision", self.prefix_per_decision),
+            ("rollout buffer, in main memory", self.buffer),
+        ]
+
+    def __str__(self) -> str:
+        """A table in GiB."""
+        return "\n".join([self.settings, *(f"{name:<32}{size / GIB:>10.3f} GiB" for name, size in self.rows())])
+
+    def check(self, available: int, main_memory: int | None = None) -> None:
+        """Refuse what does not fit.
+
+        :param available: bytes of the device; a tenth of it is left to what is not counted.
+        :param main_memory: bytes of the machine, for the rollout buffer; None where it is not known.
+        :raises ValueError: with the table, and what to change, what helps most first.
+        """
+        usable = int(available * (1 - HEADROOM))
+        if self.device > usable:
+            raise ValueError(
+                f"This training needs {self.device / GIB:.1f} GiB on the device; {usable / GIB:.1f} GiB of its "
+                f"{available / GIB:.1f} GiB are to be had. {self._advice(usable)}\n{self}"
+            )
+        if main_memory is not None and self.buffer > main_memory:
+            raise ValueError(
+                f"The rollout buffer needs {self.buffer / GIB:.1f} GiB of main memory; {main_memory / GIB:.1f} GiB are "
+                f"free. Take fewer decisions or environments a rollout, or cache_perception=False\n{self}"
+            )
+
+    def _advice(self, usable: int) -> str:
+        standing = self.weights + self.copies + self.gradients + self.optimizer
+        if standing <= usable and self.rollout <= usable - self.weights - self.copies - self.optimizer:
+            return "Lower micro_batch_size, set gradient_checkpointing=True, or bf16=True."
+        if self.gradients + self.optimizer + self.copies > self.weights:
+            return (
+                'What is trained is too much for one device: train less (trainable="expert" or "adaptive"), train '
+                'adapters (trainable="lora"), or spread it over more ranks.'
+            )
+        return (
+            'Weights alone take most of it: keep the frozen backbone in bfloat16 (frozen_bf16=True), trainable="lora".'
+        )
+
+
+def plan_memory(
+    model: VLAModel,
+    *,
+    trainable: str | None = None,
+    batch_size: int,
+    bf16: bool | None = False,
+    gradient_checkpointing: bool = False,
+    world_size: int = 1,
+    num_envs: int = 1,
+    decisions: int = 0,
+    cache_perception: bool = False,
+    denoisings: int = 1,
+    denoising_steps: int = 5,
+    copies: int = 0,
+    optimizer_states: int = 2,
+) -> MemoryPlan:
+    """Play an update and a decision through without numbers.
+
+    :param model: may be on the meta device; it is left as it was. Adapters, where wanted, are in it already.
+    :param trainable: what is trained, see :meth:`VLAModel.set_trainable`; None for the model's default.
+    :param batch_size: decisions of a micro batch.
+    :param bf16: autocast of the update, see :func:`sb3_vla.precision.autocast`.
+    :param gradient_checkpointing: see :meth:`VLAModel.set_gradient_checkpointing`.
+    :param world_size: ranks over which what is trained, its gradients and its optimiser state are spread (FSDP2); 1
+        where each rank holds all of it, as with DDP.
+    :param num_envs: environments of this rank.
+    :param decisions: of each in a rollout.
+    :param cache_perception: whether the rollout keeps what a frozen backbone perceived.
+    :param denoisings: denoising steps with a gradient, per decision: one for Flow-SDE, all of them for Flow-Noise.
+    :param denoising_steps: of a decision, all of whose stages the rollout keeps.
+    :param copies: of what is trained: 1 for imitation's averaged weights, 1 for the anchor of a divergence.
+    :param optimizer_states: numbers that the optimiser keeps per parameter; Adam's two moments.
+    :raises ValueError: for a number below its least value, or a part that the model has not.
+    """
+    for name, value, least in (
+        ("batch_size", batch_size, 1),
+        ("world_size", world_size, 1),
+        ("num_envs", num_envs, 1),
+        ("decisions", decisions, 0),
+        ("denoisings", denoisings, 1),
+    ):
+        if value < least:
+            raise ValueError(f"plan_memory {name}={value}; expected at least {least}")
+    chosen = model.default_trainable if trainable is None else trainable
+    with _left_as_it_was(model), _full_prompts(model):
+        model.set_trainable(chosen)
+        if gradient_checkpointing:
+            model.set_gradient_checkpointing(True)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        frozen = [p for p in model.parameters() if not p.requires_grad]
+        buffers = sum(_bytes(buffer) for buffer in model.buffers())
+        stand_in = _StandIn(model)
+        fake = stand_in.fake
+        activations = stand_in.run(lambda: _update(model, _observation(model, batch_size, fake), bf16, denoisings))
+        prefix = 0
+
+        def decide() -> None:
+            nonlocal prefix
+            with autocast(bf16):
+                perceived = model.perceive(_observation(model, num_envs, fake))
+            prefix = sum(_bytes(value) for key, value in perceived.items() if key.startswith(PERCEPTION)) // num_envs
+            _loss(model, perceived, bf16, 1)
+
+        with torch.no_grad():
+            rollout = stand_in.run(decide)
+    kept = prefix if cache_perception else _picture_bytes(model)
+    kept += model.action_horizon * model.latent_dim * _FLOAT * (denoising_steps + 1)
+    ours = -(-sum(map(_bytes, trained)) // world_size)
+    numbers = -(-sum(p.numel() for p in trained) // world_size)
+    counted = sum(p.numel() for p in trained)
+    return MemoryPlan(
+        weights=ours + sum(map(_bytes, frozen)) + buffers,
+        copies=copies * ours,
+        gradients=ours,
+        optimizer=optimizer_states * numbers * _FLOAT,
+        activations=activations,
+        rollout=rollout,
+        prefix_per_decision=prefix,
+        buffer=num_envs * decisions * kept,
+        settings=(
+            f"{type(model).__name__}, trainable={chosen}: {counted:,} of {counted + sum(p.numel() for p in frozen):,} "
+            f"parameters; micro batch {batch_size}, bf16={bf16}, gradient_checkpointing={gradient_checkpointing}, "
+            f"{world_size} rank{'s' if world_size > 1 else ''}"
+        ),
+    )
+
+
+class _StandIn:
+    """A model whose parameters are fake."""
+
+    def __init__(self, model: VLAModel) -> None:
+        self.fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self.model = model
+
+    def run(self, call: Callable[[], None]) -> int:
+        """Bytes that a call holds at its worst moment, besides the model."""
+        tensors = self._tensors()
+        with _LiveBytes() as counted:
+            torch.func.functional_call(_Calling(self.model, call), tensors, ())
+        return counted.peak
+
+    def _tensors(self) -> dict[str, Tensor]:
+        tensors: dict[str, Tensor] = {}
+        with self.fake:
+            for name, parameter in self.model.named_parameters():
+                like = torch.empty(parameter.shape, dtype=parameter.dtype, device="cpu")
+                tensors[f"model.{name}"] = like.requires_grad_(parameter.requires_grad)
+        for tensor in tensors.values():
+            if tensor.requires_grad:  # counted apart, so they leave at once
+                tensor.register_post_accumulate_grad_hook(_forget_gradient)
+        for name, buffer in self.model.named_buffers():  # small, and prompts are made of some
+            missing = buffer.device.type == "meta"
+            tensors[f"model.{name}"] = torch.ones(buffer.shape, dtype=buffer.dtype) if missing else buffer.cpu()
+        return tensors
+
+
+class _Calling(nn.Module):
+    """A call during which the model's tensors are others, recomputation in the backward pass included."""
+
+    def __init__(self, model: VLAModel, call: Callable[[], None]) -> None:
+        super().__init__()
+        self.model = model
+        self.call = call
+
+    def forward(self) -> Any:
+        return self.call()
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Counts the storages of fake tensors that are alive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._known: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        given = tree_leaves((args, kwargs))
+        for tensor in given:  # such as the parameters
+            if isinstance(tensor, FakeTensor):
+                self._known.add(tensor.untyped_storage())
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, FakeTensor):
+                self._watch(tensor.untyped_storage())
+        return result
+
+    def _watch(self, storage: torch.UntypedStorage) -> None:
+        if storage in self._known:
+            return
+        self._known.add(storage)
+        size = storage.nbytes()
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._leave, size).atexit = False
+
+    def _leave(self, size: int) -> None:
+        self.live -= size
+
+
+def _forget_gradient(parameter: Tensor) -> None:
+    parameter.grad = None
+
+
+def _update(model: VLAModel, observation: dict[str, Tensor], bf16: bool | None, denoisings: int) -> None:
+    _loss(model, observation, bf16, denoisings).backward()
+
+
+def _loss(model: VLAModel, observation: dict[str, Tensor], bf16: bool | None, denoisings: int) -> Tensor:
+    """Imitation's: it runs what a ratio runs, the encoding and one denoising of it, or several."""
+    count = len(observation["state"])
+    actions = torch.zeros(count, model.action_horizon, model.action_dim)
+    mask = torch.ones(count, model.action_horizon, dtype=torch.bool)
+    with autocast(bf16):
+        return model.imitation_loss(observation, actions, mask, draws=denoisings)
+
+
+def _observation(model: VLAModel, count: int, fake: FakeTensorMode) -> dict[str, Tensor]:
+    sentence = torch.from_numpy(np.array(encode_instruction(_SENTENCE)))
+    with fake:
+        image = torch.empty((count, 3, *model.image_size), dtype=torch.uint8)
+    return {
+        "image": image,
+        "state": torch.zeros(count, int(model.config.get("state_dim", 4))),
+        "instruction": sentence.expand(count, -1),
+    }
+
+
+def _picture_bytes(model: VLAModel) -> int:
+    return 3 * model.image_size[0] * model.image_size[1]
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+@contextmanager
+def _left_as_it_was(model: VLAModel) -> Iterator[None]:
+    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    checkpointing = model.gradient_checkpointing
+    try:
+        yield
+    finally:
+        for parameter, trained in before:
+            parameter.requires_grad_(trained)
+        if model.gradient_checkpointing != checkpointing:
+            model.set_gradient_checkpointing(checkpointing)
+
+
+@contextmanager
+def _full_prompts(model: VLAModel) -> Iterator[None]:
+    """Prompts as long as they may be, without a tokenizer, which a plan needs not have at hand."""
+    tokenize = getattr(model, "tokenize", None)
+    if not isinstance(tokenize, PromptTokenizer):
+        yield
+        return
+
+    def full(prompts: Sequence[Any]) -> tuple[Tensor, Tensor]:
+        shape = (len(prompts), tokenize.length)
+        return torch.zeros(shape, dtype=torch.int64), torch.ones(shape, dtype=torch.bool)
+
+    model.tokenize = full  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        model.tokenize = tokenize  # type: ignore[assignment]

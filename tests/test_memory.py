@@ -1,0 +1,150 @@
+"""The memory planner, against what a real update allocates."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+from toy import toy_observation
+from toy_pi0 import TINY_PI0, tiny_tokenizer
+
+from sb3_vla.memory import GIB, HEADROOM, MemoryPlan, plan_memory
+from sb3_vla.models import VLAModel, make_model
+
+#: large enough that activations are far more than what is allocated beside them
+SMALL: dict[str, Any] = {
+    **TINY_PI0,
+    "vlm": {"width": 64, "mlp": 256, "depth": 3, "head_dim": 16},
+    "expert": {"width": 64, "mlp": 256, "depth": 3, "head_dim": 16},
+}
+
+
+def measured(model: VLAModel, batch: int, draws: int = 1) -> int:
+    """Bytes that an update's forward and backward pass hold at their worst moment, by torch's profiler."""
+    side = model.image_size[0]
+    observation = toy_observation(batch, image_size=side)
+    actions = torch.zeros(batch, model.action_horizon, model.action_dim)
+    mask = torch.ones(batch, model.action_horizon, dtype=torch.bool)
+
+    def forget(parameter: Tensor) -> None:
+        parameter.grad = None
+
+    hooks = [p.register_post_accumulate_grad_hook(forget) for p in model.parameters() if p.requires_grad]
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+        model.imitation_loss(observation, actions, mask, draws=draws).backward()
+    for hook in hooks:
+        hook.remove()
+    events = sorted(
+        (e for e in found.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()
+    )
+    live = peak = 0
+    for event in events:
+        live += event.nbytes()
+        peak = max(peak, live)
+    return peak
+
+
+@pytest.mark.parametrize("trainable", ["expert", "all"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_activations_are_those_of_a_real_update(tmp_path: Path, trainable: str, checkpointing: bool) -> None:
+    model = make_model("pi0", {**SMALL, "tokenizer": str(tiny_tokenizer(tmp_path)), "prompt_tokens": 15})
+    plan = plan_memory(model, trainable=trainable, batch_size=16, gradient_checkpointing=checkpointing)
+    model.set_trainable(trainable)
+    model.set_gradient_checkpointing(checkpointing)
+    measured(model, 2)  # what is allocated once
+    assert plan.activations == pytest.approx(measured(model, 16), rel=0.1)
+
+
+@pytest.mark.parametrize("name", ["compact", "diffusion_policy"])
+def test_other_models(name: str) -> None:
+    model = make_model(name, {"image_size": 64 if name == "compact" else 96})
+    plan = plan_memory(model, trainable="all", batch_size=8)
+    model.set_trainable("all")
+    measured(model, 2)
+    assert plan.activations == pytest.approx(measured(model, 8), rel=0.25)
+
+
+def test_what_does_not_depend_on_the_batch() -> None:
+    model = make_model("pi05", TINY_PI0)
+    trained = sum(p.numel() for name, p in model.named_parameters() if not name.startswith("paligemma_with_expert.pal"))
+    total = sum(p.numel() for p in model.parameters())
+    buffers = sum(b.numel() * b.element_size() for b in model.buffers())
+    options: dict[str, Any] = {"trainable": "expert", "batch_size": 2, "num_envs": 3, "decisions": 7, "copies": 1}
+    plan = plan_memory(model, **options)
+    assert plan.weights == 4 * total + buffers
+    assert (plan.gradients, plan.optimizer, plan.copies) == (4 * trained, 8 * trained, 4 * trained)
+    chain = 5 * 32 * 4 * 6  # five actions of 32 numbers at the six stages of five denoising steps
+    assert plan.buffer == 3 * 7 * (3 * 56 * 56 + chain)
+    tokens = 16 + 200  # of the picture and of the longest prompt
+    prefix = tokens * 3 * 2 * 16 * 4 + tokens + 2 * 64 * 4  # keys and values, which are valid, summary
+    assert plan.prefix_per_decision == prefix
+    assert plan_memory(model, **options, cache_perception=True).buffer == 3 * 7 * (prefix + chain)
+    spread = plan_memory(model, **options, world_size=2)
+    assert spread.optimizer == pytest.approx(plan.optimizer / 2, abs=8)
+    assert spread.weights == pytest.approx(plan.weights - 2 * trained, abs=8)
+
+
+def test_a_plan_needs_neither_weights_nor_a_tokenizer_and_leaves_the_model_alone() -> None:
+    with torch.device("meta"):
+        model = make_model("pi0", {**SMALL, "tokenizer": "/nowhere"})
+    model.set_trainable("all")
+    before = {name: p.requires_grad for name, p in model.named_parameters()}
+    tokenize = model.tokenize
+    plans = [plan_memory(model, trainable="expert", batch_size=batch, gradient_checkpointing=True) for batch in (4, 8)]
+    assert plans[1].activations == pytest.approx(2 * plans[0].activations, rel=0.1)
+    assert model.tokenize is tokenize and not model.gradient_checkpointing
+    assert before == {name: p.requires_grad for name, p in model.named_parameters()}
+    assert all(p.is_meta for p in model.parameters())
+
+
+def test_each_saving_saves() -> None:
+    with torch.device("meta"):
+        model = make_model("pi0", SMALL)
+    full = plan_memory(model, trainable="all", batch_size=16)
+    recomputed = plan_memory(model, trainable="all", batch_size=16, gradient_checkpointing=True)
+    expert = plan_memory(model, trainable="expert", batch_size=16)
+    joint = plan_memory(model, trainable="expert", batch_size=16, denoisings=5)
+    halved = plan_memory(model, trainable="all", batch_size=16, bf16=True)
+    assert recomputed.activations < 0.6 * full.activations and halved.activations < 0.9 * full.activations
+    assert expert.activations < full.activations and expert.device < full.device
+    assert joint.activations > expert.activations
+
+
+def plan(**sizes: int) -> MemoryPlan:
+    names = ("weights", "copies", "gradients", "optimizer", "activations", "rollout", "prefix_per_decision", "buffer")
+    return MemoryPlan(**{**dict.fromkeys(names, 0), **{k: v * GIB for k, v in sizes.items()}}, settings="Pi0")
+
+
+def test_the_table() -> None:
+    sizes = plan(weights=12, gradients=2, optimizer=4, activations=8, rollout=9, buffer=3)
+    assert sizes.device == (12 + 4 + 10) * GIB
+    lines = str(sizes).splitlines()
+    assert lines[0] == "Pi0" and f"{'device, at most':<32}{26:>10.3f} GiB" in lines
+    sizes.check(int(26 * GIB / (1 - HEADROOM)) + 2, 3 * GIB)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "advice"),
+    [
+        ({"weights": 4, "activations": 10}, "Lower micro_batch_size, set gradient_checkpointing=True, or bf16=True"),
+        ({"weights": 4, "gradients": 4, "optimizer": 8}, r'trainable="expert".*trainable="lora".*more ranks'),
+        ({"weights": 12}, "frozen_bf16=True"),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_advice(sizes: dict[str, int], advice: str) -> None:
+    with pytest.raises(ValueError, match=rf"(?s)9\.0 GiB of its 10\.0 GiB.*{advice}.*Pi0"):
+        plan(**sizes).check(10 * GIB)
+
+
+def test_a_buffer_beyond_main_memory_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"rollout buffer needs 20\.0 GiB of main memory; 10\.0 GiB"):
+        plan(buffer=20).check(10 * GIB, 10 * GIB)
+
+
+def test_numbers_that_cannot_be() -> None:
+    with pytest.raises(ValueError, match="batch_size=0; expected at least 1"):
+        plan_memory(make_model("pi0", TINY_PI0), batch_size=0)
