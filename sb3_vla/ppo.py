@@ -14,7 +14,7 @@ import warnings
 from collections import defaultdict, deque
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import stable_baselines3
@@ -44,6 +44,9 @@ from sb3_vla.stepping import (
     step_by_halves,
     step_together,
 )
+
+if TYPE_CHECKING:
+    from sb3_vla.cluster.rollout import Replicas
 
 _OWN_OPTIONS = (
     "value_lr",
@@ -260,6 +263,8 @@ class PPO(stable_baselines3.PPO):
             lambda: deque(maxlen=self._stats_window_size)
         )
         self._reference: VLAPolicy | None = None
+        #: copies of the policy that decide in its place, on other accelerators
+        self.replicas: Replicas | None = None
 
     def _refuse_own_options(self) -> None:
         """Options that only VLAPolicy's update knows must not be given in vain."""
@@ -348,6 +353,8 @@ class PPO(stable_baselines3.PPO):
             env.env_method("set_task_weights", self._task_weights())
         self.policy.set_training_mode(False)
         self.policy.distribution.noise_scale = self.noise_scale(self._current_progress_remaining)
+        if self.replicas is not None:
+            self.replicas.take_weights()
 
     def _log_rollout(self, decisions: int, env_steps: int, clock: Clock) -> None:
         seconds = clock.elapsed()
@@ -360,8 +367,11 @@ class PPO(stable_baselines3.PPO):
 
     @torch.no_grad()
     def _decide(self, observations: Mapping[str, np.ndarray]) -> Decision:
-        prepared = self.policy.prepare(obs_as_tensor(dict(observations), self.device))
-        chunk, values, trace = self.policy.decide(prepared)
+        if self.replicas is None:
+            prepared = self.policy.prepare(obs_as_tensor(dict(observations), self.device))
+            chunk, values, trace = self.policy.decide(prepared)
+        else:
+            prepared, chunk, values, trace = self.replicas.decide(observations)
         actions = chunk.cpu().numpy()
         check_decision(actions, values, observations)
         clipped = np.clip(actions, self.action_space.low, self.action_space.high)  # type: ignore[attr-defined]
@@ -673,6 +683,7 @@ class PPO(stable_baselines3.PPO):
             "_last_obs",
             "_last_episode_starts",
             "_reference",
+            "replicas",
             "rehearsal",
             "_episodes",
         ]

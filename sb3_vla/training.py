@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gymnasium as gym
 import numpy as np
@@ -25,6 +25,9 @@ from sb3_vla.resume import load_algorithm, save_algorithm
 from sb3_vla.run import RunDirectory
 from sb3_vla.sft import DemonstrationBatches
 from sb3_vla.vec_env import SharedMemoryVecEnv
+
+if TYPE_CHECKING:
+    from sb3_vla.cluster.seat import Seat
 
 
 @dataclass
@@ -195,6 +198,7 @@ def train(
     resume: bool = False,
     progress: bool = True,
     renderer: str = "auto",
+    seat: Seat | None = None,
 ) -> None:
     """Improve a checkpoint by PPO or GRPO in MetaWorld.
 
@@ -210,6 +214,8 @@ def train(
     :param demonstrations: for rehearsal.
     :param resume: go on from the stage's last checkpoint, if there is one, to the same weights and the same metrics
         that a training without an interrupt gives, bit for bit.
+    :param seat: where environments and copies of the policy run, by :func:`sb3_vla.cluster.launch.train_on_cluster`;
+        None for this machine. The result is the same.
     """
     start = load_checkpoint(checkpoint)
     view = view_of(start.notes)
@@ -238,13 +244,18 @@ def train(
     make = functools.partial(gym.make, f"mw_envs:MetaWorld{suite}-v0", **env_kwargs)
     if isinstance(config, GRPOConfig):
         make = functools.partial(_holding, make)
-    env = SharedMemoryVecEnv([make] * config.num_envs, num_workers=config.num_workers)
+    if seat is None:
+        env = SharedMemoryVecEnv([make] * config.num_envs, num_workers=config.num_workers)
+    else:
+        env = seat.envs([make] * config.num_envs, config.num_workers)
     try:
         model: PPO
         if isinstance(config, GRPOConfig):
             model = _grpo(config, env, checkpoint, rehearsal)
         else:
             model = _ppo(config, env, checkpoint, rehearsal)
+        if seat is not None:
+            model.replicas = seat.replicas(model.policy)
         if config.kl_coef > 0:  # also after an interrupt it is the policy at the start
             model.anchor()
         logger = Logger(str(run.path), [])
@@ -266,6 +277,8 @@ def train(
                 callback.save()
     finally:
         env.close()
+        if seat is not None:
+            seat.leave()
     practice = {"decisions": model.num_timesteps, "env_steps": model.env_steps, "tasks": tasks}
     notes = {**start.notes, type(model).__name__.lower(): practice}
     distribution = (config.distribution, config.distribution_kwargs)
