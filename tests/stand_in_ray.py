@@ -9,60 +9,66 @@ from __future__ import annotations
 import multiprocessing as mp
 import os
 import signal
-import threading
+import time
 from collections import deque
-from concurrent.futures import Future, wait
 from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any
 
 import cloudpickle
 
+_FORK = mp.get_context("fork")
+
 
 class RayActorError(Exception):
     """The actor, or its node, is gone."""
 
 
+class _Answer:
+    """What an actor will answer, or a value that is there."""
+
+    def __init__(self, handle: _Handle | None, value: Any = None) -> None:
+        self.handle, self.value = handle, value
+        self.error: Exception | None = None
+
+    def get(self) -> Any:
+        while self.handle is not None:
+            self.handle.read()
+        if self.error is not None:
+            raise self.error
+        return self.value
+
+
 class _Handle:
-    def __init__(self, ray: StandInRay, node: str, server: type, arguments: tuple[Any, ...]) -> None:
-        self._near, far = mp.get_context("forkserver").Pipe()
-        self._pending: deque[Future[Any]] = deque()
-        self._lock = threading.Lock()
-        self._dead = False
-        self.node, self.server = node, server
-        work = cloudpickle.dumps((server, arguments))
-        self.process = mp.get_context("forkserver").Process(target=_serve, args=(far, work), daemon=True)
+    def __init__(self, node: str, server: type, arguments: tuple[Any, ...]) -> None:
+        self.near, far = _FORK.Pipe()
+        self.pending: deque[_Answer] = deque()
+        self.node = node
+        self.process = _FORK.Process(target=_serve, args=(far, cloudpickle.dumps((server, arguments))), daemon=True)
         self.process.start()
         far.close()
-        threading.Thread(target=self._read, daemon=True).start()
 
     def __getattr__(self, name: str) -> Any:
         return SimpleNamespace(remote=lambda *arguments: self._call(name, arguments))
 
-    def _call(self, name: str, arguments: tuple[Any, ...]) -> Future[Any]:
-        values = [argument.result() if isinstance(argument, Future) else argument for argument in arguments]
-        future: Future[Any] = Future()
-        with self._lock:
-            if not self._dead:
-                self._pending.append(future)
-                with suppress(OSError):  # its reader tells
-                    self._near.send_bytes(cloudpickle.dumps((name, values)))
-                return future
-        future.set_exception(RayActorError())
-        return future
+    def _call(self, name: str, arguments: tuple[Any, ...]) -> _Answer:
+        values = [argument.get() if isinstance(argument, _Answer) else argument for argument in arguments]
+        self.pending.append(_Answer(self))
+        with suppress(OSError):  # found when the answer is read
+            self.near.send_bytes(cloudpickle.dumps((name, values)))
+        return self.pending[-1]
 
-    def _read(self) -> None:
-        while True:
-            try:
-                failed, value = cloudpickle.loads(self._near.recv_bytes())
-            except (EOFError, OSError):
-                break
-            future = self._pending.popleft()
-            future.set_exception(value) if failed else future.set_result(value)
-        with self._lock:
-            self._dead = True
-            for future in self._pending:
-                future.set_exception(RayActorError())
+    def read(self) -> None:
+        """Take the oldest answer that was not taken; all of them if the process is dead."""
+        try:
+            failed, value = cloudpickle.loads(self.near.recv_bytes())
+            answer = self.pending.popleft()
+            answer.handle = None
+            answer.error, answer.value = (value, None) if failed else (None, value)
+        except (EOFError, OSError):
+            while self.pending:
+                answer = self.pending.popleft()
+                answer.handle, answer.error = None, RayActorError()
 
 
 def _serve(connection: Any, work: bytes) -> None:
@@ -89,7 +95,6 @@ class StandInRay:
     __path__: list[str] = []
 
     def __init__(self, *slots: int) -> None:
-        mp.get_context("forkserver").set_forkserver_preload(["toy", "sb3_vla.cluster.launch"])
         self.slots = {f"node {number}": count for number, count in enumerate(slots)}
         self.dead: set[str] = set()
         self.actors: list[_Handle] = []
@@ -111,7 +116,7 @@ class StandInRay:
 
     def remote(self, server: type) -> Any:
         def start(node: str, arguments: tuple[Any, ...]) -> _Handle:
-            self.actors.append(_Handle(self, node, server, arguments))
+            self.actors.append(_Handle(node, server, arguments))
             return self.actors[-1]
 
         def options(num_cpus: int, num_gpus: int, scheduling_strategy: str) -> Any:
@@ -119,16 +124,18 @@ class StandInRay:
 
         return SimpleNamespace(options=options)
 
-    def put(self, value: Any) -> Future[Any]:
-        future: Future[Any] = Future()
-        future.set_result(cloudpickle.loads(cloudpickle.dumps(value)))
-        return future
+    def put(self, value: Any) -> _Answer:
+        return _Answer(None, cloudpickle.loads(cloudpickle.dumps(value)))
 
     def get(self, answer: Any) -> Any:
-        return [self.get(one) for one in answer] if isinstance(answer, list) else answer.result()
+        return [one.get() for one in answer] if isinstance(answer, list) else answer.get()
 
-    def wait(self, answers: list[Future[Any]], num_returns: int, timeout: float) -> None:
-        wait(answers, timeout=timeout)
+    def wait(self, answers: list[_Answer], num_returns: int, timeout: float) -> None:
+        deadline = time.monotonic() + timeout
+        for answer in answers:
+            if answer.handle is not None and answer.handle.near.poll(max(0.0, deadline - time.monotonic())):
+                with suppress(Exception):
+                    answer.get()
 
     def kill(self, actor: _Handle) -> None:
         actor.process.kill()

@@ -96,5 +96,5 @@ def test_ray_is_not_imported_and_its_lack_is_told(monkeypatch: pytest.MonkeyPatc
     code = "import sys, sb3_vla, sb3_vla.cluster, sb3_vla.cluster.launch; sys.exit('ray' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(PlacementError, match=r"needs Ray, which is not installed; .* pip install .sb3-vla\[ray\]"):
+    with pytest.raises(PlacementError, match=r'needs Ray, which is not installed; .* `pip install "sb3-vla\[ray\]"`'):
         import_ray()
