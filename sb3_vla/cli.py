@@ -1,6 +1,7 @@
 """The ``sb3-vla`` command: collect, sft, train, eval, compare, report, doctor.
 
 Each command takes its settings as ``key=value``, a YAML file by ``--config``, and prints all of them with ``--help``.
+``train`` takes the name of a recipe instead, see :mod:`sb3_vla.recipes`.
 """
 
 from __future__ import annotations
@@ -81,7 +82,10 @@ class SFTCommand:
 
 @dataclass
 class TrainCommand:
-    """Improve a checkpoint by PPO or GRPO.
+    """Run a recipe, or improve a checkpoint by PPO or GRPO.
+
+    ``sb3-vla train RECIPE [key=value ...]`` runs a recipe, of those that ``--list`` names or a YAML file; its settings
+    are what ``--dry-run`` prints. Without a name, the settings are those below.
 
     :param algorithm: ``ppo`` or ``grpo``, whose settings are in the section of that name.
     :param checkpoint: where to start.
@@ -110,6 +114,7 @@ class EvalCommand:
     :param output: JSON file of the result; a Markdown table goes beside it.
     :param protocol: rlinf-160, rlinf-100 or lerobot-500.
     :param trials_per_task: trials, fixed by ``trial_seed``.
+    :param model_kwargs: what a published checkpoint does not say, such as ``{tokenizer: FOLDER}``.
     :param videos: folder for a video of each task's first trials.
     """
 
@@ -121,6 +126,7 @@ class EvalCommand:
     protocol: str = "rlinf-160"
     trials_per_task: int = 20
     trial_seed: int = TRIAL_SEED
+    model_kwargs: dict[str, Any] = field(default_factory=dict)
     videos: str | None = None
     renderer: str = "auto"
 
@@ -219,6 +225,29 @@ def run_train(command: TrainCommand, console: Console) -> None:
     console.print(f"checkpoint {run.path / name}, TensorBoard {run.path / 'tensorboard'}", highlight=False)
 
 
+def run_recipe(name: str, settings: list[str], console: Console, *, dry_run: bool) -> None:
+    """``sb3-vla train RECIPE``."""
+    from sb3_vla.plan import make_plan
+    from sb3_vla.recipes import load_recipe
+
+    recipe = load_recipe(name, settings)
+    plan = make_plan(recipe, settings)
+    if dry_run:
+        console.print(to_yaml(recipe), highlight=False, markup=False, soft_wrap=True)
+        return
+    from sb3_vla.launch import launch
+
+    launch(recipe, plan, console)
+
+
+def list_recipes(console: Console) -> None:
+    """``sb3-vla train --list``."""
+    from sb3_vla.recipes import recipe_names, summary
+
+    for name in recipe_names():
+        console.print(f"{name:38}  {summary(name)}", highlight=False, soft_wrap=True)
+
+
 def run_eval(command: EvalCommand, console: Console) -> None:
     """``sb3-vla eval``."""
     from sb3_vla.checkpoints import load_checkpoint
@@ -226,9 +255,10 @@ def run_eval(command: EvalCommand, console: Console) -> None:
     from sb3_vla.policies import load_policy
     from sb3_vla.training import view_of
 
-    loaded = load_checkpoint(command.checkpoint)
+    options = command.model_kwargs or None
+    loaded = load_checkpoint(command.checkpoint, options)
     result = evaluate(
-        load_policy(command.checkpoint, find_protocol(command.protocol).action_chunk),
+        load_policy(command.checkpoint, find_protocol(command.protocol).action_chunk, model_kwargs=options),
         tasks=select_tasks(command.suite, command.split, command.tasks),
         trials_per_task=command.trials_per_task,
         trial_seed=command.trial_seed,
@@ -289,7 +319,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         sub.add_argument("--config", type=Path, help="YAML file with settings")
-        sub.add_argument("settings", nargs="*", metavar="key=value")
+        if name == "train":
+            sub.add_argument("--list", action="store_true", help="print the recipes")
+            sub.add_argument("--dry-run", action="store_true", help="print a recipe's settings, and what they need")
+        sub.add_argument("settings", nargs="*", metavar="RECIPE | key=value" if name == "train" else "key=value")
     commands.add_parser("doctor", help="Say what this machine can do, and what is missing.", add_help=False)
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments[:1] == ["doctor"]:
@@ -301,7 +334,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         settings = [f"run={settings[0]}", *settings[1:]]
     console = Console()
     try:
-        run(load_config(kind, parsed.config, settings), console)
+        if parsed.command == "train" and parsed.list:
+            list_recipes(console)
+        elif parsed.command == "train" and settings and "=" not in settings[0]:
+            if parsed.config is not None:
+                raise ConfigError(f"--config {parsed.config} beside the recipe {settings[0]}: give one of the two")
+            run_recipe(settings[0], settings[1:], console, dry_run=parsed.dry_run)
+        elif parsed.command == "train" and parsed.dry_run:
+            raise ConfigError("--dry-run is for a recipe: sb3-vla train RECIPE --dry-run. sb3-vla train --list")
+        else:
+            run(load_config(kind, parsed.config, settings), console)
     except (ConfigError, RunError, ValueError, RuntimeError, OSError) as error:
         Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)
         return 2

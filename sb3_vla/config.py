@@ -13,6 +13,9 @@ The schema is an ordinary dataclass; its annotations are the types that are chec
 
 The order is defaults, then the file, then the overrides from left to right. ``${sft.steps}`` refers to another value
 and is resolved last, so it sees the overrides. A check across fields belongs into the dataclass's ``__post_init__``.
+
+A file may build on another: ``base: other.yaml``, beside it, is read first. A schema may have two class attributes:
+``ALIASES``, other names of its keys, and ``REFUSED``, keys or sections that are known and not taken, with the reason.
 """
 
 from __future__ import annotations
@@ -48,8 +51,8 @@ def load_config(cls: type[T], yaml_path: str | PathLike[str] | None = None, over
         broken ``${...}``, an unreadable file, or a ValueError of a ``__post_init__``
     """
     merged = OmegaConf.structured(cls)
-    if yaml_path is not None:
-        merged = _merge(cls, merged, _read_yaml(Path(yaml_path)), f"{yaml_path}")
+    for path, layer in [] if yaml_path is None else read_layers(Path(yaml_path)):
+        merged = _merge(cls, merged, layer, f"{path}")
     for override in overrides:
         merged = _merge(cls, merged, _parse_override(override), f"override {override!r}")
     try:
@@ -79,13 +82,32 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, PurePath) else value  # else YAML would get Python's own tags
 
 
+def read_layers(path: Path) -> list[tuple[Path, DictConfig]]:
+    """A YAML file after those that it builds on, each with its path.
+
+    :raises ConfigError: for a file that cannot be read, or that builds on itself
+    """
+    layers: list[tuple[Path, DictConfig]] = []
+    base: str | None = str(path)
+    while base is not None:
+        path = path.parent / base if layers else path
+        if any(path.resolve() == seen.resolve() for seen, _ in layers):
+            raise ConfigError(f"{layers[0][0]}: base: {base} leads back to {path}; a file cannot build on itself")
+        layer = _read_yaml(path)
+        base = layer.pop("base", None)
+        if not isinstance(base, str | None):
+            raise ConfigError(f"{path}: base = {base!r}, expected the name of a YAML file beside it")
+        layers.insert(0, (path, layer))
+    return layers
+
+
 def _read_yaml(path: Path) -> DictConfig:
     try:
         loaded = OmegaConf.load(path)
     except OSError as error:
         raise ConfigError(f"cannot read the configuration {path}: {error.strerror or error}") from error
     except (yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(loaded, DictConfig):
         raise ConfigError(f"{path} holds a {type(loaded).__name__}, expected a mapping of keys to values")
     return loaded
@@ -104,6 +126,8 @@ def _parse_override(override: str) -> DictConfig:
 
 
 def _merge(cls: type, base: Any, addition: DictConfig, source: str) -> Any:
+    for alias, key in getattr(cls, "ALIASES", {}).items():
+        _rename(addition, alias, key)
     for section in [key for key, hint in _known_keys(cls) if dataclasses.is_dataclass(hint)]:
         value = _given(addition, section)
         if value is not None and not isinstance(value, dict):  # OmegaConf would take it without a word
@@ -112,6 +136,19 @@ def _merge(cls: type, base: Any, addition: DictConfig, source: str) -> Any:
         return OmegaConf.merge(base, addition)
     except OmegaConfBaseException as error:
         raise ConfigError(f"{source}: {_explain(cls, error, addition)}") from error
+
+
+def _rename(addition: DictConfig, alias: str, key: str) -> None:
+    section, _, name = alias.rpartition(".")
+    parent = OmegaConf.select(addition, section) if section else addition
+    if not isinstance(parent, DictConfig) or name not in parent:
+        return
+    value = OmegaConf.to_container(parent, resolve=False)[name]  # type: ignore[call-overload, index]
+    del parent[name]
+    if not parent and section:
+        holder, _, inner = section.rpartition(".")
+        del (OmegaConf.select(addition, holder) if holder else addition)[inner]
+    OmegaConf.update(addition, key, value)
 
 
 def _given(addition: DictConfig, key: str) -> Any:
@@ -124,6 +161,9 @@ def _explain(cls: type, error: OmegaConfBaseException, addition: DictConfig | No
     key, reason = error.full_key or "", (error.msg or str(error)).splitlines()[0]
     known = dict(_known_keys(cls))
     if isinstance(error, ConfigKeyError):
+        for refused, reason in getattr(cls, "REFUSED", {}).items():
+            if key == refused or key.startswith(f"{refused}."):
+                return f"{key} is not taken here: {reason}"
         near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
         top_level = ", ".join(name for name in known if "." not in name)
         return f"unknown key {key!r}; " + (f"did you mean {near[0]!r}?" if near else f"known: {top_level}")

@@ -19,7 +19,14 @@ from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecTranspose
 from sb3_vla.checkpoints.training_state import load_training_state, save_training_state
 from sb3_vla.ppo import PPO
 
-_COUNTERS = ("num_timesteps", "env_steps", "updates", "_n_updates", "_current_progress_remaining")
+_COUNTERS = (
+    "num_timesteps",
+    "env_steps",
+    "updates",
+    "_n_updates",
+    "_current_progress_remaining",
+    "_trial_entropy",  # of GRPO alone
+)
 
 
 def save_algorithm(folder: Path, algorithm: PPO) -> None:
@@ -33,7 +40,7 @@ def save_algorithm(folder: Path, algorithm: PPO) -> None:
     assert algorithm._last_episode_starts is not None
     rehearsal, log = algorithm.rehearsal, algorithm.logger
     values = {
-        "counters": {name: getattr(algorithm, name) for name in _COUNTERS},
+        "counters": {name: getattr(algorithm, name) for name in _COUNTERS if hasattr(algorithm, name)},
         "environments": env.env_method("snapshot"),
         "episode_starts": algorithm._last_episode_starts.tolist(),
         "episodes": {task: list(episodes) for task, episodes in algorithm._episodes.items()},

@@ -154,11 +154,13 @@ class RunDirectory:
         return [output for output in outputs if not (self.path / output).exists()]
 
     @contextmanager
-    def checkpoint(self, stage: str, step: int) -> Iterator[Path]:
-        """Write a checkpoint, a folder of any files, as a whole::
+    def checkpoint(self, stage: str, step: int, keep: int | None = 2) -> Iterator[Path]:
+        """Write a checkpoint, a folder of any files, as a whole; then delete the stage's oldest::
 
-        with run.checkpoint("ppo", 400) as folder:  # empty; in the end it becomes checkpoints/ppo/step-00000400
-            save_file(tensors, folder / "model.safetensors")
+            with run.checkpoint("ppo", 400) as folder:  # empty; in the end it becomes checkpoints/ppo/step-00000400
+                save_file(tensors, folder / "model.safetensors")
+
+        :param keep: how many stay: this one, and of the others those of the highest steps; None for all
         """
         final = self.path / "checkpoints" / stage / f"step-{step:08d}"
         temporary, replaced = final.with_name(f".{final.name}.tmp"), final.with_name(f".{final.name}.replaced.tmp")
@@ -179,13 +181,16 @@ class RunDirectory:
                 shutil.rmtree(temporary, ignore_errors=True)
             _flush_to_disk(final.parent)
             shutil.rmtree(replaced, ignore_errors=True)
+            if keep is not None:
+                others = [path for path in _checkpoints_by_step(final.parent) if path != final]
+                for old in others[: max(len(others) - (keep - 1), 0)]:
+                    shutil.rmtree(old.rename(old.with_name(f".{old.name}.tmp")), ignore_errors=True)
 
     def latest_checkpoint(self, stage: str) -> Path | None:
         """The complete checkpoint of a stage with the highest step, or None."""
         folder = self.path / "checkpoints" / stage
         _put_back(folder)
-        complete = [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
-        return max(complete, key=lambda path: int(path.name.removeprefix("step-")), default=None)
+        return next(reversed(_checkpoints_by_step(folder)), None)
 
     def _set_checkpoints_aside(self, stage: str) -> None:
         current = self.path / "checkpoints" / stage
@@ -193,6 +198,12 @@ class RunDirectory:
             names = (current.with_name(f"{stage}.replaced-{number}") for number in itertools.count(1))
             with _clear_errors("rename", current):
                 current.rename(next(path for path in names if not path.exists()))
+
+
+def _checkpoints_by_step(folder: Path) -> list[Path]:
+    """A stage's complete checkpoints, the highest step last."""
+    complete = [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
+    return sorted(complete, key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def _put_back(folder: Path) -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import gymnasium as gym
 import numpy as np
+import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import KVWriter, Logger, TensorBoardOutputFormat
@@ -31,38 +33,28 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class PPOConfig:
-    """PPO for :func:`train`.
+class TrainingConfig:
+    """What PPO and GRPO have in common for :func:`train`.
 
-    :param iterations: rollouts, each followed by an update.
+    A field named as an argument of the algorithm's constructor is given to it, see there; so :meth:`arguments` is the
+    one place where names differ.
+
     :param num_envs: environments.
     :param num_workers: processes that run them; None for one a core.
-    :param decisions: per environment and rollout.
     :param horizon: environment steps per episode.
     :param batch_size: decisions per minibatch.
     :param epochs: passes over a rollout.
     :param learning_rate: the actor's at the start.
     :param final_learning_rate: the actor's at the end; it falls linearly.
-    :param value_lr: the critic's at the start; it falls in proportion.
-    :param gamma: discount.
-    :param gamma_per: ``decision`` or ``env_step``, what the discount is for.
-    :param gae_lambda: per decision.
-    :param bootstrap_truncated: take the time limit for an interruption of the task; else it is a part of it, and the
-        critic sees how much of it is left.
     :param clip_range: of the ratio.
     :param clip_range_high: of the ratio above one, if it is another.
     :param dual_clip: factor of a negative advantage below which the surrogate does not fall; None for no bound.
-    :param clip_range_vf: of the change of a value; None for no clip.
-    :param huber_delta: error from which the loss of a value grows linearly; None for the square.
     :param logprob_type: what a ratio is of: ``chunk``, ``action``, ``token`` or ``denoising_step``.
-    :param normalize_advantage: over each minibatch.
     :param target_kl: divergence at which an update stops.
     :param ent_coef: weight of the entropy bonus.
     :param kl_coef: weight of the divergence from the policy at the start.
     :param max_grad_norm: clip of the gradient's norm.
-    :param critic_warmup: rollouts from which the critic alone learns.
-    :param actor_warmup: rollouts after those over which the actor's learning rate rises.
-    :param privileged_critic: whether the critic sees the simulator's state.
+    :param actor_warmup: rollouts over which the actor's learning rate rises.
     :param trainable: ``all``, or ``expert`` to freeze the model's backbone.
     :param distribution: name of the action distribution.
     :param distribution_kwargs: its options.
@@ -70,41 +62,32 @@ class PPOConfig:
     :param task_sampling: ``uniform``, or ``signal`` to draw more often what is solved now and then.
     :param rehearsal_coef: weight of the imitation loss on demonstrations; 0 for none.
     :param rehearsal_batch_size: frames of demonstrations per minibatch.
-    :param overlap: simulate one half of the environments while the policy decides for the other; pays with a GPU.
     :param micro_batch_size: decisions evaluated at a time, where a minibatch does not fit into memory.
     :param bf16: bfloat16 autocast of updates; None where the processor has it.
-    :param checkpoint_interval: iterations between checkpoints.
+    :param checkpoint_interval: rollouts between checkpoints.
+    :param keep_checkpoints: newest checkpoints of the training's state that stay; None for all.
     :param seed: of environments and exploration.
     """
 
-    iterations: int = 60
+    algorithm: ClassVar[type[PPO]]
+    _at_least_one: ClassVar[tuple[str, ...]] = ("num_envs", "horizon", "batch_size", "epochs", "checkpoint_interval")
+
     num_envs: int = 16
     num_workers: int | None = None
-    decisions: int = 128
     horizon: int = 160
     batch_size: int = 512
     epochs: int = 4
     learning_rate: float = 1.2e-4
     final_learning_rate: float = 2e-5
-    value_lr: float = 5e-4
-    gamma: float = 0.99
-    gamma_per: str = "decision"
-    gae_lambda: float = 0.95
-    bootstrap_truncated: bool = False
     clip_range: float = 0.2
     clip_range_high: float | None = None
     dual_clip: float | None = None
-    clip_range_vf: float | None = None
-    huber_delta: float | None = None
     logprob_type: str = "chunk"
-    normalize_advantage: bool = True
     target_kl: float | None = 0.03
     ent_coef: float = 0.0
     kl_coef: float = 0.0
     max_grad_norm: float = 0.5
-    critic_warmup: int = 2
     actor_warmup: int = 5
-    privileged_critic: bool = True
     trainable: str = "expert"
     distribution: str = "gaussian"
     distribution_kwargs: dict[str, Any] = field(default_factory=lambda: {"std": 0.2, "coherence": "offset"})
@@ -112,76 +95,110 @@ class PPOConfig:
     task_sampling: str = "signal"
     rehearsal_coef: float = 0.0
     rehearsal_batch_size: int = 64
-    overlap: bool = False
     micro_batch_size: int | None = None
     bf16: bool | None = False
     checkpoint_interval: int = 5
+    keep_checkpoints: int | None = 2
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("iterations", "num_envs", "decisions", "horizon", "batch_size", "epochs", "checkpoint_interval"):
+        section = self.algorithm.__name__.lower()
+        for name in self._at_least_one:
             if getattr(self, name) < 1:
-                raise ValueError(f"ppo.{name}={getattr(self, name)}; expected at least 1")
+                raise ValueError(f"{section}.{name}={getattr(self, name)}; expected at least 1")
+        if self.keep_checkpoints is not None and self.keep_checkpoints < 1:
+            raise ValueError(
+                f"{section}.keep_checkpoints={self.keep_checkpoints}; expected at least 1, or null for all"
+            )
+
+    def arguments(self) -> dict[str, Any]:
+        """Arguments of the algorithm's constructor, without those that are made from more than this configuration."""
+        names = inspect.signature(self.algorithm).parameters
+        return {item.name: getattr(self, item.name) for item in fields(self) if item.name in names} | {
+            "learning_rate": _linear(self.learning_rate, self.final_learning_rate),
+            "n_epochs": self.epochs,
+            "noise_scale": _linear(1.0, self.final_noise_scale),
+        }
+
+
+@dataclass
+class PPOConfig(TrainingConfig):
+    """PPO for :func:`train`; what GRPO has too is explained at :class:`TrainingConfig`.
+
+    :param iterations: rollouts, each followed by an update.
+    :param decisions: per environment and rollout.
+    :param value_lr: the critic's learning rate at the start; it falls in proportion to the actor's.
+    :param gamma: discount.
+    :param gamma_per: ``decision`` or ``env_step``, what the discount is for.
+    :param gae_lambda: per decision.
+    :param bootstrap_truncated: take the time limit for an interruption of the task; else it is a part of it, and the
+        critic sees how much of it is left.
+    :param clip_range_vf: of the change of a value; None for no clip.
+    :param huber_delta: error from which the loss of a value grows linearly; None for the square.
+    :param normalize_advantage: over each minibatch.
+    :param critic_warmup: rollouts from which the critic alone learns; ``actor_warmup`` counts those after them.
+    :param privileged_critic: whether the critic sees the simulator's state.
+    :param overlap: simulate one half of the environments while the policy decides for the other; pays with a GPU.
+    """
+
+    algorithm: ClassVar[type[PPO]] = PPO
+    _at_least_one: ClassVar[tuple[str, ...]] = (*TrainingConfig._at_least_one, "iterations", "decisions")
+
+    iterations: int = 60
+    decisions: int = 128
+    value_lr: float = 5e-4
+    gamma: float = 0.99
+    gamma_per: str = "decision"
+    gae_lambda: float = 0.95
+    bootstrap_truncated: bool = False
+    clip_range_vf: float | None = None
+    huber_delta: float | None = None
+    normalize_advantage: bool = True
+    critic_warmup: int = 2
+    privileged_critic: bool = True
+    overlap: bool = False
 
     @property
     def total_decisions(self) -> int:
         """Decisions of all environments and rollouts."""
         return self.iterations * self.num_envs * self.decisions
 
+    def arguments(self) -> dict[str, Any]:
+        """See :meth:`TrainingConfig.arguments`."""
+        return super().arguments() | {"n_steps": self.decisions, "vf_coef": 1.0}
+
 
 @dataclass
-class GRPOConfig:
-    """GRPO for :func:`train`; what both have is explained at :class:`PPOConfig`, the groups at :class:`GRPO`.
+class GRPOConfig(TrainingConfig):
+    """GRPO for :func:`train`; what PPO has too is explained at :class:`TrainingConfig`, the groups at :class:`GRPO`.
+
+    ``num_envs`` is a multiple or a divisor of ``group_size``.
 
     :param total_decisions: of all rollouts, those of groups that are dropped included.
-    :param num_envs: a multiple or a divisor of ``group_size``.
     :param group_size: episodes of one trial.
     :param groups: for an update.
     :param max_groups: played for an update, at most; None for four times ``groups``.
     :param success_bounds: least and greatest share of successes of a group that counts.
+    :param episode_return: ``reward``, or ``success`` for 1 or 0.
     :param advantage_type: ``standardised`` or ``leave_one_out``.
     :param normalize_length: whether each episode weighs the same, instead of each decision.
-    :param clip_range_high: how far above one the ratio may go; None for ``clip_range``.
-    :param actor_warmup: rollouts over which the learning rate rises.
-    :param checkpoint_interval: rollouts between checkpoints.
     """
 
+    algorithm: ClassVar[type[PPO]] = GRPO
+    _at_least_one: ClassVar[tuple[str, ...]] = (*TrainingConfig._at_least_one, "total_decisions", "groups")
+
     total_decisions: int = 120_000
-    num_envs: int = 16
-    num_workers: int | None = None
-    horizon: int = 160
     group_size: int = 8
     groups: int = 12
     max_groups: int | None = None
     success_bounds: tuple[float, float] = (0.0, 1.0)
+    episode_return: str = "reward"
     advantage_type: str = "standardised"
     normalize_length: bool = True
-    batch_size: int = 512
-    epochs: int = 4
-    learning_rate: float = 1.2e-4
-    final_learning_rate: float = 2e-5
-    clip_range: float = 0.2
-    clip_range_high: float | None = None
-    target_kl: float | None = 0.03
-    ent_coef: float = 0.0
-    kl_coef: float = 0.0
-    max_grad_norm: float = 0.5
-    actor_warmup: int = 5
-    trainable: str = "expert"
-    distribution: str = "gaussian"
-    distribution_kwargs: dict[str, Any] = field(default_factory=lambda: {"std": 0.2, "coherence": "offset"})
-    final_noise_scale: float = 0.4
-    task_sampling: str = "signal"
-    rehearsal_coef: float = 0.0
-    rehearsal_batch_size: int = 64
-    bf16: bool | None = False
-    checkpoint_interval: int = 5
-    seed: int = 0
 
-    def __post_init__(self) -> None:
-        for name in ("total_decisions", "num_envs", "horizon", "groups", "batch_size", "epochs", "checkpoint_interval"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"grpo.{name}={getattr(self, name)}; expected at least 1")
+    def arguments(self) -> dict[str, Any]:
+        """See :meth:`TrainingConfig.arguments`."""
+        return super().arguments() | {"n_groups": self.groups}
 
 
 def train(
@@ -198,6 +215,9 @@ def train(
     resume: bool = False,
     progress: bool = True,
     renderer: str = "auto",
+    env_kwargs: Mapping[str, Any] | None = None,
+    model_kwargs: Mapping[str, Any] | None = None,
+    optimizer_kwargs: Mapping[str, Any] | None = None,
     seat: Seat | None = None,
 ) -> None:
     """Improve a checkpoint by PPO or GRPO in MetaWorld.
@@ -214,12 +234,16 @@ def train(
     :param demonstrations: for rehearsal.
     :param resume: go on from the stage's last checkpoint, if there is one, to the same weights and the same metrics
         that a training without an interrupt gives, bit for bit.
+    :param env_kwargs: options of the environments that differ, such as ``reward``, or ``action_chunk`` where fewer
+        actions are executed than the model predicts.
+    :param model_kwargs: what a published checkpoint does not say, see :func:`sb3_vla.checkpoints.load_checkpoint`.
+    :param optimizer_kwargs: options of AdamW; None for Adam with betas (0.9, 0.95).
     :param seat: where environments and copies of the policy run, by :func:`sb3_vla.cluster.launch.train_on_cluster`;
         None for this machine. The result is the same.
     """
-    start = load_checkpoint(checkpoint)
+    start = load_checkpoint(checkpoint, model_kwargs)
     view = view_of(start.notes)
-    env_kwargs = {
+    options: dict[str, Any] = {
         "image_size": start.model.image_size[0],
         "action_chunk": start.model.action_horizon - start.model.first_action,
         "horizon": config.horizon,
@@ -229,19 +253,21 @@ def train(
         "elapsed_time": True,
         "renderer": renderer,
         **view,
+        **(env_kwargs or {}),
     }
     if suite in ("ML10", "ML45"):
-        env_kwargs["split"] = split
+        options["split"] = split
     if suite == "MT1":
         if tasks is None or len(tasks) != 1:
             raise ValueError(f"MT1 practises one task, got tasks={tasks}; give one, or another suite")
-        env_kwargs.update(task=tasks[0], tasks=None)
+        options.update(task=tasks[0], tasks=None)
     rehearsal = None
     if config.rehearsal_coef > 0:
         if demonstrations is None:
             raise ValueError(f"rehearsal_coef={config.rehearsal_coef} needs demonstrations; give data, or set it to 0")
         rehearsal = DemonstrationBatches(demonstrations, None, start.model.action_horizon, shift=4, seed=config.seed)
-    make = functools.partial(gym.make, f"mw_envs:MetaWorld{suite}-v0", **env_kwargs)
+    make = functools.partial(gym.make, f"mw_envs:MetaWorld{suite}-v0", **options)
+    policy_kwargs = _policy_kwargs(config, checkpoint, model_kwargs, optimizer_kwargs)
     if isinstance(config, GRPOConfig):
         make = functools.partial(_holding, make)
     if seat is None:
@@ -249,11 +275,9 @@ def train(
     else:
         env = seat.envs([make] * config.num_envs, config.num_workers)
     try:
-        model: PPO
-        if isinstance(config, GRPOConfig):
-            model = _grpo(config, env, checkpoint, rehearsal)
-        else:
-            model = _ppo(config, env, checkpoint, rehearsal)
+        model = config.algorithm(
+            "VLAPolicy", env, rehearsal=rehearsal, policy_kwargs=policy_kwargs, **config.arguments()
+        )
         if seat is not None:
             model.replicas = seat.replicas(model.policy)
         if config.kl_coef > 0:  # also after an interrupt it is the policy at the start
@@ -291,92 +315,26 @@ def _holding(make: Callable[[], gym.Env]) -> gym.Env:
     return HoldAtEnd(make())
 
 
-def _ppo(
-    config: PPOConfig, env: SharedMemoryVecEnv, checkpoint: str | Path, rehearsal: DemonstrationBatches | None
-) -> PPO:
-    return PPO(
-        "VLAPolicy",
-        env,
-        learning_rate=_linear(config.learning_rate, config.final_learning_rate),
-        value_lr=config.value_lr,
-        n_steps=config.decisions,
-        batch_size=config.batch_size,
-        n_epochs=config.epochs,
-        gamma=config.gamma,
-        gamma_per=config.gamma_per,
-        gae_lambda=config.gae_lambda,
-        clip_range=config.clip_range,
-        clip_range_high=config.clip_range_high,
-        dual_clip=config.dual_clip,
-        clip_range_vf=config.clip_range_vf,
-        huber_delta=config.huber_delta,
-        logprob_type=config.logprob_type,
-        normalize_advantage=config.normalize_advantage,
-        micro_batch_size=config.micro_batch_size,
-        target_kl=config.target_kl,
-        ent_coef=config.ent_coef,
-        vf_coef=1.0,
-        kl_coef=config.kl_coef,
-        max_grad_norm=config.max_grad_norm,
-        critic_warmup=config.critic_warmup,
-        actor_warmup=config.actor_warmup,
-        rehearsal=rehearsal,
-        rehearsal_coef=config.rehearsal_coef,
-        rehearsal_batch_size=config.rehearsal_batch_size,
-        bootstrap_truncated=config.bootstrap_truncated,
-        noise_scale=_linear(1.0, config.final_noise_scale),
-        task_sampling=config.task_sampling,
-        overlap=config.overlap,
-        bf16=config.bf16,
-        seed=config.seed,
-        policy_kwargs=_policy_kwargs(config, checkpoint),
-    )
-
-
-def _grpo(
-    config: GRPOConfig, env: SharedMemoryVecEnv, checkpoint: str | Path, rehearsal: DemonstrationBatches | None
-) -> GRPO:
-    return GRPO(
-        "VLAPolicy",
-        env,
-        learning_rate=_linear(config.learning_rate, config.final_learning_rate),
-        batch_size=config.batch_size,
-        n_epochs=config.epochs,
-        clip_range=config.clip_range,
-        clip_range_high=config.clip_range_high,
-        target_kl=config.target_kl,
-        ent_coef=config.ent_coef,
-        kl_coef=config.kl_coef,
-        max_grad_norm=config.max_grad_norm,
-        group_size=config.group_size,
-        n_groups=config.groups,
-        max_groups=config.max_groups,
-        success_bounds=config.success_bounds,
-        advantage_type=config.advantage_type,
-        normalize_length=config.normalize_length,
-        actor_warmup=config.actor_warmup,
-        rehearsal=rehearsal,
-        rehearsal_coef=config.rehearsal_coef,
-        rehearsal_batch_size=config.rehearsal_batch_size,
-        noise_scale=_linear(1.0, config.final_noise_scale),
-        task_sampling=config.task_sampling,
-        bf16=config.bf16,
-        seed=config.seed,
-        policy_kwargs=_policy_kwargs(config, checkpoint),
-    )
-
-
 def _linear(first: float, last: float) -> Schedule:
     return lambda remaining: np.interp(remaining, [0, 1], [last, first]).item()
 
 
-def _policy_kwargs(config: PPOConfig | GRPOConfig, checkpoint: str | Path) -> dict[str, Any]:
+def _policy_kwargs(
+    config: PPOConfig | GRPOConfig,
+    checkpoint: str | Path,
+    model_kwargs: Mapping[str, Any] | None,
+    optimizer_kwargs: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    optimizer: dict[str, Any] = {"optimizer_kwargs": {"betas": (0.9, 0.95)}}
+    if optimizer_kwargs is not None:
+        optimizer = {"optimizer_class": torch.optim.AdamW, "optimizer_kwargs": dict(optimizer_kwargs)}
     return {
         "checkpoint": str(checkpoint),
+        "model_kwargs": dict(model_kwargs or {}) or None,
         "trainable": config.trainable,
         "distribution": config.distribution,
         "distribution_kwargs": config.distribution_kwargs,
-        "optimizer_kwargs": {"betas": (0.9, 0.95)},
+        **optimizer,
     }
 
 
@@ -464,7 +422,7 @@ class _Progress(BaseCallback):
         """Checkpoint everything that a training needs to go on."""
         self.saved = self.algorithm.updates
         self.bar.update(self.task, completed=self._done())
-        with self.run.checkpoint(self.stage, self._done()) as folder:
+        with self.run.checkpoint(self.stage, self._done(), self.config.keep_checkpoints) as folder:
             save_algorithm(folder, self.algorithm)
 
     def _done(self) -> int:

@@ -42,8 +42,9 @@ def test_the_wheel_holds_every_module_and_data_file(wheel: zipfile.ZipFile) -> N
     shipped = {name for name in wheel.namelist() if ".dist-info/" not in name}
     modules = {f"{path.relative_to(ROOT)}" for package in PACKAGES for path in (ROOT / package).rglob("*.py")}
     tables = {f"{path.relative_to(ROOT)}" for path in (ROOT / "mw_envs" / "data").glob("*.json")}
-    assert tables
-    assert shipped == modules | tables | {"mw_envs/py.typed", "sb3_vla/py.typed"}
+    recipes = {f"{path.relative_to(ROOT)}" for path in (ROOT / "sb3_vla" / "embodiment").glob("*.yaml")}
+    assert tables and recipes
+    assert shipped == modules | tables | recipes | {"mw_envs/py.typed", "sb3_vla/py.typed"}
 
 
 def test_the_wheel_names_version_licence_and_command(wheel: zipfile.ZipFile) -> None:

@@ -16,31 +16,27 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from stable_baselines3.common.logger import configure
 from stable_baselines3.common.vec_env import DummyVecEnv, VecMonitor
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.summary.writer import event_file_writer
-from toy import ToyEnv, stir, tiny_model, toy_demonstrations, toy_ppo, toy_vec
+from toy import TINY, ToyEnv, stir, tiny_model, toy_demonstrations, toy_ppo, toy_vec
 
-from sb3_vla import training
+from sb3_vla import GRPO, HoldAtEnd, training
 from sb3_vla.checkpoints import save_checkpoint, training_state
 from sb3_vla.cli import main
 from sb3_vla.policies import ValueHead
 from sb3_vla.ppo import PPO
 from sb3_vla.resume import load_algorithm, save_algorithm
 from sb3_vla.run import RunDirectory
-from sb3_vla.training import PPOConfig
+from sb3_vla.training import GRPOConfig, PPOConfig, TrainingConfig
 from sb3_vla.vec_env import SharedMemoryVecEnv
 
 # Everything that a training carries from one iteration to the next: schedules, warm-ups, a reference, rehearsal,
-# sampling by signal, a learned deviation, episodes of 4 decisions in rollouts of 6, a rate that rises and falls.
-CONFIG: dict[str, Any] = {
-    "iterations": 6,
-    "num_envs": 3,
-    "decisions": 6,
-    "batch_size": 9,
+# sampling by signal, a learned deviation, a rate that rises and falls.
+COMMON: dict[str, Any] = {
     "epochs": 2,
     "learning_rate": 1e-3,
-    "critic_warmup": 1,
     "actor_warmup": 2,
     "kl_coef": 0.1,
     "ent_coef": 0.01,
@@ -49,6 +45,12 @@ CONFIG: dict[str, Any] = {
     "rehearsal_coef": 0.5,
     "rehearsal_batch_size": 4,
     "checkpoint_interval": 2,
+}
+CONFIGS: dict[str, tuple[type[TrainingConfig], dict[str, Any]]] = {
+    # Episodes of 4 decisions in rollouts of 6.
+    "ppo": (PPOConfig, {"iterations": 6, "num_envs": 3, "decisions": 6, "batch_size": 9, "critic_warmup": 1}),
+    # Groups of 4 episodes of 3 decisions, in two turns; so a rollout takes 6 steps, too, and there are 6 rollouts.
+    "grpo": (GRPOConfig, {"total_decisions": 72, "num_envs": 2, "group_size": 4, "groups": 1, "batch_size": 6}),
 }
 UPDATES = 6 * 2 * 2  # optimiser steps: iterations, epochs, minibatches
 
@@ -62,7 +64,10 @@ def toys() -> Iterator[None]:
     """Train in toy environments."""
 
     def make(makers: list[Any], num_workers: int | None) -> DummyVecEnv:
-        return toy_vec(len(makers), chunk=5, action_dim=4, horizon=4, privileged=True)
+        options: dict[str, Any] = {"chunk": 5, "action_dim": 4, "privileged": True}
+        if makers[0].func is training._holding:
+            return DummyVecEnv([lambda: HoldAtEnd(ToyEnv(horizon=3, **options))] * len(makers))
+        return toy_vec(len(makers), horizon=4, **options)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training, "SharedMemoryVecEnv", make)
@@ -71,18 +76,19 @@ def toys() -> Iterator[None]:
         yield
 
 
-def train(folder: Path, **changes: Any) -> None:
-    config = PPOConfig(**{**CONFIG, **changes})
+def train(folder: Path, algorithm: str = "ppo", **changes: Any) -> None:
+    config_class, settings = CONFIGS[algorithm]
+    config: Any = config_class(**{**COMMON, **settings, **changes})
     run = RunDirectory(folder, config)
     if not (folder.parent / "start").exists():
         torch.manual_seed(0)
         save_checkpoint(folder.parent / "start", tiny_model(action_horizon=5))
     training.train(
         run,
-        "ppo",
+        algorithm,
         config,
         checkpoint=folder.parent / "start",
-        output=folder / "ppo",
+        output=folder / algorithm,
         suite="MT10",
         demonstrations=toy_demonstrations(),
         resume=True,
@@ -107,18 +113,18 @@ def interrupting(real: Callable[..., Any], call: int, *, afterwards: bool = Fals
     return wrapped
 
 
-def outcome(folder: Path) -> dict[str, Any]:
+def outcome(folder: Path, algorithm: str = "ppo") -> dict[str, Any]:
     """All that a run leaves, without what clocks say."""
-    last = RunDirectory(folder).latest_checkpoint("ppo")
+    last = RunDirectory(folder).latest_checkpoint(algorithm)
     assert last is not None
     state = json.loads((last / "training_state.json").read_text())
     state["values"]["log"] = [entry for entry in state["values"]["log"] if not entry[0].startswith(("time/", "perf/"))]
-    events = EventAccumulator(str(folder / "tensorboard" / "ppo"), size_guidance={"scalars": 0}).Reload()
+    events = EventAccumulator(str(folder / "tensorboard" / algorithm), size_guidance={"scalars": 0}).Reload()
     return {
         "checkpoint": (last.name, (last / "training_state.safetensors").read_bytes()),
         "state": state,
-        "result": (folder / "ppo" / "model.safetensors").read_bytes(),
-        "notes": (folder / "ppo" / "config.json").read_text(),
+        "result": (folder / algorithm / "model.safetensors").read_bytes(),
+        "notes": (folder / algorithm / "config.json").read_text(),
         "metrics": [
             {
                 key: value
@@ -154,38 +160,64 @@ MOMENTS: dict[str, tuple[Any, str, int, bool]] = {
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    folder = tmp_path_factory.mktemp("uninterrupted") / "run"
-    train(folder)
-    return outcome(folder)
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """Outcomes by algorithm."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    for algorithm in CONFIGS:
+        train(folder / f"{algorithm} run", algorithm)
+    return {algorithm: outcome(folder / f"{algorithm} run", algorithm) for algorithm in CONFIGS}
 
 
+@pytest.mark.parametrize("algorithm", CONFIGS)
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_the_end_is_the_same_whenever_it_was_interrupted(
-    moment: str, tmp_path: Path, uninterrupted: dict[str, Any]
+    moment: str, algorithm: str, tmp_path: Path, uninterrupted: dict[str, dict[str, Any]]
 ) -> None:
     owner, name, call, afterwards = MOMENTS[moment]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(owner, name, interrupting(getattr(owner, name), call, afterwards=afterwards))
         with pytest.raises(Interrupt):
-            train(tmp_path / "run")
+            train(tmp_path / "run", algorithm)
     # Whatever a new process has in its generators.
     torch.manual_seed(99)
     np.random.seed(99)
     random.seed(99)
-    train(tmp_path / "run")
-    assert differences(outcome(tmp_path / "run"), uninterrupted) == []
-    assert len(uninterrupted["metrics"]) == 6
+    train(tmp_path / "run", algorithm)
+    assert differences(outcome(tmp_path / "run", algorithm), uninterrupted[algorithm]) == []
+    assert len(uninterrupted[algorithm]["metrics"]) == 6
 
 
-def test_interrupted_again_and_again(tmp_path: Path, uninterrupted: dict[str, Any]) -> None:
+@pytest.mark.parametrize("algorithm", CONFIGS)
+def test_interrupted_again_and_again(algorithm: str, tmp_path: Path, uninterrupted: dict[str, dict[str, Any]]) -> None:
     for call in (14, 5, 6):  # the second gets past the checkpoint after the fourth iteration, the third does not
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(PPO, "_optimizer_step", interrupting(PPO._optimizer_step, call))
             with pytest.raises(Interrupt):
-                train(tmp_path / "run")
-    train(tmp_path / "run")
-    assert differences(outcome(tmp_path / "run"), uninterrupted) == []
+                train(tmp_path / "run", algorithm)
+    train(tmp_path / "run", algorithm)
+    assert differences(outcome(tmp_path / "run", algorithm), uninterrupted[algorithm]) == []
+
+
+def test_groups_go_on_from_trials_that_no_seed_told(tmp_path: Path) -> None:
+    """Without a seed the trials of the groups are drawn from a number that the state keeps."""
+
+    def grpo() -> GRPO:
+        options: dict[str, Any] = {"model": "compact", "model_kwargs": TINY}
+        algorithm = GRPO("VLAPolicy", toy_vec(4), group_size=2, n_groups=2, device="cpu", policy_kwargs=options)
+        algorithm.set_logger(configure(None, []))
+        return algorithm
+
+    first, second = grpo(), grpo()
+    assert first._trial_entropy != second._trial_entropy
+    first.learn(8)
+    save_algorithm(tmp_path, first)
+    load_algorithm(tmp_path, second)
+    learned = []
+    for algorithm in (first, second):
+        torch.manual_seed(5)
+        algorithm.learn(16, reset_num_timesteps=False)
+        learned.append({name: value.clone() for name, value in algorithm.policy.state_dict().items()})
+    assert all(torch.equal(learned[0][name], learned[1][name]) for name in learned[0])
 
 
 def test_a_finished_run_is_not_repeated(tmp_path: Path) -> None:
@@ -197,10 +229,13 @@ def test_a_finished_run_is_not_repeated(tmp_path: Path) -> None:
     assert differences(outcome(tmp_path / "run"), before) == []
 
 
-def test_what_the_comparison_would_notice(tmp_path: Path, uninterrupted: dict[str, Any]) -> None:
+@pytest.mark.parametrize("algorithm", CONFIGS)
+def test_what_the_comparison_would_notice(
+    algorithm: str, tmp_path: Path, uninterrupted: dict[str, dict[str, Any]]
+) -> None:
     """Another seed gives another end, so equality above says something."""
-    train(tmp_path / "run", seed=1)
-    found = differences(outcome(tmp_path / "run"), uninterrupted)
+    train(tmp_path / "run", algorithm, seed=1)
+    found = differences(outcome(tmp_path / "run", algorithm), uninterrupted[algorithm])
     assert {"checkpoint", "state", "result", "metrics", "tensorboard"} <= set(found)
 
 
@@ -256,6 +291,62 @@ def test_a_killed_command_goes_on_in_metaworld(monkeypatch: pytest.MonkeyPatch, 
         assert not torch.equal(start[weight], end[weight])
     episodes = [environment["actions"] for environment in whole["state"]["values"]["environments"]]
     assert all(len(actions) % 40 for actions in episodes)  # they were in progress
+
+
+GROUPS_KILLED_WHILE_WRITING = """
+import os, signal, sys
+from sb3_vla import training
+from sb3_vla.checkpoints import training_state
+from sb3_vla.run import RunDirectory
+
+def train(folder, kill):
+    real, written = training_state.save_file, []
+
+    def save_file(*arguments):
+        real(*arguments)
+        written.append(arguments)
+        if kill and len(written) == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    training_state.save_file = save_file
+    # Two groups in a rollout of one turn, and three rollouts; a dense reward, for no episode will succeed.
+    config = training.GRPOConfig(
+        total_decisions=96, num_envs=4, num_workers=2, horizon=40, group_size=2, groups=2, batch_size=16, epochs=1,
+        checkpoint_interval=1,
+    )
+    training.train(
+        RunDirectory(folder + "/run", config), "grpo", config, checkpoint=folder + "/../start",
+        output=folder + "/run/grpo", suite="MT10", tasks=["door-open-v3", "reach-v3"],
+        env_kwargs={"reward": "dense"}, resume=True, progress=False,
+    )
+
+if __name__ == "__main__":
+    train(sys.argv[1], sys.argv[2] == "kill")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_groups_that_were_killed_go_on_in_metaworld(tmp_path: Path) -> None:
+    """What is kept are environments whose episodes have ended, and which are held there."""
+    torch.manual_seed(0)
+    save_checkpoint(tmp_path / "start", tiny_model(action_horizon=5))
+    (tmp_path / "train_groups.py").write_text(GROUPS_KILLED_WHILE_WRITING)
+
+    def train_groups(folder: str, how: str) -> int:
+        (tmp_path / folder).mkdir(exist_ok=True)
+        return subprocess.run([sys.executable, tmp_path / "train_groups.py", tmp_path / folder, how]).returncode
+
+    assert train_groups("killed", "kill") == -signal.SIGKILL
+    checkpoints = tmp_path / "killed" / "run" / "checkpoints" / "grpo"
+    assert sorted(os.listdir(checkpoints)) == [".step-00000064.tmp", "step-00000032"]
+    assert train_groups("killed", "go on") == train_groups("whole", "go on") == 0
+    found, whole = (outcome(tmp_path / which / "run", "grpo") for which in ("killed", "whole"))
+    assert differences(found, whole) == []
+    ended = [environment["actions"] for environment in whole["state"]["values"]["environments"]]
+    assert [len(actions) for actions in ended] == [40] * 4
+    start, end = (load_file(tmp_path / where / "model.safetensors") for where in ("start", "whole/run/grpo"))
+    assert not torch.equal(start["model.action_out.weight"], end["model.action_out.weight"])
 
 
 # --- What cannot be kept ----------------------------------------------------------------------------------------------

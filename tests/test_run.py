@@ -270,7 +270,7 @@ def test_stages_depend_on_stages_and_outputs(run: RunDirectory) -> None:
 def test_checkpoints(run: RunDirectory) -> None:
     assert run.latest_checkpoint("sft") is None
     for step in (5, 100_000_000, 99_999_999):  # as text, the last would be the highest
-        with run.checkpoint("sft", step) as folder:
+        with run.checkpoint("sft", step, keep=None) as folder:
             (folder / "nested").mkdir()
             (folder / "nested" / "model").write_text(f"{step}")
     with pytest.raises(ZeroDivisionError), run.checkpoint("sft", 200_000_000) as folder:
@@ -281,7 +281,7 @@ def test_checkpoints(run: RunDirectory) -> None:
     latest = run.latest_checkpoint("sft")
     assert latest is not None and (latest / "nested" / "model").read_text() == "100000000"
 
-    with run.checkpoint("sft", 5) as folder:
+    with run.checkpoint("sft", 5, keep=None) as folder:
         (folder / "model").write_text("again")
     # A kill between taking a checkpoint away and putting the new one in its place.
     last = run.path / "checkpoints" / "sft" / "step-100000000"
@@ -289,3 +289,40 @@ def test_checkpoints(run: RunDirectory) -> None:
     assert run.latest_checkpoint("sft") == last and (last / "nested" / "model").read_text() == "100000000"
     assert names(run.path / "checkpoints" / "sft") == ["step-00000005", "step-100000000", "step-99999999"]
     assert names(run.path / "checkpoints" / "sft" / "step-00000005") == ["model"]
+
+
+def test_old_checkpoints_are_deleted(run: RunDirectory) -> None:
+    folder = run.path / "checkpoints" / "ppo"
+
+    def write(step: int, keep: int | None) -> list[str]:
+        with run.checkpoint("ppo", step, keep) as written:
+            assert not folder.exists() or all((path / "model").exists() for path in folder.glob("step-*"))
+            (written / "model").write_text("x" * 100)
+        return names(folder)
+
+    assert write(1, None) == ["step-00000001"]
+    assert write(2, None) == ["step-00000001", "step-00000002"]
+    assert write(10, 2) == ["step-00000002", "step-00000010"]
+    assert write(10, 2) == ["step-00000002", "step-00000010"]  # the same again
+    assert write(3, 2) == ["step-00000003", "step-00000010"]  # never the new one, whatever its step
+    assert write(11, 1) == ["step-00000011"]
+    with pytest.raises(ZeroDivisionError), run.checkpoint("ppo", 12, keep=1) as half:
+        (half / "model").write_text("half")
+        raise ZeroDivisionError
+    assert names(folder) == ["step-00000011"]  # not before the new one is complete
+
+
+def test_a_kill_while_an_old_checkpoint_is_deleted(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    def write(step: int) -> None:
+        with run.checkpoint("ppo", step, keep=1) as folder:
+            (folder / "model").write_text(f"{step}")
+
+    write(1)
+    removed: list[Path] = []
+    with monkeypatch.context() as patch:  # nothing is removed, as by a kill right before
+        patch.setattr(shutil, "rmtree", lambda path, **_: removed.append(path))
+        write(2)
+    assert [path.name for path in removed if path.exists()] == [".step-00000001.tmp"]
+    assert run.latest_checkpoint("ppo") == run.path / "checkpoints" / "ppo" / "step-00000002"
+    write(3)
+    assert sorted(os.listdir(run.path / "checkpoints" / "ppo")) == ["step-00000003"]

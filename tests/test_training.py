@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ import pytest
 from stable_baselines3.common.vec_env import DummyVecEnv
 from toy import tiny_model, toy_vec
 
-from sb3_vla import training
+from sb3_vla import GRPO, PPO, training
 from sb3_vla.checkpoints import load_checkpoint, save_checkpoint
 from sb3_vla.config import ConfigError, load_config
 from sb3_vla.run import RunDirectory
@@ -41,50 +43,110 @@ def test_settings_of_nothing(name: str) -> None:
         load_config(PPOConfig, overrides=[f"{name}=0"])
 
 
+def test_no_checkpoint_to_go_on_from() -> None:
+    with pytest.raises(ValueError, match=r"grpo\.keep_checkpoints=0; expected at least 1, or null for all"):
+        GRPOConfig(keep_checkpoints=0)
+
+
 class Captured(Exception):
     pass
 
 
-def test_settings_reach_environments_and_algorithm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+SHARED_CHANGES: dict[str, Any] = {
+    "batch_size": 20,
+    "clip_range": 0.125,
+    "clip_range_high": 0.3,
+    "dual_clip": 3.0,
+    "logprob_type": "action",
+    "micro_batch_size": 8,
+    "target_kl": 0.5,
+    "ent_coef": 0.25,
+    "kl_coef": 0.75,
+    "max_grad_norm": 0.75,
+    "actor_warmup": 8,
+    "task_sampling": "uniform",
+    "rehearsal_batch_size": 3,
+    "bf16": None,
+    "seed": 11,
+}
+PPO_CHANGES: dict[str, Any] = {
+    "value_lr": 0.125,
+    "gamma": 0.9,
+    "gamma_per": "env_step",
+    "gae_lambda": 0.8,
+    "bootstrap_truncated": True,
+    "clip_range_vf": 0.2,
+    "huber_delta": 1.0,
+    "normalize_advantage": False,
+    "critic_warmup": 7,
+    "overlap": True,
+}
+GRPO_CHANGES: dict[str, Any] = {
+    "group_size": 4,
+    "max_groups": 50,
+    "success_bounds": (0.1, 0.9),
+    "episode_return": "success",
+    "advantage_type": "leave_one_out",
+    "normalize_length": False,
+}
+ENVIRONMENT_CHANGES = {"horizon": 77, "num_workers": 3}
+# What reaches the algorithm by another name or another way, and what is for the run.
+OTHERWISE = {
+    *("num_envs", "epochs", "learning_rate", "final_learning_rate", "final_noise_scale"),
+    *("trainable", "distribution", "distribution_kwargs", "rehearsal_coef", "checkpoint_interval", "keep_checkpoints"),
+    *("iterations", "decisions", "privileged_critic", "total_decisions", "groups"),
+}
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "config_class", "own_changes"), [(PPO, PPOConfig, PPO_CHANGES), (GRPO, GRPOConfig, GRPO_CHANGES)]
+)
+def test_settings_reach_environments_and_algorithm(
+    algorithm: type[PPO],
+    config_class: type[PPOConfig] | type[GRPOConfig],
+    own_changes: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     arguments: dict[str, Any] = {}
 
     def vec_env(makers: list[Any], num_workers: int | None) -> DummyVecEnv:
-        arguments.update(makers[0].keywords, num_workers=num_workers)
+        make = makers[0].args[0] if algorithm is GRPO else makers[0]
+        arguments.update(make.keywords, num_workers=num_workers)
         return toy_vec(len(makers), chunk=5, action_dim=4)
 
-    def ppo(policy: str, env: DummyVecEnv, **options: Any) -> None:
+    @functools.wraps(algorithm.__init__)
+    def construct(self: PPO, policy: str, env: DummyVecEnv, **options: Any) -> None:
         arguments.update(options)
         raise Captured
 
     monkeypatch.setattr(training, "SharedMemoryVecEnv", vec_env)
-    monkeypatch.setattr(training, "PPO", ppo)
-    changes: dict[str, Any] = {
-        "gamma_per": "env_step",
-        "bootstrap_truncated": True,
-        "clip_range_high": 0.3,
-        "dual_clip": 3.0,
-        "clip_range_vf": 0.2,
-        "huber_delta": 1.0,
-        "logprob_type": "action",
-        "normalize_advantage": False,
-        "micro_batch_size": 8,
-        "target_kl": 0.5,
-        "ent_coef": 0.25,
-        "max_grad_norm": 0.75,
-        "critic_warmup": 7,
-        "actor_warmup": 8,
-        "overlap": True,
-        "value_lr": 0.125,
-        "horizon": 77,
-        "num_workers": 3,
-    }
-    config = PPOConfig(**changes, privileged_critic=False)
+    monkeypatch.setattr(algorithm, "__init__", construct)
+    changes = SHARED_CHANGES | own_changes
+    config = config_class(**changes, **ENVIRONMENT_CHANGES, epochs=6, learning_rate=0.5, final_noise_scale=0.25)
     for name, value in changes.items():
-        assert value != getattr(PPOConfig(), name)
+        assert value != getattr(config_class(), name)
     with pytest.raises(Captured):
         start(tmp_path, config, suite="MT10")
-    assert {name: arguments[name] for name in changes} == changes
-    assert arguments["privileged_state"] is False and arguments["elapsed_time"] is True
+    expected = changes | ENVIRONMENT_CHANGES
+    assert {name: arguments[name] for name in expected} == expected
+    assert arguments["n_epochs"] == 6
+    assert (arguments["learning_rate"](1.0), arguments["learning_rate"](0.0)) == (0.5, config.final_learning_rate)
+    assert (arguments["noise_scale"](1.0), arguments["noise_scale"](0.0)) == (1.0, 0.25)
+    assert arguments["n_steps" if algorithm is PPO else "n_groups"] == (128 if algorithm is PPO else 12)
+    assert arguments["privileged_state"] is True and arguments["elapsed_time"] is True
+    # A field that is new is in one of these lists.
+    assert {item.name for item in fields(config)} == {*expected, *OTHERWISE} & {item.name for item in fields(config)}
+
+
+def test_the_critic_may_do_without_the_simulators_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def vec_env(makers: list[Any], num_workers: int | None) -> None:
+        assert makers[0].keywords["privileged_state"] is False
+        raise Captured
+
+    monkeypatch.setattr(training, "SharedMemoryVecEnv", vec_env)
+    with pytest.raises(Captured):
+        start(tmp_path, PPOConfig(privileged_critic=False), suite="MT10")
 
 
 @pytest.mark.parametrize("name", ["total_decisions", "groups", "checkpoint_interval"])

@@ -1,0 +1,190 @@
+"""A recipe from beginning to end: demonstrations and imitation where it starts from nothing, training, evaluation.
+
+Each stage is done once: the same command, started again, goes on where it was interrupted.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from sb3_vla.checkpoints import checkpoint_digest, load_checkpoint
+from sb3_vla.collecting import collect
+from sb3_vla.config import ConfigError
+from sb3_vla.demonstrations import Demonstrations
+from sb3_vla.evaluation import EvaluationResult, VideoOptions, compare, evaluate
+from sb3_vla.plan import Plan, can_begin
+from sb3_vla.policies import load_policy
+from sb3_vla.recipes import Recipe
+from sb3_vla.report import write_report
+from sb3_vla.run import RunDirectory
+from sb3_vla.sft import sft
+from sb3_vla.training import GRPOConfig, train, view_of
+
+
+def launch(recipe: Recipe, plan: Plan, console: Console) -> Path:
+    """Run the stages that are not done yet.
+
+    :param recipe: kept as the run's configuration.
+    :param plan: what it means, by :func:`sb3_vla.plan.make_plan`.
+    :return: the run's directory.
+    """
+    _check_start(recipe, plan)
+    run = RunDirectory(plan.run, recipe)
+    started = time.monotonic()
+    stages: list[str] = []
+    if plan.collect is not None:
+        stages.append(_demonstrate(run, plan, console))
+    if plan.sft is not None:
+        stages.append(_imitate(run, plan, stages, console))
+    start = str(run.path / "sft") if plan.sft is not None else str(plan.checkpoint)
+    options = {} if plan.sft is not None else plan.model_kwargs
+    trained = plan.config is not None
+    if plan.evaluate is not None:
+        _measure(run, plan, "before" if trained else "after", start, options, stages, console)
+    if plan.config is not None:
+        after = [_practise(run, plan, start, options, stages, console)]
+        if plan.evaluate is not None:
+            _measure(run, plan, "after", str(run.path / after[0]), {}, after, console)
+    _tell(run, plan, console)
+    console.print(f"{(time.monotonic() - started) / 60:.1f} minutes for this start", highlight=False)
+    return run.path
+
+
+def _check_start(recipe: Recipe, plan: Plan) -> None:
+    """Before hours are spent on a checkpoint that is not there, or of another model."""
+    if plan.checkpoint is None:
+        if not can_begin(recipe):
+            raise ConfigError(
+                f"actor.model.model_path is not set: {recipe.actor.model.model_type} starts from a checkpoint. Give "
+                "actor.model.model_path=FOLDER or =owner/name on the Hugging Face hub, or the sizes of a small new "
+                "model as actor.model.model_kwargs; the recipes with compact in their names need neither"
+            )
+        return
+    found = load_checkpoint(plan.checkpoint, plan.model_kwargs).model_name
+    expected = recipe.actor.model.model_type
+    if found != expected:
+        raise ValueError(
+            f"actor.model.model_path={plan.checkpoint} is a checkpoint of {found}, but actor.model.model_type="
+            f"{expected}; give another checkpoint, or a recipe of {found}"
+        )
+
+
+def _demonstrate(run: RunDirectory, plan: Plan, console: Console) -> str:
+    with run.stage("collect", {"collect": plan.collect}, outputs=["demonstrations"]) as stage:
+        if not stage.done:
+            console.rule("demonstrations by scripted experts")
+            assert plan.collect is not None
+            report = collect(run.path / "demonstrations", **plan.collect, overwrite=True)
+            console.print(str(report), highlight=False)
+    return "collect"
+
+
+def _demonstrations(run: RunDirectory, plan: Plan) -> Demonstrations:
+    assert plan.load is not None
+    root = plan.load["root"] or run.path / "demonstrations"
+    return Demonstrations.load(**{**plan.load, "root": root})
+
+
+def _imitate(run: RunDirectory, plan: Plan, after: list[str], console: Console) -> str:
+    assert plan.sft is not None
+    inputs = {"sft": plan.sft, "data": plan.load, "checkpoint": _identity(plan.checkpoint)}
+    with run.stage("sft", inputs, after=after, outputs=["sft"]) as stage:
+        if not stage.done:
+            console.rule("imitation")
+            result = sft(
+                _demonstrations(run, plan),
+                plan.sft,
+                output=run.path / "sft",
+                save_state=lambda step: run.checkpoint("sft", step),
+                resume_from=run.latest_checkpoint("sft") if stage.resumed else None,
+            )
+            run.write_json("sft_history.json", result.history)
+    return "sft"
+
+
+def _practise(
+    run: RunDirectory, plan: Plan, start: str, options: dict[str, Any], after: list[str], console: Console
+) -> str:
+    assert plan.config is not None and plan.algorithm is not None
+    name = plan.algorithm
+    inputs = {"config": plan.config, "train": plan.train, "checkpoint": _identity(plan.checkpoint), "options": options}
+    with run.stage(name, inputs, after=after, outputs=[name]) as stage:
+        if not stage.done:
+            console.rule("GRPO" if isinstance(plan.config, GRPOConfig) else "PPO")
+            train(
+                run,
+                name,
+                plan.config,
+                checkpoint=start,
+                output=run.path / name,
+                demonstrations=_demonstrations(run, plan) if plan.config.rehearsal_coef > 0 else None,
+                resume=stage.resumed,
+                model_kwargs=options,
+                **plan.train,
+            )
+    return name
+
+
+def _measure(
+    run: RunDirectory,
+    plan: Plan,
+    name: str,
+    checkpoint: str,
+    options: dict[str, Any],
+    after: list[str],
+    console: Console,
+) -> None:
+    assert plan.evaluate is not None
+    output = f"evaluation_{name}.json"
+    inputs = {"evaluate": plan.evaluate, "videos": plan.videos_per_task, "checkpoint": _identity(plan.checkpoint)}
+    with run.stage(f"evaluate_{name}", inputs, after=after, outputs=[output]) as stage:
+        if not stage.done:
+            console.rule(f"measurement {name}")
+            videos = VideoOptions(run.path / "videos" / name, per_task=plan.videos_per_task)
+            loaded = load_checkpoint(checkpoint, options)
+            how = {key: value for key, value in plan.evaluate.items() if key != "renderer"}
+            result = evaluate(
+                load_policy(
+                    checkpoint, plan.action_chunk, "cuda" if torch.cuda.is_available() else "cpu", options or None
+                ),
+                env_kwargs={
+                    "image_size": loaded.model.image_size[0],
+                    "renderer": plan.evaluate["renderer"],
+                    **view_of(loaded.notes),
+                },
+                videos=videos if plan.videos_per_task else None,
+                **how,
+            )
+            result.to_json(run.path / output)
+
+
+def _identity(checkpoint: str | None) -> str | None:
+    """What tells a checkpoint from another one in the same place: its files where they are here, else its name."""
+    if checkpoint is None or not (Path(checkpoint) / "config.json").is_file():
+        return checkpoint
+    return checkpoint_digest(checkpoint)
+
+
+def _tell(run: RunDirectory, plan: Plan, console: Console) -> None:
+    """The table, the page, and where everything lies."""
+    if plan.evaluate is not None:
+        after = EvaluationResult.from_json(run.path / "evaluation_after.json")
+        after.to_markdown(run.path / "evaluation_after.md")
+        if plan.algorithm is None:
+            after.print_table(console)
+        else:
+            before = EvaluationResult.from_json(run.path / "evaluation_before.json")
+            comparison = compare(before, after, names=("before", plan.algorithm.upper()))
+            comparison.to_json(run.path / "comparison.json")
+            comparison.to_markdown(run.path / "comparison.md")
+            comparison.print_table(console)
+    page = write_report(run.path)
+    checkpoint = run.path / (plan.algorithm or "sft")
+    for what, where in {"report": page, "TensorBoard": run.path / "tensorboard", "checkpoint": checkpoint}.items():
+        if where.exists():
+            console.print(f"{what:>12}  {where}", highlight=False, soft_wrap=True)
