@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mw_envs.tasks import did_you_mean, select_tasks
+from sb3_vla.cluster import ClusterOptions
 from sb3_vla.config import ConfigError
 from sb3_vla.models import MODELS
 from sb3_vla.recipes import AlgorithmSection, EvalEnvSection, Recipe, TrainEnvSection
@@ -51,6 +52,7 @@ class Plan:
     :param sft: settings of imitation; None for none.
     :param config: settings of the algorithm; None for imitation alone.
     :param train: further arguments of :func:`sb3_vla.training.train`.
+    :param cluster: where training runs; None for this machine alone.
     :param action_chunk: actions executed per decision; None for all that the model predicts.
     :param evaluate: arguments of :func:`sb3_vla.evaluation.evaluate`; None for no evaluation.
     :param videos_per_task: trials of each task that are filmed.
@@ -64,6 +66,7 @@ class Plan:
     sft: SFTConfig | None
     config: PPOConfig | GRPOConfig | None
     train: dict[str, Any]
+    cluster: ClusterOptions | None
     action_chunk: int | None
     evaluate: dict[str, Any] | None
     videos_per_task: int
@@ -103,6 +106,7 @@ def make_plan(recipe: Recipe, overrides: Iterable[str] = ()) -> Plan:
         sft=_sft(recipe) if imitates else None,
         config=_algorithm(recipe) if trains else None,
         train=_train(recipe, suite, split) if trains else {},
+        cluster=recipe.cluster.options(),
         action_chunk=model.num_action_chunks,
         evaluate=_evaluate(recipe.env.eval, model.num_action_chunks) if recipe.env.eval.trials_per_task > 0 else None,
         videos_per_task=recipe.env.eval.videos_per_task,
@@ -136,6 +140,7 @@ def _check_algorithm(recipe: Recipe) -> None:
 
 def _check_used(overrides: Iterable[str], *, trains: bool, imitates: bool, shows: bool) -> None:
     unused = {
+        "cluster.": "" if trains else "imitation runs on this machine, or under torchrun",
         "sft.": "" if imitates else "training starts from actor.model.model_path without imitation",
         "data.": "" if shows else "there is neither imitation nor rehearsal",
         "algorithm.": "" if trains else "runner.task_type=sft only imitates",

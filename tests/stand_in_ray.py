@@ -92,8 +92,6 @@ class StandInRay:
     :param slots: CPU slots of each node.
     """
 
-    __path__: list[str] = []
-
     def __init__(self, *slots: int) -> None:
         self.slots = {f"node {number}": count for number, count in enumerate(slots)}
         self.dead: set[str] = set()

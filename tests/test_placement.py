@@ -69,7 +69,10 @@ def test_slots_are_gpus_or_cpus() -> None:
         ({"component_placement": {"actor,env": "all"}}, r"does not place rollout; .* such as rollout: all"),
         ({"component_placement": {"actor,env,rolout": "all"}}, r"the component 'rolout'; did you mean 'rollout'"),
         ({"component_placement": {"actor,env": "0", "env,rollout": "1"}}, r"places env twice, by 'actor,env' and"),
-        ({"component_placement": {"actor,env,rollout": "0..3"}}, r"not understood at '0..3'; expected all, a range such as 0-3"),
+        (
+            {"component_placement": {"actor,env,rollout": "0..3"}},
+            r"not understood at '0..3'; expected all, a range such as 0-3",
+        ),
         ({"component_placement": {"actor,env,rollout": "-1"}}, r"not understood at '-1'"),
         ({"component_placement": {"actor,env,rollout": ""}}, r"not understood at ''"),
         ({"component_placement": {"actor,env,rollout": "3-0"}}, r"range 3-0 ends before it begins; expected 0-3"),

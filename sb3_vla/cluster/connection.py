@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ def import_ray() -> Any:
         import ray
     except ImportError as error:
         raise PlacementError(
-            "A cluster needs Ray, which is not installed; install it with `pip install \"sb3-vla[ray]\"`, or leave "
+            'A cluster needs Ray, which is not installed; install it with `pip install "sb3-vla[ray]"`, or leave '
             "cluster.component_placement out to train on this machine alone"
         ) from error
     return ray
@@ -56,7 +57,8 @@ class Cluster:
         """
         nodes = self.nodes()
         node = nodes[slot.node % len(nodes)]
-        affinity = self.ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(node.name, soft=True)
+        strategies = importlib.import_module("ray.util.scheduling_strategies")
+        affinity = strategies.NodeAffinitySchedulingStrategy(node.name, soft=True)
         # The placement shares accelerators; Ray's own counting of them would not.
         actor = self.ray.remote(server).options(num_cpus=0, num_gpus=0, scheduling_strategy=affinity)
         return actor.remote(slot, *arguments)
@@ -74,8 +76,6 @@ def connected(options: ClusterOptions) -> Iterator[Cluster]:
     was started on this machine; else, for a single node, one that begins and ends with the context.
     """
     ray = import_ray()
-    import ray.util.scheduling_strategies  # an attribute of ray only then
-
     if ray.is_initialized():
         yield Cluster(options)
         return

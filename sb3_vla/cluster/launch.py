@@ -32,14 +32,15 @@ def train_on_cluster(
 
     The weights that come out are those of a training on one machine. A learner in a slot of this node is this process;
     elsewhere it is an actor, and where its node dies it goes on from its last checkpoint on another node, or when there
-    are enough nodes again. The run directory and checkpoints must lie where all nodes see them.
+    are enough nodes again. The run directory and checkpoints must lie where all nodes see them. There is one learner;
+    where the placement names several accelerators for ``actor`` it takes the first, with a warning.
 
     :param options: the placement.
     :param arguments: as of ``train``.
     :raises PlacementError: for a placement that the cluster cannot have.
     """
     with connected(options) as cluster:
-        (slot,) = _learners(cluster)
+        slot = _learner(cluster)
         if slot.node == 0:
             if slot.is_gpu:
                 torch.cuda.set_device(slot.local)
@@ -111,9 +112,15 @@ def _wait_for_nodes(cluster: Cluster, options: ClusterOptions) -> None:
             time.sleep(_LOOK_AGAIN_SECONDS)
 
 
-def _learners(cluster: Cluster) -> list[Slot]:
-    slots = cluster.placement["actor"]
-    return slots[:1]
+def _learner(cluster: Cluster) -> Slot:
+    first, *others = cluster.placement["actor"]
+    if others:
+        warnings.warn(
+            f"cluster.component_placement places {len(others) + 1} actor processes, but on a cluster one learner "
+            "trains, on the first of their accelerators; several learners train under torchrun",
+            stacklevel=3,
+        )
+    return first
 
 
 def _seat(cluster: Cluster) -> Seat:

@@ -58,7 +58,9 @@ class RolloutActor:
         self._policy.distribution.noise_scale = noise_scale
 
     @torch.no_grad()
-    def decide(self, observations: Mapping[str, npt.NDArray[Any]], generators: list[Tensor]) -> tuple[Any, list[Tensor]]:
+    def decide(
+        self, observations: Mapping[str, npt.NDArray[Any]], generators: list[Tensor]
+    ) -> tuple[Any, list[Tensor]]:
         """Decide as the learner would, and hand its generators back.
 
         :param generators: their states.
