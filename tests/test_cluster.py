@@ -7,6 +7,7 @@ import functools
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,11 @@ from toy import TINY, ToyEnv, tiny_model, toy_ppo
 
 from sb3_vla import GRPO, PPO
 from sb3_vla.checkpoints import save_checkpoint
-from sb3_vla.cluster import ClusterOptions, PlacementError
+from sb3_vla.cluster import ClusterOptions, PlacementError, launch
 from sb3_vla.cluster.connection import Cluster, connected
 from sb3_vla.cluster.envs import RayVecEnv
 from sb3_vla.cluster.launch import train_on_cluster
+from sb3_vla.cluster.placement import Slot
 from sb3_vla.cluster.rollout import Replicas
 from sb3_vla.cluster.seat import Seat
 from sb3_vla.run import RunDirectory
@@ -282,3 +284,98 @@ def test_the_workers_are_those_of_the_placement(ray: Any) -> None:
     assert [len(share) for share in env.shares] == [2, 2, 3]
     assert len(set(env.env_method("process"))) == 3
     env.close()
+
+
+class SleepyToy(FoundToy):
+    """A chunk takes time, but no processor."""
+
+    def step(self, action: np.ndarray) -> tuple[dict[str, np.ndarray], float, bool, bool, dict[str, Any]]:
+        time.sleep(0.1)
+        return super().step(action)
+
+
+class SleepyReplicas:
+    """Copies that decide in 0.1 s a batch of two, without a processor."""
+
+    def __init__(self, policy: Any) -> None:
+        self.policy = policy
+
+    def take_weights(self) -> None: ...
+
+    @torch.no_grad()
+    def decide(self, observations: dict[str, np.ndarray]) -> Any:
+        time.sleep(0.05 * len(observations["state"]))
+        prepared = self.policy.prepare({key: torch.as_tensor(value) for key, value in observations.items()})
+        return (prepared, *self.policy.decide(prepared))
+
+
+def test_overlap_hides_the_shorter_of_simulation_and_inference(ray: Any) -> None:
+    """Two actors of two environments: a round simulates for 0.2 s and decides for 0.2 s, one after the other or not.
+
+    In halves, each actor runs one environment of each half, 0.1 s, while the other half's 0.1 s of decisions go on.
+    """
+    cluster = Cluster(ClusterOptions(2, {"env": "0-1", "rollout": "2", "actor": "0"}))
+    seconds = {}
+    for overlap in (False, True):
+        env = RayVecEnv(cluster, [functools.partial(SleepyToy, horizon=3)] * 4, cluster.placement["env"])
+        algorithm = toy_ppo(env, n_steps=10, batch_size=40, overlap=overlap)  # type: ignore[arg-type]
+        algorithm.replicas = SleepyReplicas(algorithm.policy)  # type: ignore[assignment]
+        algorithm.learn(40)
+        seconds[overlap] = algorithm.logger.name_to_value["time/rollout_seconds"]
+        env.close()
+    together, overlapped = 10 * (0.2 + 0.2), 10 * 0.2 + 0.1
+    assert together <= seconds[False]
+    # What is not slept is the same for both, but for what the two halves of a step cost.
+    assert overlapped <= seconds[True] <= overlapped + (seconds[False] - together) + 0.25 * (together - overlapped)
+
+
+def test_one_learner_trains_in_this_process(ray: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(launch, "train", lambda run, stage, config, **arguments: given.update(arguments))
+    with pytest.warns(UserWarning, match="places 8 actor processes, but on a cluster one learner"):
+        train_on_cluster(ClusterOptions(2, LAYOUTS["hybrid"]), None, "rl", PPOConfig(), suite="MT10")  # type: ignore[arg-type]
+    assert given["suite"] == "MT10"
+    assert [(slot.node, slot.local) for slot in given["seat"].rollout] == [(1, 0), (1, 1), (1, 2), (1, 3)]
+
+
+class DyingWorker:
+    """A learner whose process is killed the first times."""
+
+    def __init__(self, slot: Slot) -> None:
+        self.slot = slot
+
+    def train(
+        self, options: Any, first: str, run: RunDirectory, stage: str, config: Any, given: dict[str, Any]
+    ) -> None:
+        tries = run.path / "tries"
+        done = tries.read_text() if tries.exists() else ""
+        tries.write_text(f"{done}{'resumed' if given.get('resume') else 'begun'} ")
+        if len(done.split()) < given["deaths"]:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("deaths", [2, 3])
+def test_a_learner_on_another_node_is_begun_again(
+    ray: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, deaths: int
+) -> None:
+    monkeypatch.setattr(launch, "ActorWorker", DyingWorker)
+    run = RunDirectory(tmp_path / "run", PPOConfig())
+
+    def begin() -> None:
+        placement = {"actor": "5", "env,rollout": "0"}
+        train_on_cluster(ClusterOptions(2, placement), run, "rl", PPOConfig(), deaths=deaths)
+
+    with pytest.warns(UserWarning, match="goes on from its last checkpoint"):
+        if deaths == 2:
+            begin()
+        else:
+            with pytest.raises(RuntimeError, match="The learner died 3 times without a checkpoint between"):
+                begin()
+    assert (run.path / "tries").read_text().split() == ["begun", "resumed", "resumed"]
+
+
+def test_nodes_are_numbered_from_the_launching_one(ray: Any) -> None:
+    options = ClusterOptions(2)
+    here = Cluster(options)
+    other = here.nodes()[1].name
+    assert [node.name for node in Cluster(options, other).nodes()] == [other, here.first]

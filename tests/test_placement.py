@@ -11,6 +11,8 @@ import pytest
 from sb3_vla.cluster import ClusterOptions, PlacementError, place
 from sb3_vla.cluster.connection import import_ray
 from sb3_vla.cluster.placement import Node
+from sb3_vla.config import load_config
+from sb3_vla.recipes import ClusterSection, Recipe
 
 EIGHT_GPUS = Node("a", 8, has_gpus=True)
 
@@ -101,3 +103,13 @@ def test_ray_is_not_imported_and_its_lack_is_told(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(PlacementError, match=r'needs Ray, which is not installed; .* `pip install "sb3-vla\[ray\]"`'):
         import_ray()
+
+
+def test_recipes_name_a_cluster() -> None:
+    assert ClusterSection().options() is None
+    placement = {"env": "0-3", "rollout": "4-7", "actor": "0"}
+    overrides = ["cluster.num_nodes=2", "cluster.component_placement={env: 0-3, rollout: 4-7, actor: 0}"]
+    recipe = load_config(Recipe, overrides=overrides)
+    assert recipe.cluster.options() == ClusterOptions(2, placement)
+    with pytest.raises(PlacementError, match=r"num_nodes=2 needs a placement; give cluster.component_placement="):
+        ClusterSection(num_nodes=2).options()

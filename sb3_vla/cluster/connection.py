@@ -30,19 +30,20 @@ class Cluster:
     """A connection to Ray with a placement that it can have.
 
     :param options: what is wanted.
+    :param first: name of node 0; None for the node of this process.
     :raises PlacementError: if Ray is missing, no cluster answers, or it is too small.
     """
 
-    def __init__(self, options: ClusterOptions) -> None:
+    def __init__(self, options: ClusterOptions, first: str | None = None) -> None:
         self.ray = import_ray()
+        self.first: str = self.ray.get_runtime_context().get_node_id() if first is None else first
         self.placement: Placement = place(options, self.nodes())
         self.num_nodes = options.num_nodes
 
     def nodes(self) -> list[Node]:
-        """Living nodes; this one first, the others in an order that stays."""
-        here = self.ray.get_runtime_context().get_node_id()
+        """Living nodes; the first one, then the others in an order that stays."""
         alive = [node for node in self.ray.nodes() if node["Alive"]]
-        alive.sort(key=lambda node: (node["NodeID"] != here, node["NodeManagerAddress"], node["NodeID"]))
+        alive.sort(key=lambda node: (node["NodeID"] != self.first, node["NodeManagerAddress"], node["NodeID"]))
         found = []
         for node in alive:
             gpus = int(node["Resources"].get("GPU", 0))

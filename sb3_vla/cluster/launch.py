@@ -61,13 +61,17 @@ class ActorWorker:
     def train(
         self,
         options: ClusterOptions,
+        first: str,
         run: RunDirectory,
         stage: str,
         config: PPOConfig | GRPOConfig,
         arguments: dict[str, Any],
     ) -> None:
-        """See :func:`train_on_cluster`."""
-        train(run, stage, config, seat=_seat(Cluster(options)), **arguments)
+        """See :func:`train_on_cluster`.
+
+        :param first: name of the placement's node 0.
+        """
+        train(run, stage, config, seat=_seat(Cluster(options, first)), **arguments)
 
 
 def _train_elsewhere(
@@ -83,7 +87,7 @@ def _train_elsewhere(
     while True:
         learner = cluster.start(ActorWorker, slot)
         try:
-            cluster.ray.get(learner.train.remote(options, run, stage, config, arguments))
+            cluster.ray.get(learner.train.remote(options, cluster.first, run, stage, config, arguments))
             return
         except cluster.lost() as error:
             deaths = deaths + 1 if run.latest_checkpoint(stage) == latest else 1

@@ -138,7 +138,7 @@ class Replicas:
                 if death == _TOO_MANY_DEATHS:
                     raise RuntimeError(
                         f"Copy {number} of the policy died {death} times at the same request, so it is not replaced "
-                        "again. Ray's log of its node says why. Mostly memory has run out"
+                        f"again ({error}). Mostly memory has run out"
                     ) from error
                 self._start(number)
         raise AssertionError
