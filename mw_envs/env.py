@@ -56,8 +56,8 @@ class MetaWorldEnv(gym.Env[dict[str, Any], npt.NDArray[np.float32]]):
     ``task_weights``. ``reset(options={"snapshot": s})`` goes on from :meth:`snapshot` instead.
 
     **Info**: ``task``, ``goal``, ``trial_seed``, ``instruction``, ``success`` (at this step), ``success_once`` (so
-    far), ``env_steps`` (run by this call), ``elapsed_steps`` (run since the reset), ``is_success`` when the episode
-    ends, and ``frames`` with ``record_frames``.
+    far), ``env_steps`` (run by this call), ``elapsed_steps`` (run since the reset), ``is_success`` and
+    ``episode_return`` (sum of rewards) when the episode ends, and ``frames`` with ``record_frames``.
 
     :param suite: ``MT1``, ``MT10``, ``MT50``, ``ML10`` or ``ML45``.
     :param task: the task of ``MT1``.
@@ -151,7 +151,7 @@ class MetaWorldEnv(gym.Env[dict[str, Any], npt.NDArray[np.float32]]):
         self._simulator: Simulator | None = None
         self._trial_seed: int | None = None
         self._trial: Trial | None = None
-        self._elapsed_steps = 0
+        self._elapsed_steps, self._return = 0, 0.0
         self._success = self._success_once = self._ended = False
         self._metaworld_observation = np.zeros(39)
         self._actions: list[list[float]] = []  # of the episode, one an environment step
@@ -241,7 +241,7 @@ class MetaWorldEnv(gym.Env[dict[str, Any], npt.NDArray[np.float32]]):
         self._metaworld_observation = self._simulator.place(self._trial)
         for _ in range(self.settle_steps):
             self._metaworld_observation, _, _ = self._simulator.step(_SETTLE_ACTION)
-        self._elapsed_steps = 0
+        self._elapsed_steps, self._return = 0, 0.0
         self._success = self._success_once = self._ended = False
         self._actions = []
 
@@ -274,6 +274,7 @@ class MetaWorldEnv(gym.Env[dict[str, Any], npt.NDArray[np.float32]]):
         info = self._info(env_steps)
         if self._ended:
             info["is_success"] = self._success_once
+            info["episode_return"] = self._return
         if self.record_frames:
             info["frames"] = np.stack(frames)
         return self._observation(), total_reward, terminated, truncated, info
@@ -285,6 +286,7 @@ class MetaWorldEnv(gym.Env[dict[str, Any], npt.NDArray[np.float32]]):
         reward = self._step_reward(dense_reward, success)
         self._success, self._success_once = success, self._success_once or success
         self._elapsed_steps += 1
+        self._return += reward
         self._actions.append(action.tolist())
         terminated = success and self.terminate_on_success
         truncated = not terminated and self._elapsed_steps >= self.horizon

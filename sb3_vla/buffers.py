@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
+from sb3_vla.distributed import Ranks, current_ranks
 from sb3_vla.distributions import Trace
 
 
@@ -30,6 +33,11 @@ class DecisionBatch:
     returns: Tensor
     indices: Tensor
 
+    def to(self, device: torch.device) -> DecisionBatch:
+        """The same decisions elsewhere."""
+        moved: dict[str, Any] = tree_map(lambda tensor: tensor.to(device), vars(self))
+        return DecisionBatch(**moved)
+
 
 class DecisionBuffer(ABC):
     """What an update asks of a rollout of B decisions.
@@ -46,12 +54,75 @@ class DecisionBuffer(ABC):
         """B."""
 
     @abstractmethod
-    def minibatches(self, batch_size: int) -> list[Tensor]:
-        """Indices of all decisions once, shuffled, in minibatches, int64."""
+    def decisions(self) -> tuple[Tensor, Tensor]:
+        """Indices of the decisions to learn from, int64 (n,), and of each a number that is its own among the decisions
+        of all ranks; their order is that of one process with all the ranks' environments."""
+
+    @abstractmethod
+    def cut(self, shuffled: Tensor, batch_size: int) -> list[Tensor]:
+        """Shuffled indices in minibatches."""
+
+    def minibatches(self, batch_size: int, generator: torch.Generator | None = None) -> list[Tensor]:
+        """Indices of this buffer's decisions once, shuffled, in minibatches, int64."""
+        indices, _ = self.decisions()
+        return self.cut(indices[torch.randperm(len(indices), generator=generator)], batch_size)
 
     @abstractmethod
     def batch(self, indices: Tensor) -> DecisionBatch:
         """The decisions of these indices."""
+
+
+@dataclass(frozen=True)
+class Minibatch:
+    """Decisions of all ranks that make one step of the optimiser, M of them.
+
+    :param indices: of those that this rank holds, in its buffer, int64 (m,).
+    :param advantages: of all of them, float32 (M,).
+    :param mine: which of them this rank holds, in the order of ``indices``, bool (M,).
+    :param most: how many of them the rank holds that holds most.
+    """
+
+    indices: Tensor
+    advantages: Tensor
+    mine: Tensor
+    most: int
+
+    def __len__(self) -> int:
+        return len(self.advantages)
+
+
+class SharedRollout:
+    """The decisions of all ranks' buffers as one rollout, in the order in which one process would have them.
+
+    :ivar advantages: of all ranks, as ``values`` and ``returns`` float32 in that order.
+
+    :param buffer: this rank's.
+    """
+
+    def __init__(self, buffer: DecisionBuffer, ranks: Ranks) -> None:
+        self.buffer = buffer
+        indices, keys = buffer.decisions()
+        own = [column.flatten()[indices] for column in (buffer.advantages, buffer.values, buffer.returns)]
+        parts = ranks.gather((keys, torch.stack(own, dim=1)))
+        order = torch.argsort(torch.cat([part_keys for part_keys, _ in parts]))
+        self.advantages, self.values, self.returns = torch.cat([numbers for _, numbers in parts])[order].unbind(1)
+        holders = torch.cat([torch.full_like(part_keys, rank) for rank, (part_keys, _) in enumerate(parts)])[order]
+        self._holders = holders
+        self._mine = holders == ranks.rank
+        self._indices = torch.full_like(order, -1)  # of another rank's decision there is none
+        self._indices[self._mine] = indices[torch.argsort(keys)]
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def minibatches(self, batch_size: int) -> list[Minibatch]:
+        """All decisions once, shuffled, the same on all ranks whose generators are the same."""
+        return [self._minibatch(places) for places in self.buffer.cut(torch.randperm(len(self)), batch_size)]
+
+    def _minibatch(self, places: Tensor) -> Minibatch:
+        mine = self._mine[places]
+        most = int(torch.bincount(self._holders[places]).max())
+        return Minibatch(self._indices[places[mine]], self.advantages[places], mine, most)
 
 
 class ChunkRolloutBuffer(DecisionBuffer):
@@ -157,13 +228,15 @@ class ChunkRolloutBuffer(DecisionBuffer):
             continues = 1.0 - self.episode_starts[:, step]
         self.returns = self.advantages + self.values
 
-    def minibatches(self, batch_size: int, generator: torch.Generator | None = None) -> list[Tensor]:
-        """Flat indices of all decisions once, shuffled, in minibatches; a remainder makes a smaller last one.
+    def decisions(self) -> tuple[Tensor, Tensor]:
+        """Flat indices, environment by environment; without decisions of which nothing was run, because their worker
+        died."""
+        indices = self.executed.flatten().nonzero()[:, 0]
+        return indices, indices + current_ranks().rank * len(self)
 
-        A decision of which nothing was run, because its worker died, is not among them.
-        """
-        run = self.executed.flatten().nonzero()[:, 0]
-        return list(run[torch.randperm(len(run), generator=generator)].split(batch_size))
+    def cut(self, shuffled: Tensor, batch_size: int) -> list[Tensor]:
+        """Minibatches of one size; a remainder makes a smaller last one."""
+        return list(shuffled.split(batch_size))
 
     def batch(self, indices: Tensor) -> DecisionBatch:
         """The decisions of flat indices ``environment * T + step``."""

@@ -21,13 +21,16 @@ os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 from rich.console import Console
 from rich.markup import escape
+from safetensors import SafetensorError
 
 from mw_envs.tasks import select_tasks
 from sb3_vla import doctor
 from sb3_vla.config import ConfigError, load_config, to_yaml
+from sb3_vla.distributed import current_ranks, torchrun
 from sb3_vla.results import TRIAL_SEED
-from sb3_vla.run import RunDirectory, RunError
+from sb3_vla.run import RunError
 from sb3_vla.sft import SFTConfig
+from sb3_vla.shared_run import SharedRun
 from sb3_vla.training import GRPOConfig, PPOConfig
 
 
@@ -177,7 +180,7 @@ def run_sft(command: SFTCommand, console: Console) -> None:
     )
     output = Path(command.output)
     # Until the result is there, what a second start goes on from after an interrupt.
-    unfinished = RunDirectory(output.parent / f".{output.name}.unfinished", command)
+    unfinished = SharedRun(output.parent / f".{output.name}.unfinished", command)
     with unfinished.stage("sft", {"sft": command}) as stage:
         result = sft(
             data,
@@ -186,7 +189,7 @@ def run_sft(command: SFTCommand, console: Console) -> None:
             save_state=lambda step: unfinished.checkpoint("sft", step),
             resume_from=unfinished.latest_checkpoint("sft") if stage.resumed else None,
         )
-    shutil.rmtree(unfinished.path)
+    unfinished.ranks.first_does(lambda: shutil.rmtree(unfinished.path))
     console.print(f"{output}: {result.seconds:.0f} s, loss {result.history[-1]['train_loss']:.3f}", highlight=False)
 
 
@@ -198,7 +201,7 @@ def run_train(command: TrainCommand, console: Console) -> None:
 
     name = command.algorithm
     config = command.grpo if name == "grpo" else command.ppo
-    run = RunDirectory(command.run, command)
+    run = SharedRun(command.run, command)
     # The same folder may hold another checkpoint by now.
     inputs = {"train": command, "checkpoint": checkpoint_digest(command.checkpoint)}
     with run.stage(name, inputs, outputs=[name]) as stage:
@@ -225,27 +228,31 @@ def run_train(command: TrainCommand, console: Console) -> None:
     console.print(f"checkpoint {run.path / name}, TensorBoard {run.path / 'tensorboard'}", highlight=False)
 
 
-def run_recipe(name: str, settings: list[str], console: Console, *, dry_run: bool) -> None:
-    """``sb3-vla train RECIPE``."""
+def run_recipe(parsed: argparse.Namespace, settings: list[str], console: Console) -> None:
+    """``sb3-vla train RECIPE``, ``--list`` and ``--dry-run``."""
     from sb3_vla.plan import make_plan
-    from sb3_vla.recipes import load_recipe
+    from sb3_vla.recipes import given_keys, load_recipe, recipe_names, summary
 
-    recipe = load_recipe(name, settings)
-    plan = make_plan(recipe, settings)
-    if dry_run:
+    if parsed.list:
+        for name in recipe_names():
+            console.print(f"{name:38}  {summary(name)}", highlight=False, soft_wrap=True)
+        return
+    name, overrides = settings[0] if settings else "", settings[1:]
+    if name == "" or "=" in name:
+        raise ConfigError("--dry-run is for a recipe: sb3-vla train RECIPE --dry-run. sb3-vla train --list")
+    if parsed.config is not None:
+        raise ConfigError(f"--config {parsed.config} beside the recipe {name}: give one of the two")
+    recipe = load_recipe(name, overrides)
+    plan = make_plan(recipe, given_keys(name, overrides))
+    if parsed.dry_run:
+        from sb3_vla.footprint import footprint
+
         console.print(to_yaml(recipe), highlight=False, markup=False, soft_wrap=True)
+        console.print(footprint(plan), highlight=False, markup=False, soft_wrap=True)
         return
     from sb3_vla.launch import launch
 
     launch(recipe, plan, console)
-
-
-def list_recipes(console: Console) -> None:
-    """``sb3-vla train --list``."""
-    from sb3_vla.recipes import recipe_names, summary
-
-    for name in recipe_names():
-        console.print(f"{name:38}  {summary(name)}", highlight=False, soft_wrap=True)
 
 
 def run_eval(command: EvalCommand, console: Console) -> None:
@@ -270,8 +277,9 @@ def run_eval(command: EvalCommand, console: Console) -> None:
         },
         videos=VideoOptions(command.videos) if command.videos else None,
     )
-    result.to_json(command.output)
-    result.to_markdown(Path(command.output).with_suffix(".md"))
+    if current_ranks().leads:
+        result.to_json(command.output)
+        result.to_markdown(Path(command.output).with_suffix(".md"))
     result.print_table(console)
 
 
@@ -303,6 +311,10 @@ COMMANDS: dict[str, tuple[type[Any], Callable[[Any, Console], None]]] = {
 }
 
 
+# Those that the ranks of torchrun do together; others are done by the first of them.
+_SHARED_COMMANDS = ("sft", "train", "eval")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status: 0, 2 for an error told in one message, 130 for Ctrl-C.
 
@@ -327,28 +339,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments[:1] == ["doctor"]:
         return doctor.main(arguments[1:])
-    parsed = parser.parse_args(arguments)
+    parsed, rest = parser.parse_known_args(arguments)
+    if any(argument.startswith("-") for argument in rest):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     kind, run = COMMANDS[parsed.command]
-    settings = parsed.settings
+    settings = [*parsed.settings, *rest]  # argparse takes no settings after an option
     if parsed.command == "report" and settings and "=" not in settings[0]:
         settings = [f"run={settings[0]}", *settings[1:]]
-    console = Console()
     try:
-        if parsed.command == "train" and parsed.list:
-            list_recipes(console)
-        elif parsed.command == "train" and settings and "=" not in settings[0]:
-            if parsed.config is not None:
-                raise ConfigError(f"--config {parsed.config} beside the recipe {settings[0]}: give one of the two")
-            run_recipe(settings[0], settings[1:], console, dry_run=parsed.dry_run)
-        elif parsed.command == "train" and parsed.dry_run:
-            raise ConfigError("--dry-run is for a recipe: sb3-vla train RECIPE --dry-run. sb3-vla train --list")
-        else:
-            run(load_config(kind, parsed.config, settings), console)
-    except (ConfigError, RunError, ValueError, RuntimeError, OSError) as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)
+        with torchrun() as ranks:
+            console = Console(quiet=not ranks.leads)
+            if parsed.command == "train" and (parsed.list or parsed.dry_run or (settings and "=" not in settings[0])):
+                run_recipe(parsed, settings, console)
+            elif ranks.leads or parsed.command in _SHARED_COMMANDS:
+                run(load_config(kind, parsed.config, settings), console)
+    except (ConfigError, RunError, ValueError, RuntimeError, OSError, SafetensorError) as error:
+        # What every rank finds in the same settings is said once.
+        if os.environ.get("RANK", "0") == "0" or not isinstance(error, (ConfigError, RunError)):
+            Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)
         return 2
     except KeyboardInterrupt:
-        console.print("\ninterrupted")
+        Console().print("\ninterrupted")
         return 130
     return 0
 

@@ -138,6 +138,22 @@ def _merge(cls: type, base: Any, addition: DictConfig, source: str) -> Any:
         raise ConfigError(f"{source}: {_explain(cls, error, addition)}") from error
 
 
+def leaves(tree: DictConfig) -> list[str]:
+    """Keys of what a file or an override gives, in dotted form, without those of sections that hold others."""
+    found: list[str] = []
+    for key, value in dict(OmegaConf.to_container(tree, resolve=False)).items():  # type: ignore[arg-type]
+        inner = leaves(OmegaConf.create(value)) if isinstance(value, dict) and value else [""]
+        found += [f"{key!s}.{name}".removesuffix(".") for name in inner]
+    return found
+
+
+def _sections(key: str) -> Iterator[str]:
+    """The key, then what it is in, from the inside out."""
+    while key:
+        yield key
+        key = key.rpartition(".")[0]
+
+
 def _rename(addition: DictConfig, alias: str, key: str) -> None:
     section, _, name = alias.rpartition(".")
     parent = OmegaConf.select(addition, section) if section else addition
@@ -161,9 +177,12 @@ def _explain(cls: type, error: OmegaConfBaseException, addition: DictConfig | No
     key, reason = error.full_key or "", (error.msg or str(error)).splitlines()[0]
     known = dict(_known_keys(cls))
     if isinstance(error, ConfigKeyError):
-        for refused, reason in getattr(cls, "REFUSED", {}).items():
-            if key == refused or key.startswith(f"{refused}."):
-                return f"{key} is not taken here: {reason}"
+        if addition is not None:  # OmegaConf names the section in which a key is unknown
+            key = next((given for given in leaves(addition) if given.startswith(f"{key}.")), key)
+        refused: Mapping[str, str] = getattr(cls, "REFUSED", {})
+        for section in _sections(key):
+            if section in refused:
+                return f"{key} is not taken here: {refused[section]}"
         near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
         top_level = ", ".join(name for name in known if "." not in name)
         return f"unknown key {key!r}; " + (f"did you mean {near[0]!r}?" if near else f"known: {top_level}")
@@ -189,6 +208,11 @@ def _known_keys(cls: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
         for part in (hint, *get_args(hint)) if get_origin(hint) not in (dict, list, tuple) else ():
             if dataclasses.is_dataclass(part) and isinstance(part, type):
                 yield from _known_keys(part, f"{prefix}{field.name}.")
+
+
+def leaf_keys(cls: type) -> list[tuple[str, Any]]:
+    """Every key of a dataclass that holds a value and not a section, in dotted form, with its annotation."""
+    return [(key, hint) for key, hint in _known_keys(cls) if not dataclasses.is_dataclass(hint)]
 
 
 def _type_name(hint: Any) -> str:

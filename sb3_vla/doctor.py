@@ -273,6 +273,27 @@ def check_models() -> Iterator[Finding]:
         yield Finding("What fits", "pictures of a rollout", state, value)
 
 
+def check_recipes() -> Iterator[Finding]:
+    """Which recipes fit, by the same estimate."""
+    answer, torch = _probe("recipes"), _probe("torch")
+    if "error" in answer:
+        yield Finding("Recipes that fit", "recipes", "note", f"no estimate: {answer['error']}")
+        return
+    devices = torch.get("devices") or []
+    main = memory()[0]
+    free = max((device["free"] for device in devices), default=main)
+    for name, needs in answer.items():
+        learner, rollout = needs["learner"], needs["rollout"]
+        # Without a GPU the learner and the pictures share the memory.
+        fits = learner <= free and rollout + (0 if devices else learner) <= main
+        value = (
+            f"{'fits' if fits else 'does not fit'}: learner {learner / GIB:.1f} GiB, rollout {rollout / GIB:.1f} GiB"
+        )
+        remedy = "" if fits else "take a recipe with compact in its name"
+        start = "" if needs["begins"] else "; from a checkpoint"
+        yield Finding("Recipes that fit", name, "ok" if fits else "note", f"{value}{start}", remedy)
+
+
 CHECKS = (
     check_python,
     check_packages,
@@ -283,6 +304,7 @@ CHECKS = (
     check_videos,
     check_accelerator,
     check_models,
+    check_recipes,
 )
 
 
@@ -417,6 +439,19 @@ def _probe_package() -> dict[str, Any]:
     return sizes
 
 
+def _probe_recipes() -> dict[str, Any]:
+    from sb3_vla.footprint import footprint
+    from sb3_vla.plan import make_plan
+    from sb3_vla.recipes import load_recipe, recipe_names
+
+    found: dict[str, Any] = {}
+    for name in recipe_names():
+        plan = make_plan(load_recipe(name))
+        needs = footprint(plan)
+        found[name] = {"learner": needs.learner, "rollout": needs.rollout, "begins": plan.begins}
+    return found
+
+
 PROBES: dict[str, Callable[[], dict[str, Any]]] = {
     "environment": _probe_environment,
     "egl": _probe_egl,
@@ -424,6 +459,7 @@ PROBES: dict[str, Callable[[], dict[str, Any]]] = {
     "videos": _probe_videos,
     "torch": _probe_torch,
     "package": _probe_package,
+    "recipes": _probe_recipes,
 }
 
 

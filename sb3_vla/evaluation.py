@@ -34,6 +34,7 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from mw_envs import Trial, suite_tasks
 from mw_envs.tasks import GOALS_PER_TASK, select_tasks
+from sb3_vla.distributed import current_ranks
 from sb3_vla.results import (
     PROTOCOLS,
     TRIAL_SEED,
@@ -145,6 +146,8 @@ def evaluate(
     """
     Run a policy once in each trial.
 
+    Under ``torchrun`` ranks share the trials, and each returns the outcomes of all; all must call it.
+
     :param policy: a Stable-Baselines3 model, or anything with its ``predict`` for batches
     :param tasks: task names; give either these or a suite
     :param suite: ``MT10``, ``MT50``, ``ML10`` or ``ML45``
@@ -170,21 +173,28 @@ def evaluate(
     trials = trials_for(_chosen_tasks(tasks, suite, split), trials_per_task, trial_seed)
     resolved = _with_chunk(find_protocol(protocol), policy)
     films = videos if videos is None or isinstance(videos, VideoOptions) else VideoOptions(**videos)
+    ranks = current_ranks()
+    filmed = _first_of_each_task(trials, films.per_task) if films else set()
+    # Neighbours, which are of few tasks: a process takes long to construct a task's scene.
+    own = ranks.rows(len(trials), "trials")
+    part = _Part([trials[index] for index in own], films, {int(index - own[0]) for index in own if index in filmed})
+    progress = progress and ranks.leads
     if vec_env is not None:
         settings = _settings_of(vec_env, resolved, env_kwargs)
         _check_spaces(policy, vec_env.observation_space, vec_env.action_space)
-        outcomes = _run(policy, vec_env, trials, deterministic, films, progress)
+        outcomes = _run(policy, vec_env, part, deterministic, progress)
     else:
         probe = make_trial_env(resolved, env_kwargs)
         settings = probe.settings
         _check_spaces(policy, probe.observation_space, probe.action_space)
-        count = min(len(trials), env_count(num_envs, num_workers))
-        own = make_trial_vec_env(
+        count = min(len(part.trials), env_count(num_envs, num_workers))
+        own_env = make_trial_vec_env(
             resolved, env_kwargs, num_envs=count, num_workers=num_workers, start_method=start_method
         )
-        with _closing(own, films):
-            outcomes = _run(policy, own, trials, deterministic, films, progress)
-    return EvaluationResult(resolved, outcomes, _versions(), settings["env_kwargs"], deterministic)
+        with _closing(own_env, films):
+            outcomes = _run(policy, own_env, part, deterministic, progress)
+    everyones = tuple(outcome for found in ranks.gather(outcomes) for outcome in found)
+    return EvaluationResult(resolved, everyones, _versions(), settings["env_kwargs"], deterministic)
 
 
 def _chosen_tasks(tasks: Sequence[str] | None, suite: str | None, split: str) -> Sequence[str]:
@@ -298,6 +308,15 @@ class _Schedule:
         return max(wanting, key=lambda task: (task in known, len(self._left[task])), default=None)
 
 
+@dataclass(frozen=True)
+class _Part:
+    """The trials of this rank, how they are filmed, and which by index."""
+
+    trials: Sequence[Trial]
+    films: VideoOptions | None
+    filmed: set[int]
+
+
 @dataclass
 class _Slot:
     """What an environment does, as indices of trials: the one it runs, and the one that its next auto-reset starts."""
@@ -310,12 +329,11 @@ class _Slot:
 class _Run:
     """One pass through the trials."""
 
-    def __init__(self, vec_env: VecEnv, trials: Sequence[Trial], films: VideoOptions | None) -> None:
+    def __init__(self, vec_env: VecEnv, part: _Part) -> None:
         self.vec_env = vec_env
-        self.trials = trials
+        self.trials = trials = part.trials
         self.outcomes: dict[int, TrialResult] = {}
-        self._films = films
-        self._filmed = _first_of_each_task(trials, films.per_task) if films else set()
+        self._films, self._filmed = part.films, part.filmed
         self._schedule = _Schedule(trials, getattr(vec_env, "shares", [range(vec_env.num_envs)]))
         self._slots = [_Slot() for _ in range(vec_env.num_envs)]
 
@@ -377,12 +395,11 @@ class _Run:
 def _run(
     policy: Policy,
     vec_env: VecEnv,
-    trials: Sequence[Trial],
+    part: _Part,
     deterministic: bool,
-    films: VideoOptions | None,
     progress: bool,
 ) -> tuple[TrialResult, ...]:
-    run = _Run(vec_env, trials, films)
+    run, trials = _Run(vec_env, part), part.trials
     with _progress_bar(len(trials), progress) as report:
         observations = run.start()
         state, episode_start = None, np.ones(vec_env.num_envs, dtype=bool)

@@ -13,12 +13,15 @@ from torch import Tensor
 
 from mw_envs.tasks import did_you_mean
 from sb3_vla.buffers import DecisionBatch, DecisionBuffer
+from sb3_vla.distributed import ALONE, Ranks
 from sb3_vla.distributions import Trace
 
 ADVANTAGE_TYPES = ("standardised", "leave_one_out")
 # What a reset tells of the trial that it placed, beside what can be seen.
 _TRIAL_INFO = ("task", "goal", "trial_seed")
 _EPSILON = 1e-6
+# More decisions than a group has, so that groups do not overlap where decisions are numbered.
+_MOST_OF_A_GROUP = 2**32
 
 Start = dict[str, Any]
 
@@ -124,42 +127,51 @@ class GroupBuffer(DecisionBuffer):
     def reset(self) -> None:
         """Forget all episodes."""
         self._places: list[tuple[Episode, int]] = []
+        self._keys: list[int] = []
         self._lengths: list[int] = []
         self._episode_advantages: list[float] = []
         self._episode_returns: list[float] = []
         self.advantages = self.returns = self.values = torch.zeros(0)
 
-    def add(self, episodes: Sequence[Episode], returns: Sequence[float], advantages: Tensor) -> None:
+    def add(self, episodes: Sequence[Episode], returns: Sequence[float], advantages: Tensor, number: int) -> None:
         """Keep a group.
 
         :param returns: of each episode.
         :param advantages: of each episode, for every one of its decisions.
+        :param number: of the group among those that all ranks have played in this rollout.
         """
+        count = sum(map(len, episodes))
+        self._keys += range(number * _MOST_OF_A_GROUP, number * _MOST_OF_A_GROUP + count)
         for episode in episodes:
             self._places += [(episode, step) for step in range(len(episode))]
             self._lengths.append(len(episode))
         self._episode_returns += returns
         self._episode_advantages += advantages.tolist()
 
-    def spread_advantages(self, normalize_length: bool) -> None:
+    def spread_advantages(self, normalize_length: bool, ranks: Ranks = ALONE) -> None:
         """Give every decision its episode's return and advantage.
 
         :param normalize_length: divide an episode's advantage by its length, so that each episode weighs the same,
             times the mean length, so that a decision weighs 1 on average. The weight passes through the minimum of the
             clipped surrogate, because it is not negative.
+        :param ranks: over whose episodes the mean length is taken.
         """
         lengths = torch.tensor(self._lengths, dtype=torch.int64)
         advantages = torch.tensor(self._episode_advantages)
         if normalize_length:
-            advantages = advantages * lengths.float().mean() / lengths
+            advantages = advantages * torch.cat(ranks.gather(lengths)).float().mean() / lengths
         self.advantages = advantages.repeat_interleave(lengths)
         self.returns = torch.tensor(self._episode_returns).repeat_interleave(lengths)
         self.values = torch.zeros_like(self.returns)
 
-    def minibatches(self, batch_size: int) -> list[Tensor]:
-        """Indices of all decisions once, shuffled, in minibatches of at most ``batch_size``, as equal as can be: their
-        number is another each time, and a remainder of a few would make a step of noise."""
-        return list(torch.randperm(len(self)).tensor_split(-(-len(self) // batch_size)))
+    def decisions(self) -> tuple[Tensor, Tensor]:
+        """Group by group in the order of their numbers, then in the order in which they were added."""
+        return torch.arange(len(self)), torch.tensor(self._keys, dtype=torch.int64)
+
+    def cut(self, shuffled: Tensor, batch_size: int) -> list[Tensor]:
+        """Minibatches of at most ``batch_size``, as equal as can be: their number is another each time, and a
+        remainder of a few would make a step of noise."""
+        return list(shuffled.tensor_split(-(-len(shuffled) // batch_size)))
 
     def batch(self, indices: Tensor) -> DecisionBatch:
         """The decisions of these indices."""

@@ -20,6 +20,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 
 from mw_envs.tasks import did_you_mean
+from sb3_vla.distributed import current_ranks
 from sb3_vla.groups import (
     ADVANTAGE_TYPES,
     Episode,
@@ -54,7 +55,8 @@ class GRPO(PPO):
     environments in :class:`~sb3_vla.holding.HoldAtEnd`, so that it plays nothing.
 
     ``batch_size`` and ``total_timesteps`` count decisions, also those of groups that are dropped. The value head is
-    neither trained nor changed. A group is played in one process and never shared between several.
+    neither trained nor changed. Under ``torchrun`` the groups, too, are those of all ranks; a group is played on one
+    rank and never shared between several.
 
     :param group_size: G, episodes of one trial.
     :param n_groups: groups for an update, at least: all of a turn are kept. A group is dropped, and another one played,
@@ -73,6 +75,7 @@ class GRPO(PPO):
     """
 
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {"VLAPolicy": VLAPolicy}  # type: ignore[assignment]
+    has_critic = False
 
     def __init__(
         self,
@@ -112,6 +115,7 @@ class GRPO(PPO):
         bf16: bool | None = False,
         noise_scale: float | Schedule = 1.0,
         task_sampling: str = "uniform",
+        sharding: str = "none",
     ) -> None:
         self.group_size = group_size
         self.n_groups = n_groups
@@ -122,6 +126,7 @@ class GRPO(PPO):
         self.normalize_length = normalize_length
         #: with the environment steps so far, what the trials of a rollout are drawn from
         self._trial_entropy = int(np.random.SeedSequence().generate_state(1)[0]) if seed is None else seed
+        self._trial_entropy = current_ranks().from_first(self._trial_entropy)
         super().__init__(
             policy,
             env,
@@ -153,6 +158,7 @@ class GRPO(PPO):
             bf16=bf16,
             noise_scale=noise_scale,
             task_sampling=task_sampling,
+            sharding=sharding,
         )
 
     def _setup_model(self) -> None:
@@ -160,7 +166,6 @@ class GRPO(PPO):
             raise ValueError(f'GRPO trains VLAPolicy alone; got {self.policy_class.__name__}. Use "VLAPolicy"')
         self._check_groups()
         super()._setup_model()
-        self.policy.value_head.requires_grad_(False)
         self.rollout_buffer = GroupBuffer(self.device)  # type: ignore[assignment]
 
     def _check_groups(self) -> None:
@@ -197,35 +202,46 @@ class GRPO(PPO):
         most = _ATTEMPTS * self.n_groups if self.max_groups is None else self.max_groups
         at_once = max(1, self.n_envs // self.group_size)
         played: list[list[Episode]] = []
-        kept = 0
-        while kept < self.n_groups and len(played) < most:
-            seeds = generator.integers(_END_OF_SEEDS, size=at_once)
-            episodes = self._play(env, np.repeat(seeds, self.group_size), callback, clock)
+        kept, begun, ranks = 0, 0, self.ranks
+        while kept < self.n_groups and begun < most:
+            # A turn's groups are numbered rank by rank, each with a trial of its own.
+            seeds = generator.integers(_END_OF_SEEDS, size=at_once * ranks.count)
+            own = range(ranks.rank * at_once, (ranks.rank + 1) * at_once)
+            episodes = self._play(env, np.repeat(seeds[own], self.group_size), callback, clock, begun)
             if episodes is None:
+                self._share_rollout(env_steps_before)
                 return False
             groups = [episodes[i : i + self.group_size] for i in range(0, len(episodes), self.group_size)]
-            kept += sum(self._keep(group, buffer) for group in groups)
+            kept += ranks.total(
+                sum(self._keep(group, buffer, begun + number) for group, number in zip(groups, own, strict=True))
+            )
+            begun += at_once * ranks.count
             played += groups
-        buffer.spread_advantages(self.normalize_length)
+        buffer.spread_advantages(self.normalize_length, ranks)
+        self._share_rollout(env_steps_before)
         callback.update_locals(locals())
         callback.on_rollout_end()
-        self._log_rollout(self.num_timesteps - decisions_before, self.env_steps - env_steps_before, clock)
+        earned = sum(sum(episode.rewards) for group in played for episode in group)
+        self._log_rollout(self.num_timesteps - decisions_before, self.env_steps - env_steps_before, earned, clock)
         self._log_groups(played, kept)
         return True
 
     def _play(
-        self, env: VecEnv, seeds: npt.NDArray[np.int64], callback: BaseCallback, clock: Clock
+        self, env: VecEnv, seeds: npt.NDArray[np.int64], callback: BaseCallback, clock: Clock, begun: int
     ) -> list[Episode] | None:
-        """One episode for each seed, as many at once as there are environments; None if a callback stops it."""
+        """One episode for each seed, as many at once as there are environments; None if a callback stops it.
+
+        :param begun: groups of this rollout before these.
+        """
         starts: dict[int, Start] = {}
         episodes: list[Episode] = []
-        for turn in seeds.reshape(-1, env.num_envs).tolist():
+        for number, turn in enumerate(seeds.reshape(-1, env.num_envs).tolist()):
             with clock("simulation"):
                 observations, found = start_episodes(env, turn)
             for seed, start in zip(turn, found, strict=True):
                 check_same_start(starts.setdefault(seed, start), start, seed)
             under_way = [Episode() for _ in turn]
-            if not self._finish(env, observations, under_way, callback, clock):
+            if not self._finish(env, observations, under_way, callback, clock, (begun, number)):
                 return None
             episodes += under_way
         return episodes
@@ -237,15 +253,19 @@ class GRPO(PPO):
         episodes: list[Episode],
         callback: BaseCallback,
         clock: Clock,
+        turn: tuple[int, int],
     ) -> bool:
         """Play all environments' episodes to their ends; False if a callback stops it.
 
         :param new_obs: first observations.
+        :param turn: what orders the turns of a rollout.
         """
         running = np.arange(env.num_envs)
-        for _ in range(_MOST_DECISIONS):
+        decisions_before, ranks, stopped = self.num_timesteps, self.ranks, False
+        for count in range(_MOST_DECISIONS):
             with clock("inference"):
-                decision = self._decide({key: values[running] for key, values in new_obs.items()})
+                seen_now = {key: values[running] for key, values in new_obs.items()}
+                decision = self._decide(seen_now, running, env.num_envs)
             # Callbacks read these from the locals, by Stable-Baselines3's names.
             clipped = np.zeros((env.num_envs, *self.action_space.shape), np.float32)  # type: ignore[misc]
             clipped[running] = decision.clipped
@@ -255,10 +275,12 @@ class GRPO(PPO):
             executed = [infos[i].get("env_steps", self.policy.action_chunk) for i in running]
             self.env_steps += sum(executed)
             callback.update_locals(locals())
-            if not callback.on_step():
+            stopped |= not callback.on_step()
+            if stopped and ranks.count == 1:
                 return False
-            self._update_info_buffer([infos[i] for i in running], dones[running])
-            self._record_episodes([infos[i] for i in running], dones[running])
+            just_ended = np.zeros_like(dones)
+            just_ended[running] = dones[running]
+            self._record_episodes(infos, just_ended, *turn, count)
             observation = {key: value.cpu() for key, value in decision.observation.items()}
             trace = {key: value.cpu() for key, value in decision.trace.items()}
             for row, i in enumerate(running):
@@ -269,14 +291,21 @@ class GRPO(PPO):
                 episodes[i].lost = infos[i].get("worker_restarted", False)
             running = running[~dones[running]]
             if not len(running):
-                return True
+                self.num_timesteps = decisions_before + ranks.total(self.num_timesteps - decisions_before)
+                # Where episodes lasted longest most noise was drawn, of everyone's.
+                lasted = ranks.gather(count)
+                ranks.take_generators(lasted.index(max(lasted)))
+                return not ranks.any(stopped)
         raise RuntimeError(
             f"{len(running)} of {env.num_envs} episodes have not ended after {_MOST_DECISIONS} decisions; GRPO needs "
             "episodes that end: give the environment a time limit"
         )
 
-    def _keep(self, group: list[Episode], buffer: GroupBuffer) -> bool:
-        """Store a group that can teach something."""
+    def _keep(self, group: list[Episode], buffer: GroupBuffer, number: int) -> bool:
+        """Store a group that can teach something.
+
+        :param number: its own among the groups of all ranks in this rollout.
+        """
         group = [episode for episode in group if not episode.lost]
         returns = [self._return_of(episode) for episode in group]
         if len(set(returns)) < 2:
@@ -286,7 +315,7 @@ class GRPO(PPO):
             success = np.mean([self._success_of(episode) for episode in group])
             if not low <= success <= high:
                 return False
-        buffer.add(group, returns, group_advantages(returns, self.advantage_type))
+        buffer.add(group, returns, group_advantages(returns, self.advantage_type), number)
         return True
 
     def _return_of(self, episode: Episode) -> float:
@@ -306,7 +335,7 @@ class GRPO(PPO):
 
     def train(self) -> None:
         """Update the policy on the groups that were kept."""
-        if len(self.rollout_buffer) == 0:  # type: ignore[arg-type]
+        if self.ranks.total(len(self.rollout_buffer)) == 0:  # type: ignore[arg-type]
             warnings.warn(
                 "No group of this rollout was kept: within each all episodes ended alike, or success was out of "
                 "success_bounds. There is nothing to learn from it; choose tasks that are solved now and then",
@@ -320,14 +349,17 @@ class GRPO(PPO):
 
     def _log_groups(self, played: list[list[Episode]], kept: int) -> None:
         record = self.logger.record
-        record("rollout/groups_played", len(played))
-        record("rollout/groups_kept", kept)
-        record("rollout/groups_kept_share", kept / len(played))
-        for name, of_groups in {
+        own = {
             "return": [[sum(episode.rewards) for episode in group] for group in played],
             "success": [[float(e.success) for e in group if e.success is not None] for group in played],
-        }.items():
-            known = [values for values in of_groups if values]
+        }
+        told = self.ranks.gather(own)
+        count = sum(len(part["return"]) for part in told)
+        record("rollout/groups_played", count)
+        record("rollout/groups_kept", kept)
+        record("rollout/groups_kept_share", kept / count)
+        for name in own:
+            known = [values for part in told for values in part[name] if values]
             if known:
                 record(f"rollout/group_{name}_mean", float(np.mean([np.mean(values) for values in known])))
                 record(f"rollout/group_{name}_std", float(np.mean([np.std(values) for values in known])))

@@ -1,5 +1,6 @@
 """A recipe from beginning to end: demonstrations and imitation where it starts from nothing, training, evaluation.
 
+Under ``torchrun`` ranks share imitation, training and evaluation, and rank 0 does the rest.
 Each stage is done once: the same command, started again, goes on where it was interrupted.
 """
 
@@ -19,12 +20,12 @@ from sb3_vla.collecting import collect
 from sb3_vla.config import ConfigError
 from sb3_vla.demonstrations import Demonstrations
 from sb3_vla.evaluation import EvaluationResult, VideoOptions, compare, evaluate
-from sb3_vla.plan import Plan, can_begin
+from sb3_vla.plan import Plan
 from sb3_vla.policies import load_policy
 from sb3_vla.recipes import Recipe
 from sb3_vla.report import write_report
-from sb3_vla.run import RunDirectory
 from sb3_vla.sft import sft
+from sb3_vla.shared_run import SharedRun
 from sb3_vla.training import GRPOConfig, train, view_of
 
 
@@ -35,8 +36,8 @@ def launch(recipe: Recipe, plan: Plan, console: Console) -> Path:
     :param plan: what it means, by :func:`sb3_vla.plan.make_plan`.
     :return: the run's directory.
     """
-    _check_start(recipe, plan)
-    run = RunDirectory(plan.run, recipe)
+    _check_start(plan)
+    run = SharedRun(plan.run, recipe)
     started = time.monotonic()
     stages: list[str] = []
     if plan.collect is not None:
@@ -52,47 +53,48 @@ def launch(recipe: Recipe, plan: Plan, console: Console) -> Path:
         after = [_practise(run, plan, start, options, stages, console)]
         if plan.evaluate is not None:
             _measure(run, plan, "after", str(run.path / after[0]), {}, after, console)
-    _tell(run, plan, console)
+    if run.ranks.leads:
+        _tell(run, plan, console)
     console.print(f"{(time.monotonic() - started) / 60:.1f} minutes for this start", highlight=False)
     return run.path
 
 
-def _check_start(recipe: Recipe, plan: Plan) -> None:
+def _check_start(plan: Plan) -> None:
     """Before hours are spent on a checkpoint that is not there, or of another model."""
     if plan.checkpoint is None:
-        if not can_begin(recipe):
+        if not plan.begins:
             raise ConfigError(
-                f"actor.model.model_path is not set: {recipe.actor.model.model_type} starts from a checkpoint. Give "
+                f"actor.model.model_path is not set: {plan.model} starts from a checkpoint. Give "
                 "actor.model.model_path=FOLDER or =owner/name on the Hugging Face hub, or the sizes of a small new "
                 "model as actor.model.model_kwargs; the recipes with compact in their names need neither"
             )
         return
     found = load_checkpoint(plan.checkpoint, plan.model_kwargs).model_name
-    expected = recipe.actor.model.model_type
-    if found != expected:
+    if found != plan.model:
         raise ValueError(
             f"actor.model.model_path={plan.checkpoint} is a checkpoint of {found}, but actor.model.model_type="
-            f"{expected}; give another checkpoint, or a recipe of {found}"
+            f"{plan.model}; give another checkpoint, or a recipe of {found}"
         )
 
 
-def _demonstrate(run: RunDirectory, plan: Plan, console: Console) -> str:
+def _demonstrate(run: SharedRun, plan: Plan, console: Console) -> str:
     with run.stage("collect", {"collect": plan.collect}, outputs=["demonstrations"]) as stage:
         if not stage.done:
             console.rule("demonstrations by scripted experts")
             assert plan.collect is not None
-            report = collect(run.path / "demonstrations", **plan.collect, overwrite=True)
+            settings = {**plan.collect, "overwrite": True}
+            report = run.ranks.first_does(lambda: collect(run.path / "demonstrations", **settings))
             console.print(str(report), highlight=False)
     return "collect"
 
 
-def _demonstrations(run: RunDirectory, plan: Plan) -> Demonstrations:
+def _demonstrations(run: SharedRun, plan: Plan) -> Demonstrations:
     assert plan.load is not None
     root = plan.load["root"] or run.path / "demonstrations"
     return Demonstrations.load(**{**plan.load, "root": root})
 
 
-def _imitate(run: RunDirectory, plan: Plan, after: list[str], console: Console) -> str:
+def _imitate(run: SharedRun, plan: Plan, after: list[str], console: Console) -> str:
     assert plan.sft is not None
     inputs = {"sft": plan.sft, "data": plan.load, "checkpoint": _identity(plan.checkpoint)}
     with run.stage("sft", inputs, after=after, outputs=["sft"]) as stage:
@@ -110,7 +112,7 @@ def _imitate(run: RunDirectory, plan: Plan, after: list[str], console: Console) 
 
 
 def _practise(
-    run: RunDirectory, plan: Plan, start: str, options: dict[str, Any], after: list[str], console: Console
+    run: SharedRun, plan: Plan, start: str, options: dict[str, Any], after: list[str], console: Console
 ) -> str:
     assert plan.config is not None and plan.algorithm is not None
     name = plan.algorithm
@@ -134,7 +136,7 @@ def _practise(
 
 
 def _measure(
-    run: RunDirectory,
+    run: SharedRun,
     plan: Plan,
     name: str,
     checkpoint: str,
@@ -163,7 +165,8 @@ def _measure(
                 videos=videos if plan.videos_per_task else None,
                 **how,
             )
-            result.to_json(run.path / output)
+            if run.ranks.leads:
+                result.to_json(run.path / output)
 
 
 def _identity(checkpoint: str | None) -> str | None:
@@ -173,7 +176,7 @@ def _identity(checkpoint: str | None) -> str | None:
     return checkpoint_digest(checkpoint)
 
 
-def _tell(run: RunDirectory, plan: Plan, console: Console) -> None:
+def _tell(run: SharedRun, plan: Plan, console: Console) -> None:
     """The table, the page, and where everything lies."""
     if plan.evaluate is not None:
         after = EvaluationResult.from_json(run.path / "evaluation_after.json")

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, fields
+import functools
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from mw_envs.tasks import did_you_mean, select_tasks
 from sb3_vla.cluster import ClusterOptions
 from sb3_vla.config import ConfigError
 from sb3_vla.models import MODELS
-from sb3_vla.recipes import AlgorithmSection, EvalEnvSection, Recipe, TrainEnvSection
+from sb3_vla.recipes import EvalEnvSection, Recipe, SFTSection, TrainEnvSection
 from sb3_vla.results import PROTOCOLS, TRIAL_SEED, Protocol
 from sb3_vla.sft import SFTConfig
 from sb3_vla.training import GRPOConfig, PPOConfig
@@ -26,17 +27,6 @@ SUITES = {
 }
 #: models that learn from demonstrations alone at their default size; the others build on pretrained towers
 FROM_SCRATCH = ("compact", "diffusion_policy")
-_GAE_ONLY = (
-    "gamma",
-    "gae_lambda",
-    "normalize_advantages",
-    "logprob_type",
-    "clip_ratio_c",
-    "value_clip",
-    "huber_delta",
-    "critic_warmup",
-)
-_GRPO_ONLY = ("group_size", "filter_rewards", "rewards_lower_bound", "rewards_upper_bound", "normalize_length")
 
 
 @dataclass(frozen=True)
@@ -44,6 +34,7 @@ class Plan:
     """The stages of a run.
 
     :param run: the run's directory.
+    :param model: its name.
     :param checkpoint: where training, or imitation, starts; None for a new model.
     :param model_kwargs: what that checkpoint does not say.
     :param collect: arguments of :func:`sb3_vla.collecting.collect`, without the folder; None where a dataset is given
@@ -53,12 +44,13 @@ class Plan:
     :param config: settings of the algorithm; None for imitation alone.
     :param train: further arguments of :func:`sb3_vla.training.train`.
     :param cluster: where training runs; None for this machine alone.
-    :param action_chunk: actions executed per decision; None for all that the model predicts.
+    :param action_chunk: actions executed per decision.
     :param evaluate: arguments of :func:`sb3_vla.evaluation.evaluate`; None for no evaluation.
     :param videos_per_task: trials of each task that are filmed.
     """
 
     run: Path
+    model: str
     checkpoint: str | None
     model_kwargs: dict[str, Any]
     collect: dict[str, Any] | None
@@ -67,9 +59,14 @@ class Plan:
     config: PPOConfig | GRPOConfig | None
     train: dict[str, Any]
     cluster: ClusterOptions | None
-    action_chunk: int | None
+    action_chunk: int
     evaluate: dict[str, Any] | None
     videos_per_task: int
+
+    @property
+    def begins(self) -> bool:
+        """Whether the model is a new one, which needs no checkpoint."""
+        return self.checkpoint is None and can_begin(self.model, self.model_kwargs)
 
     @property
     def algorithm(self) -> str | None:
@@ -77,80 +74,73 @@ class Plan:
         return None if self.config is None else type(self.config).__name__.removesuffix("Config").lower()
 
 
-def make_plan(recipe: Recipe, overrides: Iterable[str] = ()) -> Plan:
+def make_plan(recipe: Recipe, given: Iterable[str] = ()) -> Plan:
     """Resolve a recipe.
 
-    :param overrides: keys that were given on the command line; one that this recipe makes no use of is refused.
+    :param given: keys that somebody set on purpose, see :func:`sb3_vla.recipes.given_keys`; one that this recipe makes
+        no use of is refused.
     :raises ConfigError: for values that do not fit one another.
     """
-    _check_algorithm(recipe)
+    read: set[str] = set()
+    plan = _resolve(cast(Recipe, _Reading(recipe, "", read)))
+    unused = [key for key in given if not any(key == name or key.startswith(f"{name}.") for name in read)]
+    if unused:
+        decides = ("runner.task_type", "algorithm.adv_type", "actor.model.model_path", "data.path")
+        now = ", ".join(f"{key}={_value(recipe, key)}" for key in decides)
+        raise ConfigError(f"{', '.join(unused)} would be without effect in this recipe ({now}); leave it out")
+    return plan
+
+
+class _Reading:
+    """A section that notes which of its keys are read."""
+
+    def __init__(self, section: Any, path: str, read: set[str]) -> None:
+        self._section, self._path, self._read = section, path, read
+
+    def __getattr__(self, name: str) -> Any:
+        value, path = getattr(self._section, name), f"{self._path}.{name}".removeprefix(".")
+        if is_dataclass(value):
+            return _Reading(value, path, self._read)
+        self._read.add(path)
+        return value
+
+
+def _value(recipe: Recipe, key: str) -> Any:
+    value = functools.reduce(getattr, key.split("."), cast(Any, recipe))
+    return "null" if value is None else value
+
+
+def _resolve(recipe: Recipe) -> Plan:
     model = recipe.actor.model
     if model.model_type not in MODELS:
         hint = "pi0 or pi05" if model.model_type == "openpi" else did_you_mean(model.model_type, MODELS)
         raise ConfigError(f"Unknown actor.model.model_type={model.model_type!r}; {hint}")
     trains = recipe.runner.task_type == "embodied"
-    begins = model.model_path is None and can_begin(recipe)
+    begins = model.model_path is None and can_begin(model.model_type, model.model_kwargs)
     imitates = not trains or begins
-    rehearses = trains and recipe.algorithm.rehearsal_coef > 0
-    _check_used(overrides, trains=trains, imitates=imitates, shows=imitates or rehearses)
+    shows = imitates or recipe.algorithm.rehearsal_coef > 0
+    evaluates = recipe.env.eval.trials_per_task > 0
     suite, split = _suite("train", recipe.env.train)
-    collect = None
-    if (imitates or rehearses) and recipe.data.path is None:
-        collect = _collect(recipe, suite, split)
     return Plan(
         run=Path(recipe.runner.logger.log_path) / (recipe.runner.logger.experiment_name or ""),
+        model=model.model_type,
         checkpoint=model.model_path,
         model_kwargs=dict(model.model_kwargs),
-        collect=collect,
-        load=_load(recipe) if imitates or rehearses else None,
+        collect=_collect(recipe, suite, split) if shows and recipe.data.path is None else None,
+        load=_load(recipe, suite, split) if shows else None,
         sft=_sft(recipe) if imitates else None,
         config=_algorithm(recipe) if trains else None,
         train=_train(recipe, suite, split) if trains else {},
-        cluster=recipe.cluster.options(),
+        cluster=recipe.cluster.options() if trains else None,
         action_chunk=model.num_action_chunks,
-        evaluate=_evaluate(recipe.env.eval, model.num_action_chunks) if recipe.env.eval.trials_per_task > 0 else None,
-        videos_per_task=recipe.env.eval.videos_per_task,
+        evaluate=_evaluate(recipe.env.eval, model.num_action_chunks) if evaluates else None,
+        videos_per_task=recipe.env.eval.videos_per_task if evaluates else 0,
     )
 
 
-def can_begin(recipe: Recipe) -> bool:
-    """Whether the recipe's model can be a new one, which imitates first."""
-    model = recipe.actor.model
-    return model.model_type in FROM_SCRATCH or bool(model.model_kwargs)
-
-
-def _check_algorithm(recipe: Recipe) -> None:
-    """A key of the other algorithm would be without effect."""
-    chosen, default = recipe.algorithm, AlgorithmSection()
-    other = _GRPO_ONLY if chosen.adv_type == "gae" else _GAE_ONLY
-    for name in other:
-        if getattr(chosen, name) != getattr(default, name):
-            raise ConfigError(
-                f"algorithm.{name}={getattr(chosen, name)!r} means nothing with algorithm.adv_type={chosen.adv_type}; "
-                "leave it out, or choose the other algorithm"
-            )
-    if recipe.rollout.pipeline_stage_num not in (1, 2):
-        raise ConfigError(
-            f"rollout.pipeline_stage_num={recipe.rollout.pipeline_stage_num}; expected 1, or 2 for simulating one half "
-            "of the environments while the policy decides for the other"
-        )
-    if recipe.rollout.pipeline_stage_num == 2 and chosen.adv_type == "grpo":
-        raise ConfigError("rollout.pipeline_stage_num=2 is for algorithm.adv_type=gae; GRPO's groups play together")
-
-
-def _check_used(overrides: Iterable[str], *, trains: bool, imitates: bool, shows: bool) -> None:
-    unused = {
-        "cluster.": "" if trains else "imitation runs on this machine, or under torchrun",
-        "sft.": "" if imitates else "training starts from actor.model.model_path without imitation",
-        "data.": "" if shows else "there is neither imitation nor rehearsal",
-        "algorithm.": "" if trains else "runner.task_type=sft only imitates",
-        "rollout.": "" if trains else "runner.task_type=sft only imitates",
-        "actor.optim.": "" if trains else "runner.task_type=sft only imitates; give sft.learning_rate and others",
-    }
-    for override in overrides:
-        for prefix, reason in unused.items():
-            if reason and override.startswith(prefix):
-                raise ConfigError(f"{override} would be without effect: {reason}")
+def can_begin(model: str, model_kwargs: Mapping[str, Any]) -> bool:
+    """Whether a model can be a new one, which imitates first: by its default size, or one that is given."""
+    return model in FROM_SCRATCH or bool(model_kwargs)
 
 
 def _suite(which: str, section: TrainEnvSection | EvalEnvSection) -> tuple[str, str]:
@@ -184,11 +174,14 @@ def _collect(recipe: Recipe, suite: str, split: str) -> dict[str, Any]:
     }
 
 
-def _load(recipe: Recipe) -> dict[str, Any]:
+def _load(recipe: Recipe, suite: str, split: str) -> dict[str, Any]:
+    own, tasks = recipe.data.path is None, recipe.env.train.tasks
+    if not own and tasks is None and suite != "MT50":  # of a dataset of all tasks, none that is held out
+        tasks = list(select_tasks(suite, split))
     return {
         "root": recipe.data.path,
-        "rename": dict(recipe.data.rename) or None,
-        "tasks": recipe.env.train.tasks,
+        "rename": None if own else dict(recipe.data.rename) or None,
+        "tasks": tasks,
         "image_size": recipe.data.image_size,
     }
 
@@ -199,13 +192,12 @@ def _bf16(recipe: Recipe) -> bool | None:
 
 def _sft(recipe: Recipe) -> SFTConfig:
     model = recipe.actor.model
-    shared = {field.name: getattr(recipe.sft, field.name) for field in fields(recipe.sft)}
+    shared = {field.name: getattr(recipe.sft, field.name) for field in fields(SFTSection)}
     return SFTConfig(
         model=model.model_type,
         model_kwargs=dict(model.model_kwargs),
         checkpoint=model.model_path,
-        # A new model has to learn to see.
-        trainable=model.trainable if model.model_path is not None else "all",
+        action_horizon=model.num_action_chunks,
         bf16=_bf16(recipe),
         seed=recipe.actor.seed,
         **shared,
@@ -215,8 +207,14 @@ def _sft(recipe: Recipe) -> SFTConfig:
 def _algorithm(recipe: Recipe) -> PPOConfig | GRPOConfig:
     algorithm, env, actor = recipe.algorithm, recipe.env.train, recipe.actor
     model, optim, runner = actor.model, actor.optim, recipe.runner
-    chunk = model.num_action_chunks or recipe.sft.action_horizon
-    decisions = algorithm.rollout_epoch * -(-env.max_episode_steps // chunk)
+    if recipe.rollout.pipeline_stage_num not in (1, 2):
+        raise ConfigError(
+            f"rollout.pipeline_stage_num={recipe.rollout.pipeline_stage_num}; expected 1, or 2 for simulating one half "
+            "of the environments while the policy decides for the other"
+        )
+    if recipe.rollout.pipeline_stage_num == 2 and algorithm.adv_type == "grpo":
+        raise ConfigError("rollout.pipeline_stage_num=2 is for algorithm.adv_type=gae; GRPO's groups play together")
+    decisions = algorithm.rollout_epoch * -(-env.max_episode_steps // model.num_action_chunks)
     options = {"denoising_steps": model.num_steps, "noise_level": model.noise_level, "joint": model.joint_logprob}
     shared: dict[str, Any] = {
         "num_envs": env.total_num_envs,
@@ -228,6 +226,8 @@ def _algorithm(recipe: Recipe) -> PPOConfig | GRPOConfig:
         "final_learning_rate": optim.lr if optim.final_lr is None else optim.final_lr,
         "clip_range": algorithm.clip_ratio_low,
         "clip_range_high": algorithm.clip_ratio_high,
+        "dual_clip": algorithm.clip_ratio_c,
+        "logprob_type": algorithm.logprob_type.removesuffix("_level"),
         "target_kl": algorithm.target_kl,
         "ent_coef": algorithm.entropy_bonus,
         "kl_coef": algorithm.kl_beta,
@@ -242,11 +242,15 @@ def _algorithm(recipe: Recipe) -> PPOConfig | GRPOConfig:
         "final_noise_scale": model.final_noise_scale,
         "task_sampling": algorithm.task_sampling,
         "rehearsal_coef": algorithm.rehearsal_coef,
-        "rehearsal_batch_size": algorithm.rehearsal_batch_size,
+        "micro_batch_size": actor.micro_batch_size,
         "bf16": _bf16(recipe),
+        "sharding": actor.sharding,
         "checkpoint_interval": runner.max_epochs if runner.save_interval == -1 else runner.save_interval,
+        "keep_checkpoints": runner.keep_checkpoints,
         "seed": actor.seed,
     }
+    if algorithm.rehearsal_coef > 0:
+        shared["rehearsal_batch_size"] = algorithm.rehearsal_batch_size
     if algorithm.adv_type == "gae":
         return PPOConfig(
             iterations=runner.max_epochs,
@@ -254,15 +258,12 @@ def _algorithm(recipe: Recipe) -> PPOConfig | GRPOConfig:
             value_lr=optim.value_lr,
             gamma=algorithm.gamma,
             gae_lambda=algorithm.gae_lambda,
-            dual_clip=algorithm.clip_ratio_c,
             clip_range_vf=algorithm.value_clip,
             huber_delta=algorithm.huber_delta,
-            logprob_type=algorithm.logprob_type.removesuffix("_level"),
             normalize_advantage=algorithm.normalize_advantages,
             critic_warmup=algorithm.critic_warmup,
             privileged_critic=model.privileged_critic,
             overlap=recipe.rollout.pipeline_stage_num == 2,
-            micro_batch_size=actor.micro_batch_size,
             **shared,
         )
     episodes = env.total_num_envs * algorithm.rollout_epoch
@@ -271,31 +272,37 @@ def _algorithm(recipe: Recipe) -> PPOConfig | GRPOConfig:
             f"algorithm.group_size={algorithm.group_size} does not divide the {episodes} episodes of an iteration, "
             f"env.train.total_num_envs={env.total_num_envs} times algorithm.rollout_epoch={algorithm.rollout_epoch}"
         )
-    bounds = (0.0, 1.0)
-    if algorithm.filter_rewards:
-        # RLinf's bounds are of the reward, which is the coefficient for a success.
-        low, high = algorithm.rewards_lower_bound, algorithm.rewards_upper_bound
-        bounds = (min(low / env.reward_coef, 1.0), min(high / env.reward_coef, 1.0))
     return GRPOConfig(
+        success_bounds=_success_bounds(recipe),
         total_decisions=runner.max_epochs * env.total_num_envs * decisions,
         group_size=algorithm.group_size,
         groups=episodes // algorithm.group_size,
-        success_bounds=bounds,
         normalize_length=algorithm.normalize_length,
         **shared,
     )
 
 
+def _success_bounds(recipe: Recipe) -> tuple[float, float]:
+    """RLinf's bounds are of a group's mean reward, which is the coefficient for a success."""
+    algorithm, env = recipe.algorithm, recipe.env.train
+    if not algorithm.filter_rewards:
+        return 0.0, 1.0
+    if env.dense_reward:
+        raise ConfigError("algorithm.filter_rewards=true bounds a reward of success; set env.train.dense_reward=false")
+    coefficient = env.reward_coef if env.use_rel_reward else 1.0
+    low, high = algorithm.rewards_lower_bound / coefficient, algorithm.rewards_upper_bound / coefficient
+    return min(low, 1.0), min(high, 1.0)
+
+
 def _train(recipe: Recipe, suite: str, split: str) -> dict[str, Any]:
     env, optim, model = recipe.env.train, recipe.actor.optim, recipe.actor.model
     env_kwargs: dict[str, Any] = {
-        "reward": "difference" if env.use_rel_reward else "sparse",
+        "reward": "dense" if env.dense_reward else "difference" if env.use_rel_reward else "sparse",
         "terminate_on_success": not env.ignore_terminations,
+        "action_chunk": model.num_action_chunks,
     }
-    if env.use_rel_reward:
+    if env_kwargs["reward"] == "difference":
         env_kwargs["reward_coef"] = env.reward_coef
-    if model.num_action_chunks is not None:
-        env_kwargs["action_chunk"] = model.num_action_chunks
     return {
         "suite": suite,
         "split": split,
@@ -310,7 +317,7 @@ def _train(recipe: Recipe, suite: str, split: str) -> dict[str, Any]:
     }
 
 
-def _evaluate(section: EvalEnvSection, action_chunk: int | None) -> dict[str, Any]:
+def _evaluate(section: EvalEnvSection, action_chunk: int) -> dict[str, Any]:
     suite, split = _suite("eval", section)
     tasks = section.tasks if suite == "MT1" else list(select_tasks(suite, split, section.tasks))
     horizon = section.max_episode_steps

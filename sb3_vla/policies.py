@@ -17,6 +17,7 @@ from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import register_dataclass
 
 from mw_envs.tasks import INSTRUCTION_BYTES
 from sb3_vla.checkpoints import LoadedCheckpoint, load_checkpoint
@@ -25,6 +26,7 @@ from sb3_vla.distributions import Trace, default_distribution, make_distribution
 from sb3_vla.frozen import FrozenWeights
 from sb3_vla.models import Context, VLAModel, make_model
 from sb3_vla.models.base import is_perceived
+from sb3_vla.sharding import as_shards, in_shards, is_sharded
 
 MODEL_KEYS = ("image", "state", "instruction")
 #: observations that only the critic reads, where an environment gives them
@@ -49,6 +51,10 @@ class Evaluation:
     mean: Tensor
     std: Tensor
     entropy: Tensor | None
+
+
+# Where weights are sharded, torch looks into what a method returns for what the backward pass begins with.
+register_dataclass(Evaluation)
 
 
 class VLAPolicy(BasePolicy):
@@ -207,7 +213,10 @@ class VLAPolicy(BasePolicy):
                 f"These are not the weights of this {type(self.model).__name__} policy: {'; '.join(problems[:4])} "
                 f"({len(problems)} in all)"
             )
-        return super().load_state_dict(state_dict, strict, assign)
+        if not is_sharded(self):
+            return super().load_state_dict(state_dict, strict, assign)
+        with in_shards(self):
+            return super().load_state_dict(as_shards(self, state_dict), strict, assign)
 
     def set_training_mode(self, mode: bool) -> None:
         """Dropout is off in updates as in rollouts: a ratio compares weights, not two draws of a mask."""
@@ -258,6 +267,12 @@ class VLAPolicy(BasePolicy):
             std=std,
             entropy=self.distribution.entropy(mean, std, executed),
         )
+
+    def imitation_loss(
+        self, observation: dict[str, Tensor], actions: Tensor, mask: Tensor, *, draws: int = 1
+    ) -> Tensor:
+        """The model's, see :meth:`VLAModel.imitation_loss`."""
+        return self.model.imitation_loss(observation, actions, mask, draws=draws)
 
     def evaluate_actions(self, obs: PyTorchObs, actions: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Stable-Baselines3's contract: values (N, 1), log-probabilities (N,) and entropies of actions.

@@ -13,7 +13,6 @@ import time
 import warnings
 from collections import defaultdict, deque
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -24,17 +23,30 @@ from stable_baselines3.common.buffers import DictRolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback, ConvertCallback
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
-from stable_baselines3.common.utils import FloatSchedule, explained_variance, obs_as_tensor
+from stable_baselines3.common.utils import FloatSchedule, obs_as_tensor
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 
 from mw_envs.tasks import did_you_mean
-from sb3_vla.buffers import ChunkRolloutBuffer, DecisionBatch, DecisionBuffer
+from sb3_vla.buffers import ChunkRolloutBuffer, DecisionBatch, DecisionBuffer, Minibatch, SharedRollout
+from sb3_vla.distributed import Ranks, current_ranks
 from sb3_vla.distributions.base import logprob_mask
+from sb3_vla.metrics import EpisodeRecord, episode_metrics, in_terminal, ratio_metrics, update_metrics
+from sb3_vla.noise import part_of_batch
 from sb3_vla.policies import Evaluation, VLAPolicy
 from sb3_vla.precision import autocast
 from sb3_vla.progress import SuccessBar
-from sb3_vla.sft import DemonstrationBatches
+from sb3_vla.sft import DemonstrationBatches, shared_imitation_loss
+from sb3_vla.sharding import (
+    SHARDING,
+    in_shards,
+    is_sharded,
+    load_optimizer_state,
+    shard,
+    whole_optimizer_state,
+    whole_tensor,
+    whole_weights,
+)
 from sb3_vla.stepping import (
     Clock,
     Decision,
@@ -64,6 +76,7 @@ _OWN_OPTIONS = (
     "bootstrap_truncated",
     "task_sampling",
     "overlap",
+    "sharding",
 )
 TASK_SAMPLING = ("uniform", "signal")
 GAMMA_PER = ("decision", "env_step")
@@ -71,18 +84,35 @@ GAMMA_PER = ("decision", "env_step")
 _LARGEST_LOG_RATIO = 20.0
 # Least weight of a task that is always or never solved, where 1 is that of a task solved every other time.
 _LEAST_TASK_WEIGHT = 0.1
+# What a training remembers of an episode that ended.
+_EPISODE_KEYS = ("task", "is_success", "elapsed_steps", "episode_return", "episode")
 # Episodes of a task that tell how often it is solved now; more would lag behind the policy.
 _RECENT_EPISODES = 30
 
 
-@dataclass
 class _OldPolicy:
-    """What the update compares with: the rollout's decisions under the weights that took them, in buffer order."""
+    """What the update compares with: the rollout's decisions under the weights that took them, in buffer order.
 
-    log_prob: Tensor
-    mean: Tensor
-    std: Tensor
-    reference: tuple[Tensor, Tensor] | None
+    :param count: decisions in the buffer.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.log_prob = self.mean = self.std = torch.zeros(0)
+        self.reference: _OldPolicy | None = None
+        self._known = torch.zeros(count, dtype=torch.bool)
+
+    def knows(self, indices: Tensor) -> bool:
+        """Whether all of these decisions were kept."""
+        return bool(self._known[indices].all())
+
+    def keep(self, indices: Tensor, found: Evaluation) -> None:
+        """Take over decisions that were evaluated under those weights."""
+        for name in ("log_prob", "mean", "std"):
+            rows = getattr(found, name).detach().cpu()
+            if not self._known.any():
+                setattr(self, name, rows.new_zeros(len(self._known), *rows.shape[1:]))
+            getattr(self, name)[indices] = rows
+        self._known[indices] = True
 
 
 class PPO(stable_baselines3.PPO):
@@ -93,6 +123,10 @@ class PPO(stable_baselines3.PPO):
     update at the exact divergence of the action distributions, averaged over the epoch so far; what was drawn, and so
     an outlier among the ratios, has no part in it. ``normalize_advantage`` is over a minibatch. A step whose gradient
     is not finite is left out and counted in ``train/skipped_steps``.
+
+    Under ``torchrun`` (:mod:`sb3_vla.distributed`) each rank gives its share of the environments, ``batch_size`` and
+    ``total_timesteps`` count what all ranks have, and what is learned is what one process with all the environments
+    would learn, up to rounding. A callback that stops training stops all ranks, at the end of the rollout.
 
     :param value_lr: the critic's learning rate at the start; it follows the schedule of ``learning_rate``. None: that
         of the actor.
@@ -129,6 +163,8 @@ class PPO(stable_baselines3.PPO):
         where the policy runs on another device than the simulators. It needs a
         :class:`~sb3_vla.vec_env.SharedMemoryVecEnv` without wrappers, and acts on no other environment. The policy then
         decides for two small batches instead of one: an environment meets other exploration noise than without.
+    :param sharding: ``none``, every rank has a replica; or ``fsdp``, in an update each has a part of the weights that
+        are trained, of their gradients and of the optimiser, see :mod:`sb3_vla.sharding`. One rank has all of them.
     """
 
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {  # type: ignore[assignment]
@@ -136,6 +172,8 @@ class PPO(stable_baselines3.PPO):
         "VLAPolicy": VLAPolicy,
     }
     policy: Any
+    #: whether the value head is trained
+    has_critic: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -184,6 +222,7 @@ class PPO(stable_baselines3.PPO):
         noise_scale: float | Schedule = 1.0,
         task_sampling: str = "uniform",
         overlap: bool = False,
+        sharding: str = "none",
     ) -> None:
         self.value_lr = value_lr
         self.clip_range_high = None if clip_range_high is None else FloatSchedule(clip_range_high)
@@ -207,9 +246,14 @@ class PPO(stable_baselines3.PPO):
             raise ValueError(f"Unknown task_sampling={task_sampling!r}; {did_you_mean(task_sampling, TASK_SAMPLING)}")
         self.task_sampling = task_sampling
         self.overlap = overlap
+        if sharding not in SHARDING:
+            raise ValueError(f"Unknown sharding={sharding!r}; {did_you_mean(sharding, SHARDING)}")
+        self.sharding = sharding
         self.env_steps = 0
         #: rollouts that have been trained on; ``_n_updates`` counts epochs, which ``target_kl`` may cut short
         self.updates = 0
+        if self.ranks.count > 1:  # it looks at this rank's part of a rollout; _check_batch_size() does at all of it
+            warnings.filterwarnings("ignore", "You have specified a mini-batch size of")
         super().__init__(
             policy,
             env,
@@ -239,9 +283,16 @@ class PPO(stable_baselines3.PPO):
             _init_setup_model=_init_setup_model,
         )
 
+    @property
+    def ranks(self) -> Ranks:
+        """Those that train together, see :mod:`sb3_vla.distributed`."""
+        return current_ranks()
+
     def _setup_model(self) -> None:
         if not issubclass(self.policy_class, VLAPolicy):
             self._refuse_own_options()
+            if self.ranks.count > 1:
+                raise ValueError(f"Several ranks train VLAPolicy alone; got {self.policy_class.__name__}")
             super()._setup_model()
             return
         # The stock set-up would allocate its own buffer at the size of the raw images.
@@ -252,19 +303,33 @@ class PPO(stable_baselines3.PPO):
                 f"{self.rollout_buffer_kwargs!r}: VLAPolicy has its own rollout buffer"
             )
         self.rollout_buffer_class = _NoBuffer  # type: ignore[assignment]
+        self.ranks.take_generators()  # without a seed, too, all ranks begin with the same weights
         super()._setup_model()
         self.rollout_buffer_class = None
         self._check_options()
+        self.policy.value_head.requires_grad_(self.has_critic)
+        if self.sharding == "fsdp" and self.ranks.count > 1:
+            policy, methods = self.policy, ("evaluate", "imitation_loss")
+            shard(policy, policy.model.sharding_units(), methods, policy.optimizer, self.device, self.ranks.count)
         self.rollout_buffer = ChunkRolloutBuffer(  # type: ignore[assignment]
             self.n_steps, self.n_envs, self.device, self.gamma, self.gae_lambda, self.gamma_per
         )
         self.policy_kwargs = self.policy.portable_kwargs
-        self._episodes: defaultdict[str, deque[tuple[float, int]]] = defaultdict(
+        self._episodes: defaultdict[str, deque[EpisodeRecord]] = defaultdict(
             lambda: deque(maxlen=self._stats_window_size)
         )
+        self._ended: list[tuple[tuple[int, ...], dict[str, Any]]] = []
+        self._ended_episodes, self._rollout_seconds = 0, 0.0  # of the last rollout
         self._reference: VLAPolicy | None = None
+        self._idle_batch: DecisionBatch | None = None
         #: copies of the policy that decide in its place, on other accelerators
         self.replicas: Replicas | None = None
+
+    def set_random_seed(self, seed: int | None = None) -> None:
+        """As in Stable-Baselines3; of the environments of all ranks in their order each has the next seed."""
+        super().set_random_seed(seed)
+        if seed is not None and self.env is not None and self.ranks.count > 1:
+            self.env.seed(seed + self.ranks.rank * self.n_envs)
 
     def _refuse_own_options(self) -> None:
         """Options that only VLAPolicy's update knows must not be given in vain."""
@@ -299,6 +364,10 @@ class PPO(stable_baselines3.PPO):
                 f"ent_coef={self.ent_coef} has nothing to act on: the entropy of this action distribution is fixed. "
                 "Set ent_coef=0, or distribution_kwargs=dict(learn_std=True) with the Gaussian, or use flow_noise"
             )
+        if self.sharding == "fsdp" and self.kl_coef > 0:
+            raise ValueError(
+                f"kl_coef={self.kl_coef} needs a whole copy of the policy, which sharding='fsdp' has not; choose one"
+            )
         if self.value_lr is not None and self.lr_schedule(1.0) <= 0:
             raise ValueError("value_lr needs a learning_rate schedule that does not begin at zero")
         if self.rehearsal is not None:
@@ -319,36 +388,45 @@ class PPO(stable_baselines3.PPO):
         self._prepare_rollout(env)
         buffer.reset()
         callback.on_rollout_start()
-        env_steps_before, clock = self.env_steps, Clock()
+        env_steps_before, clock, ranks, stopped = self.env_steps, Clock(), self.ranks, False
+        earned = 0.0
         steps = step_by_halves if self.overlap and halved(env) else step_together
         for decision, outcome in steps(env, self._decide, self._last_obs, n_rollout_steps, clock):  # type: ignore[arg-type]
             # Callbacks read these from the locals, by Stable-Baselines3's names.
             actions, clipped_actions, values = decision.actions, decision.clipped, decision.values
             new_obs, rewards, dones, infos = outcome.new_obs, outcome.rewards, outcome.dones, outcome.infos
             check_rewards(rewards, infos)
-            self.num_timesteps += env.num_envs
+            earned += float(rewards.sum())
+            self.num_timesteps += ranks.count * env.num_envs
             executed = np.array([info.get("env_steps", self.policy.action_chunk) for info in infos])
             self.env_steps += int(executed.sum())
             callback.update_locals(locals())
-            if not callback.on_step():
+            stopped |= not callback.on_step()
+            if stopped and ranks.count == 1:
                 return False
-            self._update_info_buffer(infos, dones)
-            self._record_episodes(infos, dones)
+            self._record_episodes(infos, dones, self.num_timesteps)
             rewards = self._bootstrap(rewards, dones, infos, executed)
             assert isinstance(self._last_episode_starts, np.ndarray)
             buffer.add(decision.observation, decision.trace, values, rewards, executed, self._last_episode_starts)
             self._last_obs = new_obs  # type: ignore[assignment]
             self._last_episode_starts = dones
+        self._share_rollout(env_steps_before)
+        if ranks.any(stopped):
+            return False
         with torch.no_grad():
             last_values = self.policy.predict_values(obs_as_tensor(new_obs, self.device))[:, 0]  # type: ignore[arg-type]
-        buffer.compute_returns_and_advantage(last_values, dones)
+        with clock("advantages"):
+            buffer.compute_returns_and_advantage(last_values, dones)
         callback.update_locals(locals())
         callback.on_rollout_end()
-        self._log_rollout(n_rollout_steps * env.num_envs, self.env_steps - env_steps_before, clock)
+        decisions = n_rollout_steps * env.num_envs * ranks.count
+        self._log_rollout(decisions, self.env_steps - env_steps_before, earned, clock)
         return True
 
     def _prepare_rollout(self, env: VecEnv) -> None:
         """Which tasks are drawn, and how strongly the policy explores."""
+        self.ranks.take_generators()
+        self._ended_episodes = 0
         if self.task_sampling == "signal" and self._episodes:
             env.env_method("set_task_weights", self._task_weights())
         self.policy.set_training_mode(False)
@@ -356,8 +434,25 @@ class PPO(stable_baselines3.PPO):
         if self.replicas is not None:
             self.replicas.take_weights()
 
-    def _log_rollout(self, decisions: int, env_steps: int, clock: Clock) -> None:
-        seconds = clock.elapsed()
+    def _share_rollout(self, env_steps_before: int) -> None:
+        """Let every rank know of the environment steps and of the episodes of all, in the order of one process."""
+        if self.ranks.count == 1:
+            return
+        self.env_steps = env_steps_before + self.ranks.total(self.env_steps - env_steps_before)
+        ended = sorted((one for part in self.ranks.gather(self._ended) for one in part), key=lambda one: one[0])
+        self._ended = []
+        for _, info in ended:
+            self._remember_episode(info)
+
+    def _log_rollout(self, decisions: int, env_steps: int, earned: float, clock: Clock) -> None:
+        """
+        :param decisions: of all ranks, as ``env_steps``.
+        :param earned: sum of this rank's rewards.
+        """
+        self._rollout_seconds = seconds = clock.elapsed()
+        self.logger.record("rollout/rewards", sum(self.ranks.gather(earned)) / decisions)
+        self.logger.record("time/generate_rollouts", seconds - clock.seconds["advantages"], exclude="stdout")
+        self.logger.record("time/cal_adv_and_returns", clock.seconds["advantages"], exclude="stdout")
         self.logger.record("time/rollout_seconds", seconds)
         self.logger.record("time/env_steps", self.env_steps, exclude="tensorboard")
         self.logger.record("perf/env_steps_per_second", env_steps / seconds)
@@ -366,12 +461,23 @@ class PPO(stable_baselines3.PPO):
         self.logger.record("perf/inference_share", clock.seconds["inference"] / seconds)
 
     @torch.no_grad()
-    def _decide(self, observations: Mapping[str, np.ndarray]) -> Decision:
+    def _decide(
+        self, observations: Mapping[str, np.ndarray], rows: np.ndarray | None = None, among: int | None = None
+    ) -> Decision:
+        """Decide for some environments.
+
+        :param rows: their places among those of this rank for which noise is drawn; None for all of them.
+        :param among: how many these are.
+        """
+        among = len(observations["instruction"]) if among is None else among
+        rows = np.arange(among) if rows is None else rows
+        places, total = self.ranks.rank * among + rows, self.ranks.count * among
         if self.replicas is None:
             prepared = self.policy.prepare(obs_as_tensor(dict(observations), self.device))
-            chunk, values, trace = self.policy.decide(prepared)
+            with part_of_batch(places, total):
+                chunk, values, trace = self.policy.decide(prepared)
         else:
-            prepared, chunk, values, trace = self.replicas.decide(observations)
+            prepared, chunk, values, trace = self.replicas.decide(observations, places, total)
         actions = chunk.cpu().numpy()
         check_decision(actions, values, observations)
         clipped = np.clip(actions, self.action_space.low, self.action_space.high)  # type: ignore[attr-defined]
@@ -401,16 +507,38 @@ class PPO(stable_baselines3.PPO):
             self.anchor()
         if self._reference is not None:
             self._reference.distribution.noise_scale = policy.distribution.noise_scale
-        minibatches = buffer.minibatches(self.batch_size)
-        old = self._old_policy(buffer, minibatches)
+        self.ranks.take_generators()
+        rollout = SharedRollout(buffer, self.ranks)
+        minibatches = rollout.minibatches(self.batch_size)
+        compared = [minibatch.indices for minibatch in minibatches] if self._actor_learns else []
+        old = self._old_policy(buffer, compared, known_soon=1)
         metrics: defaultdict[str, list[float]] = defaultdict(list)
+        self._idle_batch = self._some_batch(buffer) if is_sharded(policy) else None
+        with in_shards(policy):
+            self._run_epochs(rollout, minibatches, old, clip_range, clip_range_vf, metrics)
+        self.updates += 1
+        self._log_update(rollout, metrics, clip_range, clip_range_vf, time.perf_counter() - started)
+
+    def _run_epochs(
+        self,
+        rollout: SharedRollout,
+        minibatches: list[Minibatch],
+        old: _OldPolicy,
+        clip_range: float,
+        clip_range_vf: float | None,
+        metrics: defaultdict[str, list[float]],
+    ) -> None:
+        """The steps of an update, until the policy is as far from the rollout's as it may be.
+
+        :param minibatches: of the first epoch.
+        """
         stopped = False
         for epoch in range(self.n_epochs):
             divergence: list[float] = []
             if epoch > 0:
-                minibatches = buffer.minibatches(self.batch_size)
-            for indices in minibatches:
-                loss, kl = self._accumulate_gradient(buffer, indices, old, clip_range, clip_range_vf, metrics)
+                minibatches = rollout.minibatches(self.batch_size)
+            for minibatch in minibatches:
+                loss, kl = self._accumulate_gradient(rollout.buffer, minibatch, old, clip_range, clip_range_vf, metrics)
                 if kl is not None:
                     divergence.append(kl)
                     metrics["approx_kl"].append(kl)
@@ -421,52 +549,91 @@ class PPO(stable_baselines3.PPO):
             self._n_updates += 1
             if stopped:
                 break
-        self.updates += 1
-        self._log_update(buffer, metrics, clip_range, clip_range_vf, time.perf_counter() - started)
 
     def _accumulate_gradient(
         self,
         buffer: DecisionBuffer,
-        indices: Tensor,
+        minibatch: Minibatch,
         old: _OldPolicy,
         clip_range: float,
         clip_range_vf: float | None,
         metrics: defaultdict[str, list[float]],
     ) -> tuple[float, float | None]:
-        """Gradient of a minibatch's loss, micro-batch by micro-batch.
+        """Gradient of a minibatch's loss, micro-batch by micro-batch, and summed over ranks.
 
-        Every term is a mean over decisions, so a micro-batch counts by its share of them.
+        Every term is a mean over decisions, so a micro-batch counts by its share of those of all ranks.
 
         :return: the loss, and the divergence from the rollout's policy, None while the critic alone learns.
         """
         self.policy.optimizer.zero_grad(set_to_none=True)
-        train_actor = self.updates >= self.critic_warmup
-        advantages = buffer.advantages.flatten()[indices]
+        train_actor = self._actor_learns
+        advantages = minibatch.advantages
         if self.normalize_advantage and len(advantages) > 1:
             advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
-        total = divergence = 0.0
+        advantages = advantages[minibatch.mine]
+        sums: defaultdict[str, float] = defaultdict(float)
         start = 0
-        for part in self._micro_batches(indices):
-            batch, share = buffer.batch(part), len(part) / len(indices)
+        for part in self._micro_batches(minibatch.indices):
+            batch, share = buffer.batch(part), len(part) / len(minibatch)
+            noted: defaultdict[str, list[float]] = defaultdict(list)
             batch.advantages = advantages[start : start + len(part)].to(self.device)
             start += len(part)
             with autocast(self.bf16, self.device.type):
                 found = self.policy.evaluate(batch.observations, batch.trace, batch.executed, self.logprob_type)
-            loss = self.vf_coef * self._value_loss(found.values, batch, clip_range_vf, metrics)
+            loss = self.vf_coef * self._value_loss(found.values, batch, clip_range_vf, noted)
             if train_actor:
-                loss = loss + self._actor_loss(found, batch, old, clip_range, metrics)
+                if not old.knows(part):  # of the first minibatch, before any step
+                    old.keep(part, found)
+                loss = loss + self._actor_loss(found, batch, old, clip_range, noted)
                 with torch.no_grad():
-                    divergence += share * self._divergence(found, (old.mean, old.std), batch).item()
+                    sums["divergence"] += share * self._divergence(found, old, batch).item()
             (share * loss).backward()
-            total += share * loss.item()
+            sums["total"] += share * loss.item()
+            metrics["ratio_max"] += noted.pop("ratio_max", [])
+            for name, (value,) in noted.items():
+                sums[name] += share * value
+        if self._idle_batch is not None:
+            others = self._micro_batches(torch.arange(minibatch.most))
+            for _ in others[len(self._micro_batches(minibatch.indices)) :]:
+                self._idle(self._idle_batch, train_actor)
         if train_actor and self.rehearsal is not None:
-            loss = self.rehearsal_coef * self._rehearsal_loss(self.rehearsal, metrics)
-            loss.backward()
-            total += loss.item()
-        return total, divergence if train_actor else None
+            with autocast(self.bf16, self.device.type):
+                loss = shared_imitation_loss(
+                    self.policy.model,
+                    self.rehearsal,
+                    self.rehearsal_batch_size,
+                    self.ranks,
+                    self.device,
+                    loss_of=self.policy.imitation_loss,
+                )
+            (self.rehearsal_coef * loss).backward()
+            sums["rehearsal_loss"] = loss.item()
+            sums["total"] += self.rehearsal_coef * sums["rehearsal_loss"]
+        whole = self.ranks.sum_gradients(self.policy.parameters(), sums)
+        total, divergence = whole.pop("total"), whole.pop("divergence", None)
+        for name, value in whole.items():
+            metrics[name].append(value)
+        return total, divergence
+
+    def _some_batch(self, buffer: DecisionBuffer) -> DecisionBatch:
+        """A decision, of another rank where this one has none."""
+        own = buffer.batch(torch.zeros(1, dtype=torch.int64)) if len(buffer) else None
+        if not self.ranks.any(own is None):
+            assert own is not None
+            return own
+        told = next(batch for batch in self.ranks.gather(own and own.to(torch.device("cpu"))) if batch is not None)
+        return told.to(self.device)
+
+    def _idle(self, batch: DecisionBatch, train_actor: bool) -> None:
+        """Keep step with ranks that have more micro-batches, without a gradient: shards are gathered together."""
+        found = self.policy.evaluate(batch.observations, batch.trace, batch.executed, self.logprob_type)
+        loss = found.values.sum()
+        if train_actor:
+            loss = loss + found.log_prob.sum()
+        (0.0 * loss).backward()
 
     def _micro_batches(self, indices: Tensor) -> tuple[Tensor, ...]:
-        return indices.split(self.micro_batch_size or len(indices))
+        return indices.split(self.micro_batch_size or len(indices)) if len(indices) else ()
 
     def _actor_loss(
         self,
@@ -486,13 +653,16 @@ class PPO(stable_baselines3.PPO):
         advantages = batch.advantages.reshape(-1, *[1] * (ratio.ndim - 1))
         clipped = torch.clamp(ratio, 1 - clip_range, 1 + above)
         surrogate = torch.min(advantages * ratio, advantages * clipped)
+        bounded = torch.zeros_like(surrogate, dtype=torch.bool)
         if self.dual_clip is not None:
-            bounded = torch.max(surrogate, self.dual_clip * advantages)
-            surrogate = torch.where(advantages < 0, bounded, surrogate)
-        policy_loss = -(surrogate * counted).reshape(len(ratio), -1).sum(1).mean()
+            bounded = (advantages < 0) & (surrogate < self.dual_clip * advantages)
+            surrogate = torch.where(bounded, self.dual_clip * advantages, surrogate)
+        loss_of_decisions = -(surrogate * counted).reshape(len(ratio), -1).sum(1)
+        policy_loss = loss_of_decisions.mean()
         metrics["policy_loss"].append(policy_loss.item())
-        metrics["clip_fraction"].append((ratio != clipped)[counted > 0].float().mean().item())
-        metrics["ratio_max"].append(ratio.max().item())
+        metrics["policy_loss_abs"].append(loss_of_decisions.abs().mean().item())
+        for name, value in ratio_metrics(ratio, clipped, bounded, counted).items():
+            metrics[name].append(value)
         loss = policy_loss
         if found.entropy is not None:
             entropy_loss = -found.entropy.mean()
@@ -504,20 +674,9 @@ class PPO(stable_baselines3.PPO):
             loss = loss + self.kl_coef * kl
         return loss
 
-    def _rehearsal_loss(self, rehearsal: DemonstrationBatches, metrics: defaultdict[str, list[float]]) -> Tensor:
-        observation, actions, mask = rehearsal.sample(self.rehearsal_batch_size)
-        with autocast(self.bf16, self.device.type):
-            loss = self.policy.model.imitation_loss(
-                {key: value.to(self.device) for key, value in observation.items()},
-                actions.to(self.device),
-                mask.to(self.device),
-            )
-        metrics["rehearsal_loss"].append(loss.item())
-        return loss
-
-    def _divergence(self, found: Evaluation, other: tuple[Tensor, Tensor], batch: DecisionBatch) -> Tensor:
-        """Mean KL(policy || other), where the other's mean and deviation are in buffer order."""
-        mean, std = (tensor[batch.indices].to(self.device) for tensor in other)
+    def _divergence(self, found: Evaluation, other: _OldPolicy, batch: DecisionBatch) -> Tensor:
+        """Mean KL(policy || other)."""
+        mean, std = (tensor[batch.indices].to(self.device) for tensor in (other.mean, other.std))
         return self.policy.distribution.kl_divergence(found.mean, found.std, mean, std, batch.executed).mean()
 
     def _value_loss(
@@ -539,7 +698,7 @@ class PPO(stable_baselines3.PPO):
         return value_loss
 
     def _optimizer_step(self, loss: float, metrics: defaultdict[str, list[float]]) -> None:
-        norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm)
+        norm = whole_tensor(torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm))
         finite = bool(torch.isfinite(norm))
         metrics["skipped_steps"].append(float(not finite))
         if finite:
@@ -547,32 +706,34 @@ class PPO(stable_baselines3.PPO):
             metrics["loss"].append(loss)
             self.policy.optimizer.step()
 
-    @torch.no_grad()
-    def _old_policy(self, buffer: DecisionBuffer, minibatches: list[Tensor]) -> _OldPolicy:
-        """The rollout under the weights that took it, in buffer order.
+    @property
+    def _actor_learns(self) -> bool:
+        return self.updates >= self.critic_warmup
 
-        It is computed in the update's precision and in the micro-batches of its first epoch, so that ratios start at
+    @torch.no_grad()
+    def _old_policy(self, buffer: DecisionBuffer, minibatches: list[Tensor], known_soon: int = 0) -> _OldPolicy:
+        """The rollout under the weights that took it, and under those of the reference.
+
+        It is evaluated in the update's precision and in the micro-batches of its first epoch, so that ratios start at
         exactly one: a row of a matrix product may be rounded otherwise beside other rows.
+
+        :param minibatches: indices, of the first epoch.
+        :param known_soon: minibatches at the start that are left to the update, because it evaluates them itself before
+            it makes a step.
         """
-        parts: defaultdict[str, list[Tensor]] = defaultdict(list)
-        micro_batches = [part for indices in minibatches for part in self._micro_batches(indices)]
-        for batch in map(buffer.batch, micro_batches):
-            with autocast(self.bf16, self.device.type):
-                found = self.policy.evaluate(batch.observations, batch.trace, batch.executed, self.logprob_type)
-                if self._reference is not None:
-                    other = self._reference.evaluate(batch.observations, batch.trace, batch.executed)
-                    parts["reference_mean"].append(other.mean.cpu())
-                    parts["reference_std"].append(other.std.cpu())
-            parts["log_prob"].append(found.log_prob.cpu())
-            parts["mean"].append(found.mean.cpu())
-            parts["std"].append(found.std.cpu())
-        indices, whole = torch.cat(minibatches), {}
-        for name, tensors in parts.items():
-            found_in_order = torch.cat(tensors)
-            whole[name] = found_in_order.new_zeros(buffer.advantages.numel(), *found_in_order.shape[1:])
-            whole[name][indices] = found_in_order
-        reference = (whole["reference_mean"], whole["reference_std"]) if self._reference is not None else None
-        return _OldPolicy(whole["log_prob"], whole["mean"], whole["std"], reference)
+        count = buffer.advantages.numel()
+        old = _OldPolicy(count)
+        old.reference = None if self._reference is None else _OldPolicy(count)
+        for number, indices in enumerate(minibatches):
+            asked = [] if number < known_soon else [(self.policy, old)]
+            if old.reference is not None:
+                asked.append((self._reference, old.reference))
+            for batch in map(buffer.batch, self._micro_batches(indices) if asked else ()):
+                with autocast(self.bf16, self.device.type):
+                    for policy, kept in asked:
+                        found = policy.evaluate(batch.observations, batch.trace, batch.executed, self.logprob_type)
+                        kept.keep(batch.indices, found)
+        return old
 
     @torch.no_grad()
     def _bootstrap(
@@ -593,74 +754,64 @@ class PPO(stable_baselines3.PPO):
         rewards[cut] += self.rollout_buffer.discounts(executed)[cut] * values  # type: ignore[attr-defined]
         return rewards
 
-    def _record_episodes(self, infos: list[dict[str, Any]], dones: np.ndarray) -> None:
+    def _record_episodes(self, infos: list[dict[str, Any]], dones: np.ndarray, *when: int) -> None:
+        """Remember the episodes that ended; where there are several ranks, at the end of the rollout.
+
+        :param when: what orders the steps of a rollout.
+        """
+        first = self.ranks.rank * len(infos)
         for i in np.flatnonzero(dones):
-            if "is_success" in infos[i] and "task" in infos[i]:
-                success = float(infos[i]["is_success"])
-                self._episodes[infos[i]["task"]].append((success, infos[i].get("elapsed_steps", 0)))
+            info = {key: infos[i][key] for key in _EPISODE_KEYS if key in infos[i]}
+            if self.ranks.count == 1:
+                self._remember_episode(info)
+            else:
+                self._ended.append(((*when, first + int(i)), info))
+
+    def _remember_episode(self, info: dict[str, Any]) -> None:
+        self._ended_episodes += 1
+        self._update_info_buffer([info], np.ones(1, dtype=bool))
+        if "is_success" in info and "task" in info:
+            length, reward = info.get("elapsed_steps", 0), info.get("episode_return", 0.0)
+            self._episodes[info["task"]].append(EpisodeRecord(float(info["is_success"]), length, reward))
 
     def task_success(self) -> dict[str, float]:
         """Share of successes among each task's last ``stats_window_size`` training episodes."""
-        return {task: float(np.mean([s for s, _ in episodes])) for task, episodes in sorted(self._episodes.items())}
+        known = sorted(self._episodes.items())
+        return {task: float(np.mean([each.success for each in episodes])) for task, episodes in known}
 
     def _task_weights(self) -> dict[str, float]:
         weights = {}
         for task, episodes in self._episodes.items():
             # Laplace's rule: a task without a success among a few episodes is not yet hopeless.
             recent = list(episodes)[-_RECENT_EPISODES:]
-            rate = (sum(success for success, _ in recent) + 1) / (len(recent) + 2)
+            rate = (sum(each.success for each in recent) + 1) / (len(recent) + 2)
             weights[task] = max(_LEAST_TASK_WEIGHT, 4 * rate * (1 - rate))
         return weights
 
     def _log_update(
         self,
-        buffer: DecisionBuffer,
+        rollout: SharedRollout,
         metrics: Mapping[str, list[float]],
         clip_range: float,
         clip_range_vf: float | None,
         seconds: float,
     ) -> None:
-        def mean(name: str) -> float:
-            return float(np.mean(metrics[name])) if metrics.get(name) else 0.0
-
-        record = self.logger.record
-        # The reference's names, then Stable-Baselines3's.
-        for name, value in {
-            "actor/loss": mean("policy_loss"),
-            "actor/grad_norm": mean("grad_norm"),
-            "actor/approx_kl": mean("approx_kl"),
-            "actor/pg_clipfrac": mean("clip_fraction"),
-            "rollout/returns_mean": buffer.returns.mean().item(),
-            "rollout/advantages_mean": buffer.advantages.mean().item(),
-            "train/policy_gradient_loss": mean("policy_loss"),
-            "train/approx_kl": mean("approx_kl"),
-            "train/clip_fraction": mean("clip_fraction"),
-            "train/ratio_max": max(metrics.get("ratio_max") or [1.0]),
-            "train/loss": mean("loss"),
-            "train/skipped_steps": float(np.sum(metrics.get("skipped_steps", []))),
+        rates = tuple(group["lr"] for group in self.policy.optimizer.param_groups)
+        values = {
+            **update_metrics(metrics, rollout, rates),
+            **episode_metrics(self._episodes, self._ended_episodes),
+            "train/ratio_max": max(self.ranks.gather(max(metrics.get("ratio_max") or [1.0]))),
             "train/n_updates": self._n_updates,
             "train/clip_range": clip_range,
             "time/update_seconds": seconds,
-        }.items():
-            record(name, value)
-        if metrics.get("value_loss"):  # there is a critic
-            record("actor/value_loss", mean("value_loss"))
-            record("actor/value_clip_ratio", mean("value_clip_ratio"))
-            record("train/value_loss", mean("value_loss"))
-            values, returns = buffer.values.flatten().numpy(), buffer.returns.flatten().numpy()
-            record("train/explained_variance", explained_variance(values, returns))
+            "time/actor_training": seconds,
+            "time/step": self._rollout_seconds + seconds,
+            "time/sync_weights": 0.0,  # what acts is what learns
+        }
         if clip_range_vf is not None:
-            record("train/clip_range_vf", clip_range_vf)
-        for name in ("entropy_loss", "reference_kl", "rehearsal_loss"):
-            if metrics.get(name):
-                record(f"train/{name}", mean(name))
-        episodes = [episode for window in self._episodes.values() for episode in window]
-        if episodes:
-            success = self.task_success()
-            record("env/success_once", float(np.mean(list(success.values()))))
-            record("env/episode_len", float(np.mean([length for _, length in episodes])))
-            for task, rate in success.items():
-                record(f"env/success_once/{task}", rate, exclude="stdout")
+            values["train/clip_range_vf"] = clip_range_vf
+        for name, value in values.items():
+            self.logger.record(name, value, exclude=None if in_terminal(name) else "stdout")
 
     def _update_learning_rate(self, optimizers: Any) -> None:
         """The schedule's rate for the actor, after its warm-up; the critic's follows in the proportion at the start."""
@@ -672,7 +823,6 @@ class PPO(stable_baselines3.PPO):
             critic["lr"] *= self.value_lr / self.lr_schedule(1.0)
         risen = (self.updates - self.critic_warmup + 1) / (self.actor_warmup + 1)
         actor["lr"] *= min(max(risen, 0.0), 1.0)
-        self.logger.record("train/actor_learning_rate", actor["lr"])
 
     def _excluded_save_params(self) -> list[str]:
         if not issubclass(self.policy_class, VLAPolicy):
@@ -686,7 +836,34 @@ class PPO(stable_baselines3.PPO):
             "replicas",
             "rehearsal",
             "_episodes",
+            "_ended",
+            "_idle_batch",
         ]
+
+    def get_parameters(self) -> dict[str, dict[str, Any]]:
+        """As in Stable-Baselines3; of shards the whole, for which all ranks must call it."""
+        if not is_sharded(self.policy):
+            return super().get_parameters()
+        with whole_weights(self.policy):
+            weights = {name: tensor.clone() for name, tensor in self.policy.state_dict().items()}
+        optimizer = {**self.policy.optimizer.state_dict(), "state": whole_optimizer_state(self.policy.optimizer)}
+        return {"policy": weights, "policy.optimizer": optimizer}
+
+    def set_parameters(
+        self, load_path_or_dict: Any, exact_match: bool = True, device: torch.device | str = "auto"
+    ) -> None:
+        """As in Stable-Baselines3; where there are shards all ranks must call it."""
+        super().set_parameters(load_path_or_dict, exact_match, device)
+        if is_sharded(self.policy):
+            load_optimizer_state(self.policy.optimizer, self.policy.optimizer.state_dict()["state"])
+
+    def save(self, path: Any, exclude: Any = None, include: Any = None) -> None:
+        """As in Stable-Baselines3; of several ranks, all of which must call it, the first writes."""
+        if self.ranks.leads:
+            super().save(path, exclude, include)
+        else:
+            self.get_parameters()
+        self.ranks.wait()
 
     def learn(
         self,
@@ -700,19 +877,20 @@ class PPO(stable_baselines3.PPO):
         """Train for at least ``total_timesteps`` decisions; see ``stable_baselines3.PPO.learn``."""
         if isinstance(self.policy, VLAPolicy):
             self._check_batch_size()
+            self.ranks.check_same(dict(self.policy.named_parameters()), "the policy")
             if reset_num_timesteps:
                 self.env_steps = 0
         super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
         return self
 
     def _check_batch_size(self) -> None:
-        decisions = self.n_steps * self.n_envs
+        decisions = self.n_steps * self.n_envs * self.ranks.count
         if decisions % self.batch_size:
             divisors = [size for size in range(1, decisions + 1) if decisions % size == 0]
             nearest = min(divisors, key=lambda size: abs(size - self.batch_size))
             raise ValueError(
                 f"batch_size={self.batch_size} does not divide a rollout of n_steps={self.n_steps} decisions of "
-                f"{self.n_envs} environments, {decisions} in all; the nearest that does is {nearest}"
+                f"{self.n_envs * self.ranks.count} environments, {decisions} in all; the nearest that does is {nearest}"
             )
 
     def _init_callback(self, callback: MaybeCallback, progress_bar: bool = False) -> BaseCallback:

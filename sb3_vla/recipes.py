@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal
 
 from mw_envs.tasks import did_you_mean
 from sb3_vla.cluster import ClusterOptions, PlacementError
-from sb3_vla.config import ConfigError, load_config, read_layers
+from sb3_vla.config import ConfigError, leaves, load_config, read_layers
 
 RECIPES = Path(__file__).parent / "embodiment"
 
@@ -36,13 +36,16 @@ class RunnerSection:
     """How long a run lasts, and what it keeps.
 
     :param task_type: ``embodied``: reinforcement learning; ``sft``: imitation alone.
-    :param max_epochs: iterations: rollouts, each followed by an update.
+    :param max_epochs: iterations: rollouts, each followed by an update; with grpo as many decisions as these would
+        take if all episodes had their full length.
     :param save_interval: iterations between the states from which an interrupted run goes on; -1 for the end alone.
+    :param keep_checkpoints: newest of these states that stay; null for all.
     """
 
     task_type: Literal["embodied", "sft"] = "embodied"
     max_epochs: int = 1000
     save_interval: int = 50
+    keep_checkpoints: int | None = 2
     logger: LoggerSection = field(default_factory=LoggerSection)
 
 
@@ -57,10 +60,10 @@ class AlgorithmSection:
     :param gae_lambda: per decision (gae).
     :param normalize_advantages: over each minibatch (gae).
     :param logprob_type: what a ratio is of: ``chunk_level``, ``action_level``, ``token_level`` or
-        ``denoising_step_level`` (gae).
+        ``denoising_step_level``.
     :param clip_ratio_low: how far below one a ratio may go before it is clipped.
     :param clip_ratio_high: how far above one.
-    :param clip_ratio_c: dual clip; None for none (gae).
+    :param clip_ratio_c: dual clip; None for none.
     :param value_clip: clip of the change of a value; None for none (gae).
     :param huber_delta: error from which the loss of a value grows linearly; None for its square (gae).
     :param entropy_bonus: weight of the entropy.
@@ -115,6 +118,7 @@ class TrainEnvSection:
     :param total_num_envs: environments.
     :param num_workers: processes that run them; None for one a core.
     :param max_episode_steps: environment steps of an episode.
+    :param dense_reward: MetaWorld's own reward of every step, divided by ten, instead of one for success.
     :param use_rel_reward: reward the change of success, instead of the first success.
     :param reward_coef: factor of that reward.
     :param ignore_terminations: go on after a success until the time limit.
@@ -126,6 +130,7 @@ class TrainEnvSection:
     total_num_envs: int = 64
     num_workers: int | None = None
     max_episode_steps: int = 100
+    dense_reward: bool = False
     use_rel_reward: bool = True
     reward_coef: float = 1.0
     ignore_terminations: bool = False
@@ -211,8 +216,8 @@ class ModelSection:
     :param model_path: checkpoint to start from, a folder or a name on the Hugging Face hub. None for a new model, which
         imitates the demonstrations of ``data`` first; only models that train from scratch can do without.
     :param model_kwargs: the model's own options: of a new one, or what a published checkpoint does not say.
-    :param trainable: ``all``, ``expert`` or ``adaptive``; None for the model's default.
-    :param num_action_chunks: actions executed per decision; None for all that the model predicts.
+    :param trainable: ``all``, ``expert`` to freeze the backbone, or ``adaptive`` (pi0.5).
+    :param num_action_chunks: actions executed per decision, and predicted by a new model whose model_kwargs do not say.
     :param noise_method: the action distribution, a name in :data:`sb3_vla.distributions.DISTRIBUTIONS`.
     :param num_steps: denoising steps; None for the distribution's default.
     :param noise_level: of ``flow_sde`` and ``flow_cps``; None for the default.
@@ -226,8 +231,8 @@ class ModelSection:
     model_type: str = "pi0"
     model_path: str | None = None
     model_kwargs: dict[str, Any] = field(default_factory=dict)
-    trainable: str | None = None
-    num_action_chunks: int | None = 5
+    trainable: str = "expert"
+    num_action_chunks: int = 5
     noise_method: str = "flow_sde"
     num_steps: int | None = None
     noise_level: float | None = None
@@ -269,11 +274,13 @@ class ActorSection:
     :param seed: of everything that is random but the trials of evaluation.
     :param global_batch_size: decisions per optimiser step.
     :param micro_batch_size: decisions that are evaluated at a time; None for all of them.
+    :param sharding: under ``torchrun`` ``none``, all of what is trained is on every rank; or ``fsdp``, a part.
     """
 
     seed: int = 42
     global_batch_size: int = 2048
     micro_batch_size: int | None = None
+    sharding: Literal["none", "fsdp"] = "none"
     model: ModelSection = field(default_factory=ModelSection)
     optim: OptimSection = field(default_factory=OptimSection)
 
@@ -286,15 +293,15 @@ class DataSection:
     :param rename: the dataset's feature names to ours.
     :param episodes_per_task: successful episodes that the experts play of each task.
     :param noise_std: of the pushes that lead an expert off its path.
-    :param image_size: side of the pictures that are kept; None for the size that the model reads.
-    :param crop: window of the view: ``workspace``, or ``full``.
+    :param image_size: side of the pictures that are kept, which is what the model reads.
+    :param crop: window of the view that experts are shown in: ``workspace``, or ``full``.
     """
 
     path: str | None = None
     rename: dict[str, str] = field(default_factory=dict)
     episodes_per_task: int = 25
     noise_std: float = 0.5
-    image_size: int | None = None
+    image_size: int = 96
     crop: str = "full"
 
 
@@ -305,7 +312,7 @@ class SFTSection:
     :param steps: optimiser steps.
     :param batch_size: frames a step.
     :param draws: noise draws per frame.
-    :param action_horizon: actions that a new model predicts.
+    :param trainable: see ``actor.model.trainable``.
     :param learning_rate: peak of a cosine with linear warm-up.
     :param warmup_steps: steps of the warm-up.
     :param weight_decay: AdamW's.
@@ -319,7 +326,7 @@ class SFTSection:
     steps: int = 20_000
     batch_size: int = 64
     draws: int = 1
-    action_horizon: int = 5
+    trainable: str = "all"
     learning_rate: float = 2.5e-5
     warmup_steps: int = 1000
     weight_decay: float = 1e-4
@@ -383,7 +390,7 @@ class Recipe:
         "rollout.backend": "the policy acts by the model that learns",
         "actor.enable_offload": "nothing is moved off the GPU between phases",
         "actor.training_backend": "torch trains; start under torchrun for several GPUs",
-        "actor.fsdp_config": "start under torchrun for several GPUs",
+        "actor.fsdp_config": "start under torchrun for several GPUs, and give actor.sharding=fsdp",
         "actor.checkpoint_save_path": "give runner.logger.log_path",
         "actor.model.openpi.train_expert_only": "give actor.model.trainable: expert, all or adaptive",
         "actor.model.openpi.config_name": "give actor.model.model_type: pi0 or pi05",
@@ -427,6 +434,17 @@ def load_recipe(name: str, overrides: Iterable[str] = ()) -> Recipe:
     if recipe.runner.logger.experiment_name is None:
         recipe.runner.logger.experiment_name = path.stem
     return recipe
+
+
+def given_keys(name: str, overrides: Iterable[str] = ()) -> list[str]:
+    """Keys that the command line and the recipe's own file set, and not the files that it builds on.
+
+    :param name: see :func:`find_recipe`.
+    """
+    _, own = read_layers(find_recipe(name))[-1]
+    paths = leaves(own)
+    paths += [override.partition("=")[0].strip() for override in overrides]
+    return [Recipe.ALIASES.get(path, path) for path in paths]
 
 
 def summary(name: str) -> str:

@@ -20,8 +20,11 @@ from mw_envs.tasks import encode_instruction
 from sb3_vla.checkpoints import load_checkpoint, save_checkpoint
 from sb3_vla.checkpoints.training_state import load_training_state, save_training_state
 from sb3_vla.demonstrations import Demonstrations
+from sb3_vla.distributed import Ranks, current_ranks
 from sb3_vla.models import VLAModel, make_model
+from sb3_vla.noise import part_of_batch
 from sb3_vla.precision import autocast
+from sb3_vla.sharding import whole_optimizer_state
 
 # A deviation of nothing (a gripper that never moves) must not blow up what is divided by it.
 _SMALLEST_STD = 1e-2
@@ -111,18 +114,27 @@ class DemonstrationBatches:
         self.generator = np.random.default_rng(seed)
         self._instructions = np.stack([encode_instruction(text) for text in demonstrations.instructions])
 
-    def sample(self, size: int) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-        """A batch with replacement: observation, actions (size, H, A), mask (size, H)."""
-        return self._batch(self.generator.choice(self.frames, size), self.shift)
+    def sample(self, size: int, rows: np.ndarray | None = None) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        """A batch with replacement: observation, actions (N, H, A), mask (N, H).
+
+        :param size: of the batch.
+        :param rows: which N of it are wanted, None for all; the generator goes on as if all were.
+        """
+        return self._batch(self.generator.choice(self.frames, size), self.shift, rows)
 
     def epoch(self, size: int) -> Iterator[tuple[dict[str, Tensor], Tensor, Tensor]]:
         """All frames once, in order, not shifted."""
         for start in range(0, len(self.frames), size):
             yield self._batch(self.frames[start : start + size], 0)
 
-    def _batch(self, index: np.ndarray, shift: int) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    def _batch(
+        self, index: np.ndarray, shift: int, rows: np.ndarray | None = None
+    ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
         data = self.demonstrations
-        images = _shifted(data.images, index, self.generator, shift) if shift else data.images[index]
+        rows = np.arange(len(index)) if rows is None else rows
+        moves = self.generator.integers(-shift, shift + 1, (2, len(index)))[:, rows] if shift else None
+        index = index[rows]
+        images = data.images[index] if moves is None else _shifted(data.images, index, moves)
         actions, mask = data.action_chunks(index, self.horizon)
         observation = {
             "image": torch.from_numpy(images).permute(0, 3, 1, 2),
@@ -143,7 +155,7 @@ def sft(
     save_state: Callable[[int], AbstractContextManager[Path]] | None = None,
     resume_from: Path | None = None,
 ) -> SFTResult:
-    """Train a model to imitate.
+    """Train a model to imitate. Under ``torchrun`` ranks share each batch, and rank 0 validates and writes.
 
     :param demonstrations: the data; their pictures must have the size the model reads.
     :param config: settings.
@@ -155,6 +167,7 @@ def sft(
     :param resume_from: such a folder; training goes on from there to the same result as without the interrupt.
     :raises ValueError: if data and model do not fit, or the loss stops being finite.
     """
+    ranks = current_ranks()
     torch.manual_seed(config.seed)
     train_frames, validation_frames = demonstrations.split(config.validation_fraction, config.seed)
     model = _make_model(demonstrations, config)
@@ -189,34 +202,34 @@ def sft(
         schedule.load_state_dict(state["schedule"])
         for group, rate in zip(optimizer.param_groups, schedule.get_last_lr(), strict=True):
             group["lr"] = rate
+    ranks.check_same(model.state_dict(), "the model")
     started = time.perf_counter() - (history[-1]["seconds"] if history else 0.0)
-    with _bar(config.steps, progress) as bar:
+    with _bar(config.steps, progress and ranks.leads) as bar:
         task = bar.add_task("imitation", total=config.steps, completed=first_step - 1, losses="")
         for step in range(first_step, config.steps + 1):
-            observation, actions, mask = batches.sample(config.batch_size)
             with autocast(config.bf16):
-                loss = model.imitation_loss(observation, actions, mask, draws=config.draws)
+                loss = shared_imitation_loss(model, batches, config.batch_size, ranks, draws=config.draws)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
+            train_loss = ranks.sum_gradients(model.parameters(), {"loss": loss.item()})["loss"]
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
             if not torch.isfinite(norm):
                 raise ValueError(
-                    f"Imitation diverged at step {step} (loss {loss.item()}); "
-                    f"lower learning_rate={config.learning_rate}"
+                    f"Imitation diverged at step {step} (loss {train_loss}); lower learning_rate={config.learning_rate}"
                 )
             optimizer.step()
             schedule.step()
             _average(averaged, model, min(config.ema_decay, step / (step + 10)))
-            row = {"step": step, "seconds": time.perf_counter() - started, "train_loss": loss.item()}
-            if validation and (step % config.validation_interval == 0 or step == config.steps):
+            row = {"step": step, "seconds": time.perf_counter() - started, "train_loss": train_loss}
+            if validation and ranks.leads and (step % config.validation_interval == 0 or step == config.steps):
                 row["validation_loss"] = _validation_loss(averaged, validation, config)
             history.append(row)
-            if on_step is not None:
+            if on_step is not None and ranks.leads:
                 on_step(row)
             recent = np.mean([r["train_loss"] for r in history[-50:]])
             shown = next((r["validation_loss"] for r in reversed(history) if "validation_loss" in r), math.nan)
             bar.update(task, advance=1, losses=f"loss {recent:.3f}  validation {shown:.3f}")
-            if save_state is not None and step % checkpoint_interval == 0 and step < config.steps:
+            if save_state is not None and ranks.leads and step % checkpoint_interval == 0 and step < config.steps:
                 values = {
                     "step": step,
                     "history": history,
@@ -224,10 +237,38 @@ def sft(
                     "schedule": schedule.state_dict(),
                 }
                 with save_state(step) as folder:
-                    save_training_state(folder, modules, optimizer, values)
-    if output is not None:
+                    save_training_state(folder, modules, whole_optimizer_state(optimizer), values)
+    if output is not None and ranks.leads:
         save_checkpoint(output, averaged, notes=notes)
     return SFTResult(averaged, history, time.perf_counter() - started)
+
+
+def shared_imitation_loss(
+    model: VLAModel,
+    batches: DemonstrationBatches,
+    size: int,
+    ranks: Ranks,
+    device: torch.device | str = "cpu",
+    draws: int = 1,
+    loss_of: Callable[..., Tensor] | None = None,
+) -> Tensor:
+    """What this rank's part of a batch adds to the mean imitation loss of the batch; alone, all of it.
+
+    :param batches: those of all ranks must have the same generator.
+    :param size: of the batch.
+    :param loss_of: what runs the model's ``imitation_loss``; None for the model itself.
+    """
+    rows = ranks.rows(size, "frames of a batch")
+    observation, actions, mask = batches.sample(size, rows)
+    weight = model.imitation_weight(mask)
+    with part_of_batch(rows, size):
+        loss = (loss_of or model.imitation_loss)(
+            {key: value.to(device) for key, value in observation.items()},
+            actions.to(device),
+            mask.to(device),
+            draws=draws,
+        )
+    return weight / sum(ranks.gather(weight)) * loss
 
 
 def _make_model(demonstrations: Demonstrations, config: SFTConfig) -> VLAModel:
@@ -299,10 +340,9 @@ def _average(averaged: VLAModel, model: VLAModel, decay: float) -> None:
     torch._foreach_lerp_([ours for ours, _ in pairs], [new for _, new in pairs], 1 - decay)
 
 
-def _shifted(images: np.ndarray, index: np.ndarray, generator: np.random.Generator, shift: int) -> np.ndarray:
-    """Pictures moved by whole pixels, edges repeated (DrQ, Kostrikov et al. 2021)."""
+def _shifted(images: np.ndarray, index: np.ndarray, moves: np.ndarray) -> np.ndarray:
+    """Pictures moved by whole pixels (2, N), edges repeated (DrQ, Kostrikov et al. 2021)."""
     height, width = images.shape[1:3]
-    moves = generator.integers(-shift, shift + 1, (2, len(index)))
     rows = np.clip(np.arange(height) + moves[0][:, None], 0, height - 1)
     columns = np.clip(np.arange(width) + moves[1][:, None], 0, width - 1)
     return images[index[:, None, None], rows[:, :, None], columns[:, None, :]]

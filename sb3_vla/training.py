@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -14,18 +15,20 @@ import numpy as np
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.logger import KVWriter, Logger, TensorBoardOutputFormat
+from stable_baselines3.common.logger import KVWriter, Logger
 from stable_baselines3.common.type_aliases import Schedule
-from torch.utils.tensorboard import SummaryWriter
 
 from sb3_vla.checkpoints import load_checkpoint, save_checkpoint
 from sb3_vla.demonstrations import Demonstrations
+from sb3_vla.distributed import current_ranks
 from sb3_vla.grpo import GRPO
 from sb3_vla.holding import HoldAtEnd
+from sb3_vla.loggers import LoggerOptions, Loggers
 from sb3_vla.ppo import PPO
 from sb3_vla.resume import load_algorithm, save_algorithm
 from sb3_vla.run import RunDirectory
 from sb3_vla.sft import DemonstrationBatches
+from sb3_vla.sharding import whole_weights
 from sb3_vla.vec_env import SharedMemoryVecEnv
 
 if TYPE_CHECKING:
@@ -64,6 +67,7 @@ class TrainingConfig:
     :param rehearsal_batch_size: frames of demonstrations per minibatch.
     :param micro_batch_size: decisions evaluated at a time, where a minibatch does not fit into memory.
     :param bf16: bfloat16 autocast of updates; None where the processor has it.
+    :param sharding: ``none``; or ``fsdp``: under ``torchrun`` each rank has a part of what is trained.
     :param checkpoint_interval: rollouts between checkpoints.
     :param keep_checkpoints: newest checkpoints of the training's state that stay; None for all.
     :param seed: of environments and exploration.
@@ -97,6 +101,7 @@ class TrainingConfig:
     rehearsal_batch_size: int = 64
     micro_batch_size: int | None = None
     bf16: bool | None = False
+    sharding: str = "none"
     checkpoint_interval: int = 5
     keep_checkpoints: int | None = 2
     seed: int = 0
@@ -218,12 +223,13 @@ def train(
     env_kwargs: Mapping[str, Any] | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
     optimizer_kwargs: Mapping[str, Any] | None = None,
+    loggers: LoggerOptions | None = None,
     seat: Seat | None = None,
 ) -> None:
-    """Improve a checkpoint by PPO or GRPO in MetaWorld.
+    """Improve a checkpoint by PPO or GRPO in MetaWorld; under ``torchrun`` on all ranks, which share the environments.
 
     PPO's critic also sees the time that has passed and the simulator's state, which the policy does not. Metrics go to
-    the run's ``metrics.jsonl`` and to TensorBoard under ``tensorboard/``.
+    the run's ``metrics.jsonl`` and to ``loggers``.
 
     :param run: the run directory.
     :param stage: name under which the run keeps the training's own checkpoints.
@@ -238,9 +244,11 @@ def train(
         actions are executed than the model predicts.
     :param model_kwargs: what a published checkpoint does not say, see :func:`sb3_vla.checkpoints.load_checkpoint`.
     :param optimizer_kwargs: options of AdamW; None for Adam with betas (0.9, 0.95).
+    :param loggers: None for TensorBoard alone, under the run's ``tensorboard/``.
     :param seat: where environments and copies of the policy run, by :func:`sb3_vla.cluster.launch.train_on_cluster`;
         None for this machine. The result is the same.
     """
+    ranks = current_ranks()
     start = load_checkpoint(checkpoint, model_kwargs)
     view = view_of(start.notes)
     options: dict[str, Any] = {
@@ -270,10 +278,11 @@ def train(
     policy_kwargs = _policy_kwargs(config, checkpoint, model_kwargs, optimizer_kwargs)
     if isinstance(config, GRPOConfig):
         make = functools.partial(_holding, make)
+    own = ranks.share(config.num_envs, "num_envs")
     if seat is None:
-        env = SharedMemoryVecEnv([make] * config.num_envs, num_workers=config.num_workers)
+        env = SharedMemoryVecEnv([make] * len(own), num_workers=config.num_workers)
     else:
-        env = seat.envs([make] * config.num_envs, config.num_workers)
+        env = seat.envs([make] * len(own), config.num_workers)
     try:
         model = config.algorithm(
             "VLAPolicy", env, rehearsal=rehearsal, policy_kwargs=policy_kwargs, **config.arguments()
@@ -284,21 +293,25 @@ def train(
             model.anchor()
         logger = Logger(str(run.path), [])
         model.set_logger(logger)
-        env.seed(1000 * (config.seed + 1))
+        env.seed(1000 * (config.seed + 1) + own.start)
         latest = run.latest_checkpoint(stage) if resume else None
         if latest is not None:
             load_algorithm(latest, model)
         done = model.num_timesteps
         run.rewind_metrics(lambda row: row.get("stage") != stage or row["time/total_timesteps"] <= done)
-        logger.output_formats += [
-            _TensorBoard(str(run.path / "tensorboard" / stage), first_step=done + 1),
-            _RunMetrics(run, stage, _seconds_so_far(run, stage), model),
-        ]
+        tracked = ExitStack()
+        callbacks: list[BaseCallback] = []
+        if ranks.leads:
+            opened = tracked.enter_context(Loggers(loggers or LoggerOptions(), run, stage, done + 1))
+            callbacks += opened.callbacks
+            seconds = _seconds_so_far(run, stage)
+            logger.output_formats += [*opened.writers, _RunMetrics(run, stage, seconds, model)]
         remaining = config.total_decisions - done
-        if remaining > 0:
-            with _Progress(run, stage, config, model, progress) as callback:
-                model.learn(remaining, callback, reset_num_timesteps=False)
-                callback.save()
+        with tracked:
+            if remaining > 0:
+                with _Progress(run, stage, config, model, progress and ranks.leads) as callback:
+                    model.learn(remaining, [callback, *callbacks], reset_num_timesteps=False)
+                    callback.save()
     finally:
         env.close()
         if seat is not None:
@@ -308,7 +321,9 @@ def train(
     distribution = (config.distribution, config.distribution_kwargs)
     policy = model.policy
     critic = None if isinstance(config, GRPOConfig) else policy.value_head  # GRPO leaves it behind the actor
-    save_checkpoint(output, policy.model, critic, notes, distribution, policy.distribution)
+    with whole_weights(policy):
+        if ranks.leads:
+            save_checkpoint(output, policy.model, critic, notes, distribution, policy.distribution)
 
 
 def _holding(make: Callable[[], gym.Env]) -> gym.Env:
@@ -346,15 +361,6 @@ def view_of(notes: dict[str, Any]) -> dict[str, Any]:
     camera = notes.get("view", {})
     drawn = {"image_size": camera["render_size"]} if "render_size" in camera else {}
     return {"camera": camera.get("camera", "corner2"), "crop": camera.get("crop"), **drawn}
-
-
-class _TensorBoard(TensorBoardOutputFormat):
-    """Values for TensorBoard, which hides what was written from ``first_step`` on before an interrupt."""
-
-    def __init__(self, folder: str, first_step: int) -> None:
-        super().__init__(folder)
-        self.writer.close()
-        self.writer = SummaryWriter(folder, purge_step=first_step)
 
 
 class _RunMetrics(KVWriter):

@@ -33,6 +33,7 @@ from stable_baselines3.common.vec_env.base_vec_env import (
 )
 from stable_baselines3.common.vec_env.util import dict_to_obs
 
+from sb3_vla.distributed import ranks_on_this_machine
 from sb3_vla.env_worker import Arrays, Worker, WorkerDiedError, layout_of
 
 _CLOSE_SECONDS = 5.0  # how long workers may take to finish a step and close their environments
@@ -445,8 +446,9 @@ class SharedMemoryVecEnv(SubprocVecEnv):
 
 
 def available_cores() -> int:
-    """The CPU cores that this process may use, at least 1."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """The CPU cores that this process may use, at least 1; the ranks of a machine share them."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // ranks_on_this_machine())
 
 
 def _request(command: str, argument: Any, indices: Sequence[int]) -> bytes:

@@ -304,7 +304,7 @@ class SleepyReplicas:
     def take_weights(self) -> None: ...
 
     @torch.no_grad()
-    def decide(self, observations: dict[str, np.ndarray]) -> Any:
+    def decide(self, observations: dict[str, np.ndarray], places: np.ndarray, total: int) -> Any:
         time.sleep(0.05 * len(observations["state"]))
         prepared = self.policy.prepare({key: torch.as_tensor(value) for key, value in observations.items()})
         return (prepared, *self.policy.decide(prepared))

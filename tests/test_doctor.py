@@ -18,6 +18,11 @@ from sb3_vla.doctor import GIB, Finding, examine, needed_memory
 
 ANSWERS: dict[str, dict[str, Any]] = {
     "package": {"compact": {"parameters": 2_000_000, "expert": 1_000_000}, "huge": {"parameters": 10**12, "expert": 0}},
+    "recipes": {
+        "small": {"learner": 1e9, "rollout": 1e6, "begins": True},
+        "large": {"learner": 1e10, "rollout": 1e6, "begins": False},
+        "long": {"learner": 1e9, "rollout": 1e15, "begins": False},
+    },
     "environment": {"first_seconds": 2.5, "compiled_now": False, "steps_per_second": 900.0},
     "egl": {"error": "no library"},
     "osmesa": {},
@@ -49,6 +54,10 @@ def test_a_machine_that_can_run_the_quickstart(answers: Any, capsys: pytest.Capt
     # 1.25 (4 x 2 M + 12 x 1 M) bytes are 0.023 GiB, and 1 GiB for torch.
     assert "2.0 M parameters: act 1.0 GiB, train expert 1.0 GiB" in findings["compact"]["value"]
     assert findings["huge"]["state"] == "note" and "act 4657.6 GiB (does not fit)" in findings["huge"]["value"]
+    # The learner must fit on the GPU of 8e9 bytes, the pictures into the memory.
+    assert [findings[name]["state"] for name in ("small", "large", "long")] == ["ok", "note", "note"]
+    assert findings["small"]["value"] == "fits: learner 0.9 GiB, rollout 0.0 GiB"
+    assert findings["large"]["value"].endswith("from a checkpoint") and "compact" in findings["large"]["remedy"]
     assert main(["doctor"]) == 0
     assert "The quickstart can run here" in capsys.readouterr().out
 

@@ -411,7 +411,8 @@ def test_the_upper_clip_is_another() -> None:
     ratios, advantages = (1.5, 0.5, 1.25, 0.5, 1.5), (1.0, -1.0, 2.0, 3.0, -1.0)
     mean, std = torch.zeros(5, 2, 2), torch.full((5, 2, 2), 0.5)
     found = Evaluation(torch.zeros(5), torch.tensor(ratios).log(), mean, std, None)
-    old = _OldPolicy(torch.zeros(5), mean, std, None)
+    old = _OldPolicy(5)
+    old.keep(torch.arange(5), Evaluation(torch.zeros(5), torch.zeros(5), mean, std, None))
     batch = DecisionBatch(
         {}, {}, torch.full((5,), 2), mean[:, 0, 0], torch.tensor(advantages), mean[:, 0, 0], torch.arange(5)
     )
@@ -420,6 +421,37 @@ def test_the_upper_clip_is_another() -> None:
     # min(1.5, 1.28) + min(-0.5, -0.8) + 2.5 + min(1.5, 2.4) + min(-1.5, -1.28)
     assert loss.item() == pytest.approx(-(1.28 - 0.8 + 2.5 + 1.5 - 1.5) / 5, abs=1e-6)
     assert recorded["clip_fraction"] == [pytest.approx(0.8)]
+
+
+def test_what_is_negative_has_a_bound() -> None:
+    """Dual clip: the surrogate of a ratio of 3 and an advantage of -1 is not below -1.5; PPO's tests have the rest."""
+    algorithm = toy_grpo(dual_clip=1.5)
+    mean, std = torch.zeros(2, 2, 2), torch.full((2, 2, 2), 0.5)
+    found = Evaluation(torch.zeros(2), torch.tensor([3.0, 1.1]).log(), mean, std, None)
+    old = _OldPolicy(2)
+    old.keep(torch.arange(2), Evaluation(torch.zeros(2), torch.zeros(2), mean, std, None))
+    values, advantages = mean[:, 0, 0], torch.tensor([-1.0, -1.0])
+    batch = DecisionBatch({}, {}, torch.full((2,), 2), values, advantages, values, torch.arange(2))
+    loss = algorithm._actor_loss(found, batch, old, 0.2, defaultdict(list))
+    assert loss.item() == pytest.approx((1.5 + 1.1) / 2, abs=1e-6)
+
+
+def test_micro_batches_and_parts_of_a_ratio() -> None:
+    def learned(**options: Any) -> dict[str, Tensor]:
+        algorithm = toy_grpo(toy_vec(4, horizon=2), batch_size=8, n_epochs=2, learning_rate=0.1, **options)
+        # Adam's first steps are of full length for the smallest gradient.
+        algorithm.policy.optimizer = torch.optim.SGD(algorithm.policy.parameters(), lr=0.1)
+        algorithm.policy.optimizer.add_param_group({"params": []})
+        learn(algorithm, 16)
+        return weights(algorithm.policy)
+
+    def furthest(some: dict[str, Tensor], others: dict[str, Tensor]) -> float:
+        return max((some[name] - others[name]).abs().max().item() for name in some)
+
+    start, whole = weights(toy_grpo(toy_vec(4, horizon=2)).policy), learned()
+    moved = furthest(whole, start)
+    assert furthest(learned(micro_batch_size=3), whole) < 1e-3 * moved
+    assert furthest(learned(logprob_type="action", clip_range=0.01), whole) > 0.01 * moved
 
 
 def test_minibatches_hold_every_decision_once_and_are_equal() -> None:
@@ -533,6 +565,8 @@ def test_callbacks_see_each_step_and_can_stop_it() -> None:
         ({"episode_return": "rewards"}, "Unknown episode_return='rewards'; did you mean 'reward'"),
         ({"advantage_type": "leave-one-out"}, "Unknown advantage_type='leave-one-out'; did you mean 'leave_one_out'"),
         ({"task_sampling": "signals"}, "did you mean 'signal'"),
+        ({"dual_clip": 1.0}, "dual_clip=1.0; expected more than 1"),
+        ({"micro_batch_size": 0}, "micro_batch_size=0; expected more than 0"),
     ],
 )
 def test_bad_options(options: dict[str, Any], message: str) -> None:

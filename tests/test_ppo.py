@@ -14,10 +14,11 @@ import stable_baselines3
 import torch
 from stable_baselines3.common.callbacks import BaseCallback
 from torch import Tensor
-from toy import TARGETS, TINY, stir, toy_demonstrations, toy_ppo, toy_vec
+from toy import TARGETS, TINY, stir, toy_demonstrations, toy_ppo, toy_vec, whole_minibatch
 
 from sb3_vla import PPO
 from sb3_vla.buffers import ChunkRolloutBuffer, DecisionBatch
+from sb3_vla.metrics import EpisodeRecord
 from sb3_vla.policies import Evaluation, VLAPolicy
 from sb3_vla.ppo import _OldPolicy
 from sb3_vla.sft import DemonstrationBatches
@@ -136,7 +137,16 @@ def evaluation(log_prob: list[float], **options: Any) -> Evaluation:
 
 def old_policy(log_prob: list[float], reference_mean: Tensor | None = None) -> _OldPolicy:
     mean, std = torch.zeros(len(log_prob), 2, 2), torch.full((len(log_prob), 2, 2), 0.5)
-    return _OldPolicy(torch.tensor(log_prob), mean, std, None if reference_mean is None else (reference_mean, std))
+    old = known(Evaluation(mean[:, 0, 0], torch.tensor(log_prob), mean, std, None))
+    if reference_mean is not None:
+        old.reference = known(Evaluation(mean[:, 0, 0], torch.tensor(log_prob), reference_mean, std, None))
+    return old
+
+
+def known(found: Evaluation) -> _OldPolicy:
+    old = _OldPolicy(len(found.mean))
+    old.keep(torch.arange(len(found.mean)), found)
+    return old
 
 
 def collected() -> tuple[dict[str, list[float]], Any]:
@@ -232,7 +242,9 @@ def gradient(algorithm: PPO, count: int = 16) -> dict[str, Tensor]:
     """Of the loss of a whole rollout, in the order of the buffer, against its own weights."""
     indices = torch.arange(count)
     old = algorithm._old_policy(decisions(algorithm), [indices])
-    algorithm._accumulate_gradient(decisions(algorithm), indices, old, 0.2, 0.05, defaultdict(list))
+    algorithm._accumulate_gradient(
+        decisions(algorithm), whole_minibatch(decisions(algorithm), indices), old, 0.2, 0.05, defaultdict(list)
+    )
     return {name: p.grad.clone() for name, p in algorithm.policy.named_parameters() if p.grad is not None}
 
 
@@ -303,8 +315,10 @@ def test_micro_batches_add_up_to_the_minibatch(size: int) -> None:
         rehearsal.generator = np.random.default_rng(0)
         torch.manual_seed(0)
         record = collected()[1]
-        loss, kl = algorithm._accumulate_gradient(decisions(algorithm), indices, old, 0.2, 0.05, record)
-        assert len(record["policy_loss"]) == (1 if micro_batch_size is None else math.ceil(16 / size))
+        loss, kl = algorithm._accumulate_gradient(
+            decisions(algorithm), whole_minibatch(decisions(algorithm), indices), old, 0.2, 0.05, record
+        )
+        assert len(record["ratio_max"]) == (1 if micro_batch_size is None else math.ceil(16 / size))
         assert 0 < np.mean(record["clip_fraction"]) < 1 and len(record["rehearsal_loss"]) == 1
         found[micro_batch_size] = loss, kl, {n: p.grad.clone() for n, p in algorithm.policy.named_parameters()}
     whole, parts = found[None], found[size]
@@ -373,6 +387,41 @@ def test_critic_warmup_leaves_the_actor_alone() -> None:
     assert not same(weights(algorithm.policy.value_head), critic)
     algorithm.learn(16, reset_num_timesteps=False)
     assert not same(actor(algorithm.policy), before)
+
+
+@pytest.mark.parametrize(
+    ("options", "passes"),
+    [
+        ({}, [1, 2, 2]),  # of two minibatches, the second beforehand, then both in two epochs
+        ({"micro_batch_size": 4}, [2, 4, 4]),
+        ({"batch_size": 16}, [0, 1, 1]),
+        ({"critic_warmup": 1}, [0, 2, 2]),
+        ({"kl_coef": 0.1}, [1 + 2, 2, 2]),  # the reference sees both
+    ],
+)
+def test_nothing_is_evaluated_again_that_the_update_evaluates_itself(
+    options: dict[str, Any], passes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the weights are those, bit for bit, of an update that evaluates everything beforehand."""
+
+    calls: list[bool] = []
+    evaluate = VLAPolicy.evaluate
+
+    def counted(*arguments: Any) -> Evaluation:
+        calls.append(torch.is_grad_enabled())
+        return evaluate(*arguments)
+
+    def learned() -> PPO:
+        return toy_ppo(**{"batch_size": 8, "n_epochs": 2, "learning_rate": 1e-2, **options}).learn(16)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(VLAPolicy, "evaluate", counted)
+        found = learned()
+    assert [calls.count(False), calls.count(True)] == [passes[0], sum(passes[1:])]
+    assert calls[: passes[0]] == [False] * passes[0]
+    real = PPO._old_policy
+    monkeypatch.setattr(PPO, "_old_policy", lambda self, buffer, minibatches, **_: real(self, buffer, minibatches))
+    assert same(weights(found.policy), weights(learned().policy))
 
 
 def test_actor_warmup_raises_the_actors_rate_alone() -> None:
@@ -448,9 +497,9 @@ def test_rehearsal_adds_its_loss() -> None:
     sizes: list[int] = []
     real = rehearsal.sample
 
-    def sample(size: int) -> Any:
+    def sample(size: int, rows: Any) -> Any:
         sizes.append(size)
-        return real(size)
+        return real(size, rows)
 
     rehearsal.sample = sample  # type: ignore[method-assign]
     env = toy_vec(action_dim=4, reward=0.0)  # nothing else to learn from
@@ -467,14 +516,16 @@ def test_rehearsal_adds_its_loss() -> None:
     observation, actions, mask = real(24)
     with torch.no_grad():
         expected = algorithm.policy.model.imitation_loss(observation, actions, mask)
-    rehearsal.sample = lambda size: (observation, actions, mask)  # type: ignore[method-assign]
+    rehearsal.sample = lambda *_: (observation, actions, mask)  # type: ignore[method-assign]
     found, record = collected()
     indices = torch.arange(16)
     old = algorithm._old_policy(decisions(algorithm), [indices])
     algorithm.normalize_advantage, algorithm.vf_coef = False, 0.0
     decisions(algorithm).advantages.zero_()
     torch.manual_seed(0)
-    loss, _ = algorithm._accumulate_gradient(decisions(algorithm), indices, old, 0.2, None, record)
+    loss, _ = algorithm._accumulate_gradient(
+        decisions(algorithm), whole_minibatch(decisions(algorithm), indices), old, 0.2, None, record
+    )
     assert found["rehearsal_loss"] == [pytest.approx(expected.item(), rel=1e-6)]
     assert loss == pytest.approx(2.0 * expected.item(), rel=1e-6)
 
@@ -772,10 +823,11 @@ def test_diffusion_and_tokens_learn_it_too(
 
 def test_tasks_are_drawn_by_the_signal_they_give() -> None:
     algorithm = toy_ppo(task_sampling="signal")
+    failed, solved = EpisodeRecord(0.0, 9, 0.0), EpisodeRecord(1.0, 9, 1.0)
     # Only the last 30 episodes count: what came before lags behind the policy.
-    algorithm._episodes["solved"].extend([(0.0, 9)] * 70 + [(1.0, 9)] * 30)
-    algorithm._episodes["open"].extend([(1.0, 9)] * 49 + [(0.0, 9)] * 15 + [(1.0, 9)] * 15)
-    algorithm._episodes["rare"].extend([(1.0, 9)] * 3 + [(0.0, 9)] * 25)
+    algorithm._episodes["solved"].extend([failed] * 70 + [solved] * 30)
+    algorithm._episodes["open"].extend([solved] * 49 + [failed] * 15 + [solved] * 15)
+    algorithm._episodes["rare"].extend([solved] * 3 + [failed] * 25)
     weights = algorithm._task_weights()
     assert weights == {
         "solved": pytest.approx(4 * 31 / 32 / 32),

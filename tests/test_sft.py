@@ -21,6 +21,7 @@ from sb3_vla.distributions import GaussianChunk
 from sb3_vla.models import VLAModel
 from sb3_vla.precision import autocast
 from sb3_vla.sft import DemonstrationBatches, SFTConfig, SFTResult, sft
+from sb3_vla.sharding import whole_optimizer_state
 
 
 def config(**options: Any) -> SFTConfig:
@@ -129,9 +130,9 @@ def test_validation_uses_other_episodes_and_the_same_noise(monkeypatch: pytest.M
     seen: list[tuple[np.ndarray, int]] = []
     real = DemonstrationBatches._batch
 
-    def batch(self: DemonstrationBatches, index: np.ndarray, shift: int) -> Any:
+    def batch(self: DemonstrationBatches, index: np.ndarray, shift: int, rows: Any = None) -> Any:
         seen.append((index, shift))
-        return real(self, index, shift)
+        return real(self, index, shift, rows)
 
     monkeypatch.setattr(DemonstrationBatches, "_batch", batch)
     result = run({"steps": 8, "validation_fraction": 0.34, "validation_interval": 4, "learning_rate": 0.0})
@@ -167,7 +168,7 @@ def test_batches_hold_what_they_say() -> None:
 
 def test_shifted_pictures_are_whole_pixel_moves() -> None:
     data = toy_demonstrations(episodes=1, length=4)
-    moved = sft_module._shifted(data.images, np.array([2] * 50), np.random.default_rng(0), 3)
+    moved = sft_module._shifted(data.images, np.array([2] * 50), np.random.default_rng(0).integers(-3, 4, (2, 50)))
     padded = np.pad(data.images[2], ((3, 3), (3, 3), (0, 0)), mode="edge")
     windows = {padded[y : y + 32, x : x + 32].tobytes() for y in range(7) for x in range(7)}
     assert {picture.tobytes() for picture in moved} <= windows
@@ -229,7 +230,7 @@ def test_a_resumed_training_ends_as_an_uninterrupted_one(tmp_path: Path) -> None
 def test_a_state_of_other_modules_is_refused(tmp_path: Path) -> None:
     model = tiny_model()
     optimizer = torch.optim.AdamW(model.parameters())
-    save_training_state(tmp_path, {"model": model}, optimizer, {"step": 1})
+    save_training_state(tmp_path, {"model": model}, whole_optimizer_state(optimizer), {"step": 1})
     assert load_training_state(tmp_path, {"model": model}, optimizer) == {"step": 1}
     with pytest.raises(ValueError, match="state of 'model'; expected averaged"):
         load_training_state(tmp_path, {"averaged": model}, optimizer)

@@ -67,6 +67,7 @@ SHARED_CHANGES: dict[str, Any] = {
     "task_sampling": "uniform",
     "rehearsal_batch_size": 3,
     "bf16": None,
+    "sharding": "fsdp",
     "seed": 11,
 }
 PPO_CHANGES: dict[str, Any] = {

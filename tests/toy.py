@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from mw_envs import encode_instruction
 from sb3_vla import PPO
+from sb3_vla.buffers import DecisionBuffer, Minibatch
 from sb3_vla.demonstrations import Demonstrations
 from sb3_vla.models import CompactVLA, Context, VLAModel
 from sb3_vla.models.base import PERCEPTION
@@ -277,6 +278,12 @@ def toy_ppo(
     if stirred:
         stir(algorithm.policy)
     return algorithm
+
+
+def whole_minibatch(buffer: DecisionBuffer, indices: Tensor) -> Minibatch:
+    """A minibatch that no other rank has a part in."""
+    everywhere = torch.ones(len(indices), dtype=torch.bool)
+    return Minibatch(indices, buffer.advantages.flatten()[indices], everywhere, len(indices))
 
 
 def stir(module: nn.Module, size: float = 0.05, seed: int = 0) -> None:

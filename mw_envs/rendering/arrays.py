@@ -40,8 +40,10 @@ SAMPLE_Y = np.array([0.375, 0.125, 0.875, 0.625], np.float32)
 LANE_X = np.array([lane // SAMPLES + SAMPLE_X[lane % SAMPLES] for lane in range(LANES)], np.float32)
 LANE_Y = np.array([SAMPLE_Y[lane % SAMPLES] for lane in range(LANES)], np.float32)
 # Quantities that vary over a triangle: colour by unshadowed lights, by shadowed ones, place in the light's space, place
-# on the texture, and the weight that all of them are multiplied by.
-U, V, D, S, WEIGHT, QUANTITIES = 6, 7, 8, 9, 12, 16
+# on the texture.
+U, V, D, S, QUANTITIES = 6, 7, 8, 9, 12
+# Side of the squares of pixels that moving shadows reach or miss as a whole.
+TILE = 16
 
 
 class Geometry(NamedTuple):
@@ -137,13 +139,16 @@ class Workspace(NamedTuple):
     :param screen_x: vertices on the screen in pixels, float32 (V,); so is screen_y.
     :param inverse_w: one over the distance, 0 if nearer than the near plane, float32 (V,).
     :param light_u: vertices in texels of the shadow map, float32 (V,); so are light_v and light_d (metres).
-    :param corners: quantities at the corners, float32 (C, 16).
-    :param lit: frame in which a corner's quantities were computed, int64 (C,).
+    :param lit: of corners: in the upper half of a number the frame that lit it last, in the lower half its place among
+        the lit ones, int64 (C,).
+    :param quantities: at lit corners, float32 (C, 12). Of as many as a frame shows, memory is touched.
     :param slots: of triangles: in the upper half of a number the frame that showed it last, in the lower half its place
         among the visible ones, int64 (T,).
-    :param visible: triangles that a frame shows, int32 (T,).
-    :param planes: of visible triangles: three rows that, times a ray (x, y, 1), are each quantity times its weight, and
-        room for the result, float32 (T, 4, 16). Of as many as a frame shows, memory is touched.
+    :param visible: triangles that a frame shows, int32 (T + 1,).
+    :param rays: of visible triangles: three vectors whose products with a ray (x, y, 1) are the weights of the corners
+        where the ray meets the triangle, float32 (T, 9).
+    :param owned: of visible triangles: the places of the corners' quantities, and the drawable or, if that has no
+        texture, -1; int32 (T, 4).
     :param fresh: corners to be lit, their vertices and their drawables; int32 (C + 1,).
     :param shadows: room for a shadow map, float32 (n,).
     """
@@ -157,15 +162,28 @@ class Workspace(NamedTuple):
     light_u: Array
     light_v: Array
     light_d: Array
-    corners: Array
     lit: Array
+    quantities: Array
     slots: Array
     visible: Array
-    planes: Array
+    rays: Array
+    owned: Array
     fresh: Array
     fresh_vertices: Array
     fresh_drawables: Array
     shadows: Array
+
+
+class Found(NamedTuple):
+    """What the pixels of some rows show, listed for their colours to be computed.
+
+    :param pixels: row, column, first fragment and the one after the last, int32 (n, 4).
+    :param fragments: the pixels' different triangles, one pixel's after another's: place among the visible ones in the
+        upper bits, number of samples in the lowest three; int32 (4 n + 1,).
+    """
+
+    pixels: Array
+    fragments: Array
 
 
 class Look(NamedTuple):
@@ -210,6 +228,8 @@ class Background(NamedTuple):
     :param seen: what its samples see, with no triangle.
     :param light_u: texel of the light's plane that a pixel lies in, int32 (rows, columns); so is light_v.
     :param light_d: its depth there, float32 (rows, columns); -1e9 marks a pixel that a shadow does not change.
+    :param reach: of each square of pixels that a shadow changes: least and largest light_u, least and largest light_v;
+        int32 (rows / TILE, columns / TILE, 4).
     :param shadows: what the light meets of it.
     """
 
@@ -219,14 +239,15 @@ class Background(NamedTuple):
     light_u: Array
     light_v: Array
     light_d: Array
+    reach: Array
     shadows: ShadowMap
 
 
 class Canvas(NamedTuple):
     """Samples that moving things are drawn into, over a background's.
 
-    :param seen: what the samples see; outside the spans it is the background's.
-    :param spans: first and last pixel of each row that may see a triangle, int32 (rows, 2).
+    :param seen: what the samples see; between frames it is the background's.
+    :param spans: first and last pixel of each row that may see a triangle, int32 (rows, 2); between frames none.
     :param layer: room for what transparent things cover, as ``seen``, and layer_spans as ``spans``.
     """
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from mw_envs.rendering import raster, shading
-from mw_envs.rendering.arrays import LANES, MARGIN, SAMPLES, TRIANGLE, ShadowMap, compiled
+from mw_envs.rendering.arrays import LANES, MARGIN, SAMPLES, TRIANGLE, Found, ShadowMap, compiled
 from mw_envs.rendering.textures import draw_sky
 
 # Side of a shadow map's texels, in pixels; a surface is in shadow if it lies _SLACK texels behind what the light meets
@@ -74,9 +74,14 @@ def draw_background(look, camera, poses, drawables, sky, background):
     spans = np.empty((rows, 2), np.int32)
     _empty(spans)
     raster.rasterise(geometry, drawables, camera, window, workspace, background.seen, spans)
-    count = shading.find_visible(0, rows, spans, (1, TRIANGLE), background.seen, look.frame, 0, workspace)
-    shading.prepare_visible(0, count, look)
-    shading.resolve_background(look, camera, background)
+    background.light_d[:] = shading.NO_SHADOW
+    found, count, corners = _listing(columns), 0, 0
+    for y in range(0, rows, _BAND):
+        end, start = min(y + _BAND, rows), count
+        count, listed = shading.find_visible(y, end, spans, background.seen, look.frame, start, workspace, found)
+        corners = shading.prepare_visible(start, count, corners, look)
+        shading.resolve_background(found, listed, look, camera, background)
+    shading.finish_background(background)
 
 
 @compiled
@@ -86,49 +91,61 @@ def draw_moving(look, camera, poses, moving, transparent, casting, lit, pixel, b
     :param moving: opaque drawables, and transparent ones, nearest first, int32.
     :param casting: those of them that cast shadows, int32.
     :param lit: their window in the light's plane, to which all have been projected.
-    :param canvas: see :class:`mw_envs.rendering.arrays.Canvas`; left with the frame's own spans.
+    :param canvas: see :class:`mw_envs.rendering.arrays.Canvas`; left as it was.
     :param picture: uint8 (rows, columns, 3); shows the background, updated.
     """
     geometry, workspace, frame = look.geometry, look.workspace, look.frame
     shadows = cast_shadows(geometry, casting, lit, pixel, workspace)
     shading.darken(background, shadows, picture)
     seen, spans = canvas.seen, canvas.spans
-    _restore(seen, spans, background.seen)
-    left, top, right, bottom = _clipped(raster.project(geometry, moving, poses, camera, workspace), picture)
-    raster.rasterise(geometry, moving, camera, (left, top, right, bottom), workspace, seen, spans)
-    count = 0
-    for y in range(top, bottom, _BAND):
-        end, start = min(y + _BAND, bottom), count
-        count = shading.find_visible(y, end, spans, (1, TRIANGLE), seen, frame, start, workspace)
-        shading.prepare_visible(start, count, look)
-        shading.resolve(y, end, spans, seen, look, camera, shadows, background.shadows, picture)
+    left, first_row, right, end_row = _clipped(raster.project(geometry, moving, poses, camera, workspace), picture)
+    raster.rasterise(geometry, moving, camera, (left, first_row, right, end_row), workspace, seen, spans)
+    found, count, corners, layers = _listing(picture.shape[1]), 0, 0, len(transparent)
+    for y in range(first_row, end_row, _BAND):
+        end, start = min(y + _BAND, end_row), count
+        count, listed = shading.find_visible(y, end, spans, seen, frame, start, workspace, found)
+        corners = shading.prepare_visible(start, count, corners, look)
+        shading.resolve(found, listed, look, camera, shadows, background.shadows, picture)
+        if layers == 0:  # while the samples are near at hand
+            _restore(y, end, seen, spans, background.seen)
     # MuJoCo draws what is transparent twice, from front to back and from back to front.
-    layers = len(transparent)
     for k in range(2 * layers):
         i = k if k < layers else 2 * layers - 1 - k
         one = transparent[i : i + 1]
         window = _clipped(raster.project(geometry, one, poses, camera, workspace), picture)
         left, top, right, bottom = window
         for y in range(top, bottom):
-            first, end = SAMPLES * left, SAMPLES * (right + MARGIN)
-            canvas.layer[y, first:end] = seen[y, first:end]
+            for sample in range(SAMPLES * left, SAMPLES * (right + MARGIN)):
+                canvas.layer[y, sample] = seen[y, sample] & ~TRIANGLE
         _empty(canvas.layer_spans)
         raster.rasterise(geometry, one, camera, window, workspace, canvas.layer, canvas.layer_spans)
-        numbers, start = (geometry.first_triangle[one[0]] + 1, geometry.first_triangle[one[0] + 1]), count
-        count = shading.find_visible(top, bottom, canvas.layer_spans, numbers, canvas.layer, frame, start, workspace)
-        shading.prepare_visible(start, count, look)
         alpha = look.materials.rgba[one[0], 3]
-        shading.blend(top, bottom, canvas.layer_spans, numbers, canvas.layer, alpha, look, camera, picture)
+        for y in range(top, bottom, _BAND):
+            end, start = min(y + _BAND, bottom), count
+            count, listed = shading.find_visible(
+                y, end, canvas.layer_spans, canvas.layer, frame, start, workspace, found
+            )
+            corners = shading.prepare_visible(start, count, corners, look)
+            shading.blend(found, listed, alpha, look, camera, picture)
+    if layers > 0:
+        _restore(first_row, end_row, seen, spans, background.seen)
 
 
 @compiled
-def _restore(seen, spans, background):
-    """Take away what the last frame drew."""
-    for y in range(len(spans)):
+def _listing(columns):
+    """Room for what a band of rows shows."""
+    pixels = _BAND * columns
+    return Found(np.empty((pixels, 4), np.int32), np.empty(SAMPLES * pixels + 1, np.int32))
+
+
+@compiled
+def _restore(top, bottom, seen, spans, background):
+    """Take away what a frame drew in some rows."""
+    for y in range(top, bottom):
         if spans[y, 0] <= spans[y, 1]:
-            first, end = SAMPLES * spans[y, 0], SAMPLES * (spans[y, 1] + 1)
+            first, end = SAMPLES * spans[y, 0], SAMPLES * (spans[y, 1] + 1 + MARGIN)
             seen[y, first:end] = background[y, first:end]
-    _empty(spans)
+            spans[y, 0], spans[y, 1] = _UNLIMITED, -1
 
 
 @compiled

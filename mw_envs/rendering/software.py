@@ -117,7 +117,7 @@ class SoftwareRenderer:
         """What colours are computed from."""
         geometry, space = scene.geometry, self._workspace
         wanted = len(geometry.x), len(geometry.normals), len(geometry.triangles)
-        there = len(space.camera_x), len(space.corners), len(space.planes)
+        there = len(space.camera_x), len(space.lit), len(space.slots)
         if any(w > t for w, t in zip(wanted, there, strict=True)):
             self._workspace = space = _workspace(*map(max, wanted, there))
         eyes = np.empty((len(poses), 3), np.float32)
@@ -161,7 +161,8 @@ class SoftwareRenderer:
             bright, dark = np.empty((2, *size, 3), np.uint8)
             light_u, light_v = np.zeros((2, *size), np.int32)
             light_d, kept = np.empty(size, np.float32), shadows._replace(depth=shadows.depth.copy())
-            background = arrays.Background(bright, dark, frame.blank(*size), light_u, light_v, light_d, kept)
+            reach = np.empty((*(-(-side // arrays.TILE) for side in size), 4), np.int32)
+            background = arrays.Background(bright, dark, frame.blank(*size), light_u, light_v, light_d, reach, kept)
             frame.draw_background(look, camera, poses, scene.background, scene.sky, background)
             self._backgrounds[key] = background
             while len(self._backgrounds) > _BACKGROUNDS_KEPT:
@@ -179,7 +180,7 @@ class SoftwareRenderer:
             if canvas is None:
                 canvas = arrays.Canvas(background.seen.copy(), spans[0], np.empty_like(background.seen), spans[1])
             else:
-                canvas.seen[:], canvas.spans[:] = background.seen, spans[0]
+                canvas.seen[:] = background.seen
             self._canvases[size] = background, canvas
         return canvas
 
@@ -188,11 +189,12 @@ def _workspace(vertices: int, corners: int, triangles: int) -> arrays.Workspace:
     return arrays.Workspace._make(
         [
             *np.empty((9, vertices), np.float32),
-            np.zeros((corners, arrays.QUANTITIES), np.float32),
             np.zeros(corners, np.int64),
+            np.empty((corners, arrays.QUANTITIES), np.float32),
             np.zeros(triangles, np.int64),
             np.empty(triangles + 1, np.int32),
-            np.empty((triangles, 4, arrays.QUANTITIES), np.float32),
+            np.empty((triangles, 9), np.float32),
+            np.empty((triangles, 4), np.int32),
             *np.empty((3, corners + 1), np.int32),
             np.empty(0, np.float32),
         ]

@@ -16,18 +16,21 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from sb3_vla.sharding import load_optimizer_state
+
 _TENSORS, _VALUES = "training_state.safetensors", "training_state.json"
 
 
 def save_training_state(
     folder: Path,
     modules: Mapping[str, nn.Module],
-    optimizer: torch.optim.Optimizer,
+    optimizer_state: Mapping[int, Mapping[str, Any]],
     values: Mapping[str, Any],
 ) -> None:
     """Write the state of a training: what is given, and the process's generators (torch, CUDA, NumPy, Python).
 
     :param modules: modules by name.
+    :param optimizer_state: as ``whole_optimizer_state`` gives it.
     :param values: JSON values to get back, such as counters.
     """
     tensors: dict[str, Tensor] = {"torch_rng": torch.get_rng_state()}
@@ -35,7 +38,6 @@ def save_training_state(
         tensors.update({f"cuda_rng.{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())})
     for name, module in modules.items():
         tensors.update({f"{name}.{key}": tensor for key, tensor in module.state_dict().items()})
-    optimizer_state = optimizer.state_dict()["state"]
     for index, state in optimizer_state.items():
         tensors.update({f"optimizer.{index}.{key}": torch.as_tensor(value) for key, value in state.items()})
     # Each tensor its own memory: safetensors refuses tensors that share some.
@@ -77,7 +79,7 @@ def load_training_state(
             module.load_state_dict(weights[name])
         except RuntimeError as error:
             raise ValueError(f"{folder} does not hold the state of this {name}: {error}") from error
-    optimizer.load_state_dict({"state": optimizer_state, "param_groups": optimizer.state_dict()["param_groups"]})
+    load_optimizer_state(optimizer, optimizer_state)
     np.random.set_state(contents["generators"]["numpy"])
     version, internal, gauss = contents["generators"]["python"]
     random.setstate((version, tuple(internal), gauss))

@@ -11,6 +11,7 @@ import torch
 from sb3_vla.cluster.connection import Cluster, connected, settle
 from sb3_vla.cluster.placement import ClusterOptions, PlacementError, Slot, place
 from sb3_vla.cluster.seat import Seat
+from sb3_vla.distributed import current_ranks
 from sb3_vla.run import RunDirectory
 from sb3_vla.training import GRPOConfig, PPOConfig, train
 
@@ -39,6 +40,10 @@ def train_on_cluster(
     :param arguments: as of ``train``.
     :raises PlacementError: for a placement that the cluster cannot have.
     """
+    if current_ranks().count > 1:
+        raise PlacementError(
+            f"cluster.component_placement under torchrun with {current_ranks().count} ranks; leave one of the two out"
+        )
     with connected(options) as cluster:
         slot = _learner(cluster)
         if slot.node == 0:

@@ -14,6 +14,7 @@ from torch import Tensor
 from sb3_vla.cluster.connection import Cluster, settle
 from sb3_vla.cluster.placement import Slot
 from sb3_vla.distributions import Trace
+from sb3_vla.noise import part_of_batch
 from sb3_vla.policies import VLAPolicy
 
 #: prepared observation, chunk, values and trace, as the methods of VLAPolicy give them
@@ -59,10 +60,16 @@ class RolloutActor:
 
     @torch.no_grad()
     def decide(
-        self, observations: Mapping[str, npt.NDArray[Any]], generators: list[Tensor]
+        self,
+        observations: Mapping[str, npt.NDArray[Any]],
+        places: npt.NDArray[np.int64],
+        total: int,
+        generators: list[Tensor],
     ) -> tuple[Any, list[Tensor]]:
         """Decide as the learner would, and hand its generators back.
 
+        :param places: see :meth:`Replicas.decide`.
+        :param total: see there.
         :param generators: their states.
         :return: the decision, on the CPU, and the states after it.
         """
@@ -70,7 +77,8 @@ class RolloutActor:
         # Ray's arrays are read-only, of which torch warns.
         arrays = {key: np.array(value) for key, value in observations.items()}
         prepared = self._policy.prepare(obs_as_tensor(arrays, self._device))
-        chunk, values, trace = self._policy.decide(prepared)
+        with part_of_batch(places, total):
+            chunk, values, trace = self._policy.decide(prepared)
         cpu = [{key: value.cpu() for key, value in part.items()} for part in (prepared, trace)]
         return (cpu[0], chunk.cpu(), values.cpu(), cpu[1]), _generators(self._device)
 
@@ -113,13 +121,21 @@ class Replicas:
             except self._cluster.lost():
                 self._start(number)  # with these weights
 
-    def decide(self, observations: Mapping[str, npt.NDArray[Any]]) -> Decided:
-        """As ``VLAPolicy.prepare`` and ``VLAPolicy.decide``; torch's generators go on as if it had been done here."""
+    def decide(
+        self, observations: Mapping[str, npt.NDArray[Any]], places: npt.NDArray[np.int64], total: int
+    ) -> Decided:
+        """As ``VLAPolicy.prepare`` and ``VLAPolicy.decide``; torch's generators go on as if it had been done here.
+
+        :param places: of these samples in the batch for which noise is drawn, see :mod:`sb3_vla.noise`.
+        :param total: size of that batch.
+        """
         device = self._policy.device
         generators = _generators(device)
         number = self._turn % len(self._actors)
         self._turn += 1
-        found, after = self._ask(number, lambda actor: actor.decide.remote(dict(observations), generators))
+        found, after = self._ask(
+            number, lambda actor: actor.decide.remote(dict(observations), places, total, generators)
+        )
         _set_generators(after, device)
         return found
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from mw_envs.tasks import did_you_mean
+from sb3_vla import noise
 from sb3_vla.models.base import Context, VLAModel
 
 Trace = dict[str, Tensor]
@@ -157,7 +158,7 @@ def random_start(model: VLAModel, context: Context, generator: torch.Generator |
     """Standard normal noise, float32 (N, H, L)."""
     features = context.features
     shape = (len(features), model.action_horizon, model.latent_dim)
-    return torch.randn(shape, generator=generator, device=features.device)
+    return noise.normal(shape, generator, features.device)
 
 
 def time_grid(steps: int, device: torch.device | None = None) -> Tensor:

@@ -7,6 +7,7 @@ from abc import abstractmethod
 import torch
 from torch import Tensor
 
+from sb3_vla import noise
 from sb3_vla.distributions.base import (
     ActionDistribution,
     Trace,
@@ -60,13 +61,12 @@ class DenoisingChain(ActionDistribution):
     ) -> tuple[Tensor, Trace]:
         x = random_start(model, context, generator)
         count, device, random = len(x), x.device, self.random_steps
-        drawn = torch.randint(random.start, random.stop, (count,), generator=generator, device=device)
+        drawn = noise.integers(random.start, random.stop, (count,), generator, device)
         chain = [x]
         for step in range(self.denoising_steps):
             index = torch.full((count,), step, device=device)
             mean, std, deterministic = self.kernel(self.model_of_step(model, step), context, x, index)
-            noise = torch.randn(x.shape, generator=generator, device=device)
-            stochastic = mean + std * noise
+            stochastic = mean + std * noise.normal(x.shape, generator, device)
             x = stochastic if self.joint else torch.where((drawn == step)[:, None, None], stochastic, deterministic)
             chain.append(x)
         action = self.executed_actions(model, x)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sb3_vla import noise
 from sb3_vla.distributions.base import (
     ActionDistribution,
     Trace,
@@ -77,8 +78,8 @@ class GaussianChunk(ActionDistribution):
     ) -> tuple[Tensor, Trace]:
         mean = self.mode(model, context)
         steps = 1 if self.coherent else self.action_chunk
-        noise = torch.randn((len(mean), steps, mean.shape[2]), generator=generator, device=mean.device)
-        action = mean + self._std() * noise
+        drawn = noise.normal((len(mean), steps, mean.shape[2]), generator, mean.device)
+        action = mean + self._std() * drawn
         return action, {"action": action}
 
     def mode(self, model: VLAModel, context: Context) -> Tensor:

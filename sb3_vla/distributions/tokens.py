@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from sb3_vla import noise
 from sb3_vla.distributions.base import ActionDistribution, Trace
 from sb3_vla.models.base import Context, VLAModel
 
@@ -35,8 +36,7 @@ class ActionTokens(ActionDistribution):
     ) -> tuple[Tensor, Trace]:
         logits, temperature = self.transition(model, context, {})
         probabilities = _log_probabilities(logits, temperature).exp()
-        flat = torch.multinomial(probabilities.flatten(0, 2), 1, generator=generator)
-        tokens = flat.reshape(logits.shape[:3])
+        tokens = noise.categories(probabilities, generator)
         return self._actions(model, tokens), {"tokens": tokens}
 
     def transition(self, model: VLAModel, context: Context, trace: Trace) -> tuple[Tensor, Tensor]:

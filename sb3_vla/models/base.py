@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mw_envs.tasks import did_you_mean
+from sb3_vla import noise as draw
 
 PERCEPTION = "perception/"
 #: what a model may predict: a flow's velocity; a diffusion's noise, clean action or v (Salimans & Ho 2022); tokens
@@ -89,6 +90,11 @@ class VLAModel(nn.Module, ABC):
 
     def adaptive_parameters(self) -> Iterator[nn.Parameter]:
         """The parameters that modulate the norms of the expert, where a model has some apart from the rest."""
+        yield from ()
+
+    def sharding_units(self) -> Iterator[nn.Module]:
+        """Layers that are always run by calling them, so that each can be gathered for itself where weights are sharded
+        over GPUs (:mod:`sb3_vla.sharding`)."""
         yield from ()
 
     def set_trainable(self, trainable: str) -> None:
@@ -193,13 +199,20 @@ class VLAModel(nn.Module, ABC):
         """
         context = self.encode(observation)
         x0 = self.normalise_action(actions).repeat(draws, 1, 1)
-        noise = torch.randn(x0.shape, generator=generator, device=x0.device)
+        noise = draw.normal(x0.shape, generator, x0.device)
         t = self.sample_time(len(x0), generator, x0.device)
         x = torch.lerp(x0, noise, t[:, None, None])
         error = (self.denoise(context, x, t) - (noise - x0)).square().mean(dim=2)
         weight = mask.to(error.dtype).repeat(draws, 1)
         return (error * weight).sum() / weight.sum()
 
+    def imitation_weight(self, mask: Tensor) -> float:
+        """How many numbers the mean of :meth:`imitation_loss` is over, up to a factor that is the same for all batches.
+
+        :param mask: as there.
+        """
+        return mask.sum().item()
+
     def sample_time(self, count: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
         """Flow times of a training batch, (count,): uniform in (0, 1)."""
-        return torch.rand(count, generator=generator, device=device)
+        return draw.uniform((count,), generator, device)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mw_envs.tasks import did_you_mean
+from sb3_vla import noise as draw
 from sb3_vla.models.base import VLAModel
 
 SCHEDULES = ("squaredcos_cap_v2", "linear")
@@ -115,14 +116,18 @@ class DiffusionModel(VLAModel):
             actions = torch.cat([actions[:, :1].expand(-1, past, -1), actions[:, :-past]], dim=1)
             mask = torch.cat([torch.zeros_like(mask[:, :past]), mask[:, :-past]], dim=1)
         x0 = self.normalise_action(actions).repeat(draws, 1, 1)
-        noise = torch.randn(x0.shape, generator=generator, device=x0.device)
-        t = torch.randint(len(self.alphas_cumprod), (len(x0),), generator=generator, device=x0.device)
+        noise = draw.normal(x0.shape, generator, x0.device)
+        t = draw.integers(0, len(self.alphas_cumprod), (len(x0),), generator, x0.device)
         x, target = self.noised(x0, noise, t)
         error = (self.denoise(context, x, t) - target).square().mean(dim=2)
         if not self.mask_padding:
             return error.mean()
         weight = mask.to(error.dtype).repeat(draws, 1)
         return (error * weight).sum() / weight.sum()
+
+    def imitation_weight(self, mask: Tensor) -> float:
+        """See :meth:`VLAModel.imitation_weight`."""
+        return mask[:, : mask.shape[1] - self.first_action].sum().item() if self.mask_padding else len(mask)
 
     def noised(self, x0: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """Normalised chunks (N, H, L) at timesteps (N,), and what the denoiser should put out there."""

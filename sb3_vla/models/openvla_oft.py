@@ -276,6 +276,11 @@ class OpenVLAOFT(VLAModel):
         edges = torch.linspace(-1, 1, BINS, dtype=torch.float64, device=actions.device)
         return BINS - torch.bucketize(normalised.double(), edges, right=True)
 
+    def sharding_units(self) -> Iterator[nn.Module]:
+        """See :meth:`VLAModel.sharding_units`."""
+        yield from self.language_model.model.layers
+        yield from (part for part in self.vision_backbone.modules() if isinstance(part, VisionBlock))
+
     def imitation_loss(
         self,
         observation: dict[str, Tensor],
@@ -292,6 +297,10 @@ class OpenVLAOFT(VLAModel):
         :param draws: of no effect, because nothing is drawn.
         """
         return self.token_loss(self.encode(observation), self.action_tokens(actions), mask)
+
+    def imitation_weight(self, mask: Tensor) -> float:
+        """See :meth:`VLAModel.imitation_weight`."""
+        return mask.sum().item() * self.numbers + self.stop_token * len(mask)
 
     def token_loss(self, context: Context, tokens: Tensor, mask: Tensor) -> Tensor:
         """Mean cross-entropy of tokens (N, H, D), 0..255, where the mask (N, H) says so, a scalar."""

@@ -19,9 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mw_envs.tasks import decode_instruction, did_you_mean
+from sb3_vla import noise as draw
 from sb3_vla.models.base import PERCEPTION, Context, VLAModel
 from sb3_vla.models.compact import time_embedding
-from sb3_vla.models.gemma import GemmaSize, GemmaTower, KeysValues
+from sb3_vla.models.gemma import GemmaLayer, GemmaSize, GemmaTower, KeysValues
 from sb3_vla.models.normalisation import CONVENTIONS, SCHEMES, STATISTICS, normalise, unnormalise
 from sb3_vla.models.prompts import PromptTokenizer, clean
 
@@ -304,6 +305,10 @@ class Pi0(VLAModel):
         """See :meth:`VLAModel.unnormalise_action`."""
         return unnormalise(action, self._statistics("action"), self.action_scheme, self.convention)
 
+    def sharding_units(self) -> Iterator[nn.Module]:
+        """See :meth:`VLAModel.sharding_units`."""
+        yield from (part for part in self.modules() if isinstance(part, GemmaLayer))
+
     def imitation_loss(
         self,
         observation: dict[str, Tensor],
@@ -316,7 +321,7 @@ class Pi0(VLAModel):
         """See :meth:`VLAModel.imitation_loss`; openpi also wants the padded dimensions to go to zero."""
         context = self.encode(observation)
         x0 = F.pad(self.normalise_action(actions), (0, self.latent_dim - self.action_dim)).repeat(draws, 1, 1)
-        noise = torch.randn(x0.shape, generator=generator, device=x0.device)
+        noise = draw.normal(x0.shape, generator, x0.device)
         t = self.sample_time(len(x0), generator, x0.device)
         error = (self.denoise(context, torch.lerp(x0, noise, t[:, None, None]), t) - (noise - x0)).square()
         if self.convention == "lerobot":
@@ -326,7 +331,7 @@ class Pi0(VLAModel):
 
     def sample_time(self, count: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
         """0.999 Beta(1.5, 1) + 0.001, (count,), by its inverse distribution function: more of the noisy times."""
-        uniform = torch.rand(count, generator=generator, device=device)
+        uniform = draw.uniform((count,), generator, device)
         return 0.999 * uniform ** (1 / 1.5) + 0.001
 
     def _statistics(self, name: str) -> dict[str, Tensor]:

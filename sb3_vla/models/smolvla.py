@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sb3_vla import noise as draw
 from sb3_vla.models.base import PERCEPTION, Context, VLAModel
 from sb3_vla.models.compact import time_embedding
 from sb3_vla.models.tokenizing import InstructionTokenizer, byte_tokenizer
@@ -399,7 +400,7 @@ class SmolVLA(VLAModel):
         """See :meth:`VLAModel.imitation_loss`; the dimensions that do not act are noised with the others."""
         context = self.encode(observation)
         actions, mask = actions.repeat(draws, 1, 1), mask.repeat(draws, 1)
-        noise = torch.randn((*actions.shape[:2], self.latent_dim), generator=generator, device=actions.device)
+        noise = draw.normal((*actions.shape[:2], self.latent_dim), generator, actions.device)
         t = self.sample_time(len(actions), generator, actions.device)
         error = self.velocity_error(context, actions, noise, t)[..., : self.action_dim].square().mean(dim=2)
         return (error * mask).sum() / mask.sum()
@@ -412,7 +413,7 @@ class SmolVLA(VLAModel):
 
     def sample_time(self, count: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
         """Flow times of a training batch, (count,): 0.001 + 0.999 Beta(1.5, 1), more noise than data."""
-        return 0.001 + 0.999 * torch.rand(count, generator=generator, device=device) ** (1 / 1.5)
+        return 0.001 + 0.999 * draw.uniform((count,), generator, device) ** (1 / 1.5)
 
     def _mix_precision(self) -> None:
         for part in (self.vision_model, self.connector, self.text_model, self.lm_head, self.expert):

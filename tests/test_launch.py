@@ -1,0 +1,247 @@
+"""Recipes from the shell command to the report, at a size that takes seconds; and what stops them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import av
+import pytest
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from toy_pi0 import HEADS, write_layout
+
+from sb3_vla.checkpoints import load_checkpoint
+from sb3_vla.cli import main
+from sb3_vla.evaluation import EvaluationResult
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "examples" / "embodiment" / "run_embodiment.sh"
+#: of every smoke run
+EVERY = [
+    *(f"env.{which}.tasks=[drawer-close-v3]" for which in ("train", "eval")),
+    *(f"env.{which}.task_suite_name=metaworld_50" for which in ("train", "eval")),
+    *(f"env.{which}.num_workers=1" for which in ("train", "eval")),
+    "env.eval.max_episode_steps=10",
+    "env.eval.trials_per_task=1",
+]
+LEARNING = [
+    "runner.max_epochs=2",
+    "env.train.total_num_envs=2",
+    "env.train.max_episode_steps=10",
+    "algorithm.rollout_epoch=1",
+    "algorithm.update_epoch=1",
+    "actor.global_batch_size=2",
+]
+# With dense rewards no two episodes end alike, so that GRPO has something to learn from.
+GRPO = ["algorithm.group_size=2", "algorithm.filter_rewards=false", "env.train.dense_reward=true"]
+IMITATION = ["data.episodes_per_task=1", "sft.steps=3", "sft.batch_size=4", "sft.warmup_steps=1"]
+COMPACT = ["data.image_size=32", 'actor.model.model_kwargs={"width": 64, "depth": 1, "channels": [8, 8, 16]}']
+#: names that RLinf logs, and ours
+METRICS = {"env/success_once", "actor/approx_kl", "actor/grad_norm", "rollout/success_rate"}
+
+
+@pytest.fixture(scope="session")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """A virtual environment that setup.sh finds in place: this one's interpreter."""
+    venv = tmp_path_factory.mktemp("venv")
+    (venv / "bin").mkdir()
+    python = venv / "bin" / "python"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    key = f'echo "$(cat "{ROOT}/pyproject.toml" "{ROOT}/constraints.txt" | cksum) {ROOT}"'
+    stamp = subprocess.run(["bash", "-c", key], capture_output=True, text=True, check=True).stdout
+    (venv / "setup.stamp").write_text(stamp)
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    return {**os.environ, "SB3_VLA_VENV": str(venv), "PYTHONPATH": path, "COLUMNS": "200"}
+
+
+def shell(environment: dict[str, str], folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = ["bash", str(SCRIPT), *arguments]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=280)
+
+
+def assert_complete(run: Path, result: str) -> None:
+    """A checkpoint, a video that decodes, metrics by the reference's names, a report."""
+    assert load_checkpoint(run / result).model is not None
+    assert len(EvaluationResult.from_json(run / "evaluation_after.json").trials) == 1
+    films = list((run / "videos").rglob("*.mp4"))
+    assert films
+    for film in films:
+        with av.open(str(film)) as container:
+            assert len(list(container.decode(video=0))) >= 10
+    page = (run / "report.html").read_text()
+    assert "drawer-close" in page
+    if result != "sft":
+        events = EventAccumulator(str(run / "tensorboard" / result)).Reload()
+        assert METRICS <= set(events.Tags()["scalars"])
+
+
+def moved(before: Path, after: Path) -> set[str]:
+    old, new = (load_file(folder / "model.safetensors") for folder in (before, after))
+    return {name for name in old.keys() & new.keys() if not torch.equal(old[name], new[name])}
+
+
+@pytest.mark.parametrize("algorithm", ["ppo", "grpo"])
+def test_compact_from_nothing(algorithm: str, environment: dict[str, str], tmp_path: Path) -> None:
+    name = f"metaworld_50_{algorithm}_compact"
+    settings = [*EVERY, *LEARNING, *IMITATION, *COMPACT, *(GRPO if algorithm == "grpo" else [])]
+    done = shell(environment, tmp_path, name, *settings)
+    assert done.returncode == 0, done.stdout + done.stderr
+    run = tmp_path / "runs" / name
+    assert_complete(run, algorithm)
+    assert EvaluationResult.from_json(run / "evaluation_before.json")
+    weights = (run / algorithm / "model.safetensors").read_bytes()
+    again = shell(environment, tmp_path, name, *settings)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert (run / algorithm / "model.safetensors").read_bytes() == weights
+
+
+def test_ppo_of_a_published_pi0(environment: dict[str, str], tmp_path: Path) -> None:
+    published(environment, tmp_path, "metaworld_50_ppo_openpi", "pi0")
+
+
+PI0 = [
+    ("metaworld_45_ppo_openpi", "pi0"),
+    ("metaworld_50_ppo_openpi_pi05", "pi05"),
+    ("metaworld_50_grpo_openpi", "pi0"),
+    ("metaworld_50_grpo_openpi_pi05", "pi05"),
+    ("metaworld_45_grpo_openpi", "pi0"),
+    ("metaworld_50_sft_openpi", "pi0"),
+    ("metaworld_50_sft_openpi_pi05", "pi05"),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "model"), PI0)
+def test_published_pi0_and_pi05(name: str, model: str, environment: dict[str, str], tmp_path: Path) -> None:
+    published(environment, tmp_path, name, model)
+
+
+def published(environment: dict[str, str], folder: Path, name: str, model: str) -> None:
+    start = write_layout(folder / "published", model, "lerobot")
+    kind = name.split("_")[2]
+    settings = [*EVERY, f"actor.model.model_path={start}", f"actor.model.model_kwargs={json.dumps(HEADS)}"]
+    if kind == "sft":
+        settings += [*IMITATION, "data.image_size=56"]
+    else:
+        settings += [*LEARNING, "actor.micro_batch_size=1", *(GRPO if kind == "grpo" else [])]
+    done = shell(environment, folder, name, *settings)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert_complete(folder / "runs" / name, kind)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm", ["ppo", "grpo"])
+def test_compact_of_the_45(algorithm: str, environment: dict[str, str], tmp_path: Path) -> None:
+    """The suites are the recipe's own: what is practised is not what is measured."""
+    name = f"metaworld_45_{algorithm}_compact"
+    settings = [*LEARNING, *IMITATION, *COMPACT, *(GRPO if algorithm == "grpo" else [])]
+    settings += ["env.train.tasks=[drawer-close-v3]", "env.train.num_workers=1", "env.eval.num_workers=1"]
+    settings += ["env.eval.max_episode_steps=10", "env.eval.trials_per_task=1"]
+    done = shell(environment, tmp_path, name, *settings)
+    assert done.returncode == 0, done.stdout + done.stderr
+    after = EvaluationResult.from_json(tmp_path / "runs" / name / "evaluation_after.json")
+    assert set(after.per_task()) == {
+        "bin-picking-v3",
+        "box-close-v3",
+        "hand-insert-v3",
+        "door-lock-v3",
+        "door-unlock-v3",
+    }
+
+
+def tiny(model: str) -> tuple[list[str], list[str]]:
+    """Settings of imitation, and of what follows it, for a small new model."""
+    import test_diffusion_policy
+    import test_openvla_oft
+    import test_smolvla
+    import test_tinyvla
+
+    sizes: dict[str, Any] = {
+        "smolvla": test_smolvla.TINY,
+        "tinyvla": {**test_tinyvla.TINY, "action_horizon": 8},
+        "openvla_oft": test_openvla_oft.TINY,
+        "diffusion_policy": {**test_diffusion_policy.SIZES, "action_horizon": 8},
+        "compact": {"width": 64, "depth": 1, "channels": [8, 8, 16]},
+    }
+    side = 64 if model == "diffusion_policy" else 32
+    fresh = [f"actor.model.model_kwargs={json.dumps(sizes[model])}", f"data.image_size={side}", *IMITATION]
+    steps = [] if model in ("openvla_oft", "smolvla") else ["actor.model.num_steps=3"]
+    steps += ["actor.model.noise_kwargs={trained_steps: 2}"] if model in ("tinyvla", "diffusion_policy") else []
+    return fresh, steps
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("model", ["compact", "smolvla", "diffusion_policy", "tinyvla", "openvla_oft"])
+def test_imitation_then_ppo_then_grpo(model: str, environment: dict[str, str], tmp_path: Path) -> None:
+    name = model.replace("openvla_oft", "openvlaoft")
+    fresh, steps = tiny(model)
+    done = shell(environment, tmp_path, f"metaworld_50_sft_{name}", *EVERY, *fresh)
+    assert done.returncode == 0, done.stdout + done.stderr
+    start = tmp_path / "runs" / f"metaworld_50_sft_{name}"
+    assert_complete(start, "sft")
+    for kind in ("ppo", "grpo") if model != "openvla_oft" else ("grpo",):
+        settings = [*EVERY, *LEARNING, *steps, f"actor.model.model_path={start / 'sft'}"]
+        settings += ["algorithm.rehearsal_coef=0"] if model == "compact" else []
+        settings += GRPO if kind == "grpo" else []
+        done = shell(environment, tmp_path, f"metaworld_50_{kind}_{name}", *settings)
+        assert done.returncode == 0, done.stdout + done.stderr
+        run = tmp_path / "runs" / f"metaworld_50_{kind}_{name}"
+        assert_complete(run, kind)
+        if kind == "ppo":
+            assert moved(start / "sft", run / "ppo")
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 20 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=20m", "tmpfs", str(folder)], capture_output=True).returncode:
+        pytest.skip("mounting a tmpfs needs the right to")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_told_in_one_message(environment: dict[str, str], small_disk: Path, tmp_path: Path) -> None:
+    """A model of full size: its checkpoint fits, the state of its training does not."""
+    settings = [*EVERY, *LEARNING, *IMITATION, "data.image_size=32", f"runner.logger.log_path={small_disk}"]
+    done = shell(environment, tmp_path, "metaworld_50_ppo_compact", *settings)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "No space left on device" in done.stderr and "Traceback" not in done.stderr
+    run = small_disk / "metaworld_50_ppo_compact"
+    assert load_checkpoint(run / "sft").model is not None
+    assert not (run / "ppo").exists() and not list((run / "checkpoints" / "ppo").glob("*"))
+
+
+def test_a_folder_that_cannot_be_written_is_told_in_one_message(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    assert main(["train", "metaworld_50_ppo_compact", f"runner.logger.log_path={tmp_path / 'file'}"]) == 2
+    told = " ".join(capsys.readouterr().err.split())
+    assert told.startswith("error: cannot write") and "Not a directory" in told
+
+
+def test_a_disk_that_fills_while_weights_are_written_is_told_in_one_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """safetensors has an exception of its own for it."""
+
+    def full(*_: Any, **__: Any) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("sb3_vla.launch.collect", full)
+    assert main(["train", "metaworld_50_ppo_compact", f"runner.logger.log_path={tmp_path}"]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error:") and "No space left" in told and "Traceback" not in told

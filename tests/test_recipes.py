@@ -1,0 +1,336 @@
+"""Recipes: every key that is taken is used, every recipe resolves, and what is wrong is told in one message."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import typing
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import yaml
+
+from sb3_vla.cli import main
+from sb3_vla.config import ConfigError, leaf_keys
+from sb3_vla.footprint import footprint
+from sb3_vla.plan import Plan, make_plan
+from sb3_vla.recipes import RECIPES, Recipe, find_recipe, given_keys, load_recipe, recipe_names, summary
+
+NAMES = recipe_names()
+#: what a user has set up, so that as many keys as possible mean something
+CONTEXTS = {
+    "ppo": ("metaworld_50_ppo_compact", ["env.train.use_rel_reward=true"]),
+    "grpo": ("metaworld_50_grpo_compact", ["algorithm.filter_rewards=true", "env.train.use_rel_reward=true"]),
+    "sft": ("metaworld_50_sft_compact", []),
+    "sft of a checkpoint": ("metaworld_50_sft_openpi", ["actor.model.model_path=somewhere", "data.path=data"]),
+    "ppo of a checkpoint": ("metaworld_50_ppo_openpi", ["actor.model.model_path=somewhere"]),
+}
+#: another value where none follows from the type, or not every one is allowed
+OTHERS: dict[str, Any] = {
+    "rollout.pipeline_stage_num": 2,
+    "algorithm.group_size": 4,
+    "env.train.task_suite_name": "metaworld_45_ind",
+    "env.eval.task_suite_name": "metaworld_45_ood",
+    "env.train.tasks": ["reach-v3"],
+    "env.eval.tasks": ["reach-v3"],
+    "actor.model.model_type": "smolvla",
+    "actor.model.model_kwargs": {"image_size": 64},
+    "actor.model.noise_kwargs": {"std": 0.7},
+    "data.rename": {"observation.images.top": "observation.image"},
+}
+
+
+REFUSALS = ("without effect", "is for algorithm.adv_type=gae", "bounds a reward of success")
+
+
+def plan_of(name: str, overrides: list[str]) -> Plan:
+    return make_plan(load_recipe(name, overrides), given_keys(name, overrides))
+
+
+def another(key: str, hint: Any, value: Any) -> Any:
+    """A value of the key's type that is not the present one."""
+    if key in OTHERS:
+        return OTHERS[key]
+    kinds = [kind for kind in typing.get_args(hint) or (hint,) if kind is not type(None)]
+    if typing.get_origin(hint) is typing.Literal:
+        return next(kind for kind in kinds if kind != value)
+    if kinds[0] is bool:
+        return not value
+    if kinds[0] in (int, float):
+        return kinds[0](2 * value) if value else kinds[0](1)
+    assert kinds[0] is str, f"{key} needs a line in OTHERS"
+    return "other"
+
+
+@pytest.mark.parametrize("context", CONTEXTS)
+def test_every_key_that_is_taken_changes_what_is_done(context: str) -> None:
+    name, given = CONTEXTS[context]
+    before = plan_of(name, given)
+    used = set()
+    for key, hint in leaf_keys(Recipe):
+        recipe = load_recipe_once(name, *given)
+        *sections, last = key.split(".")
+        section = functools.reduce(getattr, sections, cast(Any, recipe))
+        value = another(key, hint, getattr(section, last))
+        setattr(section, last, value)
+        try:
+            after = make_plan(recipe, [key])
+        except ConfigError as error:
+            assert any(reason in str(error) for reason in REFUSALS), f"{key}: {error}"
+            continue
+        assert after != before, f"{key}={value!r} was taken, and changed nothing in {name}"
+        used.add(key)
+    assert used == expected_keys(context)
+
+
+def load_recipe_once(name: str, *given: str) -> Recipe:
+    return copy.deepcopy(_cached_recipe(name, given))
+
+
+@functools.cache
+def _cached_recipe(name: str, given: tuple[str, ...]) -> Recipe:
+    return load_recipe(name, given)
+
+
+def expected_keys(context: str) -> set[str]:
+    """What must be usable; together all of them."""
+    keys = {key for key, _ in leaf_keys(Recipe)}
+    of_gae = {
+        "algorithm.gamma",
+        "algorithm.gae_lambda",
+        "algorithm.normalize_advantages",
+        "algorithm.value_clip",
+        "algorithm.huber_delta",
+        "algorithm.critic_warmup",
+        "actor.model.privileged_critic",
+        "actor.optim.value_lr",
+        "rollout.pipeline_stage_num",
+    }
+    of_grpo = {
+        "algorithm.group_size",
+        "algorithm.filter_rewards",
+        "algorithm.rewards_lower_bound",
+        "algorithm.rewards_upper_bound",
+        "algorithm.normalize_length",
+    }
+    data = {key for key in keys if key.startswith("data.")}
+    sft = {key for key in keys if key.startswith("sft.")}
+    by_experts = {"data.episodes_per_task", "data.noise_std", "data.crop"}
+    learning = {key for key in keys if key.startswith(("algorithm.", "rollout.", "actor.optim."))}
+    learning |= {f"actor.model.{name}" for name in ("trainable", "noise_method", "num_steps", "noise_level")}
+    learning |= {f"actor.model.{name}" for name in ("joint_logprob", "noise_kwargs", "final_noise_scale")}
+    learning |= {"actor.model.privileged_critic", "actor.global_batch_size", "actor.micro_batch_size"}
+    learning |= {
+        "runner.keep_checkpoints",
+        "actor.sharding",
+        "runner.max_epochs",
+        "runner.save_interval",
+        "env.train.total_num_envs",
+        "env.train.reward_coef",
+    }
+    learning |= {
+        "env.train.dense_reward",
+        "env.train.max_episode_steps",
+        "env.train.use_rel_reward",
+        "env.train.ignore_terminations",
+    }
+    return {
+        "ppo": keys - of_grpo - {"data.rename"},
+        "grpo": keys - of_gae - {"data.rename", "env.train.dense_reward"},
+        "sft": keys - learning - {"data.rename"},
+        "sft of a checkpoint": keys - learning - by_experts - {"env.train.num_workers", "env.train.renderer"},
+        "ppo of a checkpoint": keys - of_grpo - data - sft - {"algorithm.rehearsal_batch_size"},
+    }[context]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_recipe_resolves_and_says_what_it_is_for(name: str) -> None:
+    overrides = ["actor.model.model_path=somewhere"]
+    plan = plan_of(name, overrides)
+    assert plan.run == Path("runs") / name
+    assert plan.checkpoint == "somewhere"
+    assert plan.algorithm == {"ppo": "ppo", "grpo": "grpo", "sft": None}[name.split("_")[2]]
+    assert len(summary(name)) > 20
+    if name.startswith("metaworld_45"):
+        assert (plan.train["suite"], plan.train["split"]) == ("ML45", "train")
+        assert plan.evaluate is not None and len(plan.evaluate["tasks"]) == 5
+        assert not set(plan.evaluate["tasks"]) & set(plan.train["tasks"] or [])
+
+
+def test_the_names_are_those_of_the_reference_and_their_counterparts() -> None:
+    reference = {f"metaworld_50_ppo_{model}" for model in ("openpi", "openpi_pi05")}
+    reference |= {"metaworld_45_ppo_openpi", "metaworld_50_grpo_openvlaoft"}
+    ours = {f"metaworld_{suite}_{kind}_compact" for suite in (45, 50) for kind in ("ppo", "grpo")}
+    ours |= {"metaworld_50_grpo_openpi", "metaworld_50_grpo_openpi_pi05", "metaworld_45_grpo_openpi"}
+    small = ("smolvla", "diffusion_policy", "tinyvla")
+    ours |= {f"metaworld_50_{kind}_{model}" for kind in ("ppo", "grpo") for model in small}
+    ours |= {f"metaworld_50_sft_{model}" for model in (*small, "compact", "openpi", "openpi_pi05", "openvlaoft")}
+    assert set(NAMES) == reference | ours
+
+
+def test_the_settings_of_the_reference() -> None:
+    """RLinf's metaworld_50_ppo_openpi.yaml: 64 x 8 episodes of 20 decisions, 20 optimiser steps."""
+    plan = plan_of("metaworld_50_ppo_openpi", ["actor.model.model_path=somewhere"])
+    config: Any = plan.config
+    assert config.num_envs * config.decisions == 10_240
+    assert config.num_envs * config.decisions // config.batch_size * config.epochs == 20
+    assert (config.learning_rate, config.final_learning_rate, config.value_lr) == (1e-5, 1e-5, 1e-4)
+    assert (config.clip_range, config.clip_range_high, config.clip_range_vf, config.huber_delta) == (0.2, 0.2, 0.2, 10)
+    assert (config.gamma, config.gae_lambda, config.max_grad_norm, config.seed) == (0.99, 0.95, 1.0, 42)
+    assert config.distribution == "flow_sde"
+    assert config.distribution_kwargs == {"denoising_steps": 5, "noise_level": 0.5}
+    assert plan.train["env_kwargs"] == {
+        "reward": "difference",
+        "reward_coef": 1.0,
+        "terminate_on_success": True,
+        "action_chunk": 5,
+    }
+    assert plan.train["optimizer_kwargs"] == {"betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.01}
+    assert plan.evaluate is not None and plan.evaluate["protocol"].name == "rlinf-100"
+    assert plan_of("metaworld_45_ppo_openpi", []).evaluate["protocol"].name == "rlinf-160"  # type: ignore[index]
+
+
+def test_names_of_the_reference_are_understood_or_refused_with_a_reason() -> None:
+    name = "metaworld_50_ppo_openpi"
+    recipe = load_recipe(name, ["actor.model.openpi.noise_level=0.3", "rollout.model.model_path=somewhere"])
+    assert (recipe.actor.model.noise_level, recipe.actor.model.model_path) == (0.3, "somewhere")
+    known = dict(leaf_keys(Recipe))
+    assert set(Recipe.ALIASES.values()) <= set(known)
+    for key, reason in Recipe.REFUSED.items():
+        assert key not in known
+        with pytest.raises(ConfigError, match="is not taken here") as refusal:
+            load_recipe(name, [f"{key}=1"])
+        assert reason in str(refusal.value)
+
+
+def test_group_bounds_are_of_the_reward() -> None:
+    plan = plan_of("metaworld_50_grpo_openvlaoft", [])
+    assert isinstance(plan.config.success_bounds, tuple)  # type: ignore[union-attr]
+    assert plan.config.success_bounds == pytest.approx((0.02, 0.2))  # type: ignore[union-attr]
+
+
+def test_the_examples_folder_shows_the_package_s_recipes() -> None:
+    shown = Path(__file__).parents[1] / "examples" / "embodiment" / "config"
+    assert shown.is_dir() and shown.resolve() == RECIPES.resolve()
+
+
+def test_a_recipe_of_one_s_own_builds_on_another(tmp_path: Path) -> None:
+    own = tmp_path / "mine.yaml"
+    own.write_text(f"base: {RECIPES}/metaworld_50_ppo_compact.yaml\nactor: {{seed: 7}}\n")
+    recipe = load_recipe(str(own), ["runner.max_epochs=3"])
+    packaged = load_recipe("metaworld_50_ppo_compact", ["runner.max_epochs=3", "actor.seed=7"])
+    assert recipe.runner.logger.experiment_name == "mine"
+    recipe.runner.logger.experiment_name = packaged.runner.logger.experiment_name
+    assert recipe == packaged
+
+
+def test_a_dry_run_prints_settings_that_read_back(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    name = "metaworld_50_ppo_openpi_pi05"
+    assert main(["train", name, "--dry-run", "actor.seed=7"]) == 0
+    text = capsys.readouterr().out
+    (tmp_path / "recipe.yaml").write_text(text.split("\n\n")[0])
+    assert yaml.safe_load((tmp_path / "recipe.yaml").read_text())["actor"]["seed"] == 7
+    assert load_recipe(str(tmp_path / "recipe.yaml")) == load_recipe(name, ["actor.seed=7"])
+
+
+def test_the_list_names_every_recipe(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == NAMES
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["metaworld_50_pp_openpi"], "did you mean 'metaworld_50_ppo_openpi'"),
+        (["nowhere.yaml"], "cannot read the configuration nowhere.yaml"),
+        (["metaworld_50_ppo_openpi"], "actor.model.model_path is not set: pi0 starts from a checkpoint"),
+        (["metaworld_50_ppo_openpi", "actor.model.model_path=nowhere"], "nowhere does not exist"),
+        (["metaworld_50_ppo_compact", "actor.optim.lrr=1"], "did you mean 'actor.optim.lr'"),
+        (["metaworld_50_ppo_compact", "algorithm.group_size=4"], "algorithm.group_size would be without effect"),
+        (["metaworld_50_ppo_compact", "actor.fsdp_config.strategy=fsdp"], "start under torchrun"),
+        (["metaworld_50_ppo_compact", "env.train.task_suite_name=metaworld_5"], "did you mean 'metaworld_50'"),
+        (["metaworld_50_ppo_compact", "env.train.tasks=[reach-v4]"], "env.train.tasks: "),
+        (["metaworld_50_ppo_compact", "actor.model.model_type=openpi"], "pi0 or pi05"),
+        (["metaworld_50_ppo_compact", "rollout.pipeline_stage_num=3"], "expected 1, or 2"),
+        (["metaworld_50_ppo_compact", "runner.max_epochs=0"], "expected at least 1"),
+        (["metaworld_50_grpo_compact", "algorithm.group_size=7"], "does not divide the 96 episodes"),
+        (["metaworld_50_grpo_openpi", "env.train.dense_reward=true"], "bounds a reward of success"),
+        (["metaworld_50_ppo_compact", "--config", "x.yaml"], "give one of the two"),
+        (["--dry-run"], "--dry-run is for a recipe"),
+    ],
+)
+def test_what_is_wrong_is_told_in_one_message(
+    arguments: list[str],
+    told: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", *arguments]) == 2
+    error = " ".join(capsys.readouterr().err.split())
+    assert error.startswith("error:") and told in error, error
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("runner: [", "is not valid YAML"),
+        ("- a\n", "expected a mapping"),
+        ("runner: 3\n", "runner is a section"),
+        ("base: other.yaml\n", "cannot read the configuration"),
+        ("base: broken.yaml\n", "cannot build on itself"),
+        ("base: [a]\n", "expected the name of a YAML file"),
+        ("actor: {seed: many}\n", "actor.seed = 'many' does not fit, expected int"),
+    ],
+)
+def test_a_broken_file_is_told_in_one_message(
+    text: str, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "broken.yaml").write_text(text)
+    assert main(["train", str(tmp_path / "broken.yaml")]) == 2
+    assert told in " ".join(capsys.readouterr().err.split())
+
+
+def test_only_keys_of_the_own_file_and_the_command_line_must_be_used() -> None:
+    name = "metaworld_50_ppo_compact"
+    # Imitation's settings stand in the file that the recipe builds on.
+    assert plan_of(name, ["actor.model.model_path=somewhere"]).sft is None
+    with pytest.raises(ConfigError, match=r"sft.steps would be without effect.*model_path=somewhere"):
+        plan_of(name, ["actor.model.model_path=somewhere", "sft.steps=3"])
+
+
+def test_sections_and_fields_are_explained() -> None:
+    for key, _ in leaf_keys(Recipe):
+        holder: Any = Recipe()
+        *sections, name = key.split(".")
+        for section in sections:
+            holder = getattr(holder, section)
+        assert f":param {name}:" in type(holder).__doc__, key
+        assert dataclasses.is_dataclass(holder)
+
+
+def test_find_recipe_takes_names_and_paths() -> None:
+    assert find_recipe("metaworld_50_ppo_compact") == RECIPES / "metaworld_50_ppo_compact.yaml"
+    assert find_recipe("some/where.yaml") == Path("some/where.yaml")
+
+
+def test_a_dry_run_tells_the_memory() -> None:
+    """By hand: 64 x 8 x 20 pictures of 224 x 224; 4 bytes a weight and 12 more a trained one, with a quarter on top."""
+    found = footprint(plan_of("metaworld_50_ppo_openpi", []))
+    assert found.rollout == 10_240 * 224 * 224 * 3
+    assert 3.2e9 < found.parameters < 3.6e9 and 3.0e8 < found.trained < 3.3e8  # facts: 311 M in the expert
+    assert found.learner == 1.25 * (4 * found.parameters + 12 * found.trained) + 1024**3
+    assert "on the GPU" in str(found)
+    every = footprint(plan_of("metaworld_50_ppo_openpi", ["actor.model.trainable=all"]))
+    assert every.trained == every.parameters == found.parameters
+    assert footprint(plan_of("metaworld_50_sft_compact", [])).rollout == 0
+
+
+def test_memory_of_every_recipe_is_estimated() -> None:
+    for name in NAMES:
+        assert footprint(plan_of(name, [])).learner > 0, name

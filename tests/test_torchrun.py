@@ -1,0 +1,114 @@
+"""The commands under torchrun: one run directory, one result, and an end for all when one rank dies."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+from toy import tiny_model
+
+from sb3_vla.checkpoints import save_checkpoint
+from sb3_vla.run import RunDirectory
+
+SCRIPT = Path(__file__).with_name("toy_train.py")
+SETTINGS = (
+    "suite=MT10",
+    "ppo.iterations=6",
+    "ppo.num_envs=4",
+    "ppo.decisions=6",
+    "ppo.batch_size=12",
+    "ppo.epochs=2",
+    "ppo.critic_warmup=0",
+    "ppo.actor_warmup=0",
+    "ppo.checkpoint_interval=2",
+)
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    return save_model(tmp_path_factory.mktemp("start"))
+
+
+def save_model(folder: Path) -> Path:
+    save_checkpoint(folder / "start", tiny_model(action_horizon=5))
+    return folder / "start"
+
+
+def launch(ranks: int, run: Path, start: Path, *settings: str, **variables: str) -> subprocess.Popen[str]:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    return subprocess.Popen(
+        [sys.executable, *launcher, str(SCRIPT), "train", f"checkpoint={start}", f"run={run}", *SETTINGS, *settings],
+        env={**os.environ, "PYTHONWARNINGS": "ignore", **variables},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen[str], seconds: float = 120) -> tuple[int, str]:
+    output, _ = process.communicate(timeout=seconds)
+    return process.returncode, output
+
+
+def weights(run: Path) -> dict[str, np.ndarray]:
+    return load_file(run / "ppo" / "model.safetensors")
+
+
+def test_two_ranks_write_the_run_of_one(tmp_path: Path, start: Path) -> None:
+    processes = [launch(ranks, tmp_path / f"{ranks}", start) for ranks in (1, 2)]
+    for process in processes:
+        code, output = finish(process)
+        assert code == 0, output
+        assert output.count("checkpoint ") == 1  # one rank speaks
+    one, two = weights(tmp_path / "1"), weights(tmp_path / "2")
+    for name, expected in one.items():  # Adam's steps are of full length where gradients are next to nothing
+        np.testing.assert_allclose(two[name], expected, atol=2e-5, err_msg=name)
+    rows = [RunDirectory(tmp_path / name).metrics() for name in ("1", "2")]
+    assert len(rows[0]) == len(rows[1]) == 6
+    for expected_row, row in zip(*rows, strict=True):
+        for key in ("time/total_timesteps", "time/env_steps", "env/success_once", "env/episode_len"):
+            assert row.get(key) == expected_row.get(key), key
+    before = load_file(start / "model.safetensors")
+    moved = [np.abs(one[name] - value).max() for name, value in before.items() if name.startswith("model.")]
+    assert max(moved) > 5e-4  # there was something to learn, and to compare
+
+
+@pytest.mark.slow
+def test_the_death_of_a_rank_ends_all_and_the_run_goes_on(tmp_path: Path, start: Path) -> None:
+    code, output = finish(launch(2, tmp_path / "whole", start))
+    assert code == 0, output
+    pids, run = tmp_path / "pids", tmp_path / "killed"
+    pids.mkdir()
+    process = launch(2, run, start, TOY_PIDS=str(pids), TOY_SECONDS="0.02")
+    deadline = time.monotonic() + 60
+    while not (run / "checkpoints" / "ppo" / "step-00000002").exists():
+        assert process.poll() is None and time.monotonic() < deadline, finish(process)
+        time.sleep(0.02)
+    ranks = [int((pids / f"rank-{rank}").read_text()) for rank in range(2)]
+    os.kill(ranks[1], signal.SIGKILL)
+    killed = time.monotonic()
+    code, output = finish(process, 60)
+    assert code != 0 and time.monotonic() - killed < 45
+    assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)
+    assert not (run / "ppo").exists()
+    code, output = finish(launch(2, run, start))
+    assert code == 0, output
+    for name, expected in weights(tmp_path / "whole").items():
+        assert np.array_equal(weights(run)[name], expected), name
+    assert len(RunDirectory(run).metrics()) == 6
+
+
+def test_what_cannot_be_shared_is_told(tmp_path: Path, start: Path) -> None:
+    code, output = finish(launch(2, tmp_path / "run", start, "ppo.num_envs=3", "ppo.batch_size=9"))
+    assert code != 0
+    assert "num_envs=3 cannot be shared by 2 ranks; expected a multiple of 2, such as 4" in output.replace("\n", " ")
+    assert "sb3_vla/training.py" not in output  # no traceback but torchrun's own
