@@ -319,11 +319,12 @@ def test_overlap_hides_the_shorter_of_simulation_and_inference(ray: Any) -> None
     env = RayVecEnv(cluster, [functools.partial(SleepyToy, horizon=3)] * 4, cluster.placement["env"])
     algorithm = toy_ppo(env)  # type: ignore[arg-type]
     algorithm.replicas = SleepyReplicas(algorithm.policy)  # type: ignore[assignment]
+    seen: Any = algorithm.env  # with its pictures transposed
     seconds = {}
     for overlap, steps in ((False, step_together), (True, step_by_halves)):
-        observations: Any = env.reset()
+        observations: Any = seen.reset()
         started = time.perf_counter()
-        assert sum(1 for _ in steps(env, algorithm._decide, observations, 10, Clock())) == 10
+        assert sum(1 for _ in steps(seen, algorithm._decide, observations, 10, Clock())) == 10
         seconds[overlap] = time.perf_counter() - started
     env.close()
     together, overlapped = 10 * (0.2 + 0.2), 10 * 0.2 + 0.1
