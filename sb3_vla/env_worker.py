@@ -63,9 +63,7 @@ class Worker:
         env_fns: Sequence[Callable[[], gym.Env]],
         inherited: Sequence[Connection],
     ) -> None:
-        self.share = share
-        first_to_last = f"{share[0]} to {share[-1]}" if len(share) > 1 else str(share[0])
-        self.name = f"worker {number} (environments {first_to_last})"
+        self._expect_start(number, share)
         self.remote, worker_remote = context.Pipe()
         inherited = [*inherited, self.remote] if context.get_start_method() == "fork" else []
         arguments = (worker_remote, inherited, [CloudpickleWrapper(env_fn) for env_fn in env_fns])
@@ -77,6 +75,11 @@ class Worker:
             raise
         finally:
             worker_remote.close()
+
+    def _expect_start(self, number: int, share: range) -> None:
+        self.share = share
+        first_to_last = f"{share[0]} to {share[-1]}" if len(share) > 1 else str(share[0])
+        self.name = f"worker {number} (environments {first_to_last})"
         # A worker begins with an answer that nobody asked for: its spaces, or why it has none.
         self._owed: deque[str] = deque(["start"])
         self._answers: dict[str, bytes] = {}
@@ -100,10 +103,7 @@ class Worker:
         self.give_up(kind)
         if len(request) > _SURELY_BUFFERED_BYTES:
             self._read_until(lambda: not self._owed)  # else both ends could wait for the other to read
-        try:
-            self.remote.send_bytes(request)
-        except OSError as error:
-            raise WorkerDiedError from error
+        self._send(request)
         self._owed.append(kind)
 
     def owes(self, kind: str) -> bool:
@@ -151,11 +151,20 @@ class Worker:
 
     def _read_until(self, satisfied: Callable[[], bool]) -> None:
         while not satisfied():
-            try:
-                received = self.remote.recv_bytes()
-            except (EOFError, OSError) as error:
-                raise WorkerDiedError from error
+            received = self._receive()
             self._answers[self._owed.popleft()] = received
+
+    def _send(self, request: bytes) -> None:
+        try:
+            self.remote.send_bytes(request)
+        except OSError as error:
+            raise WorkerDiedError from error
+
+    def _receive(self) -> bytes:
+        try:
+            return self.remote.recv_bytes()
+        except (EOFError, OSError) as error:
+            raise WorkerDiedError from error
 
 
 def layout_of(space: spaces.Space[Any]) -> Layout:
@@ -205,13 +214,9 @@ def work(remote: Connection, inherited: Sequence[Connection], env_fns: Sequence[
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the parent, which closes its workers
     for connection in inherited:
         connection.close()
-    envs: _Share | None = None
+    envs: Share | None = None
     try:
-        try:
-            envs = _Share([fn.var for fn in env_fns])
-            reply = pickle.dumps((None, (envs.observation_space, envs.action_space)))
-        except Exception:
-            reply = pickle.dumps((RuntimeError, traceback.format_exc()))
+        envs, reply = make_share(env_fns)
         remote.send_bytes(reply)
         if envs is not None:
             envs.share_memory(recv_handle(remote))
@@ -225,7 +230,16 @@ def work(remote: Connection, inherited: Sequence[Connection], env_fns: Sequence[
         remote.close()
 
 
-class _Share(DummyVecEnv):
+def make_share(env_fns: Sequence[CloudpickleWrapper]) -> tuple[Share | None, bytes]:
+    """A worker's environments, and its first answer: their spaces. If one cannot be made, nothing and why."""
+    try:
+        envs = Share([fn.var for fn in env_fns])
+        return envs, pickle.dumps((None, (envs.observation_space, envs.action_space)))
+    except Exception:
+        return None, pickle.dumps((RuntimeError, traceback.format_exc()))
+
+
+class Share(DummyVecEnv):
     """A worker's environments, of which each can be reset and stepped without the others."""
 
     def __init__(self, env_fns: Sequence[Callable[[], gym.Env]]) -> None:

@@ -6,6 +6,7 @@ Each stage is done once: the same command, started again, goes on where it was i
 
 from __future__ import annotations
 
+import functools
 import time
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from rich.console import Console
 
 from sb3_vla.checkpoints import checkpoint_digest, load_checkpoint
+from sb3_vla.cluster.launch import train_on_cluster
 from sb3_vla.collecting import collect
 from sb3_vla.config import ConfigError
 from sb3_vla.demonstrations import Demonstrations
@@ -118,7 +120,8 @@ def _practise(
     with run.stage(name, inputs, after=after, outputs=[name]) as stage:
         if not stage.done:
             console.rule("GRPO" if isinstance(plan.config, GRPOConfig) else "PPO")
-            train(
+            begin = train if plan.cluster is None else functools.partial(train_on_cluster, plan.cluster)
+            begin(
                 run,
                 name,
                 plan.config,

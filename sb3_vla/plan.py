@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from mw_envs.tasks import did_you_mean, select_tasks
+from sb3_vla.cluster import ClusterOptions
 from sb3_vla.config import ConfigError
 from sb3_vla.loggers import LoggerOptions
 from sb3_vla.models import MODELS
@@ -44,6 +45,7 @@ class Plan:
     :param config: settings of the algorithm; None for imitation alone.
     :param train: further arguments of :func:`sb3_vla.training.train`.
     :param loggers: where metrics go; None for imitation alone.
+    :param cluster: where training runs; None for this machine alone.
     :param action_chunk: actions executed per decision.
     :param evaluate: arguments of :func:`sb3_vla.evaluation.evaluate`; None for no evaluation.
     :param videos_per_task: trials of each task that are filmed.
@@ -59,6 +61,7 @@ class Plan:
     config: PPOConfig | GRPOConfig | None
     train: dict[str, Any]
     loggers: LoggerOptions | None
+    cluster: ClusterOptions | None
     action_chunk: int
     evaluate: dict[str, Any] | None
     videos_per_task: int
@@ -132,6 +135,7 @@ def _resolve(recipe: Recipe) -> Plan:
         config=_algorithm(recipe) if trains else None,
         train=_train(recipe, suite, split) if trains else {},
         loggers=_loggers(recipe.runner.logger) if trains else None,
+        cluster=recipe.cluster.options() if trains else None,
         action_chunk=model.num_action_chunks,
         evaluate=_evaluate(recipe.env.eval, model.num_action_chunks) if evaluates else None,
         videos_per_task=recipe.env.eval.videos_per_task if evaluates else 0,

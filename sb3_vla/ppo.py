@@ -13,7 +13,7 @@ import time
 import warnings
 from collections import defaultdict, deque
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import stable_baselines3
@@ -56,6 +56,9 @@ from sb3_vla.stepping import (
     step_by_halves,
     step_together,
 )
+
+if TYPE_CHECKING:
+    from sb3_vla.cluster.rollout import Replicas
 
 _OWN_OPTIONS = (
     "value_lr",
@@ -319,6 +322,8 @@ class PPO(stable_baselines3.PPO):
         self._ended_episodes, self._rollout_seconds = 0, 0.0  # of the last rollout
         self._reference: VLAPolicy | None = None
         self._idle_batch: DecisionBatch | None = None
+        #: copies of the policy that decide in its place, on other accelerators
+        self.replicas: Replicas | None = None
 
     def set_random_seed(self, seed: int | None = None) -> None:
         """As in Stable-Baselines3; of the environments of all ranks in their order each has the next seed."""
@@ -426,6 +431,8 @@ class PPO(stable_baselines3.PPO):
             env.env_method("set_task_weights", self._task_weights())
         self.policy.set_training_mode(False)
         self.policy.distribution.noise_scale = self.noise_scale(self._current_progress_remaining)
+        if self.replicas is not None:
+            self.replicas.take_weights()
 
     def _share_rollout(self, env_steps_before: int) -> None:
         """Let every rank know of the environment steps and of the episodes of all, in the order of one process."""
@@ -464,9 +471,13 @@ class PPO(stable_baselines3.PPO):
         """
         among = len(observations["instruction"]) if among is None else among
         rows = np.arange(among) if rows is None else rows
-        prepared = self.policy.prepare(obs_as_tensor(dict(observations), self.device))
-        with part_of_batch(self.ranks.rank * among + rows, self.ranks.count * among):
-            chunk, values, trace = self.policy.decide(prepared)
+        places, total = self.ranks.rank * among + rows, self.ranks.count * among
+        if self.replicas is None:
+            prepared = self.policy.prepare(obs_as_tensor(dict(observations), self.device))
+            with part_of_batch(places, total):
+                chunk, values, trace = self.policy.decide(prepared)
+        else:
+            prepared, chunk, values, trace = self.replicas.decide(observations, places, total)
         actions = chunk.cpu().numpy()
         check_decision(actions, values, observations)
         clipped = np.clip(actions, self.action_space.low, self.action_space.high)  # type: ignore[attr-defined]
@@ -822,6 +833,7 @@ class PPO(stable_baselines3.PPO):
             "_last_obs",
             "_last_episode_starts",
             "_reference",
+            "replicas",
             "rehearsal",
             "_episodes",
             "_ended",

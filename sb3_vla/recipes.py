@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from mw_envs.tasks import did_you_mean
+from sb3_vla.cluster import ClusterOptions, PlacementError
 from sb3_vla.config import ConfigError, leaves, load_config, read_layers
 
 RECIPES = Path(__file__).parent / "embodiment"
@@ -177,6 +178,33 @@ class EnvSection:
 
 
 @dataclass
+class ClusterSection:
+    """Where a run's processes are: on this machine alone, or on a Ray cluster.
+
+    :param num_nodes: nodes of the cluster that take part.
+    :param component_placement: accelerators of ``actor``, ``env`` and ``rollout``, such as ``{env: 0-3, rollout: 4-7,
+        actor: "0"}``, see :mod:`sb3_vla.cluster.placement`; None for one process and its workers on this machine.
+    """
+
+    num_nodes: int = 1
+    component_placement: dict[str, str] | None = None
+
+    def options(self) -> ClusterOptions | None:
+        """The placement; None for this machine alone.
+
+        :raises PlacementError: for what no cluster can have.
+        """
+        if self.component_placement is not None:
+            return ClusterOptions(self.num_nodes, self.component_placement)
+        if self.num_nodes != 1:
+            raise PlacementError(
+                f"cluster.num_nodes={self.num_nodes} needs a placement; give cluster.component_placement="
+                '{"actor,env,rollout": all}'
+            )
+        return None
+
+
+@dataclass
 class RolloutSection:
     """How rollouts are made.
 
@@ -323,6 +351,7 @@ class Recipe:
     algorithm: AlgorithmSection = field(default_factory=AlgorithmSection)
     env: EnvSection = field(default_factory=EnvSection)
     rollout: RolloutSection = field(default_factory=RolloutSection)
+    cluster: ClusterSection = field(default_factory=ClusterSection)
     actor: ActorSection = field(default_factory=ActorSection)
     data: DataSection = field(default_factory=DataSection)
     sft: SFTSection = field(default_factory=SFTSection)

@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, fields
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import gymnasium as gym
 import numpy as np
@@ -37,6 +37,9 @@ from sb3_vla.sft import DemonstrationBatches
 from sb3_vla.sharding import whole_weights
 from sb3_vla.stopping import Stopped, StopRequest, stop_request
 from sb3_vla.vec_env import SharedMemoryVecEnv
+
+if TYPE_CHECKING:
+    from sb3_vla.cluster.seat import Seat
 
 # Of progress where it is not drawn as a bar.
 _SECONDS_BETWEEN_LINES = 30.0
@@ -242,6 +245,7 @@ def train(
     model_kwargs: Mapping[str, Any] | None = None,
     optimizer_kwargs: Mapping[str, Any] | None = None,
     loggers: LoggerOptions | None = None,
+    seat: Seat | None = None,
 ) -> None:
     """Improve a checkpoint by PPO or GRPO in MetaWorld; under ``torchrun`` on all ranks, which share the environments.
 
@@ -263,6 +267,8 @@ def train(
     :param model_kwargs: what a published checkpoint does not say, see :func:`sb3_vla.checkpoints.load_checkpoint`.
     :param optimizer_kwargs: options of AdamW; None for Adam with betas (0.9, 0.95).
     :param loggers: None for TensorBoard alone, under the run's ``tensorboard/``.
+    :param seat: where environments and copies of the policy run, by :func:`sb3_vla.cluster.launch.train_on_cluster`;
+        None for this machine. The result is the same.
     :raises Stopped: after a signal.
     """
     ranks = current_ranks()
@@ -301,11 +307,16 @@ def train(
         plan = plan_training(start.model, config, action_chunk=options["action_chunk"], ranks=ranks.size)
         plan.check(free, available_memory())
     own = ranks.share(config.num_envs, "num_envs")
-    env = SharedMemoryVecEnv([make] * len(own), num_workers=config.num_workers)
+    if seat is None:
+        env = SharedMemoryVecEnv([make] * len(own), num_workers=config.num_workers)
+    else:
+        env = seat.envs([make] * len(own), config.num_workers)
     try:
         model = config.algorithm(
             "VLAPolicy", env, rehearsal=rehearsal, policy_kwargs=policy_kwargs, **config.arguments()
         )
+        if seat is not None:
+            model.replicas = seat.replicas(model.policy)
         if config.kl_coef > 0:  # also after an interrupt it is the policy at the start
             model.anchor()
         logger = Logger(str(run.path), [])
@@ -333,6 +344,8 @@ def train(
                 callback.save()
     finally:
         env.close()
+        if seat is not None:
+            seat.leave()
     practice = {"decisions": model.num_timesteps, "env_steps": model.env_steps, "tasks": tasks}
     notes = {**start.notes, type(model).__name__.lower(): practice}
     distribution = (config.distribution, config.distribution_kwargs)

@@ -140,7 +140,7 @@ class SharedMemoryVecEnv(SubprocVecEnv):
     def halves(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """Numbers of the environments of each half, in the order of their actions and results.
 
-        The halves differ by one environment at most; with a single environment the second is empty.
+        They are the even and the odd numbers, worker after worker; with a single environment the second is empty.
         """
         first, second = (np.array(_numbers(self._parts[kind]), np.int64) for kind in _HALF_STEPS)
         return first, second
@@ -317,7 +317,7 @@ class SharedMemoryVecEnv(SubprocVecEnv):
             start, stop = stop, stop + len(part)
             asked = self._asked(part)
             if asked:
-                chosen = actions[start:stop][[i - part.start for i in asked]]
+                chosen = actions[start:stop][[part.index(i) for i in asked]]
                 request = _request("step", chosen, [i - self.shares[number].start for i in asked])
                 try:
                     self._workers[number].post(kind, request)
@@ -371,7 +371,7 @@ class SharedMemoryVecEnv(SubprocVecEnv):
         found: dict[Any, list[np.ndarray]] = {key: [] for key in self._layout}
         for worker, part in zip(self._workers, parts, strict=True):
             for key, array in worker.arrays.items():
-                found[key].append(array[part.start - worker.share.start : part.stop - worker.share.start])
+                found[key].append(array[part.start - worker.share.start : part.stop - worker.share.start : part.step])
         arrays = {key: np.concatenate(pieces) for key, pieces in found.items()}
         if self.restart_workers:
             for row, i in enumerate(_numbers(parts)):
@@ -470,9 +470,6 @@ def _half_step(half: int) -> str:
 
 
 def _halve(shares: Sequence[range]) -> tuple[list[range], list[range]]:
-    """Two parts of each share, of the size of its even and of its odd numbers."""
-    cuts = [share.start + (share.stop + 1) // 2 - (share.start + 1) // 2 for share in shares]
-    return (
-        [range(share.start, cut) for share, cut in zip(shares, cuts, strict=True)],
-        [range(cut, share.stop) for share, cut in zip(shares, cuts, strict=True)],
-    )
+    """The even and the odd numbers of each share, so that the halves do not depend on the shares."""
+    first, second = ([range(s.start + (s.start + odd) % 2, s.stop, 2) for s in shares] for odd in (0, 1))
+    return first, second

@@ -1,0 +1,386 @@
+"""Training on a cluster: wherever environments, copies of the policy and learner run, and whatever dies, the result is
+that of one process, and only what ran in a dead process is lost."""
+
+from __future__ import annotations
+
+import functools
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from stable_baselines3.common.callbacks import BaseCallback
+from stand_in_ray import StandInRay
+from toy import TINY, ToyEnv, tiny_model, toy_ppo
+
+from sb3_vla import GRPO, PPO
+from sb3_vla.checkpoints import save_checkpoint
+from sb3_vla.cluster import ClusterOptions, PlacementError, launch
+from sb3_vla.cluster.connection import Cluster, connected
+from sb3_vla.cluster.envs import RayVecEnv
+from sb3_vla.cluster.launch import train_on_cluster
+from sb3_vla.cluster.placement import Slot
+from sb3_vla.cluster.rollout import Replicas
+from sb3_vla.cluster.seat import Seat
+from sb3_vla.run import RunDirectory
+from sb3_vla.stepping import Clock, step_by_halves, step_together
+from sb3_vla.training import PPOConfig, train
+from sb3_vla.vec_env import SharedMemoryVecEnv
+
+#: on two nodes of four slots
+LAYOUTS = {
+    "all shared": {"actor,env,rollout": "0-2"},
+    "hybrid": {"env": "0-3", "rollout": "4-7", "actor": "0-7"},
+    "disjoint": {"env": "4-5", "rollout": "6-7", "actor": "0"},
+}
+
+
+def _simulated_cluster() -> Iterator[Any]:
+    """Ray's own cluster of two nodes on one machine."""
+    ray = pytest.importorskip("ray", reason='needs Ray: pip install "sb3-vla[ray]"')
+    from ray.cluster_utils import Cluster as SimulatedCluster
+
+    arguments = {"num_cpus": 4, "object_store_memory": 200 * 2**20, "include_dashboard": False}
+    simulated = SimulatedCluster(initialize_head=True, head_node_args=arguments)
+    second = simulated.add_node(num_cpus=4, object_store_memory=200 * 2**20)
+    paths = os.pathsep.join(path for path in sys.path if path)
+    ray.init(address=simulated.address, runtime_env={"env_vars": {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}})
+    ray.kill_node = lambda _: simulated.remove_node(second, allow_graceful=False)
+    yield ray
+    ray.shutdown()
+    simulated.shutdown()
+
+
+@pytest.fixture(params=["stand-in", pytest.param("ray", marks=pytest.mark.slow)])
+def ray(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    if request.param == "ray":
+        yield from _simulated_cluster()
+        return
+    stand_in = StandInRay(4, 4)
+    monkeypatch.setitem(sys.modules, "ray", stand_in)
+    monkeypatch.setitem(sys.modules, "ray.util", stand_in.util)
+    monkeypatch.setitem(sys.modules, "ray.util.scheduling_strategies", stand_in.util.scheduling_strategies)
+    yield stand_in
+    stand_in.shutdown()
+
+
+class FoundToy(ToyEnv):
+    """Its process can be found, for a test to kill it."""
+
+    def process(self) -> int:
+        return os.getpid()
+
+
+def makers(count: int, **options: Any) -> list[Callable[[], gym.Env]]:
+    return [functools.partial(FoundToy, horizon=3, truncates=True, **options)] * count
+
+
+def in_one_process(learn: Callable[[Any, Seat | None], Any], count: int = 8) -> Any:
+    env = SharedMemoryVecEnv(makers(count), "fork", num_workers=2)
+    try:
+        return learn(env, None)
+    finally:
+        env.close()
+
+
+def on_cluster(layout: dict[str, str], learn: Callable[[Any, Seat | None], Any], count: int = 8) -> Any:
+    with connected(ClusterOptions(2, layout)) as cluster:
+        seat = Seat(cluster, cluster.placement["env"], cluster.placement["rollout"])
+        env = seat.envs(makers(count), None)
+        try:
+            return learn(env, seat)
+        finally:
+            env.close()
+            seat.leave()
+
+
+def learn_ppo(
+    env: Any, seat: Seat | None, callback: BaseCallback | None = None, **options: Any
+) -> tuple[PPO, dict[str, torch.Tensor]]:
+    """Two iterations of PPO."""
+    algorithm = toy_ppo(env, **{"n_steps": 4, "batch_size": 8, "learning_rate": 1e-3, **options})  # type: ignore[arg-type]
+    if seat is not None:
+        algorithm.replicas = seat.replicas(algorithm.policy)
+    algorithm.learn(2 * 4 * env.num_envs, callback)
+    return algorithm, {name: value.clone() for name, value in algorithm.policy.state_dict().items()}
+
+
+def learn_grpo(env: Any, seat: Seat | None) -> tuple[GRPO, dict[str, torch.Tensor]]:
+    """Two iterations of GRPO."""
+    policy_kwargs = {"model": "compact", "model_kwargs": TINY, "distribution": "flow_sde"}
+    algorithm = GRPO("VLAPolicy", env, batch_size=8, group_size=4, n_groups=2, policy_kwargs=policy_kwargs, seed=0)
+    if seat is not None:
+        algorithm.replicas = seat.replicas(algorithm.policy)
+    algorithm.learn(2 * 8 * 3)
+    return algorithm, {name: value.clone() for name, value in algorithm.policy.state_dict().items()}
+
+
+def assert_same_weights(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    assert [name for name in found if not torch.equal(found[name], expected[name])] == []
+
+
+@pytest.fixture(scope="module")
+def one_process() -> dict[str, torch.Tensor]:
+    return in_one_process(learn_ppo)[1]
+
+
+def test_every_layout_learns_what_one_process_learns(ray: Any, one_process: dict[str, torch.Tensor]) -> None:
+    untrained = dict(toy_ppo().policy.state_dict())
+    assert any(not torch.equal(value, untrained[name]) for name, value in one_process.items())
+    for layout in LAYOUTS.values():
+        assert_same_weights(on_cluster(layout, learn_ppo)[1], one_process)
+
+
+@pytest.mark.parametrize("learn", [functools.partial(learn_ppo, overlap=True), learn_grpo])
+def test_overlap_and_groups_learn_what_one_process_learns(ray: Any, learn: Any) -> None:
+    assert_same_weights(on_cluster(LAYOUTS["hybrid"], learn)[1], in_one_process(learn)[1])
+
+
+def test_only_what_is_trained_is_sent(ray: Any, tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "model", tiny_model(action_horizon=2, action_dim=2))
+
+    def learn(env: Any, seat: Seat | None) -> tuple[PPO, dict[str, torch.Tensor]]:
+        policy_kwargs = {"checkpoint": str(tmp_path / "model"), "trainable": "expert"}
+        return learn_ppo(env, seat, policy_kwargs=policy_kwargs, stirred=False)
+
+    algorithm, weights = on_cluster(LAYOUTS["disjoint"], learn)
+    assert_same_weights(weights, in_one_process(learn)[1])
+    parameters = list(algorithm.policy.parameters())
+    trained = sum(parameter.numel() * 4 for parameter in parameters if parameter.requires_grad)
+    assert 0 < trained < sum(parameter.numel() * 4 for parameter in parameters)
+    assert algorithm.replicas is not None and algorithm.replicas.sent_bytes == trained
+
+
+class Killer(BaseCallback):
+    """Does something at one step, and keeps what the environments gave."""
+
+    def __init__(self, step: int, kill: Callable[[Any], None]) -> None:
+        super().__init__()
+        self.step, self.kill = step, kill
+        self.dones: list[np.ndarray] = []
+        self.lost: list[list[int]] = []
+
+    def _on_step(self) -> bool:
+        self.dones.append(self.locals["dones"].copy())
+        infos = self.locals["infos"]
+        self.lost.append([i for i, info in enumerate(infos) if info.get("worker_restarted")])
+        if self.n_calls == self.step:
+            self.kill(self.training_env)
+        return True
+
+
+def test_a_dead_env_actor_costs_its_own_episodes_alone(ray: Any) -> None:
+    """Of eight environments on four actors, the last two lose what they were doing at the second step."""
+
+    def kill(env: Any) -> None:
+        os.kill(env.env_method("process", indices=[7])[0], signal.SIGKILL)
+
+    killer = Killer(4, kill)
+
+    def learn(env: Any, seat: Seat | None) -> int:
+        learn_ppo(env, seat, callback=killer)
+        return env.dropped_episodes
+
+    assert on_cluster(LAYOUTS["hybrid"], learn) == 2
+    assert [step for step, lost in enumerate(killer.lost) if lost] == [4]
+    assert killer.lost[4] == [6, 7]
+    # The others' episodes of three decisions are counted from the beginning, the two new ones' from their death.
+    for step, dones in enumerate(killer.dones):
+        assert dones[:6].tolist() == [step % 3 == 2] * 6
+        expected = (step % 3 == 2) if step < 4 else (step - 4) % 3 == 0
+        assert dones[6:].tolist() == [expected] * 2
+
+
+def test_a_dead_copy_of_the_policy_changes_nothing(ray: Any, one_process: dict[str, torch.Tensor]) -> None:
+    """The first copy dies in the first rollout and the second between rollouts."""
+
+    def learn(env: Any, seat: Seat | None) -> dict[str, torch.Tensor]:
+        assert seat is not None
+
+        def kill_first(_: Any) -> None:
+            ray.kill(seat._replicas[0]._actors[0])
+
+        class Both(Killer):
+            def _on_rollout_end(self) -> None:
+                ray.kill(seat._replicas[0]._actors[1])
+
+        return learn_ppo(env, seat, callback=Both(2, kill_first))[1]
+
+    assert_same_weights(on_cluster(LAYOUTS["disjoint"], learn), one_process)
+
+
+def test_a_dead_node_s_work_is_done_on_the_rest(ray: Any) -> None:
+    """Environments and copies of the second node go on on the first one."""
+    killer = Killer(4, lambda _: ray.kill_node("node 1"))
+
+    def learn(env: Any, seat: Seat | None) -> tuple[int, PPO]:
+        algorithm, _ = learn_ppo(env, seat, callback=killer)
+        return env.dropped_episodes, algorithm
+
+    dropped, algorithm = on_cluster({"env": "0-1,4-5", "rollout": "6-7", "actor": "0"}, learn)
+    assert dropped == 4 and killer.lost[4] == [4, 5, 6, 7] and not any(killer.lost[5:])
+    assert algorithm.num_timesteps == 64 and algorithm.updates == 2
+
+
+def test_more_processes_than_environments(ray: Any) -> None:
+    with pytest.raises(PlacementError, match=r"places 4 env processes, but there are 3 environments"):
+        on_cluster(LAYOUTS["hybrid"], learn_ppo, count=3)
+
+
+def test_failures_reach_the_learner(ray: Any) -> None:
+    """An environment that cannot be made, and weights that do not fit a copy."""
+    with connected(ClusterOptions(2, LAYOUTS["hybrid"])) as cluster:
+        with pytest.raises(RuntimeError, match=r"An environment of worker 0 .* failed:(.|\n)*unexpected keyword"):
+            RayVecEnv(cluster, [functools.partial(ToyEnv, colour="red")] * 4, cluster.placement["env"])  # type: ignore[arg-type]
+        policy = toy_ppo().policy
+        policy.register_parameter("stranger", torch.nn.Parameter(torch.zeros(1)))
+        replicas = Replicas(cluster, cluster.placement["rollout"][:1], policy)
+        with pytest.raises(Exception, match="unexpected stranger"):
+            replicas.take_weights()
+        replicas.close()
+
+
+def metaworld(tmp_path: Path, name: str, layout: dict[str, str] | None) -> dict[str, torch.Tensor]:
+    """Weights after two iterations of PPO in MetaWorld."""
+    config = PPOConfig(
+        iterations=2, num_envs=2, decisions=2, horizon=15, batch_size=4, epochs=1, critic_warmup=0, actor_warmup=0
+    )
+    save_checkpoint(tmp_path / "start", tiny_model(action_horizon=5))
+    run = RunDirectory(tmp_path / name, config)
+    arguments: dict[str, Any] = {
+        "checkpoint": tmp_path / "start",
+        "output": tmp_path / name / "rl",
+        "suite": "MT1",
+        "tasks": ["reach-v3"],
+        "progress": False,
+    }
+    if layout is None:
+        train(run, "rl", config, **arguments)
+    else:
+        train_on_cluster(ClusterOptions(2, layout), run, "rl", config, **arguments)
+    return load_file(tmp_path / name / "rl" / "model.safetensors")
+
+
+@pytest.mark.slow
+def test_metaworld_on_a_cluster(ray: Any, tmp_path: Path) -> None:
+    expected = metaworld(tmp_path, "alone", None)
+    layout = {"env": "4-5", "rollout": "1", "actor": "0"}
+    assert_same_weights(metaworld(tmp_path, "here", layout), expected)
+    if not isinstance(ray, StandInRay):  # whose actors cannot start actors
+        assert_same_weights(metaworld(tmp_path, "elsewhere", {**layout, "actor": "4"}), expected)
+
+
+def test_the_workers_are_those_of_the_placement(ray: Any) -> None:
+    cluster = Cluster(ClusterOptions(2, {"env": "0:0-2", "actor,rollout": "0"}))
+    env = RayVecEnv(cluster, makers(7), cluster.placement["env"])
+    assert [len(share) for share in env.shares] == [2, 2, 3]
+    assert len(set(env.env_method("process"))) == 3
+    env.close()
+
+
+class SleepyToy(FoundToy):
+    """A chunk takes time, but no processor."""
+
+    def step(self, action: np.ndarray) -> tuple[dict[str, np.ndarray], float, bool, bool, dict[str, Any]]:
+        time.sleep(0.1)
+        return super().step(action)
+
+
+class SleepyReplicas:
+    """Copies that decide in 0.1 s a batch of two, without a processor."""
+
+    def __init__(self, policy: Any) -> None:
+        self.policy = policy
+
+    def take_weights(self) -> None: ...
+
+    @torch.no_grad()
+    def decide(self, observations: dict[str, np.ndarray], places: np.ndarray, total: int) -> Any:
+        time.sleep(0.05 * len(observations["state"]))
+        prepared = self.policy.prepare({key: torch.as_tensor(value) for key, value in observations.items()})
+        return (prepared, *self.policy.decide(prepared))
+
+
+def test_overlap_hides_the_shorter_of_simulation_and_inference(ray: Any) -> None:
+    """Two actors of two environments: a round simulates for 0.2 s and decides for 0.2 s, one after the other or not.
+
+    In halves, each actor runs one environment of each half, 0.1 s, while the other half's 0.1 s of decisions go on.
+    """
+    cluster = Cluster(ClusterOptions(2, {"env": "0-1", "rollout": "2", "actor": "0"}))
+    env = RayVecEnv(cluster, [functools.partial(SleepyToy, horizon=3)] * 4, cluster.placement["env"])
+    algorithm = toy_ppo(env)  # type: ignore[arg-type]
+    algorithm.replicas = SleepyReplicas(algorithm.policy)  # type: ignore[assignment]
+    seen: Any = algorithm.env  # with its pictures transposed
+    seconds = {}
+    for overlap, steps in ((False, step_together), (True, step_by_halves)):
+        observations: Any = seen.reset()
+        started = time.perf_counter()
+        assert sum(1 for _ in steps(seen, algorithm._decide, observations, 10, Clock())) == 10
+        seconds[overlap] = time.perf_counter() - started
+    env.close()
+    together, overlapped = 10 * (0.2 + 0.2), 10 * 0.2 + 0.1
+    assert together <= seconds[False]
+    print(f"{seconds[False]:.2f} s together, {seconds[True]:.2f} s by halves")
+    # What is not slept is at most twice as much by halves, which have twice as many calls.
+    assert overlapped <= seconds[True] <= overlapped + 2 * (seconds[False] - together) + 0.25 * (together - overlapped)
+
+
+def test_one_learner_trains_in_this_process(ray: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(launch, "train", lambda run, stage, config, **arguments: given.update(arguments))
+    with pytest.warns(UserWarning, match="places 8 actor processes, but on a cluster one learner"):
+        train_on_cluster(ClusterOptions(2, LAYOUTS["hybrid"]), None, "rl", PPOConfig(), suite="MT10")  # type: ignore[arg-type]
+    assert given["suite"] == "MT10"
+    assert [(slot.node, slot.local) for slot in given["seat"].rollout] == [(1, 0), (1, 1), (1, 2), (1, 3)]
+
+
+class DyingWorker:
+    """A learner whose process is killed the first times."""
+
+    def __init__(self, slot: Slot) -> None:
+        self.slot = slot
+
+    def train(
+        self, options: Any, first: str, run: RunDirectory, stage: str, config: Any, given: dict[str, Any]
+    ) -> None:
+        tries = run.path / "tries"
+        done = tries.read_text() if tries.exists() else ""
+        tries.write_text(f"{done}{'resumed' if given.get('resume') else 'begun'} ")
+        if len(done.split()) < given["deaths"]:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("deaths", [2, 3])
+def test_a_learner_on_another_node_is_begun_again(
+    ray: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, deaths: int
+) -> None:
+    monkeypatch.setattr(launch, "ActorWorker", DyingWorker)
+    run = RunDirectory(tmp_path / "run", PPOConfig())
+
+    def begin() -> None:
+        placement = {"actor": "5", "env,rollout": "0"}
+        train_on_cluster(ClusterOptions(2, placement), run, "rl", PPOConfig(), deaths=deaths)
+
+    with pytest.warns(UserWarning, match="goes on from its last checkpoint"):
+        if deaths == 2:
+            begin()
+        else:
+            with pytest.raises(RuntimeError, match="The learner died 3 times without a checkpoint between"):
+                begin()
+    assert (run.path / "tries").read_text().split() == ["begun", "resumed", "resumed"]
+
+
+def test_nodes_are_numbered_from_the_launching_one(ray: Any) -> None:
+    options = ClusterOptions(2)
+    here = Cluster(options)
+    other = here.nodes()[1].name
+    assert [node.name for node in Cluster(options, other).nodes()] == [other, here.first]
