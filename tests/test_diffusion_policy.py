@@ -61,8 +61,11 @@ def assert_recorded(name: str, value: torch.Tensor, atol: float = 2e-5) -> None:
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_published(tmp_path_factory.mktemp("published") / "diffusion")
+
+
+def make_published(folder: Path) -> Path:
     """The folder as LeRobot wrote it."""
-    folder = tmp_path_factory.mktemp("published") / "diffusion"
     shutil.copytree(DATA, folder, ignore=shutil.ignore_patterns("io.*", "full_size.json"))
     config = json.loads((DATA / "config.json").read_text())
     tiny = DiffusionPolicy(

@@ -80,6 +80,15 @@ def write_published(folder: Path) -> Path:
     return folder
 
 
+def with_options(folder: Path) -> Path:
+    """The other reference in the place of what :func:`write_published` wrote."""
+    write_files(folder, {"config.json": RECORDS["options_config"]})
+    text = RECORDS["files"]["vlm/config.json"]["text_config"]
+    edit_json(folder / "vlm" / "config.json", text_config={**text, "vocab_size": 300})
+    save_file(weights_of(RECORDS["options_shapes"], 5), folder / MODEL_FILE)
+    return folder
+
+
 @pytest.fixture
 def published(tmp_path: Path) -> Path:
     return write_published(tmp_path / "published")
@@ -197,11 +206,7 @@ def test_imitation_draws_time_and_noise_of_every_dimension(model: SmolVLA) -> No
 @torch.no_grad()
 def test_marks_of_pictures_and_rarer_self_attention_are_the_originals(published: Path) -> None:
     """And a fixed prefix length, whose padding has no effect."""
-    write_files(published, {"config.json": RECORDS["options_config"]})
-    text = RECORDS["files"]["vlm/config.json"]["text_config"]
-    edit_json(published / "vlm" / "config.json", text_config={**text, "vocab_size": 300})
-    save_file(weights_of(RECORDS["options_shapes"], 5), published / MODEL_FILE)
-    model = load_checkpoint(published).model
+    model = load_checkpoint(with_options(published)).model
     assert isinstance(model, SmolVLA)
     tokens, mask = model.tokenise(instructions(RECORDS["options_tasks"]))
     assert torch.equal(tokens, TENSORS["options/out.tokens"])

@@ -192,14 +192,17 @@ class TinyVLA(DiffusionModel):
         size = self.vision_tower.config.image_size
         image = shrink(image.float(), self.image_size[0])
         if self.centre_crop:
-            side = image.shape[2]
-            margin = int(side * 0.025)
-            window = (image / 255)[:, :, margin : side - margin, margin : side - margin]
-            window = F.interpolate(window, (side, side), mode="bilinear", antialias=True)
-            image = (window * 255).clamp(0, 255).floor()
+            image = (self.crop(image) * 255).clamp(0, 255).floor()
         image = pillow_bicubic(image, size)
         mean, std = (torch.tensor(values, device=image.device).view(3, 1, 1) for values in _PIXELS[self.tower])
         return (image / 255 - mean) / std
+
+    def crop(self, image: Tensor) -> Tensor:
+        """Pictures (N, 3, s, s) of levels 0 ... 255 without 2.5 % at each side, stretched to s again, 0 ... 1."""
+        side = image.shape[2]
+        margin = int(side * 0.025)
+        window = (image / 255)[:, :, margin : side - margin, margin : side - margin]
+        return F.interpolate(window, (side, side), mode="bilinear", antialias=True)
 
     def look(self, pixels: Tensor) -> Tensor:
         """Tokens of pictures for the language model, (N, patches, hidden): the last but one block's, projected."""
