@@ -21,7 +21,7 @@ from stable_baselines3.common.logger import KVWriter, Logger
 from stable_baselines3.common.type_aliases import Schedule
 from stable_baselines3.common.utils import get_device
 
-from sb3_vla.checkpoints import load_checkpoint, save_checkpoint
+from sb3_vla.checkpoints import LoadedCheckpoint, load_checkpoint, save_checkpoint
 from sb3_vla.demonstrations import Demonstrations, available_memory
 from sb3_vla.distributed import current_ranks
 from sb3_vla.grpo import GRPO
@@ -273,25 +273,7 @@ def train(
     """
     ranks = current_ranks()
     start = load_checkpoint(checkpoint, model_kwargs)
-    view = view_of(start.notes)
-    options: dict[str, Any] = {
-        "image_size": start.model.image_size[0],
-        "action_chunk": start.model.action_horizon - start.model.first_action,
-        "horizon": config.horizon,
-        "tasks": tasks,
-        # With GRPO it tells that a group's episodes begin alike.
-        "privileged_state": isinstance(config, GRPOConfig) or config.privileged_critic,
-        "elapsed_time": True,
-        "renderer": renderer,
-        **view,
-        **(env_kwargs or {}),
-    }
-    if suite in ("ML10", "ML45"):
-        options["split"] = split
-    if suite == "MT1":
-        if tasks is None or len(tasks) != 1:
-            raise ValueError(f"MT1 practises one task, got tasks={tasks}; give one, or another suite")
-        options.update(task=tasks[0], tasks=None)
+    options = _env_options(start, config, suite, split, tasks, {"renderer": renderer, **(env_kwargs or {})})
     rehearsal = None
     if config.rehearsal_coef > 0:
         if demonstrations is None:
@@ -304,7 +286,7 @@ def train(
     device = get_device(config.device)
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
-        plan = plan_training(start.model, config, action_chunk=options["action_chunk"], ranks=ranks.size)
+        plan = plan_training(start.model, config, action_chunk=options["action_chunk"], ranks=ranks.count)
         plan.check(free, available_memory())
     own = ranks.share(config.num_envs, "num_envs")
     if seat is None:
@@ -391,6 +373,35 @@ def plan_training(
         denoising_steps=steps,
         copies=int(config.kl_coef > 0),
     )
+
+
+def _env_options(
+    start: LoadedCheckpoint,
+    config: PPOConfig | GRPOConfig,
+    suite: str,
+    split: str,
+    tasks: list[str] | None,
+    further: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Arguments of :func:`gymnasium.make` for environments that fit a checkpoint."""
+    options: dict[str, Any] = {
+        "image_size": start.model.image_size[0],
+        "action_chunk": start.model.action_horizon - start.model.first_action,
+        "horizon": config.horizon,
+        "tasks": tasks,
+        # With GRPO it tells that a group's episodes begin alike.
+        "privileged_state": isinstance(config, GRPOConfig) or config.privileged_critic,
+        "elapsed_time": True,
+        **view_of(start.notes),
+        **further,
+    }
+    if suite in ("ML10", "ML45"):
+        options["split"] = split
+    if suite == "MT1":
+        if tasks is None or len(tasks) != 1:
+            raise ValueError(f"MT1 practises one task, got tasks={tasks}; give one, or another suite")
+        options.update(task=tasks[0], tasks=None)
+    return options
 
 
 def _holding(make: Callable[[], gym.Env]) -> gym.Env:

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from stable_baselines3.common.utils import obs_as_tensor
 from torch import Tensor
 
 from sb3_vla.cluster.connection import Cluster, settle
@@ -76,7 +75,9 @@ class RolloutActor:
         _set_generators(generators, self._device)
         # Ray's arrays are read-only, of which torch warns.
         arrays = {key: np.array(value) for key, value in observations.items()}
-        prepared = self._policy.prepare(obs_as_tensor(arrays, self._device))
+        prepared = self._policy.prepare(
+            {key: torch.as_tensor(value, device=self._device) for key, value in arrays.items()}
+        )
         with part_of_batch(places, total):
             chunk, values, trace = self._policy.decide(prepared)
         cpu = [{key: value.cpu() for key, value in part.items()} for part in (prepared, trace)]
