@@ -79,7 +79,7 @@ class MetaWorldEnv(gym.Env[dict[str, Any], npt.NDArray[np.float32]]):
     :param elapsed_time: whether the observation holds ``elapsed_time``, float32 (1,), the share of the horizon that has
         passed, for a critic.
     :param record_frames: whether ``info["frames"]`` holds a 480x480 picture of each environment step, uint8
-        (n, 480, 480, 3).
+        (n, 480, 480, 3), and ``info["frame_rewards"]`` the reward of each, n floats.
     :param render_mode: None or ``rgb_array``.
     :raises ValueError: for a value that is not among those above; the message names the value and what is expected.
     """
@@ -191,7 +191,7 @@ class MetaWorldEnv(gym.Env[dict[str, Any], npt.NDArray[np.float32]]):
             self._begin(self._choose_trial(options))
         info = self._info(env_steps=0)
         if self.record_frames:
-            info["frames"] = self._draw(self._render_view)[None]
+            info["frames"], info["frame_rewards"] = self._draw(self._render_view)[None], [0.0]
         return self._observation(), info
 
     def snapshot(self) -> dict[str, Any]:
@@ -262,13 +262,14 @@ class MetaWorldEnv(gym.Env[dict[str, Any], npt.NDArray[np.float32]]):
             raise gym.error.ResetNeeded("The episode has ended or not begun; call reset() first")
 
         total_reward, env_steps = 0.0, 0
-        frames = []
+        frames, rewards = [], []
         for step_action in action.reshape(-1, ACTION_DIM):
             reward, terminated, truncated = self._advance(step_action)
             total_reward += reward
             env_steps += 1
             if self.record_frames:
                 frames.append(self._draw(self._render_view))
+                rewards.append(reward)
             if self._ended:
                 break
         info = self._info(env_steps)
@@ -276,7 +277,7 @@ class MetaWorldEnv(gym.Env[dict[str, Any], npt.NDArray[np.float32]]):
             info["is_success"] = self._success_once
             info["episode_return"] = self._return
         if self.record_frames:
-            info["frames"] = np.stack(frames)
+            info["frames"], info["frame_rewards"] = np.stack(frames), rewards
         return self._observation(), total_reward, terminated, truncated, info
 
     def _advance(self, action: npt.NDArray[np.float32]) -> tuple[float, bool, bool]:

@@ -168,9 +168,9 @@ class Ranks:
         """
         if self.count == 1:
             return
-        state = self.gather(_generators() if self.rank == first else None)[first]
+        state = self.gather(generators() if self.rank == first else None)[first]
         assert state is not None
-        _set_generators(state)
+        set_generators(state)
 
     def check_same(self, weights: Mapping[str, Tensor], what: str) -> None:
         """:raises ValueError: if the ranks' weights differ, such as those of other files under one name."""
@@ -272,14 +272,16 @@ def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
         yield bucket
 
 
-def _generators() -> dict[str, Any]:
+def generators() -> dict[str, Any]:
+    """State of this process's random generators: torch's, also on its device, NumPy's and Python's."""
     state = {"torch": torch.get_rng_state(), "numpy": np.random.get_state(), "python": random.getstate()}
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
     return state
 
 
-def _set_generators(state: Mapping[str, Any]) -> None:
+def set_generators(state: Mapping[str, Any]) -> None:
+    """Put the generators into a state of :func:`generators`."""
     torch.set_rng_state(state["torch"])
     np.random.set_state(state["numpy"])
     random.setstate(state["python"])

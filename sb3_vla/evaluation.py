@@ -70,6 +70,7 @@ __all__ = [
     "TrialQueue",
     "TrialResult",
     "VideoOptions",
+    "check_fit",
     "compare",
     "evaluate",
     "find_protocol",
@@ -184,9 +185,7 @@ def evaluate(
         _check_spaces(policy, vec_env.observation_space, vec_env.action_space)
         outcomes = _run(policy, vec_env, part, deterministic, progress)
     else:
-        probe = make_trial_env(resolved, env_kwargs)
-        settings = probe.settings
-        _check_spaces(policy, probe.observation_space, probe.action_space)
+        settings = check_fit(policy, resolved, env_kwargs)
         count = min(len(part.trials), env_count(num_envs, num_workers))
         own_env = make_trial_vec_env(
             resolved, env_kwargs, num_envs=count, num_workers=num_workers, start_method=start_method
@@ -195,6 +194,18 @@ def evaluate(
             outcomes = _run(policy, own_env, part, deterministic, progress)
     everyones = tuple(outcome for found in ranks.gather(outcomes) for outcome in found)
     return EvaluationResult(resolved, everyones, _versions(), settings["env_kwargs"], deterministic)
+
+
+def check_fit(policy: Policy, protocol: str | Protocol, env_kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
+    """
+    Find out before anything is simulated whether :func:`evaluate` can run a policy.
+
+    :return: what the environments are made with, as JSON gives it back
+    :raises ValueError: if it cannot
+    """
+    probe = make_trial_env(_with_chunk(find_protocol(protocol), policy), env_kwargs)
+    _check_spaces(policy, probe.observation_space, probe.action_space)
+    return probe.settings
 
 
 def _chosen_tasks(tasks: Sequence[str] | None, suite: str | None, split: str) -> Sequence[str]:

@@ -6,10 +6,11 @@ Each stage is done once: the same command, started again, goes on where it was i
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from rich.console import Console
@@ -20,6 +21,8 @@ from sb3_vla.collecting import collect
 from sb3_vla.config import ConfigError
 from sb3_vla.demonstrations import Demonstrations
 from sb3_vla.evaluation import EvaluationResult, VideoOptions, compare, evaluate
+from sb3_vla.filming import TrainingFilms
+from sb3_vla.periodic import PeriodicEvaluation
 from sb3_vla.plan import Plan
 from sb3_vla.policies import load_policy
 from sb3_vla.recipes import Recipe
@@ -27,6 +30,8 @@ from sb3_vla.report import write_report
 from sb3_vla.sft import sft
 from sb3_vla.shared_run import SharedRun
 from sb3_vla.training import GRPOConfig, train, view_of
+
+Films = TypeVar("Films", VideoOptions | None, TrainingFilms | None)
 
 
 def launch(recipe: Recipe, plan: Plan, console: Console) -> Path:
@@ -131,6 +136,8 @@ def _practise(
                 resume=stage.resumed,
                 model_kwargs=options,
                 loggers=plan.loggers,
+                evaluation=_with_films(plan.periodic, _into(plan.videos, run, "during")),
+                films=_into(plan.films, run, "train"),
                 **plan.train,
             )
     return name
@@ -147,11 +154,13 @@ def _measure(
 ) -> None:
     assert plan.evaluate is not None
     output = f"evaluation_{name}.json"
-    inputs = {"evaluate": plan.evaluate, "videos": plan.videos_per_task, "checkpoint": _identity(plan.checkpoint)}
+    inputs = {"evaluate": plan.evaluate, "videos": plan.videos, "checkpoint": _identity(plan.checkpoint)}
     with run.stage(f"evaluate_{name}", inputs, after=after, outputs=[output]) as stage:
         if not stage.done:
             console.rule(f"measurement {name}")
-            videos = VideoOptions(run.path / "videos" / name, per_task=plan.videos_per_task)
+            videos = _into(plan.videos, run, name)
+            if videos is not None:
+                run.ranks.first_does(videos.prepare)
             loaded = load_checkpoint(checkpoint, options)
             how = {key: value for key, value in plan.evaluate.items() if key != "renderer"}
             result = evaluate(
@@ -163,11 +172,22 @@ def _measure(
                     "renderer": plan.evaluate["renderer"],
                     **view_of(loaded.notes),
                 },
-                videos=videos if plan.videos_per_task else None,
+                videos=videos,
                 **how,
             )
             if run.ranks.leads:
                 result.to_json(run.path / output)
+
+
+def _into(options: Films, run: SharedRun, name: str) -> Films:
+    """Films in a folder of their own."""
+    if options is None:
+        return options
+    return dataclasses.replace(options, directory=run.path / options.directory / name)
+
+
+def _with_films(evaluation: PeriodicEvaluation | None, videos: VideoOptions | None) -> PeriodicEvaluation | None:
+    return None if evaluation is None else dataclasses.replace(evaluation, videos=videos)
 
 
 def _identity(checkpoint: str | None) -> str | None:

@@ -102,11 +102,14 @@ def update_metrics(
     }
 
 
-def episode_metrics(episodes: Mapping[str, Iterable[EpisodeRecord]], ended: int) -> dict[str, float]:
+def episode_metrics(
+    episodes: Mapping[str, Iterable[EpisodeRecord]], ended: int, group: str = "env"
+) -> dict[str, float]:
     """How the latest episodes went.
 
     :param episodes: by task; empty where an environment tells of none.
     :param ended: how many ended in this rollout.
+    :param group: what names begin with: ``env``, or ``eval`` for those of an evaluation.
     """
     success = {task: float(np.mean([each.success for each in known])) for task, known in sorted(episodes.items())}
     known = [each for window in episodes.values() for each in window]
@@ -115,18 +118,18 @@ def episode_metrics(episodes: Mapping[str, Iterable[EpisodeRecord]], ended: int)
     length = float(np.mean([each.length for each in known]))
     reward = float(np.mean([each.reward for each in known]))
     return {
-        "env/success_once": float(np.mean(list(success.values()))),
-        "env/episode_len": length,
-        "env/return": reward,
-        "env/reward": reward / length if length else 0.0,
-        "env/num_trajectories": float(ended),
-        **{f"env/success_once/{task}": rate for task, rate in success.items()},
+        f"{group}/success_once": float(np.mean(list(success.values()))),
+        f"{group}/episode_len": length,
+        f"{group}/return": reward,
+        f"{group}/reward": reward / length if length else 0.0,
+        f"{group}/num_trajectories": float(ended),
+        **{f"{group}/success_once/{task}": rate for task, rate in success.items()},
     }
 
 
 def in_terminal(name: str) -> bool:
     """Whether Stable-Baselines3's table shows a value: what it has under another name, and each task's, it has not."""
-    return not name.startswith(("train/actor/", "train/critic/", "env/success_once/"))
+    return not name.startswith(("train/actor/", "train/critic/", "env/success_once/", "eval/success_once/"))
 
 
 def _spread(values: Tensor) -> dict[str, float]:

@@ -11,12 +11,15 @@ from typing import Any, cast
 from mw_envs.tasks import did_you_mean, select_tasks
 from sb3_vla.cluster import ClusterOptions
 from sb3_vla.config import ConfigError
+from sb3_vla.filming import TrainingFilms
 from sb3_vla.loggers import LoggerOptions
 from sb3_vla.models import MODELS
-from sb3_vla.recipes import EvalEnvSection, LoggerSection, Recipe, SFTSection, TrainEnvSection
+from sb3_vla.periodic import PeriodicEvaluation
+from sb3_vla.recipes import EvalEnvSection, LoggerSection, Recipe, SFTSection, TrainEnvSection, VideoSection
 from sb3_vla.results import PROTOCOLS, TRIAL_SEED, Protocol
 from sb3_vla.sft import SFTConfig
 from sb3_vla.training import GRPOConfig, PPOConfig
+from sb3_vla.trial_envs import VideoOptions
 
 #: names of RLinf's for suite and split
 SUITES = {
@@ -48,7 +51,9 @@ class Plan:
     :param cluster: where training runs; None for this machine alone.
     :param action_chunk: actions executed per decision.
     :param evaluate: arguments of :func:`sb3_vla.evaluation.evaluate`; None for no evaluation.
-    :param videos_per_task: trials of each task that are filmed.
+    :param videos: how its trials are filmed; None for no films. A relative folder is one of the run's.
+    :param periodic: evaluations in the course of training; None for none.
+    :param films: films of training; None for none. A relative folder is one of the run's.
     """
 
     run: Path
@@ -64,7 +69,9 @@ class Plan:
     cluster: ClusterOptions | None
     action_chunk: int
     evaluate: dict[str, Any] | None
-    videos_per_task: int
+    videos: VideoOptions | None
+    periodic: PeriodicEvaluation | None
+    films: TrainingFilms | None
 
     @property
     def begins(self) -> bool:
@@ -123,6 +130,8 @@ def _resolve(recipe: Recipe) -> Plan:
     imitates = not trains or begins
     shows = imitates or recipe.algorithm.rehearsal_coef > 0
     evaluates = recipe.env.eval.trials_per_task > 0
+    evaluate = _evaluate(recipe.env.eval, model.num_action_chunks) if evaluates else None
+    videos = _videos(recipe.env.eval) if evaluates else None
     suite, split = _suite("train", recipe.env.train)
     return Plan(
         run=Path(recipe.runner.logger.log_path) / (recipe.runner.logger.experiment_name or ""),
@@ -137,8 +146,10 @@ def _resolve(recipe: Recipe) -> Plan:
         loggers=_loggers(recipe.runner.logger) if trains else None,
         cluster=recipe.cluster.options() if trains else None,
         action_chunk=model.num_action_chunks,
-        evaluate=_evaluate(recipe.env.eval, model.num_action_chunks) if evaluates else None,
-        videos_per_task=recipe.env.eval.videos_per_task if evaluates else 0,
+        evaluate=evaluate,
+        videos=videos,
+        periodic=_periodic(recipe.runner.val_check_interval, evaluate, videos) if trains else None,
+        films=_films(recipe.env.train) if trains else None,
     )
 
 
@@ -340,3 +351,37 @@ def _evaluate(section: EvalEnvSection, action_chunk: int) -> dict[str, Any]:
         "num_workers": section.num_workers,
         "renderer": section.renderer,
     }
+
+
+def _periodic(interval: int, evaluate: dict[str, Any] | None, videos: VideoOptions | None) -> PeriodicEvaluation | None:
+    if interval == -1:
+        return None
+    if interval < 1:
+        raise ConfigError(f"runner.val_check_interval={interval}; expected at least 1, or -1 for no evaluation")
+    if evaluate is None:
+        raise ConfigError(
+            f"runner.val_check_interval={interval} has no trials: env.eval.trials_per_task=0; set one of the two"
+        )
+    return PeriodicEvaluation(interval, **evaluate, videos=videos)
+
+
+def _videos(section: EvalEnvSection) -> VideoOptions | None:
+    style, count = _film_style("eval", section.video_cfg), section.videos_per_task
+    return VideoOptions(**style, per_task=count) if style is not None and count > 0 else None
+
+
+def _films(section: TrainEnvSection) -> TrainingFilms | None:
+    style, every = _film_style("train", section.video_cfg), section.video_interval
+    if every < 1:
+        raise ConfigError(f"env.train.video_interval={every}; expected at least 1")
+    return None if style is None else TrainingFilms(**style, every=every)
+
+
+def _film_style(which: str, section: VideoSection) -> dict[str, Any] | None:
+    """None for no films; what is set besides ``save_video=false`` waits for them, and is no mistake."""
+    base, info, most = section.video_base_dir, section.info_on_video, section.max_mb
+    if most is not None and not most > 0:
+        raise ConfigError(f"env.{which}.video_cfg.max_mb={most}; expected more than 0, or null for no limit")
+    if not section.save_video:
+        return None
+    return {"directory": "videos" if base is None else str(Path(base).absolute()), "info": info, "max_mb": most}

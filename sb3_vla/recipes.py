@@ -44,12 +44,15 @@ class RunnerSection:
     :param task_type: ``embodied``: reinforcement learning; ``sft``: imitation alone.
     :param max_epochs: iterations: rollouts, each followed by an update; with grpo as many decisions as these would
         take if all episodes had their full length.
+    :param val_check_interval: iterations between evaluations on the trials of ``env.eval``, of which the best policy is
+        kept beside the states; -1 for none.
     :param save_interval: iterations between the states from which an interrupted run goes on; -1 for the end alone.
     :param keep_checkpoints: newest of these states that stay; null for all.
     """
 
     task_type: Literal["embodied", "sft"] = "embodied"
     max_epochs: int = 1000
+    val_check_interval: int = -1
     save_interval: int = 50
     keep_checkpoints: int | None = 2
     logger: LoggerSection = field(default_factory=LoggerSection)
@@ -115,6 +118,23 @@ class AlgorithmSection:
 
 
 @dataclass
+class VideoSection:
+    """Films of episodes, with a frame for every environment step.
+
+    :param save_video: whether there are any.
+    :param info_on_video: write instruction, task, step, reward and success under each frame.
+    :param video_base_dir: folder for a folder of films each of training (``train``) and the evaluations (``before``,
+        ``during``, ``after``); null for the run's ``videos``, from where the report takes them.
+    :param max_mb: megabytes of films in each of these folders, beyond which the oldest are deleted; null for no limit.
+    """
+
+    save_video: bool = True
+    info_on_video: bool = True
+    video_base_dir: str | None = None
+    max_mb: float | None = 500.0
+
+
+@dataclass
 class TrainEnvSection:
     """The environments of training.
 
@@ -129,6 +149,8 @@ class TrainEnvSection:
     :param reward_coef: factor of that reward.
     :param ignore_terminations: go on after a success until the time limit.
     :param renderer: ``auto``, ``software``, ``egl`` or ``osmesa``.
+    :param video_cfg: films of episodes of one environment.
+    :param video_interval: iterations between the episodes that are filmed.
     """
 
     task_suite_name: str = "metaworld_50"
@@ -141,21 +163,24 @@ class TrainEnvSection:
     reward_coef: float = 1.0
     ignore_terminations: bool = False
     renderer: str = "auto"
+    video_cfg: VideoSection = field(default_factory=lambda: VideoSection(save_video=False))
+    video_interval: int = 10
 
 
 @dataclass
 class EvalEnvSection:
-    """The trials before and after training, the same for both.
+    """The trials before, during and after training, always the same.
 
     :param task_suite_name: see :class:`TrainEnvSection`.
     :param tasks: some of the suite's tasks; None for all.
     :param total_num_envs: environments side by side; None for eight a core.
     :param num_workers: processes that run them; None for one a core.
     :param max_episode_steps: environment steps of a trial; 160 is that of RLinf's table.
-    :param trials_per_task: trials; 0 for no evaluation.
+    :param trials_per_task: trials of each task; 0 for no evaluation.
     :param seed: other trials for another seed.
     :param videos_per_task: trials of each task that are filmed.
     :param renderer: ``auto``, ``software``, ``egl`` or ``osmesa``.
+    :param video_cfg: how they are filmed.
     """
 
     task_suite_name: str = "metaworld_50"
@@ -167,6 +192,7 @@ class EvalEnvSection:
     seed: int = 0
     videos_per_task: int = 1
     renderer: str = "auto"
+    video_cfg: VideoSection = field(default_factory=VideoSection)
 
 
 @dataclass

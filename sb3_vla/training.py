@@ -24,12 +24,14 @@ from stable_baselines3.common.utils import get_device
 from sb3_vla.checkpoints import LoadedCheckpoint, load_checkpoint, save_checkpoint
 from sb3_vla.demonstrations import Demonstrations, available_memory
 from sb3_vla.distributed import current_ranks
+from sb3_vla.filming import Filmed, FilmEpisodes, TrainingFilms
 from sb3_vla.grpo import GRPO
 from sb3_vla.holding import HoldAtEnd
 from sb3_vla.loggers import LoggerOptions, Loggers
 from sb3_vla.memory import MemoryPlan, plan_memory
 from sb3_vla.models import VLAModel
 from sb3_vla.models.lora import prepare_training
+from sb3_vla.periodic import EvaluatePeriodically, PeriodicEvaluation
 from sb3_vla.ppo import PPO
 from sb3_vla.resume import load_algorithm, save_algorithm
 from sb3_vla.run import RunDirectory
@@ -41,6 +43,8 @@ from sb3_vla.vec_env import SharedMemoryVecEnv
 if TYPE_CHECKING:
     from sb3_vla.cluster.seat import Seat
 
+# Options of environments that say what a policy sees.
+_SEEN = ("image_size", "camera", "crop", "privileged_state", "elapsed_time")
 # Of progress where it is not drawn as a bar.
 _SECONDS_BETWEEN_LINES = 30.0
 
@@ -245,6 +249,8 @@ def train(
     model_kwargs: Mapping[str, Any] | None = None,
     optimizer_kwargs: Mapping[str, Any] | None = None,
     loggers: LoggerOptions | None = None,
+    evaluation: PeriodicEvaluation | None = None,
+    films: TrainingFilms | None = None,
     seat: Seat | None = None,
 ) -> None:
     """Improve a checkpoint by PPO or GRPO in MetaWorld; under ``torchrun`` on all ranks, which share the environments.
@@ -267,6 +273,9 @@ def train(
     :param model_kwargs: what a published checkpoint does not say, see :func:`sb3_vla.checkpoints.load_checkpoint`.
     :param optimizer_kwargs: options of AdamW; None for Adam with betas (0.9, 0.95).
     :param loggers: None for TensorBoard alone, under the run's ``tensorboard/``.
+    :param evaluation: measures the policy now and then, and keeps the best as a checkpoint in the run's
+        ``checkpoints/STAGE/best``; what is learned stays the same. None for no evaluation.
+    :param films: films episodes of the first environment; what is learned stays the same. None for no films.
     :param seat: where environments and copies of the policy run, by :func:`sb3_vla.cluster.launch.train_on_cluster`;
         None for this machine. The result is the same.
     :raises Stopped: after a signal.
@@ -289,10 +298,16 @@ def train(
         plan = plan_training(start.model, config, action_chunk=options["action_chunk"], ranks=ranks.count)
         plan.check(free, available_memory())
     own = ranks.share(config.num_envs, "num_envs")
+    makers = [make] * len(own)
+    if films is not None and ranks.leads:
+        films.prepare()
+        makers[0] = functools.partial(_filmed, makers[0], films)
+    if evaluation is not None and evaluation.videos is not None and ranks.leads:
+        evaluation.videos.prepare()
     if seat is None:
-        env = SharedMemoryVecEnv([make] * len(own), num_workers=config.num_workers)
+        env = SharedMemoryVecEnv(makers, num_workers=config.num_workers)
     else:
-        env = seat.envs([make] * len(own), config.num_workers)
+        env = seat.envs(makers, config.num_workers)
     try:
         model = config.algorithm(
             "VLAPolicy", env, rehearsal=rehearsal, policy_kwargs=policy_kwargs, **config.arguments()
@@ -301,6 +316,7 @@ def train(
             model.replicas = seat.replicas(model.policy)
         if config.kl_coef > 0:  # also after an interrupt it is the policy at the start
             model.anchor()
+        save = functools.partial(_save_policy, model, config, start.notes, tasks)
         logger = Logger(str(run.path), [])
         model.set_logger(logger)
         env.seed(1000 * (config.seed + 1) + own.start)
@@ -322,20 +338,44 @@ def train(
                     callbacks += opened.callbacks
                     seconds = _seconds_so_far(run, stage)
                     logger.output_formats += [*opened.writers, _RunMetrics(run, stage, seconds, model)]
+                    if films is not None:
+                        callbacks.append(FilmEpisodes(films))
+                if evaluation is not None:  # behind the checkpoint, from which a training goes on to the same
+                    best = run.path / "checkpoints" / stage / "best"
+                    seen = {name: options[name] for name in _SEEN if name in options}
+                    callbacks.append(
+                        EvaluatePeriodically(evaluation, seen, best, save, resumed=resume, say=callback.say)
+                    )
                 model.learn(remaining, callbacks, reset_num_timesteps=False)
                 callback.save()
     finally:
         env.close()
         if seat is not None:
             seat.leave()
-    practice = {"decisions": model.num_timesteps, "env_steps": model.env_steps, "tasks": tasks}
-    notes = {**start.notes, type(model).__name__.lower(): practice}
+    save(Path(output), {})
+
+
+def _save_policy(
+    algorithm: PPO,
+    config: PPOConfig | GRPOConfig,
+    notes: Mapping[str, Any],
+    tasks: list[str] | None,
+    folder: Path,
+    further: Mapping[str, Any],
+) -> None:
+    """Write a policy as a checkpoint; all ranks must call it.
+
+    :param notes: of the checkpoint at the start.
+    :param further: notes besides these and what was practised.
+    """
+    practice = {"decisions": algorithm.num_timesteps, "env_steps": algorithm.env_steps, "tasks": tasks}
+    notes = {**notes, type(algorithm).__name__.lower(): practice, **further}
     distribution = (config.distribution, config.distribution_kwargs)
-    policy = model.policy
+    policy = algorithm.policy
     critic = None if isinstance(config, GRPOConfig) else policy.value_head  # GRPO leaves it behind the actor
     with whole_weights(policy):
-        if ranks.leads:
-            save_checkpoint(output, policy.model, critic, notes, distribution, policy.distribution)
+        if algorithm.ranks.leads:
+            save_checkpoint(folder, policy.model, critic, notes, distribution, policy.distribution)
 
 
 def plan_training(
@@ -402,6 +442,12 @@ def _env_options(
             raise ValueError(f"MT1 practises one task, got tasks={tasks}; give one, or another suite")
         options.update(task=tasks[0], tasks=None)
     return options
+
+
+def _filmed(make: Callable[[], gym.Env], films: TrainingFilms) -> gym.Env:
+    env = make()
+    # GRPO's, which stands still after an episode, stays outermost: what stands still is no episode.
+    return HoldAtEnd(Filmed(env.env, films)) if isinstance(env, HoldAtEnd) else Filmed(env, films)
 
 
 def _holding(make: Callable[[], gym.Env]) -> gym.Env:
@@ -530,7 +576,12 @@ class _Progress(BaseCallback):
         new = done - self.done_before
         left = f"  {timedelta(seconds=round((total - done) * (moment - self.started) / new))} left" if new else ""
         line = f"{type(self.algorithm).__name__} {done}/{total}  {now}{left}"
-        self.bar.console.print(line, highlight=False, soft_wrap=True)
+        self.say(line)
+
+    def say(self, line: str) -> None:
+        """Print a line above the bar."""
+        if not self.bar.disable:
+            self.bar.console.print(line, highlight=False, soft_wrap=True)
 
     def save(self) -> None:
         """Checkpoint everything that a training needs to go on."""

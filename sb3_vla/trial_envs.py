@@ -7,7 +7,6 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
@@ -16,9 +15,9 @@ import numpy.typing as npt
 from gymnasium import spaces
 
 from mw_envs import Trial
+from sb3_vla.filming import EpisodeFilm, FilmOptions
 from sb3_vla.results import Protocol
 from sb3_vla.vec_env import SharedMemoryVecEnv, available_cores
-from sb3_vla.videos import Mp4Writer, annotate, enlarge
 
 Observation = dict[str, npt.NDArray[Any]]
 Actions = npt.NDArray[np.float32]
@@ -30,31 +29,14 @@ _ENVS_PER_WORKER = 8
 
 
 @dataclass(frozen=True)
-class VideoOptions:
+class VideoOptions(FilmOptions):
     """
-    Which episodes are filmed. Every environment step is a frame of the full view, whatever the policy sees.
+    Which episodes are filmed, and how.
 
-    :param directory: folder of the files ``<task>_seed<seed>_goal<goal>_<success or failure>.mp4``
     :param per_task: number of trials filmed, the first of each task
-    :param fps: frames per second; 80 is real time
     """
 
-    directory: str | Path
     per_task: int = 1
-    fps: float = 40
-
-
-def captions(instruction: str, trial: Trial, step: int, horizon: int, success: bool) -> list[str]:
-    """Lines below a frame of an evaluation's video.
-
-    What changes from frame to frame has a line of its own, which is short enough never to be broken: the frames of a
-    video must have one height.
-    """
-    return [
-        instruction,
-        f"{trial.task}, goal {trial.goal}",
-        f"step {step} of {horizon}{' · success' if success else ''}",
-    ]
 
 
 class TrialQueue(gym.Wrapper[Observation, Actions, Observation, Actions]):
@@ -74,7 +56,7 @@ class TrialQueue(gym.Wrapper[Observation, Actions, Observation, Actions]):
         self._assigned: tuple[Trial, VideoOptions | None] | None = None
         self._trial = Trial("", 0, 0)
         self._running = False
-        self._video: Mp4Writer | None = None
+        self._video: EpisodeFilm | None = None
         assert isinstance(env.observation_space, spaces.Dict)
         self._observation: Observation = {
             key: np.zeros(space.shape or (), space.dtype) for key, space in env.observation_space.items()
@@ -102,9 +84,7 @@ class TrialQueue(gym.Wrapper[Observation, Actions, Observation, Actions]):
             self.unwrapped.record_frames = video is not None  # type: ignore[attr-defined]
             self._observation, info = self.env.reset(options=self._trial._asdict())
             if video is not None:
-                name = f"{self._trial.task}_seed{self._trial.seed}_goal{self._trial.goal:02d}.mp4"
-                self._video = Mp4Writer(Path(video.directory) / name, video.fps)
-                self._film(self._video, info)
+                self._video = EpisodeFilm(video, info, self.settings["protocol"].horizon)
         return self._observation, info
 
     def step(self, action: Actions) -> tuple[Observation, Any, bool, bool, dict[str, Any]]:
@@ -114,36 +94,16 @@ class TrialQueue(gym.Wrapper[Observation, Actions, Observation, Actions]):
         with self._trial_in_errors():
             self._observation, reward, terminated, truncated, info = self.env.step(action)
             if self._video is not None:
-                self._film(self._video, info)
+                self._video.add(info)
                 if terminated or truncated:
-                    self._finish(self._video, info["success_once"])
+                    self._video.finish()
+                    self._video = None
         return self._observation, reward, terminated, truncated, info
 
     def close(self) -> None:
         """Give up a film that is not finished, and close the environment."""
         self._discard_video()
         super().close()
-
-    def _film(self, video: Mp4Writer, info: dict[str, Any]) -> None:
-        frames = info.pop("frames")  # they stay in the worker
-        for number, frame in enumerate(frames, start=1):
-            # The environment tells of success at the end of a chunk, which is the very step where success ends it.
-            success = info["success_once"] and number == len(frames)
-            step = info["elapsed_steps"] - len(frames) + number
-            lines = captions(info["instruction"], self._trial, step, self.settings["protocol"].horizon, success)
-            self._last_frame = annotate(enlarge(frame), lines, success)
-            video.append(self._last_frame)
-
-    def _finish(self, video: Mp4Writer, success: bool) -> None:
-        for _ in range(round(0.75 * float(video.fps))):  # the outcome stays readable
-            video.append(self._last_frame)
-        stem = video.path.stem
-        names = {outcome: video.path.with_name(f"{stem}_{outcome}.mp4") for outcome in ("success", "failure")}
-        video.path = names.pop("success" if success else "failure")
-        video.close()
-        self._video = None
-        for other in names.values():  # an earlier evaluation into this folder may have ended the other way
-            other.unlink(missing_ok=True)
 
     def _discard_video(self) -> None:
         if self._video is not None:

@@ -500,6 +500,7 @@ def test_recorded_frames(fakes: Fakes) -> None:
     _, _, _, _, info = env.step(still(env))
     assert info["frames"][:, 0, 0, 0].tolist() == [6, 7]
     assert info["frames"].shape == (2, 480, 480, 3)
+    assert info["frame_rewards"] == [0.0, 1.0]  # success is at the seventh step
 
 
 @pytest.mark.parametrize("chunk", [4, 5])

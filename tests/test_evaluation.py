@@ -44,7 +44,7 @@ from sb3_vla.evaluation import (
     trials_for,
 )
 from sb3_vla.figures import before_after_bars, learning_curve
-from sb3_vla.trial_envs import captions
+from sb3_vla.filming import captions
 from sb3_vla.videos import annotate
 
 EASY = ["coffee-button-v3", "door-unlock-v3"]
@@ -550,7 +550,7 @@ def test_frames_of_a_video_have_one_height_whatever_the_step() -> None:
     for task in TASKS.values():
         trial = Trial(task.name, 0, 49)
         shapes = {
-            annotate(frame, captions(task.instruction, trial, step, 500, success), success).shape
-            for step, success in ((1, False), (99, False), (500, True))
+            annotate(frame, captions(task.instruction, trial, step, 500, reward, success), success).shape
+            for step, reward, success in ((1, 0.0, False), (99, -5.0, False), (500, 1000.0, True))
         }
         assert len(shapes) == 1, task
