@@ -43,8 +43,6 @@ from sb3_vla.vec_env import SharedMemoryVecEnv
 if TYPE_CHECKING:
     from sb3_vla.cluster.seat import Seat
 
-# Options of environments that say what a policy sees.
-_SEEN = ("image_size", "camera", "crop", "privileged_state", "elapsed_time")
 # Of progress where it is not drawn as a bar.
 _SECONDS_BETWEEN_LINES = 30.0
 
@@ -299,11 +297,8 @@ def train(
         plan.check(free, available_memory())
     own = ranks.share(config.num_envs, "num_envs")
     makers = [make] * len(own)
-    if films is not None and ranks.leads:
-        films.prepare()
-        makers[0] = functools.partial(_filmed, makers[0], films)
-    if evaluation is not None and evaluation.videos is not None and ranks.leads:
-        evaluation.videos.prepare()
+    if ranks.leads:
+        makers = _with_films(makers, films, evaluation)
     if seat is None:
         env = SharedMemoryVecEnv(makers, num_workers=config.num_workers)
     else:
@@ -338,11 +333,9 @@ def train(
                     callbacks += opened.callbacks
                     seconds = _seconds_so_far(run, stage)
                     logger.output_formats += [*opened.writers, _RunMetrics(run, stage, seconds, model)]
-                    if films is not None:
-                        callbacks.append(FilmEpisodes(films))
+                    callbacks += [] if films is None else [FilmEpisodes(films)]
                 if evaluation is not None:  # behind the checkpoint, from which a training goes on to the same
-                    best = run.path / "checkpoints" / stage / "best"
-                    seen = {name: options[name] for name in _SEEN if name in options}
+                    seen, best = _seen(options), run.path / "checkpoints" / stage / "best"
                     callbacks.append(
                         EvaluatePeriodically(evaluation, seen, best, save, resumed=resume, say=callback.say)
                     )
@@ -442,6 +435,24 @@ def _env_options(
             raise ValueError(f"MT1 practises one task, got tasks={tasks}; give one, or another suite")
         options.update(task=tasks[0], tasks=None)
     return options
+
+
+def _seen(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the options of environments those that say what a policy sees."""
+    names = ("image_size", "camera", "crop", "privileged_state", "elapsed_time")
+    return {name: options[name] for name in names if name in options}
+
+
+def _with_films(
+    makers: list[Callable[[], gym.Env]], films: TrainingFilms | None, evaluation: PeriodicEvaluation | None
+) -> list[Callable[[], gym.Env]]:
+    """Of a training's environments the first is one that can be filmed; folders of films are made."""
+    if evaluation is not None and evaluation.videos is not None:
+        evaluation.videos.prepare()
+    if films is None:
+        return makers
+    films.prepare()
+    return [functools.partial(_filmed, makers[0], films), *makers[1:]]
 
 
 def _filmed(make: Callable[[], gym.Env], films: TrainingFilms) -> gym.Env:

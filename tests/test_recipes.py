@@ -19,17 +19,19 @@ from sb3_vla.plan import Plan, make_plan
 from sb3_vla.recipes import RECIPES, Recipe, find_recipe, given_keys, load_recipe, recipe_names, summary
 
 NAMES = recipe_names()
+FILMS = ["env.train.video_cfg.save_video=true"]
 #: what a user has set up, so that as many keys as possible mean something
 CONTEXTS = {
-    "ppo": ("metaworld_50_ppo_compact", ["env.train.use_rel_reward=true"]),
-    "grpo": ("metaworld_50_grpo_compact", ["algorithm.filter_rewards=true", "env.train.use_rel_reward=true"]),
+    "ppo": ("metaworld_50_ppo_compact", ["env.train.use_rel_reward=true", *FILMS]),
+    "grpo": ("metaworld_50_grpo_compact", ["algorithm.filter_rewards=true", "env.train.use_rel_reward=true", *FILMS]),
     "sft": ("metaworld_50_sft_compact", []),
     "sft of a checkpoint": ("metaworld_50_sft_openpi", ["actor.model.model_path=somewhere", "data.path=data"]),
-    "ppo of a checkpoint": ("metaworld_50_ppo_openpi", ["actor.model.model_path=somewhere"]),
+    "ppo of a checkpoint": ("metaworld_50_ppo_openpi", ["actor.model.model_path=somewhere", *FILMS]),
 }
 #: another value where none follows from the type, or not every one is allowed
 OTHERS: dict[str, Any] = {
     "runner.logger.logger_backends": ["csv"],
+    "runner.val_check_interval": 2,
     "rollout.pipeline_stage_num": 2,
     "algorithm.group_size": 4,
     "env.train.task_suite_name": "metaworld_45_ind",
@@ -129,6 +131,9 @@ def expected_keys(context: str) -> set[str]:
         "actor.sharding",
         "runner.max_epochs",
         "runner.save_interval",
+        "runner.val_check_interval",
+        "env.train.video_interval",
+        *(key for key in keys if key.startswith("env.train.video_cfg.")),
         "env.train.total_num_envs",
         "env.train.reward_coef",
     }
@@ -262,6 +267,10 @@ def test_the_list_names_every_recipe(capsys: pytest.CaptureFixture[str]) -> None
         (["metaworld_50_grpo_openpi", "env.train.dense_reward=true"], "bounds a reward of success"),
         (["metaworld_50_ppo_compact", "--config", "x.yaml"], "give one of the two"),
         (["metaworld_50_ppo_compact", "runner.logger.logger_backends=[tensorbord]"], "did you mean 'tensorboard'"),
+        (["metaworld_50_ppo_compact", "runner.val_check_interval=0"], "expected at least 1, or -1"),
+        (["metaworld_50_ppo_compact", "runner.val_check_interval=5", "env.eval.trials_per_task=0"], "has no trials"),
+        (["metaworld_50_ppo_compact", "env.train.video_cfg.max_mb=0"], "video_cfg.max_mb=0.0; expected more than 0"),
+        (["metaworld_50_ppo_compact", "env.train.video_interval=0"], "video_interval=0; expected at least 1"),
         (["--dry-run"], "--dry-run is for a recipe"),
     ],
 )
