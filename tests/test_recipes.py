@@ -19,19 +19,20 @@ from sb3_vla.plan import Plan, make_plan
 from sb3_vla.recipes import RECIPES, Recipe, find_recipe, given_keys, load_recipe, recipe_names, summary
 
 NAMES = recipe_names()
-FILMS = ["env.train.video_cfg.save_video=true"]
+WANTED = ["env.train.video_cfg.save_video=true", 'cluster.component_placement={"actor,env,rollout": all}']
 #: what a user has set up, so that as many keys as possible mean something
 CONTEXTS = {
-    "ppo": ("metaworld_50_ppo_compact", ["env.train.use_rel_reward=true", *FILMS]),
-    "grpo": ("metaworld_50_grpo_compact", ["algorithm.filter_rewards=true", "env.train.use_rel_reward=true", *FILMS]),
+    "ppo": ("metaworld_50_ppo_compact", ["env.train.use_rel_reward=true", *WANTED]),
+    "grpo": ("metaworld_50_grpo_compact", ["algorithm.filter_rewards=true", "env.train.use_rel_reward=true", *WANTED]),
     "sft": ("metaworld_50_sft_compact", []),
     "sft of a checkpoint": ("metaworld_50_sft_openpi", ["actor.model.model_path=somewhere", "data.path=data"]),
-    "ppo of a checkpoint": ("metaworld_50_ppo_openpi", ["actor.model.model_path=somewhere", *FILMS]),
+    "ppo of a checkpoint": ("metaworld_50_ppo_openpi", ["actor.model.model_path=somewhere", *WANTED]),
 }
 #: another value where none follows from the type, or not every one is allowed
 OTHERS: dict[str, Any] = {
     "runner.logger.logger_backends": ["csv"],
     "runner.val_check_interval": 2,
+    "cluster.component_placement": {"actor,env,rollout": "0"},
     "rollout.pipeline_stage_num": 2,
     "algorithm.group_size": 4,
     "env.train.task_suite_name": "metaworld_45_ind",
@@ -133,7 +134,7 @@ def expected_keys(context: str) -> set[str]:
         "runner.save_interval",
         "runner.val_check_interval",
         "env.train.video_interval",
-        *(key for key in keys if key.startswith("env.train.video_cfg.")),
+        *(key for key in keys if key.startswith(("env.train.video_cfg.", "cluster."))),
         "env.train.total_num_envs",
         "env.train.reward_coef",
     }
