@@ -15,7 +15,15 @@ from sb3_vla.filming import TrainingFilms
 from sb3_vla.loggers import LoggerOptions
 from sb3_vla.models import MODELS
 from sb3_vla.periodic import PeriodicEvaluation
-from sb3_vla.recipes import EvalEnvSection, LoggerSection, Recipe, SFTSection, TrainEnvSection, VideoSection
+from sb3_vla.recipes import (
+    ClusterSection,
+    EvalEnvSection,
+    LoggerSection,
+    Recipe,
+    SFTSection,
+    TrainEnvSection,
+    VideoSection,
+)
 from sb3_vla.results import PROTOCOLS, TRIAL_SEED, Protocol
 from sb3_vla.sft import SFTConfig
 from sb3_vla.training import GRPOConfig, PPOConfig
@@ -144,7 +152,7 @@ def _resolve(recipe: Recipe) -> Plan:
         config=_algorithm(recipe) if trains else None,
         train=_train(recipe, suite, split) if trains else {},
         loggers=_loggers(recipe.runner.logger) if trains else None,
-        cluster=recipe.cluster.options() if trains else None,
+        cluster=ClusterSection.options(recipe.cluster) if trains else None,  # notes which keys it reads
         action_chunk=model.num_action_chunks,
         evaluate=evaluate,
         videos=videos,
