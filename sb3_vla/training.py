@@ -296,7 +296,7 @@ def train(
         plan = plan_training(start.model, config, action_chunk=options["action_chunk"], ranks=ranks.count)
         plan.check(free, available_memory())
     own = ranks.share(config.num_envs, "num_envs")
-    makers = [make] * len(own)
+    makers: list[Callable[[], gym.Env]] = [make] * len(own)
     if ranks.leads:
         makers = _with_films(makers, films, evaluation)
     if seat is None:

@@ -93,10 +93,16 @@ def moved(before: Path, after: Path) -> set[str]:
 def test_compact_from_nothing(algorithm: str, environment: dict[str, str], tmp_path: Path) -> None:
     name = f"metaworld_50_{algorithm}_compact"
     settings = [*EVERY, *LEARNING, *IMITATION, *COMPACT, *(GRPO if algorithm == "grpo" else [])]
+    settings += ["runner.val_check_interval=1", "env.train.video_cfg.save_video=true", "env.train.video_interval=1"]
     done = shell(environment, tmp_path, name, *settings)
     assert done.returncode == 0, done.stdout + done.stderr
     run = tmp_path / "runs" / name
     assert_complete(run, algorithm)
+    filmed = {film.parent.name for film in (run / "videos").rglob("*.mp4")}
+    assert filmed == {"before", "train", "during", "after"}
+    assert load_checkpoint(run / "checkpoints" / algorithm / "best").notes["evaluation"]["updates"] in (1, 2)
+    events = EventAccumulator(str(run / "tensorboard" / algorithm)).Reload()
+    assert len(events.Scalars("eval/success_once")) == len(events.Scalars("time/eval")) == 2
     assert EvaluationResult.from_json(run / "evaluation_before.json")
     weights = (run / algorithm / "model.safetensors").read_bytes()
     again = shell(environment, tmp_path, name, *settings)
