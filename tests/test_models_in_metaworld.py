@@ -119,7 +119,7 @@ def test_from_demonstrations_to_a_table(demonstrations: Demonstrations, tmp_path
         trained = algorithm.policy.model
         assert same_tensors(trained.state_dict(), state)  # all that the stage before it left, through its own layout
         moved = changed_by_an_update(algorithm, DECISIONS)
-        assert algorithm.env_steps == 2 * DECISIONS * CHUNK
+        assert algorithm.env_steps == DECISIONS * CHUNK
         frozen = {id(value) for value in trained.backbone()} if way.trainable == "expert" else set()
         held = {key for key, value in trained.named_parameters() if id(value) in frozen}
         assert moved and not moved & held

@@ -400,11 +400,12 @@ LAYER = "base_model.model.gpt_neox.layers.0.attention.dense"
         (
             lambda f: edit_tensors(f / "adapter_model.safetensors", {f"{LAYER}.lora_B.weight": torch.zeros(7, 3)}),
             ValueError,
-            r"adapter of gpt_neox.layers.0.attention.dense.weight is \(7, 32\), expected \(32, 32\)",
+            r"adapter of gpt_neox.layers.0.attention.dense.weight is \(7, 64\), expected \(64, 64\)",
         ),
         (
             lambda f: edit_tensors(
-                f / "adapter_model.safetensors", {"base_model.model.x.lora_A.weight": torch.ones(3, 2)}
+                f / "adapter_model.safetensors",
+                {f"base_model.model.x.lora_{part}.weight": torch.ones(3, 3) for part in "AB"},
             ),
             ValueError,
             "adapter of x.weight",

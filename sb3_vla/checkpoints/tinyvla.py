@@ -40,6 +40,8 @@ _NAMES = {
     "state_mean": "qpos_mean",
     "state_std": "qpos_std",
 }
+# Theirs normalise no state by them, so that their files have none.
+_OPTIONAL = {"state_min": "qpos_min", "state_max": "qpos_max"}
 # Constants that transformers used to store.
 _CONSTANTS = re.compile(r"\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)$|\.embeddings\.position_ids$")
 _LANGUAGE = (
@@ -137,7 +139,7 @@ def save_tinyvla(folder: str | Path, model: TinyVLA) -> None:
         for key, value in merged_state(model).items()
         if not key.startswith(("action_", "state_"))
     }
-    statistics = {theirs: getattr(model, ours).cpu().numpy() for ours, theirs in _NAMES.items()}
+    statistics = {theirs: getattr(model, ours).cpu().numpy() for ours, theirs in (_NAMES | _OPTIONAL).items()}
     statistics["example_qpos"] = np.zeros((1, given["state_dim"]), np.float32)
     with whole_folder(Path(folder)) as partial:
         write_json(partial / "config.json", config)
@@ -256,7 +258,8 @@ def _read_statistics(folder: Path) -> dict[str, Tensor]:
         )
     try:
         found = _ArraysOnly(io.BytesIO(path.read_bytes())).load()
-        return {ours: torch.from_numpy(np.asarray(found[theirs], np.float32)) for ours, theirs in _NAMES.items()}
+        names = _NAMES | {ours: theirs for ours, theirs in _OPTIONAL.items() if theirs in found}
+        return {ours: torch.from_numpy(np.asarray(found[theirs], np.float32)) for ours, theirs in names.items()}
     except (pickle.UnpicklingError, EOFError, KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise ValueError(
             f"{path} is no file of statistics; expected a dictionary of arrays, {', '.join(_NAMES.values())}: {error!r}"
