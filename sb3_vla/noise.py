@@ -33,7 +33,7 @@ def part_of_batch(rows: npt.ArrayLike, total: int) -> Iterator[None]:
     :param rows: their places in it, in the order of the samples here.
     :param total: size of the larger batch.
     """
-    token = _part.set(_Part(torch.from_numpy(np.asarray(rows, dtype=np.int64)), total))
+    token = _part.set(_Part(torch.from_numpy(np.array(rows, dtype=np.int64)), total))
     try:
         yield
     finally:

@@ -90,6 +90,8 @@ def load_algorithm(folder: Path, algorithm: PPO) -> None:
     algorithm._last_obs = env.reset()  # type: ignore[assignment]
     algorithm._last_episode_starts = np.array(values["episode_starts"][own], dtype=bool)
     for task, episodes in values["episodes"].items():
+        if any(len(episode) != len(EpisodeRecord._fields) for episode in episodes):
+            raise ValueError(f"{folder} is of an earlier version, which kept less; start the training anew")
         algorithm._episodes[task].extend(EpisodeRecord(*episode) for episode in episodes)
     algorithm.ep_info_buffer = deque(values["episode_infos"], maxlen=algorithm._stats_window_size)
     algorithm.ep_success_buffer = deque(values["successes"], maxlen=algorithm._stats_window_size)

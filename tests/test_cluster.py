@@ -227,7 +227,9 @@ def test_a_dead_node_s_work_is_done_on_the_rest(ray: Any) -> None:
         return env.dropped_episodes, algorithm
 
     dropped, algorithm = on_cluster({"env": "0-1,4-5", "rollout": "6-7", "actor": "0"}, learn)
-    assert dropped == 4 and killer.lost[4] == [4, 5, 6, 7] and not any(killer.lost[5:])
+    # What a process had sent before it died still counts, so its end may show with a later decision.
+    assert not any(killer.lost[:4])
+    assert dropped == 4 and sorted(sum(killer.lost[4:], [])) == [4, 5, 6, 7]
     assert algorithm.num_timesteps == 64 and algorithm.updates == 2
 
 
@@ -254,7 +256,8 @@ def metaworld(tmp_path: Path, name: str, layout: dict[str, str] | None) -> dict[
     config = PPOConfig(
         iterations=2, num_envs=2, decisions=2, horizon=15, batch_size=4, epochs=1, critic_warmup=0, actor_warmup=0
     )
-    save_checkpoint(tmp_path / "start", tiny_model(action_horizon=5))
+    if not (tmp_path / "start").exists():  # the same for all layouts
+        save_checkpoint(tmp_path / "start", tiny_model(action_horizon=5))
     run = RunDirectory(tmp_path / name, config)
     arguments: dict[str, Any] = {
         "checkpoint": tmp_path / "start",

@@ -454,6 +454,15 @@ def test_a_state_of_other_environments_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_state_of_an_earlier_version_is_refused(tmp_path: Path) -> None:
+    message = "is of an earlier version, which kept less; start the training anew"
     (tmp_path / "training_state.json").write_text('{"num_timesteps": 3}')
-    with pytest.raises(ValueError, match="is of an earlier version, which kept less; start the training anew"):
+    with pytest.raises(ValueError, match=message):
+        load_algorithm(tmp_path, toy_ppo())
+    algorithm = toy_ppo()
+    algorithm.learn(16)
+    save_algorithm(tmp_path, algorithm)
+    state = json.loads((tmp_path / "training_state.json").read_text())
+    state["values"]["episodes"] = {"open": [[1.0, 9]]}  # without their rewards
+    (tmp_path / "training_state.json").write_text(json.dumps(state))
+    with pytest.raises(ValueError, match=message):
         load_algorithm(tmp_path, toy_ppo())

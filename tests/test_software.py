@@ -232,6 +232,26 @@ def test_where_no_file_can_be_locked_it_draws_all_the_same(monkeypatch: pytest.M
     assert CompiledOnce(SlowRenderer()).render(*NOWHERE).shape == (1, 1, 3)
 
 
+@pytest.mark.slow
+def test_the_first_process_of_all_draws_what_every_other_draws(tmp_path: Path) -> None:
+    program = """
+import hashlib
+import gymnasium, mw_envs
+from mw_envs.rendering import warming
+
+env = gymnasium.make("mw_envs:MetaWorldMT50-v0")
+for task in ("reach-v3", "hammer-v3"):
+    observation, _ = env.reset(options={"task": task, "goal": 1, "seed": 0})
+    print(hashlib.sha256(observation["image"].tobytes()).hexdigest())
+print(sum(sum(entry.stats.cache_misses.values()) for entry in warming._ENTRIES))
+"""
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", program]
+    first, second = (subprocess.check_output(command, env=environment, text=True).split() for _ in range(2))
+    assert first == second
+    assert first[-1] == "0"  # compiled by a process of its own, with the types that MetaWorld's scenes have
+
+
 # --- Scenes that MetaWorld does not have ------------------------------------------------------------------------------
 
 

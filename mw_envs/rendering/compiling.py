@@ -6,7 +6,7 @@ import os
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,10 +28,12 @@ class CompiledOnce:
     and read it. Where that takes long, the one that compiles says so on the standard error.
 
     :param renderer: the renderer that compiles when it draws.
+    :param prepare: called before that picture.
     """
 
-    def __init__(self, renderer: Renderer) -> None:
+    def __init__(self, renderer: Renderer, prepare: Callable[[], None] = lambda: None) -> None:
         self._renderer = renderer
+        self._prepare = prepare
         self._compiled = False
 
     def render(self, model: Any, data: Any, view: View, scene: Scene) -> npt.NDArray[np.uint8]:
@@ -43,6 +45,7 @@ class CompiledOnce:
             timer.daemon = True
             timer.start()
             try:
+                self._prepare()
                 picture = self._renderer.render(model, data, view, scene)
             finally:
                 timer.cancel()

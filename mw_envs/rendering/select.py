@@ -44,8 +44,9 @@ def _create(kind: str) -> Renderer:
     if kind == "software":
         from mw_envs.rendering.compiling import CompiledOnce
         from mw_envs.rendering.software import SoftwareRenderer
+        from mw_envs.rendering.warming import compile_apart
 
-        return CompiledOnce(SoftwareRenderer())
+        return CompiledOnce(SoftwareRenderer(), compile_apart)
     from mw_envs.rendering.opengl import OpenGLRenderer
 
     return OpenGLRenderer(kind)
