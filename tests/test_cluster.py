@@ -229,7 +229,7 @@ def test_a_dead_node_s_work_is_done_on_the_rest(ray: Any) -> None:
     dropped, algorithm = on_cluster({"env": "0-1,4-5", "rollout": "6-7", "actor": "0"}, learn)
     # What a process had sent before it died still counts, so its end may show with a later decision.
     assert not any(killer.lost[:4])
-    assert dropped == 4 and sorted(sum(killer.lost[4:], [])) == [4, 5, 6, 7]
+    assert dropped == 4 and sorted(i for lost in killer.lost[4:] for i in lost) == [4, 5, 6, 7]
     assert algorithm.num_timesteps == 64 and algorithm.updates == 2
 
 
