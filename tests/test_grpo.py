@@ -16,7 +16,7 @@ import torch
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 from torch import Tensor
-from toy import EVERY_DISTRIBUTION, TARGETS, TINY, ToyEnv, stir, toy_demonstrations, toy_model_kwargs, toy_vec
+from toy import EVERY_DISTRIBUTION, TINY, ToyEnv, mean_reward, stir, toy_demonstrations, toy_model_kwargs, toy_vec
 
 from sb3_vla import GRPO, HoldAtEnd, SharedMemoryVecEnv
 from sb3_vla.buffers import DecisionBatch
@@ -602,17 +602,6 @@ def test_episodes_that_do_not_end(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # --- Learning ---------------------------------------------------------------------------------------------------------
-
-
-def mean_reward(algorithm: GRPO) -> float:
-    """Of deterministic actions, over both instructions."""
-    env = toy_vec(32)
-    env.seed(123)
-    observation = env.reset()
-    assert isinstance(observation, dict)
-    actions, _ = algorithm.predict(observation, deterministic=True)
-    targets = [TARGETS[toy.which] for toy in env.envs]  # type: ignore[attr-defined]
-    return -float(np.abs(actions - np.array(targets)[:, None, None]).mean())
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import stable_baselines3
 import torch
 from stable_baselines3.common.callbacks import BaseCallback
 from torch import Tensor
-from toy import TARGETS, TINY, stir, toy_demonstrations, toy_ppo, toy_vec, whole_minibatch
+from toy import TINY, mean_reward, stir, toy_demonstrations, toy_ppo, toy_vec, whole_minibatch
 
 from sb3_vla import PPO
 from sb3_vla.buffers import ChunkRolloutBuffer, DecisionBatch
@@ -753,17 +753,6 @@ def test_metric_names() -> None:
 
 
 # --- Learning ---------------------------------------------------------------------------------------------------------
-
-
-def mean_reward(algorithm: PPO) -> float:
-    """Of deterministic actions, over both instructions."""
-    env = toy_vec(32)
-    env.seed(123)
-    observation = env.reset()
-    assert isinstance(observation, dict)
-    actions, _ = algorithm.predict(observation, deterministic=True)
-    targets = [TARGETS[toy.which] for toy in env.envs]  # type: ignore[attr-defined]
-    return -float(np.abs(actions - np.array(targets)[:, None, None]).mean())
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -24,7 +23,14 @@ from published import (
 )
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from toy import toy_demonstrations, toy_observation, toy_ppo, toy_vec
+from toy import (
+    assert_learns_what_the_instruction_means,
+    probability_of,
+    toy_demonstrations,
+    toy_observation,
+    toy_ppo,
+    toy_vec,
+)
 
 from sb3_vla import PPO
 from sb3_vla.checkpoints import load_checkpoint, save_checkpoint
@@ -34,7 +40,6 @@ from sb3_vla.distributions.base import integrate
 from sb3_vla.models import SmolVLA
 from sb3_vla.models.base import PERCEPTION
 from sb3_vla.models.smolvla import expert_ffn
-from sb3_vla.policies import load_policy
 from sb3_vla.sft import SFTConfig, sft
 
 TENSORS, RECORDS = recorded("smolvla")
@@ -511,58 +516,17 @@ def test_imitates_then_learns_by_ppo_and_comes_back_from_lerobots_layout(tmp_pat
     assert same_tensors(load_checkpoint(tmp_path / "trained").model.state_dict(), trained.state_dict())
 
 
-def test_the_ratio_is_one_before_the_first_update() -> None:
+@pytest.mark.parametrize("trainable", ["expert", "all"])
+def test_the_same_decisions_have_the_same_probability(trainable: str) -> None:
+    """So that ratios are one before the first step."""
     algorithm = toy_ppo(
-        toy_vec(2), model="smolvla", model_kwargs=TINY, distribution="flow_sde", trainable="expert", stirred=False
+        toy_vec(2), model="smolvla", model_kwargs=TINY, distribution="flow_sde", trainable=trainable, stirred=False
     )
-    policy = algorithm.policy
-    prepared = policy.prepare(toy_observation(4))
-    _, _, trace = policy.decide(prepared)
-    executed = torch.full((4,), 2)
-    with torch.no_grad():
-        first, second = (policy.evaluate(prepared, trace, executed).log_prob for _ in range(2))
-    assert torch.equal(first, second) and torch.isfinite(first).all()
+    probability, rows = probability_of(algorithm.policy, toy_observation(4)), torch.arange(4)
+    first = probability(rows)
+    assert torch.equal(probability(rows), first) and torch.isfinite(first).all()
 
 
 def test_ppo_learns_what_the_instruction_means() -> None:
-    """A reward that only the instruction explains; ignoring it gives -0.5 at best."""
-    from test_ppo import mean_reward
-
-    algorithm = toy_ppo(
-        toy_vec(16),
-        model="smolvla",
-        model_kwargs={**TINY, "latent_dim": 2},
-        distribution="flow_sde",
-        n_steps=4,
-        batch_size=32,
-        n_epochs=4,
-        learning_rate=1e-3,
-        stirred=False,
-    )
-    assert mean_reward(algorithm) < -0.45
-    algorithm.learn(16 * 64)
-    assert mean_reward(algorithm) > -0.3
-
-
-def test_trains_and_acts_in_metaworld(tmp_path: Path) -> None:
-    env = gym.make("mw_envs:MetaWorldMT1-v0", task="reach-v3", image_size=32, action_chunk=5, horizon=10)
-    try:
-        algorithm = PPO(
-            "VLAPolicy",
-            env,
-            n_steps=4,
-            batch_size=4,
-            n_epochs=1,
-            device="cpu",
-            policy_kwargs={"model": "smolvla", "model_kwargs": TINY, "distribution": "flow_sde"},
-        )
-        algorithm.learn(4)
-        assert algorithm.env_steps == 20
-        trained = algorithm.policy.model
-        assert isinstance(trained, SmolVLA)
-        save_smolvla(tmp_path / "trained", trained)
-        seen, _ = env.reset(seed=0, options={"task": "reach-v3", "goal": 7, "seed": 0})
-        action, _ = load_policy(tmp_path / "trained").predict(seen, deterministic=True)
-        assert action.shape == (5, 4) and np.isfinite(action).all()
-    finally:
-        env.close()
+    kwargs = {**TINY, "latent_dim": 2}
+    assert_learns_what_the_instruction_means(toy_vec(16), model="smolvla", model_kwargs=kwargs, distribution="flow_sde")

@@ -21,13 +21,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from published import edit_json, edit_tensors
 from reference_weights import reference_weight
 from safetensors.torch import load_file, save_file
-from toy import stir, toy_demonstrations, toy_observation, toy_ppo, toy_vec
+from torch import nn
+from toy import changed_by_an_update, stir, toy_demonstrations, toy_observation, toy_ppo, toy_vec
 
 from mw_envs import encode_instruction
 from sb3_vla import PPO
-from sb3_vla.checkpoints import load_checkpoint, save_checkpoint, save_tinyvla
+from sb3_vla.checkpoints import checkpoint_digest, load_checkpoint, save_checkpoint, save_tinyvla
 from sb3_vla.checkpoints.tinyvla import _their_name
 from sb3_vla.distributions import make_distribution
 from sb3_vla.models import Context, TinyVLA, make_model
@@ -289,6 +291,142 @@ def test_shards_and_statistics_in_the_parent(published: Path, tmp_path: Path) ->
     assert all(torch.equal(value, found[key]) for key, value in expected.items())
 
 
+ADAPTED = ("query_key_value", "dense", "q_proj", "v_proj")
+
+
+def module_of(weights: dict[str, torch.Tensor]) -> nn.Module:
+    """Modules that have these weights by their names; linear layers where an adapter belongs."""
+    root = nn.Module()
+    for key, value in weights.items():
+        layer, _, leaf = key.rpartition(".")
+        module, matrix = root, weights.get(f"{layer}.weight")
+        for name in layer.split("."):
+            if name not in module._modules:
+                linear = name in ADAPTED and matrix is not None
+                module.add_module(name, nn.Linear(*reversed(matrix.shape)) if linear else nn.Module())
+            module = module.get_submodule(name)
+        module.register_parameter(leaf, nn.Parameter(value.clone()))
+    return root
+
+
+def make_adapter(
+    published: Path, root: Path, tower: str, settings: dict[str, Any], converted: bool
+) -> tuple[Path, dict[str, torch.Tensor]]:
+    """A folder of an adapter as their training writes it, and the weights that peft merges it to.
+
+    :param converted: all weights in a folder, as DeepSpeed's converter leaves them; else in a file those trained in
+        full.
+    """
+    import peft
+
+    base, folder = root / "base", root / "run" / "checkpoint-2"
+    weights = load_file(published.parent / tower / "model.safetensors")
+    base.mkdir()
+    language = {key: value for key, value in weights.items() if not key.startswith("embed_out.")}
+    save_file({**language, "embed_out.weight": torch.ones(258, 32)}, base / "model.safetensors")
+    shutil.copy(DATA / "tokenizer.json", base)
+    folder.mkdir(parents=True)
+    shutil.copy(published.parent / tower / "config.json", folder.parent)
+    shutil.copy(DATA / "dataset_stats.pkl", folder.parent)
+    config = peft.LoraConfig(r=3, lora_alpha=12, target_modules=list(ADAPTED), **settings)
+    adapted = peft.get_peft_model(module_of(weights), config)  # type: ignore[arg-type]
+    generator = torch.Generator().manual_seed(0)
+    in_full, everything = {}, {}
+    for key, value in adapted.named_parameters():
+        if any(part in key for part in ("lora_", "embed_out.", "mm_projector.")):
+            value.data.add_(torch.randn(value.shape, generator=generator), alpha=0.05)
+            if "lora_" not in key:
+                in_full[key] = value.data.clone()
+        everything[key] = value.data.clone()
+    adapted.save_pretrained(folder)
+    edit_json(folder / "adapter_config.json", base_model_name_or_path=str(base))
+    others = folder / "non_lora_trainables.bin"
+    if converted:
+        others.mkdir()
+        torch.save(everything, others / "pytorch_model.bin")
+    else:
+        torch.save(in_full, others)
+    return folder, dict(adapted.merge_and_unload().state_dict())
+
+
+@pytest.mark.parametrize(
+    ("tower", "settings", "converted"), [("clip", {}, False), ("siglip", {"use_rslora": True}, True)]
+)
+def test_a_folder_of_an_adapter(
+    models: dict[str, TinyVLA], published: Path, tmp_path: Path, tower: str, settings: dict[str, Any], converted: bool
+) -> None:
+    folder, expected = make_adapter(published, tmp_path, tower, settings, converted)
+    model = load_checkpoint(folder).model
+    assert isinstance(model, TinyVLA)
+    found = {_their_name(key): value for key, value in weights_of(model).items()}
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, atol=2e-6, rtol=0, msg=key)
+    key = "gpt_neox.layers.1.attention.query_key_value.weight"
+    before = load_file(published.parent / tower / "model.safetensors")[key]
+    assert (found[key] - before).abs().max() > 0.01
+    assert torch.equal(model.action_mean, models[tower].action_mean)
+    digest = checkpoint_digest(folder)
+    name = "adapter_model.safetensors"
+    edit_tensors(folder / name, {key: value + 1 for key, value in load_file(folder / name).items()})
+    assert checkpoint_digest(folder) != digest
+
+
+LAYER = "base_model.model.gpt_neox.layers.0.attention.dense"
+
+
+@pytest.mark.parametrize(
+    ("damage", "kind", "message"),
+    [
+        (
+            lambda f: edit_json(f / "adapter_config.json", base_model_name_or_path="no/such/pythia"),
+            FileNotFoundError,
+            "trained on no/such/pythia.*base_model_name_or_path of .*adapter_config.json",
+        ),
+        (lambda f: edit_json(f / "adapter_config.json", use_dora=True), ValueError, "use_dora=True"),
+        (lambda f: edit_json(f / "adapter_config.json", peft_type="IA3"), ValueError, "peft_type='IA3'"),
+        (lambda f: (f / "non_lora_trainables.bin").unlink(), FileNotFoundError, "no non_lora_trainables.bin"),
+        (lambda f: (f / "adapter_model.safetensors").unlink(), FileNotFoundError, "no adapter_model.safetensors"),
+        (
+            lambda f: torch.save({"x": Trap(f / "sprung")}, f / "non_lora_trainables.bin"),
+            ValueError,
+            "more than tensors",
+        ),
+        (
+            lambda f: edit_tensors(f / "adapter_model.safetensors", {}, drop=f"{LAYER}.lora_B.weight"),
+            ValueError,
+            "layers.0.attention.dense.lora_A.* without its lora_B",
+        ),
+        (
+            lambda f: edit_tensors(f / "adapter_model.safetensors", {f"{LAYER}.lora_B.weight": torch.zeros(7, 3)}),
+            ValueError,
+            r"adapter of gpt_neox.layers.0.attention.dense.weight is \(7, 64\), expected \(64, 64\)",
+        ),
+        (
+            lambda f: edit_tensors(
+                f / "adapter_model.safetensors",
+                {f"base_model.model.x.lora_{part}.weight": torch.ones(3, 3) for part in "AB"},
+            ),
+            ValueError,
+            "adapter of x.weight",
+        ),
+        (
+            lambda f: edit_tensors(f / "adapter_model.safetensors", {"base_model.model.y.weight": torch.ones(1)}),
+            ValueError,
+            "base_model.model.y.weight",
+        ),
+    ],
+)
+def test_an_adapter_that_does_not_fit(
+    published: Path, tmp_path: Path, damage: Callable[[Path], Any], kind: type[Exception], message: str
+) -> None:
+    folder, _ = make_adapter(published, tmp_path, "clip", {}, False)
+    damage(folder)
+    with pytest.raises(kind, match=message):
+        load_checkpoint(folder)
+    assert not (folder / "sprung").exists()
+
+
 class Trap:
     """Makes a folder when it is unpickled."""
 
@@ -333,7 +471,7 @@ def _pop(key: str) -> Callable[[Path], None]:
     [
         (lambda f: (f / "tokenizer.json").unlink(), FileNotFoundError, r"no tokenizer.json \(the tokenizer; the base"),
         (lambda f: (f / "dataset_stats.pkl").unlink(), FileNotFoundError, "no dataset_stats.pkl.*nor has its parent"),
-        (lambda f: (f / "model.safetensors").unlink(), FileNotFoundError, "no model.safetensors.*LoRA"),
+        (lambda f: (f / "model.safetensors").unlink(), FileNotFoundError, "no model.safetensors.*merged weights"),
         (lambda f: (f / "dataset_stats.pkl").write_bytes(b"x"), ValueError, "no file of statistics"),
         (lambda f: (f / "dataset_stats.pkl").write_bytes(pickle.dumps({})), ValueError, "of arrays.*action_mean"),
         (_edit(lambda c: c.pop("model"), "tokenizer.json"), ValueError, "no tokenizer.json"),
@@ -410,18 +548,16 @@ def test_imitates(tmp_path: Path) -> None:
     ],
 )
 def test_ppo(distribution: str, options: dict[str, Any], trainable: str) -> None:
-    """An update changes what is trained; a frozen backbone is cached as one vector a decision."""
+    """An update changes what is trained, from a ratio of one; a frozen backbone is cached as one vector a decision."""
     algorithm = toy_ppo(
-        env=toy_vec(2),
+        env=toy_vec(4),
         model="tinyvla",
         model_kwargs=TINY,
         distribution=distribution,
         distribution_kwargs=options,
         trainable=trainable,
     )
-    before = {key: value.clone() for key, value in algorithm.policy.model.state_dict().items()}
-    algorithm.learn(16)
-    moved = {key for key, value in algorithm.policy.model.state_dict().items() if not torch.equal(value, before[key])}
+    moved = changed_by_an_update(algorithm, 32)
     assert any(key.startswith("unet.") for key in moved) and "combine.weight" in moved
     frozen = trainable == "expert"
     assert any(key.startswith(("gpt_neox.", "vision_tower.", "mm_projector.")) for key in moved) != frozen

@@ -10,6 +10,7 @@ import gymnasium as gym
 import numpy as np
 import torch
 from gymnasium import spaces
+from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.vec_env import DummyVecEnv
 from torch import Tensor, nn
 
@@ -19,6 +20,7 @@ from sb3_vla.buffers import DecisionBuffer, Minibatch
 from sb3_vla.demonstrations import Demonstrations
 from sb3_vla.models import CompactVLA, Context, VLAModel
 from sb3_vla.models.base import PERCEPTION
+from sb3_vla.policies import VLAPolicy
 
 TINY: dict[str, Any] = {"width": 64, "depth": 1, "channels": (8, 8, 16)}
 SENTENCES = ("Go to the left", "Go to the right")
@@ -333,3 +335,65 @@ def toy_demonstrations(episodes: int = 6, length: int = 10, image_size: int = 32
         trials=[None] * episodes,
         camera={"image_size": image_size},
     )
+
+
+def probability_of(policy: VLAPolicy, observation: dict[str, Tensor]) -> Callable[[Tensor], Tensor]:
+    """Log-probabilities of decisions that the policy takes now, by rows, computed again at every call."""
+    prepared = policy.prepare(observation)
+    executed = torch.full((len(observation["image"]),), 2)
+    with torch.no_grad():
+        _, _, trace = policy.decide(prepared)
+
+    @torch.no_grad()
+    def again(rows: Tensor) -> Tensor:
+        parts = ({key: value[rows] for key, value in part.items()} for part in (prepared, trace))
+        return policy.evaluate(*parts, executed[rows]).log_prob
+
+    return again
+
+
+def changed_by_an_update(algorithm: PPO, decisions: int) -> set[str]:
+    """Names of the model's parameters that one update moves, which starts from ratios of exactly one.
+
+    An update of rate zero comes first: its minibatches but the first are evaluated before the update and again in it,
+    and then every ratio is one and nothing moves.
+    """
+    model, rate = algorithm.policy.model, algorithm.lr_schedule
+    assert decisions > algorithm.batch_size  # else nothing is evaluated twice
+    algorithm.lr_schedule = lambda _: 0.0
+    assert not _moved_by(algorithm, decisions, model)
+    shown = algorithm.logger.name_to_value
+    assert shown["train/ratio_max"] == 1.0
+    assert shown["actor/approx_kl"] == 0.0  # of r - 1 - log r, so the smallest ratio is one too
+    algorithm.lr_schedule = rate
+    return _moved_by(algorithm, decisions, model)
+
+
+def _moved_by(algorithm: PPO, decisions: int, model: nn.Module) -> set[str]:
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    algorithm.learn(decisions)
+    return {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+
+
+def mean_reward(algorithm: BaseAlgorithm) -> float:
+    """Of deterministic actions, over both instructions."""
+    env = toy_vec(32)
+    env.seed(123)
+    observation = env.reset()
+    assert isinstance(observation, dict)
+    actions, _ = algorithm.predict(observation, deterministic=True)
+    targets = [TARGETS[toy.which] for toy in env.envs]  # type: ignore[attr-defined]
+    return -float(np.abs(actions - np.array(targets)[:, None, None]).mean())
+
+
+def assert_learns_what_the_instruction_means(env: DummyVecEnv, **options: Any) -> None:
+    """PPO from an untaught model, by a reward that only the instruction explains; ignoring it gives -0.5 at best.
+
+    :param env: 16 environments.
+    :param options: of :func:`toy_ppo`.
+    """
+    settings = {"n_steps": 4, "batch_size": 32, "n_epochs": 4, "learning_rate": 1e-3, "stirred": False}
+    algorithm = toy_ppo(env, **{**settings, **options})
+    assert mean_reward(algorithm) < -0.45
+    algorithm.learn(16 * 64)
+    assert mean_reward(algorithm) > -0.3

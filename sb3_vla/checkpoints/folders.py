@@ -92,7 +92,7 @@ def read_weights(files: Iterable[Path]) -> dict[str, Tensor]:
         if not path.is_file():
             raise FileNotFoundError(f"{path.parent} lacks {path.name}, which its index names")
         try:
-            if path.suffix == ".pt":
+            if path.suffix in (".pt", ".bin"):
                 tensors |= torch.load(path, map_location="cpu", weights_only=True)
             else:
                 tensors |= load_file(path)

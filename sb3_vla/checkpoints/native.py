@@ -23,6 +23,8 @@ from sb3_vla.models.lora import merged_state
 
 # 2: CompactVLA attends to picture and sentence alone.
 FORMAT = "sb3-vla-2"
+#: what tells an adapter's folder
+ADAPTER_CONFIG = "adapter_config.json"
 
 
 @dataclass
@@ -171,7 +173,7 @@ def load_checkpoint(folder: str | Path) -> LoadedCheckpoint:
 def published_reader(folder: Path) -> Callable[[Path], LoadedCheckpoint] | None:
     """Who reads a folder that is not ours, by what its configuration says it is."""
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = json.loads((place_of_configuration(folder) / "config.json").read_text(encoding="utf-8"))
         kind = None if "format" in config else config.get("type", config.get("model_type"))
     except (OSError, ValueError, AttributeError, TypeError):
         return None  # for our own reader to report
@@ -190,6 +192,12 @@ def published_reader(folder: Path) -> Callable[[Path], LoadedCheckpoint] | None:
     return readers.get(kind) if isinstance(kind, str) else None
 
 
+def place_of_configuration(folder: Path) -> Path:
+    """The folder whose ``config.json`` describes the model: for an adapter's folder without one it is the parent."""
+    adapter = (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file()
+    return folder.parent if adapter else folder
+
+
 def checkpoint_digest(folder: str | Path) -> str:
     """What tells one checkpoint from another in the same folder: a digest of its files.
 
@@ -198,12 +206,14 @@ def checkpoint_digest(folder: str | Path) -> str:
     """
     folder = local_folder(folder) if str(folder).startswith(HUB) else Path(folder)
     digest = hashlib.sha256()
-    # Published folders have weights in several files, or statistics beside them.
-    tensors = sorted(path.name for path in folder.glob("*.safetensors"))
-    for name in ("config.json", *(tensors or ["model.safetensors"])):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"Checkpoint {folder} has no {name}")
-        digest.update((folder / name).read_bytes())
+    # Published folders have weights in several files, or statistics beside them; an adapter's name their base.
+    tensors = sorted(folder.glob("*.safetensors")) or [folder / "model.safetensors"]
+    if (folder / ADAPTER_CONFIG).is_file():
+        tensors += [folder / ADAPTER_CONFIG, *sorted(path for path in folder.rglob("*.bin") if path.is_file())]
+    for path in (place_of_configuration(folder) / "config.json", *tensors):
+        if not path.is_file():
+            raise FileNotFoundError(f"Checkpoint {folder} has no {path.name}")
+        digest.update(path.read_bytes())
     return digest.hexdigest()
 
 

@@ -1,8 +1,12 @@
 """TinyVLA's folder: ``config.json``, weights, tokenizer and ``dataset_stats.pkl``.
 
 Read: merged weights in safetensors, in one file or in shards, with a CLIP or SigLIP tower, the diffusion head and the
-statistics in the folder or in its parent. The statistics are pickled; a reader that knows NumPy arrays and nothing else
-reads them, so a file that would run code is refused.
+statistics in the folder or in its parent. Or the folder that its training leaves, which is merged as it is read: an
+adapter (LoRA), ``non_lora_trainables.bin`` with what was trained in full, the configuration here or in the parent, and
+the vision-language model that it was trained on, where ``adapter_config.json`` says.
+
+The statistics are pickled; a reader that knows NumPy arrays and nothing else reads them, so a file that would run code
+is refused.
 """
 
 from __future__ import annotations
@@ -19,12 +23,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sb3_vla.checkpoints.folders import read_weights
 from sb3_vla.checkpoints.layout import load_weights, read_json, read_tensors, write_json, write_tensors
-from sb3_vla.checkpoints.native import LoadedCheckpoint, whole_folder
-from sb3_vla.models.lora import merged_state
+from sb3_vla.checkpoints.native import ADAPTER_CONFIG, LoadedCheckpoint, place_of_configuration, whole_folder
+from sb3_vla.models.lora import merge_adapter, merged_state
 from sb3_vla.models.tinyvla import PROMPT, TinyVLA
 
 _STATISTICS = "dataset_stats.pkl"
+_IN_FULL = "non_lora_trainables.bin"
 #: ours and theirs
 _NAMES = {
     "action_mean": "action_mean",
@@ -34,6 +40,8 @@ _NAMES = {
     "state_mean": "qpos_mean",
     "state_std": "qpos_std",
 }
+# Theirs normalise no state by them, so that their files have none.
+_OPTIONAL = {"state_min": "qpos_min", "state_max": "qpos_max"}
 # Constants that transformers used to store.
 _CONSTANTS = re.compile(r"\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)$|\.embeddings\.position_ids$")
 _LANGUAGE = (
@@ -74,9 +82,16 @@ def load_tinyvla(folder: str | Path) -> LoadedCheckpoint:
     :raises ValueError: if a file is damaged or holds more than it should, or the weights do not fit.
     """
     folder = Path(folder)
-    config = read_json(folder, "config.json", "the model's configuration")
-    tokenizer = read_json(folder, "tokenizer.json", "the tokenizer; the base language model has it too")
-    weights = {_our_name(key): value for key, value in _weights(folder).items() if not _CONSTANTS.search(key)}
+    config = read_json(place_of_configuration(folder), "config.json", "the model's configuration")
+    if (folder / ADAPTER_CONFIG).is_file():
+        settings = read_json(folder, ADAPTER_CONFIG, "the adapter's settings")
+        base = _base(folder, settings)
+        theirs = _merged(folder, base, settings)
+    else:
+        base, theirs = folder, _weights(folder)
+    has_tokenizer = folder if (folder / "tokenizer.json").is_file() else base
+    tokenizer = read_json(has_tokenizer, "tokenizer.json", "the tokenizer; the base language model has it too")
+    weights = {_our_name(key): value for key, value in theirs.items() if not _CONSTANTS.search(key)}
     try:
         options = _options(config, weights, folder)
     except (KeyError, TypeError) as error:
@@ -124,7 +139,7 @@ def save_tinyvla(folder: str | Path, model: TinyVLA) -> None:
         for key, value in merged_state(model).items()
         if not key.startswith(("action_", "state_"))
     }
-    statistics = {theirs: getattr(model, ours).cpu().numpy() for ours, theirs in _NAMES.items()}
+    statistics = {theirs: getattr(model, ours).cpu().numpy() for ours, theirs in (_NAMES | _OPTIONAL).items()}
     statistics["example_qpos"] = np.zeros((1, given["state_dim"]), np.float32)
     with whole_folder(Path(folder)) as partial:
         write_json(partial / "config.json", config)
@@ -135,12 +150,45 @@ def save_tinyvla(folder: str | Path, model: TinyVLA) -> None:
 
 def _weights(folder: Path) -> dict[str, Tensor]:
     if not (folder / "model.safetensors.index.json").is_file():
-        return read_tensors(folder, "model.safetensors", "the merged weights; of a LoRA folder merge them first")
+        return read_tensors(folder, "model.safetensors", "the merged weights")
     index = read_json(folder, "model.safetensors.index.json", "which file holds which weight")
     found: dict[str, Tensor] = {}
     for name in sorted(set(index.get("weight_map", {}).values())):
         found.update(read_tensors(folder, name, "a part of the weights"))
     return found
+
+
+def _base(folder: Path, settings: Mapping[str, Any]) -> Path:
+    """The folder of the vision-language model that an adapter was trained on."""
+    named = Path(str(settings.get("base_model_name_or_path")))
+    for place in (named.expanduser(), folder / named, folder.parent / named):
+        if place.is_dir():
+            return place
+    raise FileNotFoundError(
+        f"The adapter in {folder} was trained on {named}, which is no folder here; put the path of that "
+        f"vision-language model into base_model_name_or_path of {folder / ADAPTER_CONFIG}"
+    )
+
+
+def _merged(folder: Path, base: Path, settings: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Weights of the base under what was trained in full and the adapter, by the authors' names."""
+    weights = _weights(base)
+    weights.pop("embed_out.weight", None)  # the language model's output, whose place the diffusion head takes
+    others = folder / _IN_FULL
+    if others.is_dir():  # as DeepSpeed's converter writes it, with all other weights
+        others /= "pytorch_model.bin"
+    if not others.is_file():
+        raise FileNotFoundError(f"Checkpoint {folder} has no {_IN_FULL} (what was trained in full beside the adapter)")
+    for key, value in read_weights([others]).items():
+        name = key.removeprefix("base_model.").removeprefix("model.")
+        if ".lora_" not in name:
+            weights[name.replace(".base_layer.", ".")] = value
+    adapter = folder / "adapter_model.bin"
+    if adapter.is_file():
+        parts = read_weights([adapter])
+    else:
+        parts = read_tensors(folder, "adapter_model.safetensors", "the adapter's weights")
+    return merge_adapter(weights, parts, settings)
 
 
 def _our_name(key: str) -> str:
@@ -210,7 +258,8 @@ def _read_statistics(folder: Path) -> dict[str, Tensor]:
         )
     try:
         found = _ArraysOnly(io.BytesIO(path.read_bytes())).load()
-        return {ours: torch.from_numpy(np.asarray(found[theirs], np.float32)) for ours, theirs in _NAMES.items()}
+        names = _NAMES | {ours: theirs for ours, theirs in _OPTIONAL.items() if theirs in found}
+        return {ours: torch.from_numpy(np.asarray(found[theirs], np.float32)) for ours, theirs in names.items()}
     except (pickle.UnpicklingError, EOFError, KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise ValueError(
             f"{path} is no file of statistics; expected a dictionary of arrays, {', '.join(_NAMES.values())}: {error!r}"

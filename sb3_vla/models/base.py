@@ -12,7 +12,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -22,11 +22,31 @@ from mw_envs.tasks import did_you_mean
 from sb3_vla import noise as draw
 from sb3_vla.models.recomputing import Recomputing
 
+SizesT = TypeVar("SizesT")
+
 PERCEPTION = "perception/"
 #: what a model may predict: a flow's velocity; a diffusion's noise, clean action or v (Salimans & Ho 2022); tokens
 PREDICTIONS = ("velocity", "epsilon", "sample", "v_prediction", "tokens")
 #: parts of a model that can be trained
 TRAINABLE = ("all", "expert", "adaptive", "lora")
+
+
+def sizes_of(
+    model: str, option: str, given: str | Mapping[str, Any], known: Mapping[str, SizesT], kind: type[SizesT]
+) -> SizesT:
+    """A model's sizes, by name or one by one.
+
+    :param model: its name, for the message.
+    :param option: the option's name, for the message.
+    :param given: a name among ``known``, or what ``kind`` takes.
+    :raises ValueError: for an unknown name.
+    :raises TypeError: for sizes that ``kind`` does not have, or that lack one.
+    """
+    if isinstance(given, str):
+        if given not in known:
+            raise ValueError(f"{model} {option}={given!r}; expected {', '.join(known)}, or the sizes")
+        return known[given]
+    return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in given.items()})
 
 
 def is_perceived(observation: Mapping[str, Tensor]) -> bool:

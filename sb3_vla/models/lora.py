@@ -18,6 +18,8 @@ from mw_envs.tasks import did_you_mean
 from sb3_vla.models.base import VLAModel
 
 _ADAPTER = "default"
+# What peft's files put before a layer's name.
+_SAVED = "base_model.model."
 _PARTS = ("all", "backbone", "expert")
 
 
@@ -142,3 +144,44 @@ def merged_state(model: nn.Module) -> dict[str, Tensor]:
             value = (value.float() + delta.float()).to(value.dtype)
         state[f"{layer}.{own}" if layer in adapted else name] = value
     return state
+
+
+def merge_adapter(
+    weights: Mapping[str, Tensor], adapter: Mapping[str, Tensor], settings: Mapping[str, Any]
+) -> dict[str, Tensor]:
+    """Weights and an adapter that ``peft`` saved: W + alpha / r B A (Hu et al. 2022, section 4.1), there in float32.
+
+    With rank-stabilised scaling the factor is alpha / sqrt(r) (Kalajdzievski 2023).
+
+    :param weights: of all layers by name.
+    :param adapter: ``base_model.model.LAYER.lora_A.weight`` (r, in) and ``.lora_B.weight`` (out, r).
+    :param settings: content of its ``adapter_config.json``.
+    :raises ValueError: for an adapter of another kind, or that does not fit the weights.
+    """
+    kind = settings.get("peft_type")
+    if kind != "LORA":
+        raise ValueError(f"The adapter has peft_type={kind!r}; expected 'LORA'")
+    for name in ("use_dora", "fan_in_fan_out", "alpha_pattern", "modules_to_save"):
+        if settings.get(name):
+            raise ValueError(f"The adapter has {name}={settings[name]!r}, which is not read; merge it by peft first")
+    parts = {key.removeprefix(_SAVED).replace(f".{_ADAPTER}.", "."): value for key, value in adapter.items()}
+    merged = dict(weights)
+    for key, down in parts.items():
+        layer, _, part = key.rpartition(".lora_")
+        if part not in ("A.weight", "B.weight"):
+            raise ValueError(
+                f"The adapter holds {_SAVED}{key}; expected lora_A.weight and lora_B.weight of layers alone"
+            )
+        other = "lora_B.weight" if part == "A.weight" else "lora_A.weight"
+        if f"{layer}.{other}" not in parts:
+            raise ValueError(f"The adapter has {key} without its {other}")
+        if part == "B.weight":
+            continue
+        rank, name = len(down), f"{layer}.weight"
+        scale = settings["lora_alpha"] / (rank**0.5 if settings.get("use_rslora") else rank)
+        delta = scale * parts[f"{layer}.{other}"].float() @ down.float()
+        expected = tuple(merged[name].shape) if name in merged else "none, for there is no such layer"
+        if delta.shape != expected:
+            raise ValueError(f"The adapter of {name} is {tuple(delta.shape)}, expected {expected}")
+        merged[name] = merged[name].float() + delta
+    return merged

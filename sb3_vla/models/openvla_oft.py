@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sb3_vla.models.base import PERCEPTION, Context, VLAModel
+from sb3_vla.models.base import PERCEPTION, Context, VLAModel, sizes_of
 from sb3_vla.models.tokenizing import InstructionTokenizer, byte_tokenizer
 
 BINS = 256
@@ -124,7 +124,7 @@ class OpenVLAOFT(VLAModel):
         super().__init__(action_dim, action_horizon)
         if precision not in PRECISIONS:
             raise ValueError(f"OpenVLAOFT precision={precision!r}; expected {' or '.join(PRECISIONS)}")
-        self.sizes = _oft_sizes(sizes)
+        self.sizes = sizes_of("OpenVLAOFT", "sizes", sizes, OFT_SIZES, OFTSizes)
         self.numbers = numbers or action_dim
         self.acting = list(range(action_dim) if acting is None else acting)
         self.config = {
@@ -427,15 +427,6 @@ class Projector(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc3(F.gelu(self.fc2(F.gelu(self.fc1(x)))))
-
-
-def _oft_sizes(sizes: str | Mapping[str, Any]) -> OFTSizes:
-    if isinstance(sizes, str):
-        if sizes not in OFT_SIZES:
-            raise ValueError(f"OpenVLAOFT sizes={sizes!r}; expected {', '.join(OFT_SIZES)}, or the sizes")
-        return OFT_SIZES[sizes]
-    options: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in sizes.items()}
-    return OFTSizes(**options)
 
 
 def _llama(sizes: OFTSizes) -> nn.Module:

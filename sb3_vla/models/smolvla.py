@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sb3_vla import noise as draw
-from sb3_vla.models.base import PERCEPTION, Context, VLAModel
+from sb3_vla.models.base import PERCEPTION, Context, VLAModel, sizes_of
 from sb3_vla.models.compact import time_embedding
 from sb3_vla.models.tokenizing import InstructionTokenizer, byte_tokenizer
 
@@ -150,7 +150,7 @@ class SmolVLA(VLAModel):
         precision: str = "float32",
     ) -> None:
         super().__init__(action_dim, action_horizon)
-        sizes = _vlm_sizes(vlm)
+        sizes = sizes_of("SmolVLA", "vlm", vlm, VLM_SIZES, VLMSizes)
         self.resolution = tuple(resolution or (sizes.image_size, sizes.image_size))
         self.config = {
             "action_dim": action_dim,
@@ -533,14 +533,6 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
 def expert_ffn(width: int) -> int:
     """Hidden width of the expert's perceptrons: 8/3 of its width, rounded up to a multiple of 256."""
     return 256 * -(-int(2 * width / 3) * 4 // 256)
-
-
-def _vlm_sizes(vlm: str | Mapping[str, Any]) -> VLMSizes:
-    if isinstance(vlm, str):
-        if vlm not in VLM_SIZES:
-            raise ValueError(f"SmolVLA vlm={vlm!r}; expected {', '.join(VLM_SIZES)}, or the sizes")
-        return VLM_SIZES[vlm]
-    return VLMSizes(**vlm)
 
 
 def _vision_tower(sizes: VLMSizes) -> nn.Module:

@@ -1,0 +1,141 @@
+"""Every published kind of model, at a size that trains from scratch, in the simulator: imitate, PPO, GRPO, measure.
+
+So few steps teach nothing. What is looked at is that each stage reads what the one before it wrote in the model's own
+published layout, that it trains from ratios of exactly one, and that the algorithms are the same for all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from published import same_tensors
+from stable_baselines3.common.vec_env import DummyVecEnv
+from toy import changed_by_an_update
+
+from mw_envs.env import MetaWorldEnv
+from sb3_vla import GRPO, PPO, HoldAtEnd
+from sb3_vla.checkpoints import load_checkpoint, save_diffusion_policy, save_tinyvla
+from sb3_vla.checkpoints.openvla_oft import save_openvla_oft
+from sb3_vla.checkpoints.smolvla import save_smolvla
+from sb3_vla.collecting import collect
+from sb3_vla.demonstrations import Demonstrations
+from sb3_vla.evaluation import evaluate
+from sb3_vla.policies import load_policy
+from sb3_vla.results import Protocol
+from sb3_vla.sft import SFTConfig, sft
+
+TASK, CHUNK, HORIZON = "drawer-close-v3", 4, 8
+VIEW: dict[str, Any] = {"image_size": 64, "crop": "workspace"}
+DECISIONS = 2 * HORIZON // CHUNK  # of an episode in each of two environments
+SHORT = Protocol("short", horizon=HORIZON, action_chunk=CHUNK, settle_steps=15)
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a model is made small, explored with, and written.
+
+    :param model_kwargs: the laptop's size, with pictures as small as its towers read.
+    :param distribution: name and options of what it explores by.
+    :param save: writes its published layout.
+    :param trainable: part that is trained by reinforcement.
+    """
+
+    model_kwargs: dict[str, Any]
+    distribution: tuple[str, dict[str, Any]]
+    save: Callable[[Path, Any], None]
+    trainable: str = "expert"
+
+
+WAYS = {
+    "smolvla": Way(
+        {"vlm": "laptop", "layers": 2, "resolution": (64, 64)}, ("flow_sde", {"denoising_steps": 3}), save_smolvla
+    ),
+    "diffusion_policy": Way({}, ("ddim", {"denoising_steps": 3}), save_diffusion_policy, "all"),
+    "tinyvla": Way({}, ("ddim", {"denoising_steps": 3, "trained_steps": 2}), save_tinyvla),
+    "openvla_oft": Way(
+        {"sizes": "laptop", "resolution": 56, "max_prompt_tokens": 96},
+        ("tokens", {"temperature": 1.6}),
+        save_openvla_oft,
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def demonstrations(tmp_path_factory: pytest.TempPathFactory) -> Demonstrations:
+    root = tmp_path_factory.mktemp("models") / "demonstrations"
+    collect(root, "MT50", tasks=[TASK], episodes_per_task=1, num_workers=1, progress=False, **VIEW)
+    return Demonstrations.load(root)
+
+
+def environment() -> HoldAtEnd:
+    """Two of them make a group; their episodes are of one length, so that nothing is held for PPO."""
+    return HoldAtEnd(
+        MetaWorldEnv(
+            tasks=[TASK], reward="dense", action_chunk=CHUNK, horizon=HORIZON, terminate_on_success=False, **VIEW
+        )
+    )
+
+
+@pytest.mark.parametrize("name", WAYS)
+def test_from_demonstrations_to_a_table(demonstrations: Demonstrations, tmp_path: Path, name: str) -> None:
+    way = WAYS[name]
+    config = SFTConfig(
+        model=name,
+        model_kwargs=way.model_kwargs,
+        action_horizon=CHUNK,
+        steps=3,
+        batch_size=4,
+        warmup_steps=0,
+        shift=0,
+        validation_fraction=0.0,
+        bf16=False,
+    )
+    imitated = sft(demonstrations, config, progress=False)
+    folder = tmp_path / "imitated"
+    way.save(folder, imitated.model)
+    state = imitated.model.state_dict()
+
+    for algorithm_class, own in ((PPO, {"n_steps": DECISIONS // 2}), (GRPO, {"group_size": 2, "n_groups": 1})):
+        algorithm = algorithm_class(
+            "VLAPolicy",
+            DummyVecEnv([environment] * 2),
+            policy_kwargs={
+                "checkpoint": folder,
+                "distribution": way.distribution[0],
+                "distribution_kwargs": way.distribution[1],
+                "trainable": way.trainable,
+            },
+            batch_size=2,
+            n_epochs=1,
+            learning_rate=1e-3,
+            seed=0,
+            device="cpu",
+            **own,  # type: ignore[arg-type]
+        )
+        trained = algorithm.policy.model
+        assert same_tensors(trained.state_dict(), state)  # all that the stage before it left, through its own layout
+        moved = changed_by_an_update(algorithm, DECISIONS)
+        assert algorithm.env_steps == DECISIONS * CHUNK
+        frozen = {id(value) for value in trained.backbone()} if way.trainable == "expert" else set()
+        held = {key for key, value in trained.named_parameters() if id(value) in frozen}
+        assert moved and not moved & held
+        folder, state = tmp_path / algorithm_class.__name__, trained.state_dict()
+        way.save(folder, trained)
+        algorithm.env.close()  # type: ignore[union-attr]
+
+    assert same_tensors(load_checkpoint(folder).model.state_dict(), state)
+    result = evaluate(
+        load_policy(folder, CHUNK),
+        tasks=[TASK],
+        trials_per_task=2,
+        protocol=SHORT,
+        num_envs=2,
+        num_workers=1,
+        env_kwargs=VIEW,
+        progress=False,
+    )
+    assert [found.trial.task for found in result.trials] == [TASK] * 2
