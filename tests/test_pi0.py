@@ -24,6 +24,7 @@ from sb3_vla.distributions.flow_sde import FlowSDE
 from sb3_vla.models import Context, Pi0, Pi05
 from sb3_vla.models.gemma import rotate, rotation_of
 from sb3_vla.models.pi0 import _Conditions, resize_with_pad
+from sb3_vla.models.resizing import resize_by_integers
 from sb3_vla.policies import VLAPolicy
 
 TOLERANCE = 2e-5  # of float32, against the original implementation
@@ -305,6 +306,18 @@ def test_openpi_resizes_as_pil_does(shape: tuple[int, int]) -> None:
     assert torch.equal(model.read_image(tensor), model.read_image(found))  # resized once, before or after it is kept
 
 
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [((480, 480), (224, 224)), ((480, 640), (168, 224)), ((57, 333), (56, 56)), ((96, 96), (224, 224))],
+)
+def test_integers_resize_as_pil_does(before: tuple[int, int], after: tuple[int, int]) -> None:
+    """What a GPU computes, where torch has no antialiased resize of bytes."""
+    image = np.random.default_rng(0).integers(0, 256, (*before, 3), np.uint8)
+    expected = np.asarray(Image.fromarray(image).resize(after[::-1], Image.Resampling.BILINEAR))
+    found = resize_by_integers(torch.from_numpy(image).permute(2, 0, 1)[None], after)
+    assert found.dtype == torch.uint8 and np.array_equal(found[0].permute(1, 2, 0).numpy(), expected)
+
+
 def test_lerobot_resizes_without_antialiasing() -> None:
     image = torch.randint(0, 256, (1, 3, 480, 480), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     model = Pi0(**TINY_PI0, convention="lerobot")
@@ -451,6 +464,22 @@ def test_a_tokenizer_of_another_model(tmp_path: Path) -> None:
 def test_options_that_cannot_be(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Pi0(**{**TINY_PI0, **options})
+
+
+@both
+def test_compiled_towers_meet_few_lengths(name: str, tmp_path: Path) -> None:
+    """Prompts are padded to a multiple of 16, or to all the room there is; what is predicted stays."""
+    model = reference_model(name, tokenizer=str(tiny_tokenizer(tmp_path)), prompt_tokens=40)
+    x, t = torch.ones(2, 5, 32), torch.tensor([0.3, 0.9])
+    for sentence, length in (("go", 16), ("Push the puck to a goal", 32), ("Push the puck to a goal, but not far", 40)):
+        observation = toy_observation(2, sentence, image_size=56)
+        model.compiled = False
+        expected = model.denoise(model.encode(observation), x, t)
+        model.compiled = True
+        for context in (model.encode(observation), model.contextualise(model.perceive(observation))):
+            if name == "pi0":
+                assert context.state.keys_values[0][0].shape[2] == 16 + length
+            assert difference(model.denoise(context, x, t), expected) < 2e-6
 
 
 # Imitation

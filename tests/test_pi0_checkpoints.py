@@ -128,6 +128,17 @@ def test_names_of_other_layouts(theirs: str, ours: str) -> None:
     assert canonical_name(theirs) == ours
 
 
+def test_a_flattened_vision_tower(tmp_path: Path) -> None:
+    """As transformers 5.6 and later name it."""
+    folder = write_layout(tmp_path / "a", "pi0", "lerobot 0.4")
+    path = folder / "model.safetensors"
+    flat = {key.replace("vision_tower.vision_model.", "vision_tower."): value for key, value in load_file(path).items()}
+    expected = load_pi0(folder, HEADS).model
+    save_file(flat, path)
+    assert any("vision_tower.encoder" in key for key in flat)
+    assert_same_weights(load_pi0(folder, HEADS).model, expected)
+
+
 def test_transformers_own_pi0(tmp_path: Path) -> None:
     """Its velocities differ because it embeds the time in float32: by 8e-5 at t = 1 (5.23)."""
     transformers = pytest.importorskip("transformers")
@@ -270,6 +281,11 @@ def test_the_other_variant(tmp_path: Path) -> None:
     write_json(folder / "config.json", {**config, "type": "pi0"})
     with pytest.raises(ValueError, match=r"does not fit Pi0: 13 missing .*; 18 unexpected .*The names look like pi05"):
         load_checkpoint(folder, HEADS)
+    other = write_layout(tmp_path / "other", "pi0", "lerobot")
+    config = json.loads((other / "config.json").read_text())
+    write_json(other / "config.json", {**config, "type": "pi05"})
+    with pytest.raises(ValueError, match=r"does not fit Pi05: 18 missing .*; 13 unexpected .*The names look like pi0"):
+        load_checkpoint(other, HEADS)
     with pytest.raises(ValueError, match=r"model='pi05', but the checkpoint .* is of 'pi0'"):
         policy(write_layout(tmp_path / "b", "pi0", "openpi"), model="pi05", model_kwargs=HEADS)
 

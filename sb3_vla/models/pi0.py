@@ -20,15 +20,20 @@ from torch import Tensor, nn
 
 from mw_envs.tasks import decode_instruction, did_you_mean
 from sb3_vla import noise as draw
-from sb3_vla.models.base import PERCEPTION, Context, VLAModel
+from sb3_vla.models.base import PERCEPTION, Context, VLAModel, is_perceived
 from sb3_vla.models.compact import time_embedding
 from sb3_vla.models.gemma import GemmaLayer, GemmaSize, GemmaTower, KeysValues, RMSNorm
 from sb3_vla.models.normalisation import CONVENTIONS, SCHEMES, STATISTICS, normalise, unnormalise
 from sb3_vla.models.prompts import PromptTokenizer, clean
 from sb3_vla.models.recomputing import recomputing
+from sb3_vla.models.resizing import resize_bytes
 
 PALIGEMMA = "google/paligemma-3b-pt-224"
 _STATE_BINS = 256
+# Compiled towers see prompts padded to a multiple of this: few lengths are met, and each is compiled once.
+_PROMPT_STEP = 16
+# Towers, batch sizes, and passes with and without a gradient: beyond its limit torch runs what it has not compiled yet.
+_COMPILATIONS = 64
 
 
 @dataclass(frozen=True)
@@ -179,50 +184,83 @@ class Pi0(VLAModel):
                 parameter.data = parameter.data.to(torch.bfloat16)
 
     def compile_towers(self, options: Mapping[str, Any]) -> None:
-        """See :meth:`VLAModel.compile_towers`; prompts are then padded to one length: each is compiled anew."""
+        """See :meth:`VLAModel.compile_towers`; each shape is compiled for itself, unless ``dynamic`` says otherwise."""
+        from torch._dynamo import config  # a heavy import, needed by few
+
+        config.recompile_limit = max(config.recompile_limit, _COMPILATIONS)
         for tower in (self.vision_model, self.language_model, self.expert):
-            tower.compile(**dict(options))
+            tower.compile(**{"dynamic": False, **options})
         self.compiled = True
 
-    def _shown_tokens(self, used: int, longest: int) -> int:
+    def _shown_tokens(self, used: int) -> int:
         """How many tokens the towers are given, of which ``used`` are no padding in the longest prompt."""
-        return longest if self.compiled else used
+        if not self.compiled:
+            return used
+        longest: int = self.config["prompt_tokens"]
+        return min(-(-used // _PROMPT_STEP) * _PROMPT_STEP, longest)
 
     def fit_image(self, image: Tensor) -> Tensor:
         """See :meth:`VLAModel.fit_image`; LeRobot's way gives no whole numbers, so the picture is kept as it came."""
         return image if self.convention == "lerobot" else resize_with_pad(image, self.image_size[0], antialias=True)
 
+    def encode(self, observation: dict[str, Tensor]) -> Context:
+        """See :meth:`VLAModel.encode`; a context for at once needs no room for longer prompts."""
+        if is_perceived(observation):
+            return self.contextualise(observation)
+        perception, padded = self._look(observation)
+        return self._conditioned(perception, padded)
+
     def perceive(self, observation: dict[str, Tensor]) -> dict[str, Tensor]:
         """See :meth:`VLAModel.perceive`; what it gives has room for the longest prompt."""
-        images = self.read_image(observation["image"])[:, None]
-        tokens, valid = self.read_prompt(observation)
-        used = self._shown_tokens(int(valid.sum(1).max()), self.config["prompt_tokens"])
-        hidden, keys_values, prefix_valid = self.run_prefix(images, tokens[:, :used], valid[:, :used])
-        pictured = hidden.shape[1] - used
-        room = self.config["prompt_tokens"] - used
-        stacked = torch.stack([torch.stack(pair, dim=1) for pair in keys_values], dim=1)
+        perception, _ = self._look(observation)
+        keys_values, valid = PERCEPTION + "keys_values", PERCEPTION + "valid"
+        room = self._patches + self.config["prompt_tokens"] - perception[valid].shape[1]
         return {
-            # (N, layers, 2, kv_heads, P, head_dim)
-            PERCEPTION + "keys_values": F.pad(stacked, (0, 0, 0, room)),
-            PERCEPTION + "valid": F.pad(prefix_valid, (0, room)),
-            PERCEPTION + "summary": torch.cat(
-                [hidden[:, :pictured].float().mean(1), _masked_mean(hidden[:, pictured:].float(), valid[:, :used])], 1
-            ),
-            "state": observation["state"],
+            **perception,
+            keys_values: F.pad(perception[keys_values], (0, 0, 0, room)),
+            valid: F.pad(perception[valid], (0, room)),
         }
 
     def contextualise(self, perception: dict[str, Tensor]) -> Context:
-        """See :meth:`VLAModel.contextualise`."""
+        """See :meth:`VLAModel.contextualise`; the room that no prompt of the batch needs is left out."""
+        keys_values, valid = perception[PERCEPTION + "keys_values"], perception[PERCEPTION + "valid"]
+        pictured = self._patches
+        shortest, longest = torch.stack(torch.aminmax(valid.sum(1))).tolist()
+        used = pictured + self._shown_tokens(longest - pictured)
+        shown = {PERCEPTION + "keys_values": keys_values[..., :used, :], PERCEPTION + "valid": valid[:, :used]}
+        return self._conditioned({**perception, **shown}, padded=shortest < used)
+
+    @property
+    def _patches(self) -> int:
+        """Tokens of the picture."""
+        side: int = self.image_size[0] // self.vision_size.patch
+        return side * side
+
+    def _look(self, observation: dict[str, Tensor]) -> tuple[dict[str, Tensor], bool]:
+        """What :meth:`perceive` gives, without room, and whether some of its tokens are padding."""
+        images = self.read_image(observation["image"])[:, None]
+        tokens, valid, padded = self._shown_prompt(observation)
+        tokens, valid = tokens.to(images.device), valid.to(images.device)
+        hidden, keys_values, prefix_valid = self.run_prefix(images, tokens, valid, padded=padded)
+        pictured = self._patches
+        seen, read = hidden[:, :pictured].float().mean(1), _masked_mean(hidden[:, pictured:].float(), valid)
+        perception = {
+            # (N, layers, 2, kv_heads, P, head_dim)
+            PERCEPTION + "keys_values": torch.stack([torch.stack(pair, dim=1) for pair in keys_values], dim=1),
+            PERCEPTION + "valid": prefix_valid,
+            PERCEPTION + "summary": torch.cat([seen, read], dim=1),
+            "state": observation["state"],
+        }
+        return perception, padded
+
+    def _conditioned(self, perception: dict[str, Tensor], padded: bool) -> Context:
+        """A context from keys and values of which some belong to padding, or none."""
         valid = perception[PERCEPTION + "valid"]
-        length = valid.sum(1)
-        used = self._shown_tokens(int(length.max()), valid.shape[1])
-        stacked = perception[PERCEPTION + "keys_values"][..., :used, :]
-        keys_values = [(pair[:, 0], pair[:, 1]) for pair in stacked.unbind(1)]
+        keys_values = [(pair[:, 0], pair[:, 1]) for pair in perception[PERCEPTION + "keys_values"].unbind(1)]
         state = self.normalise_state(perception["state"].float())
-        padded = F.pad(state, (0, self.latent_dim - state.shape[1]))
-        shown = None if int(length.min()) == used else valid[:, :used]
+        widened = F.pad(state, (0, self.latent_dim - state.shape[1]))
         features = torch.cat([perception[PERCEPTION + "summary"], state], dim=1)
-        return Context(features, _Conditions(keys_values, shown, length, padded))
+        return Context(features, _Conditions(keys_values, valid if padded else None, valid.sum(1), widened))
 
     def denoise(self, context: Context, x: Tensor, t: Tensor) -> Tensor:
         """See :meth:`VLAModel.denoise`."""
@@ -258,10 +296,16 @@ class Pi0(VLAModel):
         return resize_with_pad(image.float() / 255.0, self.image_size[0], antialias=False) * 2.0 - 1.0
 
     def read_prompt(self, observation: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Tokens of the prompts, see :class:`sb3_vla.models.prompts.PromptTokenizer`, on the model's device.
+        """Tokens of the prompts, see :class:`sb3_vla.models.prompts.PromptTokenizer`, on the observation's device.
 
         :raises ValueError: if the tokenizer is one of a larger vocabulary.
         """
+        tokens, valid = self._tokens(observation)
+        device = observation["instruction"].device
+        return tokens.to(device), valid.to(device)
+
+    def _tokens(self, observation: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """:meth:`read_prompt` in the machine's own memory."""
         instruction = observation["instruction"].cpu().numpy()
         prompts = self.prompts([decode_instruction(row) for row in instruction], observation["state"])
         tokens, valid = self.tokenize(prompts)
@@ -270,8 +314,17 @@ class Pi0(VLAModel):
                 f"The tokenizer {self.tokenize.source!r} gives token {int(tokens.max())}; the model knows "
                 f"{self.config['vocabulary']}. It takes PaliGemma's tokenizer."
             )
-        device = observation["instruction"].device
-        return tokens.to(device), valid.to(device)
+        return tokens, valid
+
+    def _shown_prompt(self, observation: dict[str, Tensor]) -> tuple[Tensor, Tensor, bool]:
+        """Tokens that the towers are given, which of them are no padding, and whether some are.
+
+        In the machine's own memory, where to ask for a number makes nobody wait for the device.
+        """
+        tokens, valid = self._tokens(observation)
+        used = self._shown_tokens(int(valid.sum(1).max()))
+        tokens, valid = tokens[:, :used], valid[:, :used]
+        return tokens, valid, not bool(valid.all())
 
     def prompts(self, sentences: list[str], state: Tensor) -> list[tuple[str, ...]]:
         """The parts of each prompt, which are tokenised one by one."""
@@ -289,7 +342,12 @@ class Pi0(VLAModel):
         return torch.cat([pictured, words.to(pictured.dtype)], dim=1)
 
     def run_prefix(
-        self, images: Tensor, tokens: Tensor, token_valid: Tensor, image_valid: Tensor | None = None
+        self,
+        images: Tensor,
+        tokens: Tensor,
+        token_valid: Tensor,
+        image_valid: Tensor | None = None,
+        padded: bool | None = None,
     ) -> tuple[Tensor, list[KeysValues], Tensor]:
         """Run PaliGemma.
 
@@ -297,6 +355,7 @@ class Pi0(VLAModel):
         :param tokens: int64 (N, T).
         :param token_valid: which tokens are no padding, bool (N, T).
         :param image_valid: which cameras are there, bool (N, C); None for all. One that is not there has no effect.
+        :param padded: whether some token is not valid; None to look, which waits for the device.
         :return: final hidden states (N, P, W), keys and values of the layers, which tokens are valid, bool (N, P).
         """
         x = self.embed_prefix(images, tokens)
@@ -305,7 +364,9 @@ class Pi0(VLAModel):
             image_valid = token_valid.new_ones(images.shape[:2])
         valid = torch.cat([image_valid.repeat_interleave(patches, dim=1), token_valid], dim=1)
         positions = (valid.cumsum(1) - 1).clamp(min=0)
-        mask = None if bool(valid.all()) else valid[:, None, None, :]  # a padding query sees what is valid, too
+        if padded is None:
+            padded = not bool(valid.all())
+        mask = valid[:, None, None, :] if padded else None  # a padding query sees what is valid, too
         hidden, keys_values = self.language_model(x, positions, mask)
         return hidden, keys_values, valid
 
@@ -455,16 +516,19 @@ class Pi05(Pi0):
 def resize_with_pad(image: Tensor, size: int, *, antialias: bool) -> Tensor:
     """Fit a picture into a square, keeping its proportions, black around it; same type.
 
-    With ``antialias`` and uint8 it equals PIL's bilinear resize, as openpi has it; float without is LeRobot's.
+    With ``antialias`` it equals PIL's bilinear resize, as openpi has it; without it is LeRobot's.
 
-    :param image: (N, 3, height, width), uint8 or float32 in [0, 1].
+    :param image: (N, 3, height, width), uint8 with ``antialias``, else float32 in [0, 1].
     """
     height, width = image.shape[2:]
     if (height, width) == (size, size):
         return image
     ratio = max(height, width) / size
     fitted = (int(height / ratio), int(width / ratio))
-    image = F.interpolate(image, fitted, mode="bilinear", antialias=antialias)
+    if antialias:
+        image = resize_bytes(image, fitted)
+    else:
+        image = F.interpolate(image, fitted, mode="bilinear")
     top, left = (size - fitted[0]) // 2, (size - fitted[1]) // 2
     return F.pad(image, (left, size - fitted[1] - left, top, size - fitted[0] - top))
 
