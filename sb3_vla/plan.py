@@ -257,6 +257,11 @@ def _algorithm(recipe: Recipe) -> PPOConfig | GRPOConfig:
         "max_grad_norm": optim.clip_grad,
         "actor_warmup": algorithm.actor_warmup,
         "trainable": model.trainable,
+        "lora": model.lora,
+        "frozen_bf16": model.frozen_bf16,
+        "gradient_checkpointing": model.gradient_checkpointing,
+        "compile": model.compile,
+        "cache_perception": model.cache_perception,
         "distribution": model.noise_method,
         "distribution_kwargs": {
             **{name: value for name, value in options.items() if value is not None},

@@ -248,7 +248,13 @@ class ModelSection:
     :param model_path: checkpoint to start from, a folder or a name on the Hugging Face hub. None for a new model, which
         imitates the demonstrations of ``data`` first; only models that train from scratch can do without.
     :param model_kwargs: the model's own options: of a new one, or what a published checkpoint does not say.
-    :param trainable: ``all``, ``expert`` to freeze the backbone, or ``adaptive`` (pi0.5).
+    :param trainable: ``all``, ``expert`` to freeze the backbone, ``adaptive`` (pi0.5), or ``lora``.
+    :param lora: options of adapters beside what stays frozen, see :class:`sb3_vla.models.lora.LoRA`; None for none.
+    :param frozen_bf16: a frozen backbone's weights in bfloat16 (pi0, pi0.5).
+    :param gradient_checkpointing: layers compute again what the backward pass needs, for less memory.
+    :param compile: arguments of ``torch.compile``, such as ``{mode: reduce-overhead}``; None for no compilation.
+    :param cache_perception: whether a rollout keeps what a frozen backbone perceived, so that an update costs no more
+        than the expert; None for the model's default.
     :param num_action_chunks: actions executed per decision, and predicted by a new model whose model_kwargs do not say.
     :param noise_method: the action distribution, a name in :data:`sb3_vla.distributions.DISTRIBUTIONS`.
     :param num_steps: denoising steps; None for the distribution's default.
@@ -257,13 +263,19 @@ class ModelSection:
     :param noise_kwargs: the distribution's other options.
     :param final_noise_scale: factor of the exploration noise at the end; it falls linearly from 1.
     :param privileged_critic: whether the critic sees the simulator's state (gae).
-    :param precision: of updates: ``float32``, ``bf16``, or ``auto`` for what the machine computes faster.
+    :param precision: of updates, and on a GPU of rollouts: ``float32``, ``bf16``, or ``auto`` for what the machine
+        computes faster.
     """
 
     model_type: str = "pi0"
     model_path: str | None = None
     model_kwargs: dict[str, Any] = field(default_factory=dict)
     trainable: str = "expert"
+    lora: dict[str, Any] | None = None
+    frozen_bf16: bool = False
+    gradient_checkpointing: bool = False
+    compile: dict[str, Any] | None = None
+    cache_perception: bool | None = None
     num_action_chunks: int = 5
     noise_method: str = "flow_sde"
     num_steps: int | None = None

@@ -76,6 +76,8 @@ class TrainingConfig:
     :param frozen_bf16: a frozen backbone's weights in bfloat16.
     :param gradient_checkpointing: layers compute again what the backward pass needs, for less memory.
     :param compile: arguments of ``torch.compile``, ``{}`` for its defaults; None for no compilation.
+    :param cache_perception: whether a rollout keeps what a frozen backbone perceived, so that an update costs no more
+        than the expert; None for the model's default.
     :param device: ``cpu``, ``cuda`` or ``auto``.
     :param distribution: name of the action distribution.
     :param distribution_kwargs: its options.
@@ -84,7 +86,7 @@ class TrainingConfig:
     :param rehearsal_coef: weight of the imitation loss on demonstrations; 0 for none.
     :param rehearsal_batch_size: frames of demonstrations per minibatch.
     :param micro_batch_size: decisions evaluated at a time, where a minibatch does not fit into memory.
-    :param bf16: bfloat16 autocast of updates; None where the processor has it.
+    :param bf16: bfloat16 autocast of updates, and of rollouts on a GPU; None where the processor has it.
     :param sharding: ``none``; or ``fsdp``: under ``torchrun`` each rank has a part of what is trained.
     :param checkpoint_interval: rollouts between checkpoints.
     :param keep_checkpoints: newest checkpoints of the training's state that stay; None for all.
@@ -115,6 +117,7 @@ class TrainingConfig:
     frozen_bf16: bool = False
     gradient_checkpointing: bool = False
     compile: dict[str, Any] | None = None
+    cache_perception: bool | None = None
     device: str = "auto"
     distribution: str = "gaussian"
     distribution_kwargs: dict[str, Any] = field(default_factory=lambda: {"std": 0.2, "coherence": "offset"})
@@ -392,6 +395,7 @@ def plan_training(
     options = config.distribution_kwargs
     steps = int(options.get("denoising_steps") or 4)
     joint = options.get("joint", config.distribution == "flow_noise")
+    cached = model.caches_perception if config.cache_perception is None else config.cache_perception
     return plan_memory(
         model,
         trainable=config.trainable,
@@ -401,7 +405,7 @@ def plan_training(
         world_size=ranks if config.sharding == "fsdp" else 1,
         num_envs=-(-config.num_envs // ranks),
         decisions=decisions,
-        cache_perception=model.caches_perception and config.trainable != "all" and lora is None,
+        cache_perception=cached and config.trainable != "all" and lora is None,
         denoisings=steps if joint else 1,
         denoising_steps=steps,
         copies=int(config.kl_coef > 0),
@@ -486,6 +490,7 @@ def _policy_kwargs(
         "frozen_bf16": config.frozen_bf16,
         "gradient_checkpointing": config.gradient_checkpointing,
         "compile": config.compile,
+        "cache_perception": config.cache_perception,
         "distribution": config.distribution,
         "distribution_kwargs": config.distribution_kwargs,
         **optimizer,

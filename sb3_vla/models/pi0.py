@@ -184,12 +184,19 @@ class Pi0(VLAModel):
                 parameter.data = parameter.data.to(torch.bfloat16)
 
     def compile_towers(self, options: Mapping[str, Any]) -> None:
-        """See :meth:`VLAModel.compile_towers`; each shape is compiled for itself, unless ``dynamic`` says otherwise."""
+        """See :meth:`VLAModel.compile_towers`; each shape is compiled for itself, unless ``dynamic`` says otherwise.
+
+        To be called when it is settled what is trained.
+        """
         from torch._dynamo import config  # a heavy import, needed by few
 
         config.recompile_limit = max(config.recompile_limit, _COMPILATIONS)
         for tower in (self.vision_model, self.language_model, self.expert):
             tower.compile(**{"dynamic": False, **options})
+            for parameter in tower.parameters():
+                if parameter.requires_grad:
+                    # A replayed graph overwrites the gradients that it gave, and those of micro batches add up.
+                    parameter.register_hook(torch.clone)
         self.compiled = True
 
     def _shown_tokens(self, used: int) -> int:

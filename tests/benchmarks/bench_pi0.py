@@ -8,7 +8,7 @@ A decision is one picture of 480x480, one sentence, five denoising steps, in the
 is of RLinf's size: 10,240 decisions, then four epochs of minibatches of 2,048 that train the expert. It is scaled, not
 run: the rollout from the batch that decides fastest, the update from a few micro batches and a step of the optimiser
 after them, which in the real one comes after more. It is given twice: with the prefix run again in the update, and with
-its keys and values kept in main memory, to which the rollout copies them and from which each micro batch takes them.
+its keys and values kept in main memory, to which the rollout copies them and of which each micro batch takes its own.
 The limit is what this device multiplies large square matrices at, measured in the same run and the same type; the share
 counts two operations for each weight and token of the towers, attention and recomputation left out.
 """
@@ -201,7 +201,8 @@ def update(policy: VLAPolicy, on: Device, size: int, count: int, kept: bool) -> 
 
     def call() -> None:
         for _ in range(count):
-            batch = {key: value.to(on.device, non_blocking=True) for key, value in stored.items()}
+            rows = torch.randperm(size)
+            batch = {key: value[rows].to(on.device, non_blocking=True) for key, value in stored.items()}
             with on.autocast():
                 evaluated = policy.evaluate(batch, trace, executed)
                 loss = evaluated.log_prob.mean() + evaluated.values.square().mean()
