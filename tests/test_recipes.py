@@ -42,6 +42,8 @@ OTHERS: dict[str, Any] = {
     "actor.model.model_type": "smolvla",
     "actor.model.model_kwargs": {"image_size": 64},
     "actor.model.noise_kwargs": {"std": 0.7},
+    "actor.model.lora": {"rank": 8},
+    "actor.model.compile": {"mode": "reduce-overhead"},
     "data.rename": {"observation.images.top": "observation.image"},
 }
 
@@ -125,6 +127,8 @@ def expected_keys(context: str) -> set[str]:
     learning = {key for key in keys if key.startswith(("algorithm.", "rollout.", "actor.optim."))}
     learning |= {f"actor.model.{name}" for name in ("trainable", "noise_method", "num_steps", "noise_level")}
     learning |= {f"actor.model.{name}" for name in ("joint_logprob", "noise_kwargs", "final_noise_scale")}
+    learning |= {f"actor.model.{name}" for name in ("lora", "frozen_bf16", "gradient_checkpointing", "compile")}
+    learning |= {"actor.model.cache_perception"}
     learning |= {f"runner.logger.{name}" for name in ("project_name", "logger_backends", "mode")}
     learning |= {"actor.model.privileged_critic", "actor.global_batch_size", "actor.micro_batch_size"}
     learning |= {
