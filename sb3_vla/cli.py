@@ -121,6 +121,8 @@ class EvalCommand:
     :param protocol: rlinf-160, rlinf-100 or lerobot-500.
     :param trials_per_task: trials, fixed by ``trial_seed``.
     :param model_kwargs: what a published checkpoint does not say, such as ``{tokenizer: FOLDER}``.
+    :param device: ``cpu``, ``cuda`` or ``auto``.
+    :param bf16: bfloat16 autocast of the policy.
     :param videos: folder for a video of each task's first trials.
     """
 
@@ -133,6 +135,8 @@ class EvalCommand:
     trials_per_task: int = 20
     trial_seed: int = TRIAL_SEED
     model_kwargs: dict[str, Any] = field(default_factory=dict)
+    device: str = "auto"
+    bf16: bool = False
     videos: str | None = None
     renderer: str = "auto"
 
@@ -261,26 +265,28 @@ def run_recipe(parsed: argparse.Namespace, settings: list[str], console: Console
 
 def run_eval(command: EvalCommand, console: Console) -> None:
     """``sb3-vla eval``."""
+    from stable_baselines3.common.utils import get_device
+
     from sb3_vla.checkpoints import load_checkpoint
     from sb3_vla.evaluation import VideoOptions, evaluate, find_protocol
     from sb3_vla.policies import load_policy
+    from sb3_vla.precision import autocast
     from sb3_vla.training import view_of
 
     options = command.model_kwargs or None
-    loaded = load_checkpoint(command.checkpoint, options)
-    result = evaluate(
-        load_policy(command.checkpoint, find_protocol(command.protocol).action_chunk, model_kwargs=options),
-        tasks=select_tasks(command.suite, command.split, command.tasks),
-        trials_per_task=command.trials_per_task,
-        trial_seed=command.trial_seed,
-        protocol=command.protocol,
-        env_kwargs={
-            "image_size": loaded.model.image_size[0],
-            "renderer": command.renderer,
-            **view_of(loaded.notes),
-        },
-        videos=VideoOptions(command.videos) if command.videos else None,
-    )
+    view = view_of(load_checkpoint(command.checkpoint, options).notes)
+    chunk = find_protocol(command.protocol).action_chunk
+    policy = load_policy(command.checkpoint, chunk, get_device(command.device), model_kwargs=options)
+    with autocast(command.bf16, policy.device.type):
+        result = evaluate(
+            policy,
+            tasks=select_tasks(command.suite, command.split, command.tasks),
+            trials_per_task=command.trials_per_task,
+            trial_seed=command.trial_seed,
+            protocol=command.protocol,
+            env_kwargs={"image_size": policy.model.image_size[0], "renderer": command.renderer, **view},
+            videos=VideoOptions(command.videos) if command.videos else None,
+        )
     if current_ranks().leads:
         result.to_json(command.output)
         result.to_markdown(Path(command.output).with_suffix(".md"))

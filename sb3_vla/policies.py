@@ -527,6 +527,7 @@ def load_policy(
     )
     chunk = model.action_horizon - model.first_action if action_chunk is None else action_chunk
     shape = (model.action_dim,) if chunk == 1 else (chunk, model.action_dim)
+    del loaded, model  # one of billions of weights need not be in memory twice
     policy = VLAPolicy(
         observation_space,
         spaces.Box(-1.0, 1.0, shape, np.float32),

@@ -13,6 +13,7 @@ from toy_pi0 import HEADS, LAYOUTS, P, X, tiny_tokenizer, write_layout
 
 from sb3_vla.checkpoints import load_checkpoint
 from sb3_vla.checkpoints.pi0 import save_lerobot
+from sb3_vla.cli import main
 from sb3_vla.collecting import collect
 from sb3_vla.demonstrations import Demonstrations
 from sb3_vla.evaluation import evaluate
@@ -62,6 +63,13 @@ def weights(model: VLAModel) -> dict[str, torch.Tensor]:
 
 def changed(model: VLAModel, before: dict[str, torch.Tensor]) -> set[str]:
     return {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+
+
+def test_the_command_line_evaluates_a_published_checkpoint(tmp_path: Path) -> None:
+    folder, output = write_layout(tmp_path / "published", "pi05", "lerobot"), tmp_path / "result.json"
+    settings = [f"checkpoint={folder}", f"output={output}", "model_kwargs={vision: {heads: 4}}", "device=cpu"]
+    assert main(["eval", *settings, "tasks=[reach-v3]", "trials_per_task=1", "protocol=rlinf-100"]) == 0
+    assert TASK in output.read_text()
 
 
 @pytest.mark.parametrize(("name", "layout"), CASES)
