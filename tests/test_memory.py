@@ -114,6 +114,21 @@ def test_each_saving_saves() -> None:
     assert joint.activations > expert.activations
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["pi0", "pi05"])
+def test_training_the_expert_at_full_size_fits_one_gpu(name: str) -> None:
+    """RLinf's micro batch of 128, on a GPU of 80 GB; everything in float32 does not."""
+    with torch.device("meta"):
+        model = make_model(name, {"prompt_tokens": 48})
+    expert: dict[str, Any] = {"trainable": "expert", "batch_size": 128, "num_envs": 64}
+    everything = plan_memory(model, trainable="all", batch_size=128, num_envs=64)
+    with pytest.raises(ValueError, match="on the device"):
+        everything.check(80 * 10**9)
+    model.set_trainable("expert")
+    model.halve_backbone()
+    plan_memory(model, **expert, bf16=True).check(80 * 10**9)
+
+
 def plan(**sizes: int) -> MemoryPlan:
     names = ("weights", "copies", "gradients", "optimizer", "activations", "rollout", "prefix_per_decision", "buffer")
     return MemoryPlan(**{**dict.fromkeys(names, 0), **{k: v * GIB for k, v in sizes.items()}}, settings="Pi0")

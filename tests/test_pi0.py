@@ -558,6 +558,14 @@ def test_ppo_trains_the_expert_alone(name: str, tmp_path: Path) -> None:
     assert not any(key.startswith(P) for key in changed)
 
 
+def test_ppo_trains_what_modulates_norms_alone(tmp_path: Path) -> None:
+    algorithm = pi0_ppo("pi05", tiny_tokenizer(tmp_path), trainable="adaptive")
+    before = {key: value.clone() for key, value in algorithm.policy.model.state_dict().items()}
+    algorithm.learn(8)
+    changed = {key for key, value in algorithm.policy.model.state_dict().items() if not torch.equal(value, before[key])}
+    assert changed and all(key.startswith("time_mlp") or ".dense." in key for key in changed)
+
+
 @both
 def test_a_cached_prefix_trains_to_the_same(name: str, tmp_path: Path) -> None:
     """With sentences of different length, whose cached prefixes have room for the longest prompt."""
