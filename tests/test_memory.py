@@ -12,8 +12,11 @@ from torch.profiler import ProfilerActivity, profile
 from toy import toy_observation
 from toy_pi0 import TINY_PI0, tiny_tokenizer
 
+from sb3_vla.checkpoints import save_checkpoint
 from sb3_vla.memory import GIB, HEADROOM, MemoryPlan, plan_memory
 from sb3_vla.models import VLAModel, make_model
+from sb3_vla.run import RunDirectory
+from sb3_vla.training import PPOConfig, train
 
 #: large enough that activations are far more than what is allocated beside them
 SMALL: dict[str, Any] = {
@@ -153,6 +156,20 @@ def test_the_table() -> None:
 def test_what_does_not_fit_is_refused_with_advice(sizes: dict[str, int], advice: str) -> None:
     with pytest.raises(ValueError, match=rf"(?s)9\.0 GiB of its 10\.0 GiB.*{advice}.*Pi0"):
         plan(**sizes).check(10 * GIB)
+
+
+def test_a_training_that_does_not_fit_is_refused_before_it_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_checkpoint(tmp_path / "model", make_model("pi0", {**TINY_PI0, "tokenizer": str(tiny_tokenizer(tmp_path))}))
+    monkeypatch.setattr("sb3_vla.training.get_device", lambda _: torch.device("cuda"))
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda _: (2**20, 2**20))
+    config = PPOConfig(iterations=1, decisions=2, num_envs=2, horizon=10, batch_size=4)
+    run = RunDirectory(tmp_path / "run", config)
+    options: dict[str, Any] = {"suite": "MT1", "tasks": ["reach-v3"], "progress": False}
+    with pytest.raises(ValueError, match="This training needs .* GiB on the device"):
+        train(run, "ppo", config, checkpoint=tmp_path / "model", output=tmp_path / "ppo", **options)
+    assert not (tmp_path / "ppo").exists()
 
 
 def test_a_buffer_beyond_main_memory_is_refused() -> None:
