@@ -167,7 +167,7 @@ def test_a_training_that_does_not_fit_is_refused_before_it_starts(
     config = PPOConfig(iterations=1, decisions=2, num_envs=2, horizon=10, batch_size=4)
     run = RunDirectory(tmp_path / "run", config)
     options: dict[str, Any] = {"suite": "MT1", "tasks": ["reach-v3"], "progress": False}
-    with pytest.raises(ValueError, match="This training needs .* GiB on the device"):
+    with pytest.raises(ValueError, match=r"This training needs .* GiB on the device"):
         train(run, "ppo", config, checkpoint=tmp_path / "model", output=tmp_path / "ppo", **options)
     assert not (tmp_path / "ppo").exists()
 

@@ -32,7 +32,7 @@ PALIGEMMA = "google/paligemma-3b-pt-224"
 _STATE_BINS = 256
 # Compiled towers see prompts padded to a multiple of this: few lengths are met, and each is compiled once.
 _PROMPT_STEP = 16
-# Towers, batch sizes, and passes with and without a gradient: beyond its limit torch runs what it has not compiled yet.
+# Towers, batch sizes and passes with and without a gradient are compiled apart; after eight torch would compile no more.
 _COMPILATIONS = 64
 
 
@@ -211,7 +211,7 @@ class Pi0(VLAModel):
         return image if self.convention == "lerobot" else resize_with_pad(image, self.image_size[0], antialias=True)
 
     def encode(self, observation: dict[str, Tensor]) -> Context:
-        """See :meth:`VLAModel.encode`; a context for at once needs no room for longer prompts."""
+        """See :meth:`VLAModel.encode`; what is not kept needs no room for longer prompts."""
         if is_perceived(observation):
             return self.contextualise(observation)
         perception, padded = self._look(observation)
