@@ -32,7 +32,7 @@ PALIGEMMA = "google/paligemma-3b-pt-224"
 _STATE_BINS = 256
 # Compiled towers see prompts padded to a multiple of this: few lengths are met, and each is compiled once.
 _PROMPT_STEP = 16
-# Towers, batch sizes and passes with and without a gradient are compiled apart; after eight torch would compile no more.
+# Towers, batch sizes and passes with and without a gradient are compiled apart; after eight torch compiles no more.
 _COMPILATIONS = 64
 
 
