@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from sb3_vla.cluster.connection import Cluster, connected
-from sb3_vla.cluster.learners import run_learners
+from sb3_vla.cluster.learners import lost_learners, run_learners
 from sb3_vla.cluster.placement import ClusterOptions, PlacementError, place
 from sb3_vla.cluster.seat import Seat
-from sb3_vla.distributed import RankLostError, current_ranks
+from sb3_vla.distributed import current_ranks
 from sb3_vla.run import RunDirectory
 from sb3_vla.shared_run import SharedRun
 from sb3_vla.training import GRPOConfig, PPOConfig, train
@@ -54,7 +54,7 @@ def train_on_cluster(
             try:
                 run_learners(cluster, options, functools.partial(_train, run.path, stage, config, arguments))
                 return
-            except (RankLostError, *cluster.lost()) as error:
+            except lost_learners(cluster) as error:
                 deaths = deaths + 1 if run.latest_checkpoint(stage) == latest else 1
                 latest = run.latest_checkpoint(stage)
                 if deaths == _TOO_MANY_DEATHS:

@@ -49,7 +49,7 @@ def run_learners(cluster: Cluster, options: ClusterOptions, work: Callable[[Seat
     :param work: what each learner does in its seat, as one of :func:`sb3_vla.distributed.current_ranks`; picklable.
     :return: the first learner's result.
     :raises PlacementError: if several learners would share a GPU.
-    :raises RankLostError: if a learner died; or one of ``cluster.lost()``.
+    :raises Exception: one of :func:`lost_learners` if a learner died.
     :raises Exception: what one of them raised.
     """
     slots = cluster.placement["actor"]
@@ -68,12 +68,17 @@ def run_learners(cluster: Cluster, options: ClusterOptions, work: Callable[[Seat
         ]
         results = [_as_rank(cluster, invitations[0], work)] if here else []
         return [*results, *_wait_for(cluster, answers)][0]
-    except (RankLostError, *cluster.lost()):
+    except lost_learners(cluster):
         _raise_reason(cluster, answers)
         raise
     finally:
         for actor in actors:
             cluster.ray.kill(actor)
+
+
+def lost_learners(cluster: Cluster) -> tuple[type[Exception], ...]:
+    """Types of the errors that tell the death of a learner or its node, to this process or to another learner."""
+    return (RankLostError, *cluster.lost())
 
 
 def meeting_point() -> str:
@@ -140,5 +145,5 @@ def _raise_reason(cluster: Cluster, answers: Sequence[Any]) -> None:
     for answer in done:
         try:
             _get(cluster, [answer])
-        except (RankLostError, *cluster.lost()):
+        except lost_learners(cluster):
             continue
