@@ -49,8 +49,7 @@ def run_learners(cluster: Cluster, options: ClusterOptions, work: Callable[[Seat
     :param work: what each learner does in its seat, as one of :func:`sb3_vla.distributed.current_ranks`; picklable.
     :return: the first learner's result.
     :raises PlacementError: if several learners would share a GPU.
-    :raises Exception: one of :func:`lost_learners` if a learner died.
-    :raises Exception: what one of them raised.
+    :raises Exception: what one of them raised; one of :func:`lost_learners` if it died.
     """
     slots = cluster.placement["actor"]
     _check_gpus(slots)
