@@ -256,7 +256,9 @@ def run_recipe(parsed: argparse.Namespace, settings: list[str], console: Console
         from sb3_vla.footprint import footprint
 
         console.print(to_yaml(recipe), highlight=False, markup=False, soft_wrap=True)
-        console.print(footprint(plan), highlight=False, markup=False, soft_wrap=True)
+        for stage, memory in footprint(plan).items():
+            told = f"Memory that {stage} takes of each rank\n{memory}\n"
+            console.print(told, highlight=False, markup=False, soft_wrap=True)
         return
     from sb3_vla.launch import launch
 

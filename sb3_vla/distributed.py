@@ -38,6 +38,9 @@ TIMEOUT_SECONDS = 7200.0
 # Gradients that travel at a time: enough to fill a network, little beside a model.
 _BUCKET_NUMBERS = 8 * 2**20
 _TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_LOCAL_VARIABLES = (("RANK", "0"), ("WORLD_SIZE", "1"))
+# How many of the ranks are on this machine.
+_ranks_here = 1
 
 
 class RankLostError(RuntimeError):
@@ -196,6 +199,24 @@ def current_ranks() -> Ranks:
     return ALONE
 
 
+@dataclass(frozen=True)
+class Invitation:
+    """How a process becomes a rank.
+
+    :ivar rank: its number.
+    :ivar count: how many there are.
+    :ivar local_rank: number of its GPU among those that it sees, where there are any.
+    :ivar local_count: how many ranks are on its machine.
+    :ivar meeting_point: ``env://`` for what torchrun says; else ``tcp://ADDRESS:PORT`` of rank 0's machine.
+    """
+
+    rank: int = 0
+    count: int = 1
+    local_rank: int = 0
+    local_count: int = 1
+    meeting_point: str = "env://"
+
+
 @contextmanager
 def torchrun(timeout_seconds: float = TIMEOUT_SECONDS) -> Iterator[Ranks]:
     """Join the other ranks, if ``torchrun`` started this process; with one rank, and without it, do nothing.
@@ -210,16 +231,39 @@ def torchrun(timeout_seconds: float = TIMEOUT_SECONDS) -> Iterator[Ranks]:
     if count == 1 or not all(name in os.environ for name in _TORCHRUN_VARIABLES) or dist.is_initialized():
         yield current_ranks()
         return
-    rank = int(os.environ["RANK"])
-    device = _own_device(int(os.environ.get("LOCAL_RANK", "0")))
+    local_rank, local_count = (int(os.environ.get(f"LOCAL_{name}", least)) for name, least in _LOCAL_VARIABLES)
+    invitation = Invitation(int(os.environ["RANK"]), count, local_rank, local_count)
+    with joined(invitation, timeout_seconds) as ranks:
+        yield ranks
+
+
+@contextmanager
+def joined(invitation: Invitation, timeout_seconds: float = TIMEOUT_SECONDS) -> Iterator[Ranks]:
+    """Be one of the ranks for as long as the context lasts, whoever started this process.
+
+    :param timeout_seconds: see :func:`torchrun`, as for what is raised.
+    """
+    global _ranks_here
+    device = _own_device(invitation.local_rank)
+    if invitation.count == 1:
+        yield current_ranks()
+        return
     # Objects and counters travel over the network of the processors, gradients over that of the GPUs.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    with _lost_ranks_told(rank):
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
+    with _lost_ranks_told(invitation.rank):
+        dist.init_process_group(
+            backend,
+            init_method=invitation.meeting_point,
+            rank=invitation.rank,
+            world_size=invitation.count,
+            timeout=timedelta(seconds=timeout_seconds),
+        )
         dist.barrier() if device.type == "cpu" else dist.barrier(device_ids=[device.index])
+    _ranks_here = invitation.local_count
     try:
         yield current_ranks()
     finally:
+        _ranks_here = 1
         dist.destroy_process_group()
 
 
@@ -230,7 +274,7 @@ def is_shard(tensor: Tensor) -> bool:
 
 def ranks_on_this_machine() -> int:
     """How many ranks share the machine's cores."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if current_ranks().count > 1 else 1
+    return _ranks_here
 
 
 def _own_device(local_rank: int) -> torch.device:

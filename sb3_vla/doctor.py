@@ -29,12 +29,6 @@ GIB = 1024**3
 # GiB before the first update, 0.6 GiB); what it writes, with the caches beside it.
 LEARNER_MEMORY, WORKER_MEMORY, MOST_WORKERS = 2 * GIB, 0.7 * GIB, 16
 QUICKSTART_DISK, QUICKSTART_SHARED = 1 * GIB, GIB // 64
-# The estimate of what a model takes: float32 weights; a gradient and Adam's two moments of what is trained; a quarter
-# more for activations and what the allocator holds back; and torch itself. Pictures of a rollout come on top.
-WEIGHT_BYTES, TRAINED_BYTES, ALLOWANCE, TORCH_BYTES = 4, 12, 1.25, GIB
-_ESTIMATE = "4 bytes a parameter, 12 more a trained one, a quarter more in all, 1 GiB for torch; large minibatches more"
-# Decisions of a rollout and the side of the pictures that are stored with them.
-_ROLLOUTS = {"the quickstart's": (16 * 128, 96), "RLinf's MetaWorld recipe": (10_240, 224)}
 _SHOWN_PACKAGES = ("torch", "stable-baselines3", "gymnasium", "metaworld", "mujoco", "numpy")
 
 
@@ -242,56 +236,49 @@ def check_accelerator() -> Iterator[Finding]:
 
 
 def check_models() -> Iterator[Finding]:
-    """Which models fit, by the estimate of :func:`needed_memory`."""
-    answer, torch = _probe("package"), _probe("torch")
+    """How large the models are; what training takes is told of the recipes."""
+    answer = _probe("package")
     if "error" in answer:
-        yield Finding("What fits", "models", "note", "no estimate, since sb3_vla cannot be imported")
+        yield Finding("Models", "models", "note", "unknown, since sb3_vla cannot be imported")
         return
-    devices = torch.get("devices") or []
-    free = max((device["free"] for device in devices), default=memory()[0])
-    where = "of the GPU" if devices else "of the machine"
-    yield Finding("What fits", "estimate", "note", _ESTIMATE)
+    _, free, where = _where_the_learner_is()
     for name, sizes in answer.items():
         if "error" in sizes:
-            yield Finding("What fits", name, "note", f"no estimate: {sizes['error']}")
+            yield Finding("Models", name, "note", f"unknown: {sizes['error']}")
             continue
-        total, expert = sizes["parameters"], sizes["expert"]
-        settings = {"act": 0, "train expert": expert, "train all": total}
-        needs = {setting: needed_memory(total, trained) for setting, trained in settings.items()}
-        told = ", ".join(
-            f"{setting} {need / GIB:.1f} GiB{'' if need <= free else ' (does not fit)'}"
-            for setting, need in needs.items()
-        )
-        state = "ok" if needs["train expert"] <= free else "note"
-        yield Finding(
-            "What fits", name, state, f"{total / 1e6:,.1f} M parameters: {told}; {free / GIB:.1f} free {where}"
-        )
-    for name, (decisions, side) in _ROLLOUTS.items():
-        size = decisions * side * side * 3
-        state = "ok" if size <= memory()[0] else "note"
-        value = f"{size / GIB:.2f} GiB of memory for {name} {decisions:,} decisions at {side}x{side}"
-        yield Finding("What fits", "pictures of a rollout", state, value)
+        weights = sizes["bytes"]
+        fits = "" if weights <= free else " (does not fit)"
+        value = f"{sizes['parameters'] / 1e6:,.1f} M parameters, {weights / GIB:.1f} GiB{fits}"
+        yield Finding("Models", name, "note" if fits else "ok", f"{value}; {free / GIB:.1f} free {where}")
 
 
 def check_recipes() -> Iterator[Finding]:
-    """Which recipes fit, by the same estimate."""
-    answer, torch = _probe("recipes"), _probe("torch")
+    """Which recipes fit, by their memory plans."""
+    answer = _probe("recipes")
     if "error" in answer:
-        yield Finding("Recipes that fit", "recipes", "note", f"no estimate: {answer['error']}")
+        yield Finding("Recipes that fit", "recipes", "note", f"unknown: {answer['error']}")
         return
-    devices = torch.get("devices") or []
+    apart, free, _ = _where_the_learner_is()
     main = memory()[0]
-    free = max((device["free"] for device in devices), default=main)
     for name, needs in answer.items():
-        learner, rollout = needs["learner"], needs["rollout"]
-        # Without a GPU the learner and the pictures share the memory.
-        fits = learner <= free and rollout + (0 if devices else learner) <= main
-        value = (
-            f"{'fits' if fits else 'does not fit'}: learner {learner / GIB:.1f} GiB, rollout {rollout / GIB:.1f} GiB"
-        )
-        remedy = "" if fits else "take a recipe with compact in its name"
+        if "error" in needs:
+            yield Finding("Recipes that fit", name, "note", f"unknown: {needs['error']}")
+            continue
+        device, buffer = needs["device"], needs["buffer"]
+        # Without a GPU learner and rollout share the memory.
+        fits = device <= (1 - needs["headroom"]) * free and buffer + (0 if apart else device) <= main
+        value = f"{'fits' if fits else 'does not fit'}: learner {device / GIB:.1f} GiB, rollout {buffer / GIB:.1f} GiB"
+        remedy = "" if fits else f"sb3-vla train {name} --dry-run says what takes it; or take a recipe with compact"
         start = "" if needs["begins"] else "; from a checkpoint"
         yield Finding("Recipes that fit", name, "ok" if fits else "note", f"{value}{start}", remedy)
+
+
+def _where_the_learner_is() -> tuple[bool, int, str]:
+    """Whether it has memory of its own, how many bytes of it are free, and whose they are."""
+    devices = _probe("torch").get("devices") or []
+    if devices:
+        return True, max(device["free"] for device in devices), "of the GPU"
+    return False, memory()[0], "of the machine"
 
 
 CHECKS = (
@@ -309,17 +296,6 @@ CHECKS = (
 
 
 # What the checks share
-
-
-def needed_memory(parameters: int, trained: int) -> float:
-    """
-    Memory that a model takes where it is computed, bytes; an estimate, with pictures and large minibatches apart.
-
-    :param parameters: of the model
-    :param trained: how many of them are trained, 0 to act only
-    :return: bytes
-    """
-    return ALLOWANCE * (WEIGHT_BYTES * parameters + TRAINED_BYTES * trained) + TORCH_BYTES
 
 
 def memory() -> tuple[int, int]:
@@ -432,8 +408,11 @@ def _probe_package() -> dict[str, Any]:
         try:
             with torch.device("meta"):  # nothing is allocated
                 model = make()
-            total = sum(parameter.numel() for parameter in model.parameters())
-            sizes[name] = {"parameters": total, "expert": total - sum(part.numel() for part in model.backbone())}
+            parameters = list(model.parameters())
+            sizes[name] = {
+                "parameters": sum(parameter.numel() for parameter in parameters),
+                "bytes": sum(parameter.numel() * parameter.element_size() for parameter in parameters),
+            }
         except Exception as error:  # a model that cannot be built like this does not hide the others
             sizes[name] = {"error": f"{type(error).__name__}: {error}"}
     return sizes
@@ -441,14 +420,24 @@ def _probe_package() -> dict[str, Any]:
 
 def _probe_recipes() -> dict[str, Any]:
     from sb3_vla.footprint import footprint
+    from sb3_vla.memory import HEADROOM
     from sb3_vla.plan import make_plan
     from sb3_vla.recipes import load_recipe, recipe_names
 
     found: dict[str, Any] = {}
     for name in recipe_names():
-        plan = make_plan(load_recipe(name))
-        needs = footprint(plan)
-        found[name] = {"learner": needs.learner, "rollout": needs.rollout, "begins": plan.begins}
+        try:
+            plan = make_plan(load_recipe(name))
+            stages = footprint(plan).values()
+        except Exception as error:  # a model that cannot be planned does not hide the others
+            found[name] = {"error": f"{type(error).__name__}: {error}"}
+            continue
+        found[name] = {
+            "device": max(stage.device for stage in stages),
+            "buffer": max(stage.buffer for stage in stages),
+            "headroom": HEADROOM,
+            "begins": plan.begins,
+        }
     return found
 
 

@@ -292,7 +292,8 @@ class OptimSection:
     """AdamW.
 
     :param lr: the actor's learning rate.
-    :param final_lr: at the end, linearly; None for ``lr``.
+    :param lr_scheduler: ``constant``; or ``linear`` or ``cosine``, on which it falls to ``final_lr`` over the training.
+    :param final_lr: at the end, of one that falls.
     :param value_lr: the critic's; it falls in proportion (gae).
     :param adam_beta1: of the gradient's mean.
     :param adam_beta2: of its square's.
@@ -302,7 +303,8 @@ class OptimSection:
     """
 
     lr: float = 1e-5
-    final_lr: float | None = None
+    lr_scheduler: Literal["constant", "linear", "cosine"] = "constant"
+    final_lr: float = 0.0
     value_lr: float = 1e-4
     adam_beta1: float = 0.9
     adam_beta2: float = 0.95
@@ -318,7 +320,7 @@ class ActorSection:
     :param seed: of everything that is random but the trials of evaluation.
     :param global_batch_size: decisions per optimiser step.
     :param micro_batch_size: decisions that are evaluated at a time; None for all of them.
-    :param sharding: under ``torchrun`` ``none``, all of what is trained is on every rank; or ``fsdp``, a part.
+    :param sharding: where several ranks train ``none``, all of what is trained is on each of them; or ``fsdp``, a part.
     """
 
     seed: int = 42
@@ -401,6 +403,8 @@ class Recipe:
         "actor.model.openpi.joint_logprob": "actor.model.joint_logprob",
         "actor.model.openpi.num_steps": "actor.model.num_steps",
         "rollout.model.model_path": "actor.model.model_path",
+        "actor.optim.warmup_style": "actor.optim.lr_scheduler",
+        "actor.optim.min_lr": "actor.optim.final_lr",
     }
     #: RLinf's keys that would mean nothing here
     REFUSED: ClassVar[dict[str, str]] = {
@@ -442,7 +446,11 @@ class Recipe:
         "actor.model.openpi": "its options stand in actor.model",
         "actor.model.add_value_head": "PPO has one, GRPO has none",
         "actor.model.action_dim": "the environments have four",
-        "actor.optim.lr_scheduler": "give actor.optim.final_lr",
+        "actor.optim.min_lr_rate": "give actor.optim.final_lr",
+        "actor.optim.total_training_steps": "a schedule lasts for all of runner.max_epochs",
+        "actor.optim.num_cycles": "a cosine falls once, by half a period",
+        "actor.optim.lr_warmup_steps": "give algorithm.actor_warmup, in iterations",
+        "actor.optim.lr_warmup_steps_ratio": "give algorithm.actor_warmup, in iterations",
         "actor.optim.critic_warmup_steps": "give algorithm.critic_warmup, in iterations",
     }
 

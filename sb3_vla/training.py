@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -21,6 +22,7 @@ from stable_baselines3.common.logger import KVWriter, Logger
 from stable_baselines3.common.type_aliases import Schedule
 from stable_baselines3.common.utils import get_device
 
+from mw_envs.tasks import did_you_mean
 from sb3_vla.checkpoints import LoadedCheckpoint, load_checkpoint, save_checkpoint
 from sb3_vla.demonstrations import Demonstrations, available_memory
 from sb3_vla.distributed import current_ranks
@@ -47,6 +49,26 @@ if TYPE_CHECKING:
 _SECONDS_BETWEEN_LINES = 30.0
 
 
+def _constant(first: float, _: float) -> Schedule:
+    return lambda _: first
+
+
+def _linear(first: float, last: float) -> Schedule:
+    return lambda remaining: np.interp(remaining, [0, 1], [last, first]).item()
+
+
+def _cosine(first: float, last: float) -> Schedule:
+    return lambda remaining: last + (first - last) * (1 + math.cos(math.pi * (1 - remaining))) / 2
+
+
+#: how a learning rate goes from its first to its last value, in terms of the share of a training that remains
+LR_SCHEDULERS: dict[str, Callable[[float, float], Schedule]] = {
+    "constant": _constant,
+    "linear": _linear,
+    "cosine": _cosine,
+}
+
+
 @dataclass
 class TrainingConfig:
     """What PPO and GRPO have in common for :func:`train`.
@@ -60,7 +82,10 @@ class TrainingConfig:
     :param batch_size: decisions per minibatch.
     :param epochs: passes over a rollout.
     :param learning_rate: the actor's at the start.
-    :param final_learning_rate: the actor's at the end; it falls linearly.
+    :param lr_scheduler: how it goes from there to ``final_learning_rate``: ``constant`` not at all, ``linear``, or
+        ``cosine`` by half a period of a cosine. As every schedule of Stable-Baselines3's it is read after a rollout, at
+        the share of the training that has been played by then.
+    :param final_learning_rate: the actor's at the end, without effect on ``constant``.
     :param clip_range: of the ratio.
     :param clip_range_high: of the ratio above one, if it is another.
     :param dual_clip: factor of a negative advantage below which the surrogate does not fall; None for no bound.
@@ -102,6 +127,7 @@ class TrainingConfig:
     batch_size: int = 512
     epochs: int = 4
     learning_rate: float = 1.2e-4
+    lr_scheduler: str = "linear"
     final_learning_rate: float = 2e-5
     clip_range: float = 0.2
     clip_range_high: float | None = None
@@ -137,6 +163,9 @@ class TrainingConfig:
         for name in self._at_least_one:
             if getattr(self, name) < 1:
                 raise ValueError(f"{section}.{name}={getattr(self, name)}; expected at least 1")
+        if self.lr_scheduler not in LR_SCHEDULERS:
+            known = did_you_mean(self.lr_scheduler, LR_SCHEDULERS)
+            raise ValueError(f"Unknown {section}.lr_scheduler={self.lr_scheduler!r}; {known}")
         if self.keep_checkpoints is not None and self.keep_checkpoints < 1:
             raise ValueError(
                 f"{section}.keep_checkpoints={self.keep_checkpoints}; expected at least 1, or null for all"
@@ -146,7 +175,7 @@ class TrainingConfig:
         """Arguments of the algorithm's constructor, without those that are made from more than this configuration."""
         names = inspect.signature(self.algorithm).parameters
         return {item.name: getattr(self, item.name) for item in fields(self) if item.name in names} | {
-            "learning_rate": _linear(self.learning_rate, self.final_learning_rate),
+            "learning_rate": LR_SCHEDULERS[self.lr_scheduler](self.learning_rate, self.final_learning_rate),
             "n_epochs": self.epochs,
             "noise_scale": _linear(1.0, self.final_noise_scale),
         }
@@ -467,10 +496,6 @@ def _filmed(make: Callable[[], gym.Env], films: TrainingFilms) -> gym.Env:
 
 def _holding(make: Callable[[], gym.Env]) -> gym.Env:
     return HoldAtEnd(make())
-
-
-def _linear(first: float, last: float) -> Schedule:
-    return lambda remaining: np.interp(remaining, [0, 1], [last, first]).item()
 
 
 def _policy_kwargs(

@@ -12,12 +12,15 @@ import signal
 import time
 from collections import deque
 from contextlib import suppress
+from multiprocessing import connection
 from types import SimpleNamespace
 from typing import Any
 
 import cloudpickle
 
 _FORK = mp.get_context("fork")
+# Near ends of this process's actors, which a fork inherits: while it holds one, its actor does not see the other's end.
+_NEAR: list[Any] = []
 
 
 class RayActorError(Exception):
@@ -44,7 +47,9 @@ class _Handle:
         self.near, far = _FORK.Pipe()
         self.pending: deque[_Answer] = deque()
         self.node = node
-        self.process = _FORK.Process(target=_serve, args=(far, cloudpickle.dumps((server, arguments))), daemon=True)
+        _NEAR.append(self.near)
+        # No daemon, because an actor may start actors of its own; they end with it.
+        self.process = _FORK.Process(target=_serve, args=(far, cloudpickle.dumps((server, arguments))), daemon=False)
         self.process.start()
         far.close()
 
@@ -71,19 +76,21 @@ class _Handle:
                 answer.handle, answer.error = None, RayActorError()
 
 
-def _serve(connection: Any, work: bytes) -> None:
+def _serve(far: Any, work: bytes) -> None:
+    while _NEAR:
+        _NEAR.pop().close()
     server, arguments = cloudpickle.loads(work)
     made = server(*arguments)
     try:
         while True:
-            name, values = cloudpickle.loads(connection.recv_bytes())
+            name, values = cloudpickle.loads(far.recv_bytes())
             try:
                 answer = (False, getattr(made, name)(*values))
             except Exception as error:
                 answer = (True, error)
-            connection.send_bytes(cloudpickle.dumps(answer))
+            far.send_bytes(cloudpickle.dumps(answer))
     except (EOFError, OSError):
-        pass
+        os._exit(0)
 
 
 class StandInRay:
@@ -98,7 +105,7 @@ class StandInRay:
         self.actors: list[_Handle] = []
         self.exceptions = SimpleNamespace(RayActorError=RayActorError)
         strategies = SimpleNamespace(NodeAffinitySchedulingStrategy=lambda node, soft: node)
-        self.util = SimpleNamespace(scheduling_strategies=strategies)
+        self.util = SimpleNamespace(scheduling_strategies=strategies, get_node_ip_address=lambda: "127.0.0.1")
 
     def is_initialized(self) -> bool:
         return True
@@ -128,12 +135,20 @@ class StandInRay:
     def get(self, answer: Any) -> Any:
         return [one.get() for one in answer] if isinstance(answer, list) else answer.get()
 
-    def wait(self, answers: list[_Answer], num_returns: int, timeout: float) -> None:
-        deadline = time.monotonic() + timeout
-        for answer in answers:
-            if answer.handle is not None and answer.handle.near.poll(max(0.0, deadline - time.monotonic())):
-                with suppress(Exception):
-                    answer.get()
+    def wait(
+        self, answers: list[_Answer], num_returns: int = 1, timeout: float | None = None
+    ) -> tuple[list[_Answer], list[_Answer]]:
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while sum(answer.handle is None for answer in answers) < num_returns:
+            near = {answer.handle.near: answer.handle for answer in answers if answer.handle is not None}
+            left = None if deadline is None else max(0.0, deadline - time.monotonic())
+            ready = connection.wait(list(near), left)
+            if not ready:
+                break
+            for one in ready:
+                near[one].read()  # type: ignore[index]
+        done = [answer for answer in answers if answer.handle is None]
+        return done, [answer for answer in answers if answer.handle is not None]
 
     def kill(self, actor: _Handle) -> None:
         actor.process.kill()

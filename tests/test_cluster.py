@@ -6,19 +6,24 @@ from __future__ import annotations
 import functools
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from conftest import _descendants
 from safetensors.torch import load_file
 from stable_baselines3.common.callbacks import BaseCallback
 from stand_in_ray import StandInRay
+from test_launch import EVERY, LEARNING
 from toy import TINY, ToyEnv, tiny_model, toy_ppo
 
 from sb3_vla import GRPO, PPO
@@ -27,9 +32,11 @@ from sb3_vla.cluster import ClusterOptions, PlacementError, launch
 from sb3_vla.cluster.connection import Cluster, connected
 from sb3_vla.cluster.envs import RayVecEnv
 from sb3_vla.cluster.launch import train_on_cluster
+from sb3_vla.cluster.learners import run_learners
 from sb3_vla.cluster.placement import Slot
 from sb3_vla.cluster.rollout import Replicas
 from sb3_vla.cluster.seat import Seat
+from sb3_vla.distributed import Ranks, current_ranks
 from sb3_vla.run import RunDirectory
 from sb3_vla.stepping import Clock, step_by_halves, step_together
 from sb3_vla.training import PPOConfig, train
@@ -41,16 +48,32 @@ LAYOUTS = {
     "hybrid": {"env": "0-3", "rollout": "4-7", "actor": "0-7"},
     "disjoint": {"env": "4-5", "rollout": "6-7", "actor": "0"},
 }
+#: the same with several learners: as many as environments' processes, twice as many, and as many on other slots
+SEVERAL = {
+    "all shared": {"actor,env,rollout": "0-1"},
+    "hybrid": {"env": "0-1", "rollout": "2-3", "actor": "0-3"},
+    "disjoint": {"env": "4-5", "rollout": "6-7", "actor": "1-2"},
+    "disjoint, elsewhere": {"env": "0-1", "rollout": "2-3", "actor": "4-5"},
+}
 
 
-def _simulated_cluster() -> Iterator[Any]:
-    """Ray's own cluster of two nodes on one machine."""
+def _simulated_cluster(connect: bool = True) -> Iterator[Any]:
+    """Ray's own cluster of two nodes on one machine.
+
+    :param connect: whether this process takes part; else only the address is of use.
+    """
     ray = pytest.importorskip("ray", reason='needs Ray: pip install "sb3-vla[ray]"')
     from ray.cluster_utils import Cluster as SimulatedCluster
 
     arguments = {"num_cpus": 4, "object_store_memory": 200 * 2**20, "include_dashboard": False}
     simulated = SimulatedCluster(initialize_head=True, head_node_args=arguments)
     second = simulated.add_node(num_cpus=4, object_store_memory=200 * 2**20)
+    if not connect:
+        try:
+            yield SimpleNamespace(address=simulated.address)
+        finally:
+            simulated.shutdown()
+        return
     paths = os.pathsep.join(path for path in sys.path if path)
     ray.init(address=simulated.address, runtime_env={"env_vars": {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}})
     ray.kill_node = lambda _: simulated.remove_node(second, allow_graceful=False)
@@ -109,7 +132,7 @@ def learn_ppo(
     algorithm = toy_ppo(env, **{"n_steps": 4, "batch_size": 8, "learning_rate": 1e-3, **options})  # type: ignore[arg-type]
     if seat is not None:
         algorithm.replicas = seat.replicas(algorithm.policy)
-    algorithm.learn(2 * 4 * env.num_envs, callback)
+    algorithm.learn(2 * 4 * env.num_envs * current_ranks().count, callback)
     return algorithm, {name: value.clone() for name, value in algorithm.policy.state_dict().items()}
 
 
@@ -138,6 +161,74 @@ def test_every_layout_learns_what_one_process_learns(ray: Any, one_process: dict
     assert any(not torch.equal(value, untrained[name]) for name, value in one_process.items())
     for layout in LAYOUTS.values():
         assert_same_weights(on_cluster(layout, learn_ppo)[1], one_process)
+
+
+def learn_in_seat(learn: Callable[[Any, Seat | None], Any], seat: Seat) -> dict[str, torch.Tensor]:
+    """What each of several learners does with its part of eight environments."""
+    env = seat.envs(makers(8 // current_ranks().count), None)
+    try:
+        return learn(env, seat)[1]
+    finally:
+        env.close()
+        seat.leave()
+
+
+@pytest.mark.parametrize(
+    ("layout", "learn"), [*((layout, learn_ppo) for layout in SEVERAL.values()), (SEVERAL["all shared"], learn_grpo)]
+)
+def test_several_learners_learn_what_one_process_learns(ray: Any, layout: dict[str, str], learn: Any) -> None:
+    algorithm, expected = in_one_process(learn)
+    assert algorithm.updates == 2
+    options = ClusterOptions(2, layout)
+    with connected(options) as cluster:
+        found = run_learners(cluster, options, functools.partial(learn_in_seat, learn))
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():  # as of ranks that torchrun starts
+        torch.testing.assert_close(found[name], value, rtol=0, atol=2e-5, msg=name)
+
+
+def test_the_slots_of_several_learners() -> None:
+    placement = {"env": [Slot(0, number, False) for number in range(4)], "rollout": [Slot(1, 0, False)]}
+    cluster: Any = SimpleNamespace(placement=placement)
+    seats = [Seat.of_rank(cluster, Ranks(rank, 8)) for rank in range(8)]  # RLinf's hybrid: env 0-3, actor 0-7
+    assert [[slot.local for slot in seat.env] for seat in seats] == [[0], [0], [1], [1], [2], [2], [3], [3]]
+    assert all(seat.rollout == placement["rollout"] for seat in seats)
+    seats = [Seat.of_rank(cluster, Ranks(rank, 3)) for rank in range(3)]
+    assert [[slot.local for slot in seat.env] for seat in seats] == [[0], [1], [2, 3]]
+    whole = Seat.of_rank(cluster, Ranks())
+    assert (whole.env, whole.rollout) == (placement["env"], placement["rollout"])
+
+
+def test_learners_have_a_gpu_each() -> None:
+    cluster: Any = SimpleNamespace(placement={"actor": [Slot(0, 1, True)] * 2})
+    with pytest.raises(PlacementError, match="several actor processes on GPU 1; expected one learner a GPU"):
+        run_learners(cluster, ClusterOptions(), print)
+
+
+def process_of_rank(seat: Seat) -> tuple[int, int]:
+    return os.getpid(), current_ranks().count
+
+
+def test_the_first_learner_is_this_process_where_it_is_on_this_node(ray: Any) -> None:
+    for actor, here in {"0": True, "5": False, "0,5": True, "4-5": False}.items():
+        options = ClusterOptions(2, {"actor": actor, "env,rollout": "0"})
+        with connected(options) as cluster:
+            process, count = run_learners(cluster, options, process_of_rank)
+        assert (process == os.getpid()) == here
+        assert count == len(cluster.placement["actor"]) and current_ranks().count == 1
+
+
+def fail_in_second(seat: Seat) -> None:
+    if current_ranks().rank == 1:
+        raise LookupError("no such task")
+    current_ranks().wait()
+
+
+@pytest.mark.parametrize("actor", ["0-1", "4-5"])
+def test_what_one_learner_raises_is_told(ray: Any, actor: str) -> None:
+    options = ClusterOptions(2, {"actor": actor, "env,rollout": "0"})
+    with connected(options) as cluster, pytest.raises(LookupError, match=r"^no such task$"):
+        run_learners(cluster, options, fail_in_second)
 
 
 @pytest.mark.parametrize("learn", [functools.partial(learn_ppo, overlap=True), learn_grpo])
@@ -278,8 +369,9 @@ def test_metaworld_on_a_cluster(ray: Any, tmp_path: Path) -> None:
     expected = metaworld(tmp_path, "alone", None)
     layout = {"env": "4-5", "rollout": "1", "actor": "0"}
     assert_same_weights(metaworld(tmp_path, "here", layout), expected)
-    if not isinstance(ray, StandInRay):  # whose actors cannot start actors
-        assert_same_weights(metaworld(tmp_path, "elsewhere", {**layout, "actor": "4"}), expected)
+    assert_same_weights(metaworld(tmp_path, "elsewhere", {**layout, "actor": "4"}), expected)
+    for name, value in metaworld(tmp_path, "several", {**layout, "actor": "0,4"}).items():
+        torch.testing.assert_close(value, expected[name], rtol=0, atol=2e-5, msg=name)
 
 
 def test_the_workers_are_those_of_the_placement(ray: Any) -> None:
@@ -337,49 +429,92 @@ def test_overlap_hides_the_shorter_of_simulation_and_inference(ray: Any) -> None
     assert overlapped <= seconds[True] <= overlapped + 2 * (seconds[False] - together) + 0.25 * (together - overlapped)
 
 
-def test_one_learner_trains_in_this_process(ray: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    given: dict[str, Any] = {}
-    monkeypatch.setattr(launch, "train", lambda run, stage, config, **arguments: given.update(arguments))
-    with pytest.warns(UserWarning, match="places 8 actor processes, but on a cluster one learner"):
-        train_on_cluster(ClusterOptions(2, LAYOUTS["hybrid"]), None, "rl", PPOConfig(), suite="MT10")  # type: ignore[arg-type]
-    assert given["suite"] == "MT10"
-    assert [(slot.node, slot.local) for slot in given["seat"].rollout] == [(1, 0), (1, 1), (1, 2), (1, 3)]
-
-
-class DyingWorker:
-    """A learner whose process is killed the first times."""
-
-    def __init__(self, slot: Slot) -> None:
-        self.slot = slot
-
-    def train(
-        self, options: Any, first: str, run: RunDirectory, stage: str, config: Any, given: dict[str, Any]
-    ) -> None:
-        tries = run.path / "tries"
+def dying_train(folder: Path, stage: str, config: Any, arguments: dict[str, Any], seat: Seat) -> None:
+    """A training whose last learner is killed the first times."""
+    ranks, tries = current_ranks(), folder / "tries"
+    if ranks.rank == ranks.count - 1:
         done = tries.read_text() if tries.exists() else ""
-        tries.write_text(f"{done}{'resumed' if given.get('resume') else 'begun'} ")
-        if len(done.split()) < given["deaths"]:
+        tries.write_text(f"{done}{'resumed' if arguments.get('resume') else 'begun'} ")
+        if len(done.split()) < arguments["deaths"]:
             os.kill(os.getpid(), signal.SIGKILL)
+    ranks.wait()
 
 
-@pytest.mark.parametrize("deaths", [2, 3])
-def test_a_learner_on_another_node_is_begun_again(
-    ray: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, deaths: int
+@pytest.mark.parametrize(("actor", "deaths"), [("5", 2), ("5", 3), ("0,5", 2), ("4-5", 2)])
+def test_a_learner_that_dies_is_begun_again(
+    ray: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, actor: str, deaths: int
 ) -> None:
-    monkeypatch.setattr(launch, "ActorWorker", DyingWorker)
+    monkeypatch.setattr(launch, "_train", dying_train)
     run = RunDirectory(tmp_path / "run", PPOConfig())
 
     def begin() -> None:
-        placement = {"actor": "5", "env,rollout": "0"}
+        placement = {"actor": actor, "env,rollout": "0"}
         train_on_cluster(ClusterOptions(2, placement), run, "rl", PPOConfig(), deaths=deaths)
 
     with pytest.warns(UserWarning, match="goes on from its last checkpoint"):
         if deaths == 2:
             begin()
         else:
-            with pytest.raises(RuntimeError, match="The learner died 3 times without a checkpoint between"):
+            with pytest.raises(RuntimeError, match="A learner died 3 times without a checkpoint between"):
                 begin()
     assert (run.path / "tries").read_text().split() == ["begun", "resumed", "resumed"]
+
+
+def kin(*names: str) -> list[str]:
+    """Command lines of this process's descendants that hold one of these names."""
+    return [command for command in _descendants().values() if any(name in command for name in names)]
+
+
+def recipe(cluster: SimpleNamespace, folder: Path, start: Path) -> subprocess.Popen[str]:
+    """A recipe's six iterations by two learners on the two nodes, a checkpoint after each."""
+    settings = [setting for setting in [*EVERY, *LEARNING] if "train.num_workers" not in setting]
+    settings += ["runner.max_epochs=6", "runner.save_interval=1", "algorithm.rehearsal_coef=0"]
+    settings += ["algorithm.critic_warmup=0", "algorithm.actor_warmup=0"]
+    settings += [f"actor.model.model_path={start}", f"runner.logger.log_path={folder}", "cluster.num_nodes=2"]
+    settings += ['cluster.component_placement={"env": "1,5", "rollout": "2,6", "actor": "0,4"}']
+    return subprocess.Popen(
+        [sys.executable, "-m", "sb3_vla", "train", "metaworld_50_ppo_compact", *settings],
+        env={**os.environ, "RAY_ADDRESS": cluster.address, "PYTHONWARNINGS": "ignore"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_run_whose_trainer_is_killed_goes_on(tmp_path: Path) -> None:
+    """SIGKILL of the process that the user started, which is the first learner and holds the cluster's actors."""
+    save_checkpoint(tmp_path / "start", tiny_model(action_horizon=5))
+    actors = ("LearnerActor", "EnvActor", "RolloutActor")
+    with contextmanager(_simulated_cluster)(connect=False) as ray:
+        whole = recipe(ray, tmp_path / "whole", tmp_path / "start")
+        output, _ = whole.communicate(timeout=300)
+        assert whole.returncode == 0, output
+        run = tmp_path / "killed" / "metaworld_50_ppo_compact"
+        trainer = recipe(ray, tmp_path / "killed", tmp_path / "start")
+        deadline = time.monotonic() + 300
+        while not (run / "checkpoints" / "ppo" / "step-00000002").exists():
+            assert trainer.poll() is None and time.monotonic() < deadline, trainer.communicate()[0]
+            time.sleep(0.05)
+        assert all(kin(name) for name in actors)
+        trainer.kill()
+        trainer.communicate()
+        deadline = time.monotonic() + 60
+        while left := kin(*actors):
+            assert time.monotonic() < deadline, left
+            time.sleep(0.5)
+        assert not (run / "ppo").exists()
+        rows = len(RunDirectory(run).metrics())  # none of them is half a row
+        again = recipe(ray, tmp_path / "killed", tmp_path / "start")
+        output, _ = again.communicate(timeout=300)
+        assert again.returncode == 0, output
+    expected = tmp_path / "whole" / "metaworld_50_ppo_compact"
+    assert 2 <= rows <= len(RunDirectory(run).metrics())
+    for key in ("time/total_timesteps", "time/env_steps", "time/iterations", "env/episode_len"):
+        found, wanted = ([row.get(key) for row in RunDirectory(path).metrics()] for path in (run, expected))
+        assert found == wanted, key
+    assert_same_weights(load_file(run / "ppo" / "model.safetensors"), load_file(expected / "ppo" / "model.safetensors"))
 
 
 def test_nodes_are_numbered_from_the_launching_one(ray: Any) -> None:

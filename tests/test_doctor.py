@@ -14,14 +14,19 @@ import pytest
 
 from sb3_vla import doctor
 from sb3_vla.cli import main
-from sb3_vla.doctor import GIB, Finding, examine, needed_memory
+from sb3_vla.doctor import GIB, Finding, examine
 
 ANSWERS: dict[str, dict[str, Any]] = {
-    "package": {"compact": {"parameters": 2_000_000, "expert": 1_000_000}, "huge": {"parameters": 10**12, "expert": 0}},
+    "package": {
+        "compact": {"parameters": 2_000_000, "bytes": 8_000_000},
+        "huge": {"parameters": 10**12, "bytes": 4 * 10**12},
+    },
     "recipes": {
-        "small": {"learner": 1e9, "rollout": 1e6, "begins": True},
-        "large": {"learner": 1e10, "rollout": 1e6, "begins": False},
-        "long": {"learner": 1e9, "rollout": 1e15, "begins": False},
+        "small": {"device": 1e9, "buffer": 1e6, "headroom": 0.1, "begins": True},
+        "tight": {"device": 7.5e9, "buffer": 1e6, "headroom": 0.1, "begins": False},
+        "large": {"device": 1e10, "buffer": 1e6, "headroom": 0.1, "begins": False},
+        "long": {"device": 1e9, "buffer": 1e15, "headroom": 0.1, "begins": False},
+        "strange": {"error": "ValueError: no such layer"},
     },
     "environment": {"first_seconds": 2.5, "compiled_now": False, "steps_per_second": 900.0},
     "egl": {"error": "no library"},
@@ -51,11 +56,12 @@ def test_a_machine_that_can_run_the_quickstart(answers: Any, capsys: pytest.Capt
     assert "3.1" in findings["Python"]["value"] and "<3.14" in findings["Python"]["value"]
     assert findings["OpenGL by egl"]["state"] == "note" and findings["OpenGL by osmesa"]["state"] == "ok"
     assert findings["X100"]["value"] == "7.5 GiB free of 8.4, bfloat16"
-    # 1.25 (4 x 2 M + 12 x 1 M) bytes are 0.023 GiB, and 1 GiB for torch.
-    assert "2.0 M parameters: act 1.0 GiB, train expert 1.0 GiB" in findings["compact"]["value"]
-    assert findings["huge"]["state"] == "note" and "act 4657.6 GiB (does not fit)" in findings["huge"]["value"]
-    # The learner must fit on the GPU of 8e9 bytes, the pictures into the memory.
-    assert [findings[name]["state"] for name in ("small", "large", "long")] == ["ok", "note", "note"]
+    assert findings["compact"]["value"] == "2.0 M parameters, 0.0 GiB; 7.5 free of the GPU"
+    assert findings["huge"]["state"] == "note" and "3725.3 GiB (does not fit)" in findings["huge"]["value"]
+    # The learner must fit on the GPU of 8e9 bytes, of which a tenth is left to others, the rollout into the memory.
+    names = ("small", "tight", "large", "long", "strange")
+    assert [findings[name]["state"] for name in names] == ["ok", *["note"] * 4]
+    assert "no such layer" in findings["strange"]["value"]
     assert findings["small"]["value"] == "fits: learner 0.9 GiB, rollout 0.0 GiB"
     assert findings["large"]["value"].endswith("from a checkpoint") and "compact" in findings["large"]["remedy"]
     assert main(["doctor"]) == 0
@@ -152,12 +158,6 @@ def test_it_answers_where_nothing_can_be_imported(tmp_path: Path) -> None:
         "software renderer",
         "videos",
     }
-
-
-def test_the_estimate_of_memory() -> None:
-    assert needed_memory(0, 0) == GIB
-    # pi0: 3.5 billion parameters, of which 0.3 billion are trained: 14 GB of weights, 3.6 GB of gradients and moments.
-    assert needed_memory(3_500_000_000, 300_000_000) == pytest.approx(1.25 * 17.6e9 + GIB)
 
 
 def test_unknown_options_are_refused(capsys: pytest.CaptureFixture[str]) -> None:

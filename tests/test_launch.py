@@ -21,6 +21,7 @@ from toy_pi0 import HEADS, write_layout
 from sb3_vla.checkpoints import load_checkpoint
 from sb3_vla.cli import main
 from sb3_vla.evaluation import EvaluationResult
+from sb3_vla.run import RunDirectory
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "examples" / "embodiment" / "run_embodiment.sh"
@@ -68,10 +69,10 @@ def shell(environment: dict[str, str], folder: Path, *arguments: str) -> subproc
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=280)
 
 
-def assert_complete(run: Path, result: str) -> None:
+def assert_complete(run: Path, result: str, trials: int = 1) -> None:
     """A checkpoint, a video that decodes, metrics by the reference's names, a report."""
     assert load_checkpoint(run / result).model is not None
-    assert len(EvaluationResult.from_json(run / "evaluation_after.json").trials) == 1
+    assert len(EvaluationResult.from_json(run / "evaluation_after.json").trials) == trials
     films = list((run / "videos").rglob("*.mp4"))
     assert films
     for film in films:
@@ -108,6 +109,41 @@ def test_compact_from_nothing(algorithm: str, environment: dict[str, str], tmp_p
     again = shell(environment, tmp_path, name, *settings)
     assert again.returncode == 0, again.stdout + again.stderr
     assert (run / algorithm / "model.safetensors").read_bytes() == weights
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("command", [["-m", "sb3_vla", "train"], ["--no-python", "bash", str(SCRIPT)]])
+def test_a_recipe_under_torchrun(command: list[str], environment: dict[str, str], tmp_path: Path) -> None:
+    """Two ranks play, learn and measure together, and the first of them alone writes and speaks."""
+    name = "metaworld_50_ppo_compact"
+    settings = [*EVERY, *LEARNING, *IMITATION, *COMPACT, "env.eval.trials_per_task=2", "runner.val_check_interval=1"]
+    settings += ["env.train.video_cfg.save_video=true", "env.train.video_interval=1", "runner.save_interval=1"]
+    settings += ["algorithm.critic_warmup=0"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*launcher, *command, name, *settings], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    run = tmp_path / "runs" / name
+    assert_complete(run, "ppo", trials=2)
+    told = [line.split()[0] for line in done.stdout.splitlines() if str(run.relative_to(tmp_path)) in line]
+    assert sorted(word for word in told if word in ("report", "TensorBoard", "checkpoint")) == [
+        "TensorBoard",
+        "checkpoint",
+        "report",
+    ]
+    rows = [row for row in RunDirectory(run).metrics() if row["stage"] == "ppo"]
+    assert [row["time/total_timesteps"] for row in rows] == [4, 8]  # two environments of two decisions an iteration
+    assert [row["time/iterations"] for row in rows] == [1, 2]
+    assert len(list((run / "tensorboard" / "ppo").glob("events.*"))) == 1
+    saved = {folder.name for folder in (run / "checkpoints" / "ppo").iterdir()}
+    assert saved == {"step-00000001", "step-00000002", "best"}
+    films = [film.parent.name for film in (run / "videos").rglob("*.mp4")]
+    assert set(films) == {"before", "train", "during", "after"}
+    assert (films.count("before"), films.count("after")) == (1, 1)
+    assert not [path for path in run.rglob("*") if path.name.endswith(".tmp")]
+    assert moved(run / "sft", run / "ppo")
 
 
 def test_ppo_of_a_published_pi0(environment: dict[str, str], tmp_path: Path) -> None:
@@ -198,7 +234,7 @@ def test_imitation_then_ppo_then_grpo(model: str, environment: dict[str, str], t
     for kind in ("ppo", "grpo") if model != "openvla_oft" else ("grpo",):
         settings = [*EVERY, *LEARNING, *steps, f"actor.model.model_path={start / 'sft'}"]
         settings += ["algorithm.rehearsal_coef=0"] if model == "compact" else []
-        settings += GRPO if kind == "grpo" else []
+        settings += GRPO if kind == "grpo" else ["algorithm.critic_warmup=0"]
         done = shell(environment, tmp_path, f"metaworld_50_{kind}_{name}", *settings)
         assert done.returncode == 0, done.stdout + done.stderr
         run = tmp_path / "runs" / f"metaworld_50_{kind}_{name}"

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from stable_baselines3.common.vec_env import DummyVecEnv
 from toy import tiny_model, toy_vec
 
@@ -94,7 +95,7 @@ GRPO_CHANGES: dict[str, Any] = {
 ENVIRONMENT_CHANGES = {"horizon": 77, "num_workers": 3}
 # What reaches the algorithm by another name or another way, and what is for the run.
 OTHERWISE = {
-    *("num_envs", "epochs", "learning_rate", "final_learning_rate", "final_noise_scale"),
+    *("num_envs", "epochs", "learning_rate", "lr_scheduler", "final_learning_rate", "final_noise_scale"),
     *("trainable", "distribution", "distribution_kwargs", "rehearsal_coef", "checkpoint_interval", "keep_checkpoints"),
     *("iterations", "decisions", "privileged_critic", "total_decisions", "groups"),
     *("lora", "frozen_bf16", "gradient_checkpointing", "compile"),
@@ -140,6 +141,27 @@ def test_settings_reach_environments_and_algorithm(
     assert arguments["privileged_state"] is True and arguments["elapsed_time"] is True
     # A field that is new is in one of these lists.
     assert {item.name for item in fields(config)} == {*expected, *OTHERWISE} & {item.name for item in fields(config)}
+
+
+@pytest.mark.parametrize("kind", ["constant", "linear", "cosine"])
+def test_learning_rates_are_those_of_torch_s_schedulers(kind: str) -> None:
+    count, first, last = 20, 5e-6, 1e-6
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=first)
+    schedulers = {
+        "constant": torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1),
+        "linear": torch.optim.lr_scheduler.LinearLR(optimizer, 1, last / first, count),
+        "cosine": torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, count, last),
+    }
+    ours = PPOConfig(learning_rate=first, lr_scheduler=kind, final_learning_rate=last).arguments()["learning_rate"]
+    for number in range(count + 1):
+        assert ours(1 - number / count) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-6), number
+        optimizer.step()
+        schedulers[kind].step()
+
+
+def test_an_unknown_scheduler_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"Unknown grpo.lr_scheduler='cosin'; did you mean 'cosine'"):
+        GRPOConfig(lr_scheduler="cosin")
 
 
 def test_the_critic_may_do_without_the_simulators_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ from sb3_vla.cluster.connection import Cluster
 from sb3_vla.cluster.envs import RayVecEnv
 from sb3_vla.cluster.placement import PlacementError, Slot
 from sb3_vla.cluster.rollout import Replicas
+from sb3_vla.distributed import Ranks
 from sb3_vla.policies import VLAPolicy
 
 
@@ -27,6 +28,11 @@ class Seat:
     env: list[Slot]
     rollout: list[Slot]
     _replicas: list[Replicas] = field(default_factory=list)
+
+    @classmethod
+    def of_rank(cls, cluster: Cluster, ranks: Ranks) -> Seat:
+        """What one of several learners has: a contiguous part of the slots; of too few, some learners share one."""
+        return cls(cluster, _part(cluster.placement["env"], ranks), _part(cluster.placement["rollout"], ranks))
 
     def envs(self, env_fns: Sequence[Callable[[], gym.Env]], num_workers: int | None) -> RayVecEnv:
         """Environments in the ``env`` slots.
@@ -50,3 +56,8 @@ class Seat:
         """End the copies."""
         while self._replicas:
             self._replicas.pop().close()
+
+
+def _part(slots: list[Slot], ranks: Ranks) -> list[Slot]:
+    first, after = (len(slots) * number // ranks.count for number in (ranks.rank, ranks.rank + 1))
+    return slots[first : max(after, first + 1)]

@@ -1,12 +1,13 @@
 """What more ranks and overlap bring.
 
-    python tests/benchmarks/bench_scaling.py                  # one rank and two, and overlap
+    python tests/benchmarks/bench_scaling.py                  # one rank and two, the same on Ray, and overlap
     python tests/benchmarks/bench_scaling.py --ranks 1 2 4 8 --device cuda --step-ms 50
 
 **Ranks.** The same training, PPO of CompactVLA with the same environments in all and the same minibatches, by one rank
 and by several under torchrun. An environment sleeps instead of simulating, as if each had a core of its own: what
 scales is the learner, and on a machine with fewer cores than ranks the learner cannot. The last column is the time in
-which a gradient of the size is summed over the ranks.
+which a gradient of the size is summed over the ranks. Rows of Ray have as many learners on a cluster of this machine,
+each with an actor of environments and a copy of the policy that decides: what those cost shows against torchrun's rows.
 
 **Overlap.** Policy and simulator sleep, T_policy a decision of all environments and T_env a step, so that the clock
 shows how rollouts are arranged and nothing else. One half of the environments simulates while the policy decides for
@@ -23,6 +24,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -39,6 +41,10 @@ from stable_baselines3.common.vec_env.base_vec_env import VecEnvStepReturn
 
 from mw_envs import encode_instruction
 from sb3_vla import PPO, SharedMemoryVecEnv
+from sb3_vla.cluster import ClusterOptions
+from sb3_vla.cluster.connection import connected
+from sb3_vla.cluster.learners import run_learners
+from sb3_vla.cluster.seat import Seat
 from sb3_vla.distributed import current_ranks, torchrun
 from sb3_vla.stepping import Clock, Decision, step_by_halves, step_together
 
@@ -89,10 +95,19 @@ class SleepersSideBySide(DummyVecEnv):
         return super().step_wait()
 
 
-def train_as_rank(options: argparse.Namespace) -> None:
-    """What each rank does; the first prints seconds as JSON: rollout, update, sum of a gradient."""
-    with torchrun() as ranks:
-        env = SleepersSideBySide(len(ranks.share(options.envs, "envs")), options.image_size, options.step_ms / 1000)
+def train_as_rank(options: argparse.Namespace, seat: Seat | None = None) -> dict[str, float]:
+    """What each rank does.
+
+    :param seat: of a learner on a cluster.
+    :return: seconds of a rollout, of an update, and of the sum of a gradient.
+    """
+    count = len(current_ranks().share(options.envs, "envs"))
+    seconds_of_step = options.step_ms / 1000
+    if seat is None:
+        env: Any = SleepersSideBySide(count, options.image_size, seconds_of_step)
+    else:  # an actor steps its environments one after the other
+        env = seat.envs([functools.partial(Sleeper, options.image_size, seconds_of_step / count)] * count, None)
+    try:
         algorithm = PPO(
             "VLAPolicy",
             env,
@@ -102,15 +117,33 @@ def train_as_rank(options: argparse.Namespace) -> None:
             seed=0,
             device=options.device,
         )
+        if seat is not None:
+            algorithm.replicas = seat.replicas(algorithm.policy)
         seconds: dict[str, list[float]] = {"rollout": [], "update": []}
         for _ in range(options.rounds + 1):
             algorithm.learn(options.decisions * options.envs, log_interval=1000, reset_num_timesteps=False)
             for kind in seconds:
                 seconds[kind].append(float(algorithm.logger.name_to_value[f"time/{kind}_seconds"]))
         found = {kind: min(times[1:]) for kind, times in seconds.items()}  # the first one warms up
-        found["sum"] = _seconds_of_a_sum(algorithm)
-        if ranks.leads:
-            print(json.dumps(found))
+        return {**found, "sum": _seconds_of_a_sum(algorithm)}
+    finally:
+        env.close()
+        if seat is not None:
+            seat.leave()
+
+
+def measure(options: argparse.Namespace) -> None:
+    """Print what :func:`train_as_rank` finds as JSON, of ranks of torchrun or of learners on Ray."""
+    if options.as_learners is None:
+        with torchrun() as ranks:
+            found = train_as_rank(options)
+            if ranks.leads:
+                print(json.dumps(found))
+        return
+    processes = f"0:0-{options.as_learners - 1}"
+    cluster_options = ClusterOptions(1, {"actor,env,rollout": processes})
+    with connected(cluster_options) as cluster:
+        print(json.dumps(run_learners(cluster, cluster_options, functools.partial(train_as_rank, options))))
 
 
 def _seconds_of_a_sum(algorithm: PPO, repeats: int = 10) -> float:
@@ -136,23 +169,35 @@ def ranks_table(options: argparse.Namespace) -> Table:
         f"{options.image_size} px, minibatches of {options.batch_size}, {options.epochs} epochs, CompactVLA, "
         f"{options.device}, {os.cpu_count()} cores; least of {options.rounds}"
     )
-    for column in ("ranks", "rollout, s", "update, s", "both, s", "speed-up", "efficiency", "sum of gradients, ms"):
+    for column in (
+        "started by",
+        "ranks",
+        "rollout, s",
+        "update, s",
+        "both, s",
+        "speed-up",
+        "efficiency",
+        "sum of gradients, ms",
+    ):
         table.add_column(column, justify="right")
     first: float | None = None
-    for count in options.ranks:
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)] if count > 1 else []
-        command = [sys.executable, *launcher, __file__, *sys.argv[1:], "--as-rank"]
+    for starter, count in [*(("torchrun", count) for count in options.ranks), *(("Ray", n) for n in options.learners)]:
+        launcher: list[str] = []
+        if starter == "torchrun" and count > 1:
+            launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+        role = ["--as-rank"] if starter == "torchrun" else ["--as-learners", str(count)]
+        command = [sys.executable, *launcher, __file__, *sys.argv[1:], *role]
         run = subprocess.run(command, capture_output=True, text=True)
         if run.returncode:
             raise SystemExit(f"{' '.join(command)} failed:\n{run.stderr}")
-        found = json.loads(run.stdout.splitlines()[-1])
+        found = json.loads(next(line for line in reversed(run.stdout.splitlines()) if line.startswith("{")))
         both = found["rollout"] + found["update"]
-        first = both if first is None else first
-        speed_up = first / both * options.ranks[0]
+        first = both * count if first is None else first
         table.add_row(
+            starter,
             str(count),
-            *(f"{value:.2f}" for value in (found["rollout"], found["update"], both, speed_up)),
-            f"{speed_up / count:.0%}",
+            *(f"{value:.2f}" for value in (found["rollout"], found["update"], both, first / both)),
+            f"{first / both / count:.0%}",
             f"{1000 * found['sum']:.1f}",
         )
     return table
@@ -203,6 +248,7 @@ def _pair(text: str) -> Sequence[float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, nargs="*", default=[1, 2])
+    parser.add_argument("--learners", type=int, nargs="*", default=[1, 2] if find_spec("ray") else [])
     parser.add_argument("--envs", type=int, default=16)
     parser.add_argument("--decisions", type=int, default=16)
     parser.add_argument("--step-ms", type=float, default=20.0, help="of a step of all environments")
@@ -215,11 +261,12 @@ def main() -> None:
                         default=[(40, 40), (40, 20), (20, 40), (40, 5)])  # fmt: skip
     parser.add_argument("--overlap-decisions", type=int, default=30)
     parser.add_argument("--as-rank", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--as-learners", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.as_rank:
-        train_as_rank(options)
+    if options.as_rank or options.as_learners is not None:
+        measure(options)
         return
-    if options.ranks:
+    if options.ranks or options.learners:
         Console().print(ranks_table(options))
     if options.overlap_ms:
         Console().print(overlap_table(options))
