@@ -59,7 +59,7 @@ def footprint(plan: Plan) -> Footprint:
 
 def _on_meta(plan: Plan) -> VLAModel:
     # What a published checkpoint does not say may be no option of the model itself, such as where its statistics are.
-    if plan.checkpoint is not None or not plan.model_kwargs:
+    if not plan.begins or not plan.model_kwargs:
         return _of_default_size(plan.model)
     with torch.device("meta"):  # nothing is allocated
         return make_model(plan.model, plan.model_kwargs)

@@ -328,17 +328,23 @@ def _left_as_it_was(model: VLAModel) -> Iterator[None]:
 @contextmanager
 def _full_prompts(model: VLAModel) -> Iterator[None]:
     """Prompts as long as they may be, without a tokenizer, which a plan needs not have at hand."""
-    tokenize = getattr(model, "tokenize", None)
-    if not isinstance(tokenize, PromptTokenizer):
-        yield
-        return
+    tokenize, length = getattr(model, "tokenize", None), model.prompt_length
 
-    def full(prompts: Sequence[Any]) -> tuple[Tensor, Tensor]:
-        shape = (len(prompts), tokenize.length)
+    def full(prompts: Sequence[Any] | Tensor) -> tuple[Tensor, Tensor]:
+        shape = (len(prompts), tokenize.length if isinstance(tokenize, PromptTokenizer) else length)
         return torch.zeros(shape, dtype=torch.int64), torch.ones(shape, dtype=torch.bool)
 
-    model.tokenize = full  # type: ignore[assignment]
-    try:
+    if isinstance(tokenize, PromptTokenizer):
+        model.tokenize = full  # type: ignore[assignment]
+        try:
+            yield
+        finally:
+            model.tokenize = tokenize  # type: ignore[assignment]
+    elif length is not None:
+        model.tokenise = full  # type: ignore[assignment]
+        try:
+            yield
+        finally:
+            del model.tokenise  # type: ignore[operator]
+    else:
         yield
-    finally:
-        model.tokenize = tokenize  # type: ignore[assignment]

@@ -245,10 +245,12 @@ class ModelSection:
     """The policy.
 
     :param model_type: name in :data:`sb3_vla.models.MODELS`.
-    :param model_path: checkpoint to start from, a folder or a name on the Hugging Face hub. None for a new model, which
-        imitates the demonstrations of ``data`` first; only models that train from scratch can do without.
+    :param model_path: checkpoint to start from, a folder or ``hf://owner/name`` on the Hugging Face hub. None for a new
+        model, which imitates the demonstrations of ``data`` first; only models that train from scratch can do without.
     :param model_kwargs: the model's own options: of a new one, or what a published checkpoint does not say.
-    :param trainable: ``all``, ``expert`` to freeze the backbone, or ``adaptive`` (pi0.5).
+    :param trainable: ``all``, ``expert`` to freeze the backbone, ``adaptive`` (pi0.5), or ``lora`` for adapters alone.
+    :param lora: options of adapters in what ``trainable`` leaves frozen, see :class:`sb3_vla.models.lora.LoRA`; None
+        for none, or with ``trainable: lora`` for the defaults.
     :param num_action_chunks: actions executed per decision, and predicted by a new model whose model_kwargs do not say.
     :param noise_method: the action distribution, a name in :data:`sb3_vla.distributions.DISTRIBUTIONS`.
     :param num_steps: denoising steps; None for the distribution's default.
@@ -264,6 +266,7 @@ class ModelSection:
     model_path: str | None = None
     model_kwargs: dict[str, Any] = field(default_factory=dict)
     trainable: str = "expert"
+    lora: dict[str, Any] | None = None
     num_action_chunks: int = 5
     noise_method: str = "flow_sde"
     num_steps: int | None = None
@@ -306,12 +309,14 @@ class ActorSection:
     :param seed: of everything that is random but the trials of evaluation.
     :param global_batch_size: decisions per optimiser step.
     :param micro_batch_size: decisions that are evaluated at a time; None for all of them.
+    :param gradient_checkpointing: whether layers compute again what the backward pass needs, for less memory.
     :param sharding: under ``torchrun`` ``none``, all of what is trained is on every rank; or ``fsdp``, a part.
     """
 
     seed: int = 42
     global_batch_size: int = 2048
     micro_batch_size: int | None = None
+    gradient_checkpointing: bool = False
     sharding: Literal["none", "fsdp"] = "none"
     model: ModelSection = field(default_factory=ModelSection)
     optim: OptimSection = field(default_factory=OptimSection)
