@@ -11,7 +11,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -119,6 +119,8 @@ class EvalCommand:
     :param checkpoint: what to measure.
     :param output: JSON file of the result; a Markdown table goes beside it.
     :param protocol: rlinf-160, rlinf-100 or lerobot-500.
+    :param action_chunk: actions executed per decision; None for the protocol's. A model that predicts fewer, such as
+        OpenVLA-OFT with its one, needs it.
     :param trials_per_task: trials, fixed by ``trial_seed``.
     :param model_kwargs: what a published checkpoint does not say, such as ``{tokenizer: FOLDER}``.
     :param videos: folder for a video of each task's first trials.
@@ -130,6 +132,7 @@ class EvalCommand:
     split: str = "train"
     tasks: list[str] | None = None
     protocol: str = "rlinf-160"
+    action_chunk: int | None = None
     trials_per_task: int = 20
     trial_seed: int = TRIAL_SEED
     model_kwargs: dict[str, Any] = field(default_factory=dict)
@@ -267,13 +270,17 @@ def run_eval(command: EvalCommand, console: Console) -> None:
     from sb3_vla.training import view_of
 
     options = command.model_kwargs or None
+    protocol = find_protocol(command.protocol)
+    if command.action_chunk is not None and command.action_chunk != protocol.action_chunk:
+        chunk = command.action_chunk
+        protocol = replace(protocol, name=f"{protocol.name} with chunk {chunk}", action_chunk=chunk)
     loaded = load_checkpoint(command.checkpoint, options)
     result = evaluate(
-        load_policy(command.checkpoint, find_protocol(command.protocol).action_chunk, model_kwargs=options),
+        load_policy(command.checkpoint, protocol.action_chunk, model_kwargs=options),
         tasks=select_tasks(command.suite, command.split, command.tasks),
         trials_per_task=command.trials_per_task,
         trial_seed=command.trial_seed,
-        protocol=command.protocol,
+        protocol=protocol,
         env_kwargs={
             "image_size": loaded.model.image_size[0],
             "renderer": command.renderer,

@@ -220,8 +220,9 @@ class OpenVLAOFT(VLAModel):
         """See :meth:`VLAModel.token_logits`; tokens by ascending id, smallest actions last."""
         hidden = context.state[:, : self.action_horizon * self.numbers]
         hidden = hidden.unflatten(1, (self.action_horizon, self.numbers))[:, :, self.acting]
-        rows = slice(self.first_action_id, self.first_action_id + BINS)
-        return F.linear(hidden, self.language_model.lm_head.weight[rows]).float()
+        # By the layer itself, which may have an adapter; the other tokens' logits are little work beside the rest.
+        logits = self.language_model.lm_head(hidden)
+        return logits[..., self.first_action_id : self.first_action_id + BINS].float()
 
     def normalise_image(self, image: Tensor) -> Tensor:
         """Pictures uint8 (N, 3, h, w) as both towers read them, float32 (N, 6, resolution, resolution)."""
