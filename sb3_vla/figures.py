@@ -161,7 +161,7 @@ def _add_minutes(axes: Axes, steps: npt.NDArray[np.float64], seconds: npt.NDArra
     ticks = [tick for tick in axes.get_xticks() if low <= tick <= min(high, steps[-1])]
     minutes = np.interp(ticks, [0.0, *steps], [0.0, *seconds / 60])
     top = axes.secondary_xaxis("top")
-    top.set_xticks(ticks, [f"{minute:.0f}" if minutes[-1] >= 10 else f"{minute:.1f}" for minute in minutes])
+    top.set_xticks(ticks, [f"{minute:.0f}" if minutes[-1] >= 100 else f"{minute:.1f}" for minute in minutes])
     top.set_xlabel("minutes", fontsize=9)
     top.spines["top"].set_visible(False)
     top.tick_params(labelsize=8, colors=_TEXT, length=0)

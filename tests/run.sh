@@ -23,4 +23,5 @@ step() {
 }
 step "Lint (ruff)" "$python" -m ruff check .
 step "Types (mypy)" "$python" -m mypy sb3_vla mw_envs
-step "Tests (pytest)" "$python" -m pytest -q
+# Two files at a time, not one a core: tests start workers of their own, and some of them measure seconds.
+step "Tests (pytest)" "$python" -m pytest -q -n 2 --dist loadfile

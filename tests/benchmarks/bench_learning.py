@@ -135,10 +135,10 @@ def table(of_seeds: dict[str, dict[str, Learned]]) -> Table:
             learned = found[name]
             cells = []
             for comparison in (learned.comparison.restricted_to(learned.tasks), learned.comparison):
-                change = comparison.mean_over_tasks()
-                cells.append(f"{100 * change.before.value:.1f} -> {100 * change.after.value:.1f}")
-                low, high = 100 * change.difference.low, 100 * change.difference.high
-                cells.append(f"{100 * change.difference.value:+.1f} ({low:+.1f} to {high:+.1f})")
+                before, after = comparison.before.mean_over_tasks(), comparison.after.mean_over_tasks()
+                cells.append(f"{100 * before.value:.1f} -> {100 * after.value:.1f}")
+                change = comparison.mean_over_tasks().difference
+                cells.append(f"{100 * change.value:+.1f} ({100 * change.low:+.1f} to {100 * change.high:+.1f})")
             last = learned.rows[-1]
             shown.add_row(name, run, *cells, f"{last['time/env_steps']:,.0f}", f"{last['time/time_elapsed'] / 60:.1f}")
     return shown
