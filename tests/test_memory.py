@@ -66,7 +66,7 @@ def test_activations_are_those_of_a_real_update(tmp_path: Path, trainable: str, 
         ("diffusion_policy", {}),
         ("smolvla", {"vlm": "laptop", "layers": 2, "image_size": 96, "action_horizon": 8}),
         ("tinyvla", {}),
-        ("openvla_oft", {"sizes": "laptop", "resolution": 56, "image_size": 96, "max_prompt_tokens": 96}),
+        ("openvla_oft", {"sizes": "laptop", "resolution": 56, "image_size": 96, "max_prompt_tokens": 108}),
     ],
 )
 def test_other_models(name: str, options: dict[str, Any]) -> None:
