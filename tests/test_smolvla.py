@@ -538,12 +538,7 @@ def test_imitates_then_learns_by_ppo_and_comes_back_from_lerobots_layout(tmp_pat
     algorithm.learn(16)
     assert len(pictures) == 4 + 1  # the decisions of each step together, those after the last: none in the update
     kept = algorithm.rollout_buffer.observations
-    assert "image" not in kept and kept["perception/keys"].shape[:4] == (
-        4,
-        4,
-        2,
-        16 // 4 + 24,
-    )  # steps, envs, layers, T
+    assert "image" not in kept and kept["perception/keys"].shape[-4:] == (2, 4 + 24, 1, 16)  # layers, T, heads, width
     frozen = {id(parameter) for parameter in algorithm.policy.model.backbone()}
     moved = {
         name
