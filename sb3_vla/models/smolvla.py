@@ -336,7 +336,8 @@ class SmolVLA(VLAModel):
         """Picture and sentence as the text tower reads them, float32 (N, T, W), and which tokens are there (N, T)."""
         scale = math.sqrt(self.sizes.width)
         embed = self.text_model.embed_tokens
-        parts = [pictures * scale]
+        # LeRobot's factor is of the pictures' type, which matters in bfloat16; that of the words is a plain number.
+        parts = [pictures * pictures.new_tensor(scale)]
         if self.marks:
             marks = embed(torch.tensor(self.marks, device=tokens.device)).expand(len(tokens), -1, -1)
             parts = [marks[:, :2], *parts, marks[:, 2:], *[marks] * self.absent_pictures]
