@@ -328,23 +328,25 @@ def _left_as_it_was(model: VLAModel) -> Iterator[None]:
 @contextmanager
 def _full_prompts(model: VLAModel) -> Iterator[None]:
     """Prompts as long as they may be, without a tokenizer, which a plan needs not have at hand."""
-    tokenize, length = getattr(model, "tokenize", None), model.prompt_length
+    tokenize = getattr(model, "tokenize", None)
+    name, length = "tokenise", model.prompt_length
+    if isinstance(tokenize, PromptTokenizer):
+        name, length = "tokenize", tokenize.length
+    if length is None:
+        yield
+        return
+    longest = length
 
     def full(prompts: Sequence[Any] | Tensor) -> tuple[Tensor, Tensor]:
-        shape = (len(prompts), tokenize.length if isinstance(tokenize, PromptTokenizer) else length)
+        shape = (len(prompts), longest)
         return torch.zeros(shape, dtype=torch.int64), torch.ones(shape, dtype=torch.bool)
 
-    if isinstance(tokenize, PromptTokenizer):
-        model.tokenize = full  # type: ignore[assignment]
-        try:
-            yield
-        finally:
-            model.tokenize = tokenize  # type: ignore[assignment]
-    elif length is not None:
-        model.tokenise = full  # type: ignore[assignment]
-        try:
-            yield
-        finally:
-            del model.tokenise  # type: ignore[operator]
-    else:
+    own = vars(model).get(name)  # none where it is a method
+    setattr(model, name, full)
+    try:
         yield
+    finally:
+        if own is None:
+            delattr(model, name)
+        else:
+            setattr(model, name, own)

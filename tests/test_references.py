@@ -3,8 +3,8 @@
 Tolerances are those of independent float32 implementations: 2e-5 for single tensors and 1e-4 for chains and losses;
 0.1, and 0.15 for chains and losses, besides 2^-7 of the number, where the original computes in bfloat16. There the
 squares of single errors are compared by their roots, which are single numbers: where a prediction is d off, the square
-of its error e is about 2 |e| d off, and the largest e is 5. Token ids, masks and timesteps are exact. Hidden states of tokens that are not there mean nothing and are not compared, except
-where the original averages them.
+of its error e is about 2 |e| d off, and the largest e is 5. Token ids, masks and timesteps are exact. Hidden states of
+tokens that are not there mean nothing and are not compared, except where the original averages them.
 """
 
 from __future__ import annotations

@@ -85,7 +85,7 @@ _LANGUAGE_HEAD = "embed_out.weight"
 #: our names of the head's weights
 _HEAD = ("unet.", "combine.", "norm_after_pool.")
 #: of a new head, which computes its timesteps in float32
-_NEW_HEAD = {
+_NEW_HEAD: dict[str, Any] = {
     "action_dim": ENVIRONMENT_DIM,
     "state_dim": ENVIRONMENT_DIM,
     "action_horizon": 16,
@@ -118,7 +118,7 @@ def load_tinyvla(folder: str | Path, base: bool = False) -> LoadedCheckpoint:
     tokenizer = read_json(has_tokenizer, "tokenizer.json", "the tokenizer; the base language model has it too")
     weights = {_our_name(key): value for key, value in theirs.items() if not _CONSTANTS.search(key)}
     try:
-        options = {**_towers(config), **(_NEW_HEAD if base else _head(config, weights, folder))}
+        options = {**_towers(config, folder), **(_NEW_HEAD if base else _head(config, weights, folder))}
     except (KeyError, TypeError) as error:
         raise ValueError(f"{folder / 'config.json'} is no complete TinyVLA configuration: {error!r}") from error
     model = TinyVLA(tokenizer=tokenizer, **options)
@@ -248,12 +248,12 @@ def _without_head(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {key: value for key, value in weights.items() if key != _LANGUAGE_HEAD and not key.startswith(_HEAD)}
 
 
-def _towers(config: Mapping[str, Any]) -> dict[str, Any]:
+def _towers(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """The options of vision tower and language model, from the configuration."""
     vision = config["vision_config"]["vision_tower"]
     projector = config["vision_config"]["mm_projector"]["mm_projector_type"]
     if projector != "mlp2x_gelu":
-        raise ValueError(f"The configuration has mm_projector_type={projector!r}; expected 'mlp2x_gelu'")
+        raise ValueError(f"{folder} has mm_projector_type={projector!r}; expected 'mlp2x_gelu'")
     name = vision["vision_model_name_or_path"].lower()
     return {
         "tower": "siglip" if "siglip" in name else "clip",
