@@ -171,13 +171,15 @@ class Spread(StateModel):
 MEAN, STD = 0.5, 0.3
 
 
-def predicted(kind: str, level: float, steps: int, only: int | None = None) -> tuple[float, float]:
+def predicted(
+    kind: str, level: float, steps: int, only: int | None = None, fixed_start: bool = False
+) -> tuple[float, float]:
     """Mean and deviation of the actions of a chain on :class:`Spread`, by the recursion of a linear chain in float64.
 
     :param only: the one stochastic step; None for all.
     """
     model = Spread(MEAN, STD)
-    mean, variance = 0.0, 1.0
+    mean, variance = 0.0, 0.0 if fixed_start else 1.0
     for step in range(steps):
         t, s = 1 - step / steps, 1 - (step + 1) / steps
         coefficient, std = s, 0.0
@@ -214,13 +216,27 @@ def test_samples_have_the_chains_own_marginal(kind: str, flow: Any, level: float
     assert_moments(drawn(flow(1, **options)), *predicted(kind, level, steps))
 
 
+@pytest.mark.parametrize(("kind", "flow"), [("sde", FlowSDE), ("cps", FlowCPS)])
+def test_from_a_fixed_start_all_that_is_random_is_in_the_trace(kind: str, flow: Any) -> None:
+    """The spread is that of the steps' own noise; a random start adds to it."""
+    fixed, free = (predicted(kind, 0.5, 4, fixed_start=fixed) for fixed in (True, False))
+    assert fixed[1] < 0.95 * free[1]
+    assert_moments(drawn(flow(1, noise_level=0.5, joint=True, fixed_start=True)), *fixed)
+    model, context = recorded()
+    for chain in (flow(5, joint=True, fixed_start=True), FlowNoise(5, 5, 4, fixed_start=True)):
+        _, trace = chain.sample(model, context, torch.Generator().manual_seed(0))
+        assert not trace["chain"][:, 0].any() and trace["chain"][:, 1].std() > 0
+
+
+@pytest.mark.parametrize("fixed_start", [False, True])
 @pytest.mark.parametrize(("kind", "flow", "steps"), [("sde", FlowSDE, range(4)), ("cps", FlowCPS, range(3))])
-def test_one_stochastic_step_has_its_marginal(kind: str, flow: Any, steps: range) -> None:
+def test_one_stochastic_step_has_its_marginal(kind: str, flow: Any, steps: range, fixed_start: bool) -> None:
     """A mixture over the drawn step, whose parts have the same mean."""
-    moments = [predicted(kind, 0.5, 4, step) for step in steps]
+    moments = [predicted(kind, 0.5, 4, step, fixed_start) for step in steps]
     assert all(mean == pytest.approx(MEAN) for mean, _ in moments)
     std = math.sqrt(sum(std**2 for _, std in moments) / len(moments))
-    assert_moments(drawn(flow(1, noise_level=0.5, denoising_steps=4)), MEAN, std)
+    found = drawn(flow(1, noise_level=0.5, denoising_steps=4, fixed_start=fixed_start))
+    assert_moments(found, MEAN, std)
 
 
 def test_flow_sde_keeps_the_flows_marginals_as_steps_get_small() -> None:

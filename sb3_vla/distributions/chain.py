@@ -32,13 +32,16 @@ class DenoisingChain(ActionDistribution):
     :param action_chunk: K.
     :param denoising_steps: N.
     :param joint: whether all steps are stochastic.
+    :param fixed_start: start chains at zero noise, as :meth:`mode` does, and not at random noise. What a random start
+        changes in the actions is in no log-probability; to reinforcement learning it is disturbance.
     """
 
-    def __init__(self, action_chunk: int, denoising_steps: int, joint: bool) -> None:
+    def __init__(self, action_chunk: int, denoising_steps: int, joint: bool, fixed_start: bool = False) -> None:
         super().__init__(action_chunk)
         check_denoising_steps(denoising_steps)
         self.denoising_steps = denoising_steps
         self.joint = joint
+        self.fixed_start = fixed_start
 
     @property
     def random_steps(self) -> range:
@@ -59,7 +62,7 @@ class DenoisingChain(ActionDistribution):
     def sample(
         self, model: VLAModel, context: Context, generator: torch.Generator | None = None
     ) -> tuple[Tensor, Trace]:
-        x = random_start(model, context, generator)
+        x = start_of_mode(model, context) if self.fixed_start else random_start(model, context, generator)
         count, device, random = len(x), x.device, self.random_steps
         drawn = noise.integers(random.start, random.stop, (count,), generator, device)
         chain = [x]

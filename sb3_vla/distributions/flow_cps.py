@@ -21,12 +21,18 @@ class FlowCPS(FlowChain):
     :param noise_level: a, above 0 and at most 1, where all noise is fresh.
     :param joint: whether all steps but the last are stochastic, or one drawn for each sample.
     :param denoising_steps: Euler steps, at least 2.
+    :param fixed_start: start at zero noise, see :class:`DenoisingChain`.
     """
 
     def __init__(
-        self, action_chunk: int, noise_level: float = 0.5, joint: bool = False, denoising_steps: int = 4
+        self,
+        action_chunk: int,
+        noise_level: float = 0.5,
+        joint: bool = False,
+        denoising_steps: int = 4,
+        fixed_start: bool = False,
     ) -> None:
-        super().__init__(action_chunk, denoising_steps, joint)
+        super().__init__(action_chunk, denoising_steps, joint, fixed_start)
         if not 0 < noise_level <= 1:
             raise ValueError(f"noise_level={noise_level!r}; expected above 0 and at most 1")
         if denoising_steps < 2:

@@ -29,6 +29,7 @@ class FlowNoise(DenoisingChain):
     :param joint: whether all steps are stochastic, or one drawn for each sample.
     :param denoising_steps: Euler steps.
     :param widths: hidden layers of the noise head.
+    :param fixed_start: start at zero noise, see :class:`DenoisingChain`.
     """
 
     has_entropy = True
@@ -42,8 +43,9 @@ class FlowNoise(DenoisingChain):
         joint: bool = True,
         denoising_steps: int = 4,
         widths: Sequence[int] = (128, 64, 32),
+        fixed_start: bool = False,
     ) -> None:
-        super().__init__(action_chunk, denoising_steps, joint)
+        super().__init__(action_chunk, denoising_steps, joint, fixed_start)
         if len(noise_range) != 2 or not 0 < noise_range[0] < noise_range[1] < math.inf:
             raise ValueError(f"noise_range={noise_range!r}; expected two numbers, 0 < least < largest")
         self.lowest, self.highest = (2 * math.log(std) for std in noise_range)

@@ -56,8 +56,11 @@ def settings(config: QuickstartConfig) -> dict[str, PPOConfig | GRPOConfig]:
     grpo = GRPOConfig(
         total_decisions=ppo.total_decisions, **{n: getattr(ppo, n) for n in shared if n != "total_decisions"}
     )
-    # Noise that each step adds is undone in part by the steps that follow, so it must be larger than a Gaussian's.
-    flow = dataclasses.replace(ppo, distribution="flow_sde", distribution_kwargs={"noise_level": 0.5})
+    # Later steps undo a part of a step's noise, so that it must be larger than a Gaussian's. With a random start,
+    # whose spread is as large and in no log-probability, success rose by 3 points in place of 16.
+    flow = dataclasses.replace(
+        ppo, distribution="flow_sde", distribution_kwargs={"noise_level": 0.8, "fixed_start": True}
+    )
     return {FLOW_SDE: flow, GRPO: grpo}
 
 
