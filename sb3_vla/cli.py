@@ -11,7 +11,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -119,6 +119,8 @@ class EvalCommand:
     :param checkpoint: what to measure.
     :param output: JSON file of the result; a Markdown table goes beside it.
     :param protocol: rlinf-160, rlinf-100 or lerobot-500.
+    :param action_chunk: actions executed per decision; None for the protocol's. A model that predicts fewer, such as
+        OpenVLA-OFT with its one, needs it.
     :param trials_per_task: trials, fixed by ``trial_seed``.
     :param model_kwargs: what a published checkpoint does not say, such as ``{tokenizer: FOLDER}``.
     :param device: ``cpu``, ``cuda`` or ``auto``.
@@ -132,6 +134,7 @@ class EvalCommand:
     split: str = "train"
     tasks: list[str] | None = None
     protocol: str = "rlinf-160"
+    action_chunk: int | None = None
     trials_per_task: int = 20
     trial_seed: int = TRIAL_SEED
     model_kwargs: dict[str, Any] = field(default_factory=dict)
@@ -277,15 +280,18 @@ def run_eval(command: EvalCommand, console: Console) -> None:
 
     options = command.model_kwargs or None
     view = view_of(load_checkpoint(command.checkpoint, options).notes)
-    chunk = find_protocol(command.protocol).action_chunk
-    policy = load_policy(command.checkpoint, chunk, get_device(command.device), model_kwargs=options)
+    protocol = find_protocol(command.protocol)
+    if command.action_chunk is not None and command.action_chunk != protocol.action_chunk:
+        chunk = command.action_chunk
+        protocol = replace(protocol, name=f"{protocol.name} with chunk {chunk}", action_chunk=chunk)
+    policy = load_policy(command.checkpoint, protocol.action_chunk, get_device(command.device), model_kwargs=options)
     with autocast(command.bf16, policy.device.type):
         result = evaluate(
             policy,
             tasks=select_tasks(command.suite, command.split, command.tasks),
             trials_per_task=command.trials_per_task,
             trial_seed=command.trial_seed,
-            protocol=command.protocol,
+            protocol=protocol,
             env_kwargs={"image_size": policy.model.image_size[0], "renderer": command.renderer, **view},
             videos=VideoOptions(command.videos) if command.videos else None,
         )

@@ -54,7 +54,7 @@ def _on_meta(plan: Plan) -> VLAModel:
     if plan.begins and plan.sft is not None and plan.load is not None:
         own = {"action_horizon": plan.sft.action_horizon, "image_size": plan.load["image_size"]}
         options = {**_DIMENSIONS, **own, **options}
-    elif plan.checkpoint is not None:  # what it does not say may be no option of the model itself
+    elif not plan.begins:  # what it does not say may be no option of the model itself
         options = {}
     return copy.deepcopy(_made(plan.model, json.dumps(options)))
 

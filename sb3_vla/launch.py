@@ -70,8 +70,8 @@ def _check_start(plan: Plan) -> None:
         if not plan.begins:
             raise ConfigError(
                 f"actor.model.model_path is not set: {plan.model} starts from a checkpoint. Give "
-                "actor.model.model_path=FOLDER or =owner/name on the Hugging Face hub, or the sizes of a small new "
-                "model as actor.model.model_kwargs; the recipes with compact in their names need neither"
+                "actor.model.model_path=FOLDER or =hf://owner/name on the Hugging Face hub, or the sizes of a small "
+                "new model as actor.model.model_kwargs; the recipes with compact or laptop in their names need neither"
             )
         return
     found = load_checkpoint(plan.checkpoint, plan.model_kwargs).model_name

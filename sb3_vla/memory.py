@@ -349,16 +349,24 @@ def _left_as_it_was(model: VLAModel) -> Iterator[None]:
 def _full_prompts(model: VLAModel) -> Iterator[None]:
     """Prompts as long as they may be, without a tokenizer, which a plan needs not have at hand."""
     tokenize = getattr(model, "tokenize", None)
-    if not isinstance(tokenize, PromptTokenizer):
+    name, length = "tokenise", model.prompt_length
+    if isinstance(tokenize, PromptTokenizer):
+        name, length = "tokenize", tokenize.length
+    if length is None:
         yield
         return
+    longest = length
 
-    def full(prompts: Sequence[Any]) -> tuple[Tensor, Tensor]:
-        shape = (len(prompts), tokenize.length)
+    def full(prompts: Sequence[Any] | Tensor) -> tuple[Tensor, Tensor]:
+        shape = (len(prompts), longest)
         return torch.zeros(shape, dtype=torch.int64), torch.ones(shape, dtype=torch.bool)
 
-    model.tokenize = full  # type: ignore[assignment]
+    own = vars(model).get(name)  # none where it is a method
+    setattr(model, name, full)
     try:
         yield
     finally:
-        model.tokenize = tokenize  # type: ignore[assignment]
+        if own is None:
+            delattr(model, name)
+        else:
+            setattr(model, name, own)

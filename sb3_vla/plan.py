@@ -39,6 +39,8 @@ SUITES = {
 }
 #: models that learn from demonstrations alone at their default size; the others build on pretrained towers
 FROM_SCRATCH = ("compact", "diffusion_policy")
+#: options that say how a checkpoint is read, not how large a new model is
+_OF_READING = ("base", "precision")
 
 
 @dataclass(frozen=True)
@@ -163,7 +165,7 @@ def _resolve(recipe: Recipe) -> Plan:
 
 def can_begin(model: str, model_kwargs: Mapping[str, Any]) -> bool:
     """Whether a model can be a new one, which imitates first: by its default size, or one that is given."""
-    return model in FROM_SCRATCH or bool(model_kwargs)
+    return model in FROM_SCRATCH or any(name not in _OF_READING for name in model_kwargs)
 
 
 def _suite(which: str, section: TrainEnvSection | EvalEnvSection) -> tuple[str, str]:
@@ -213,6 +215,11 @@ def _bf16(recipe: Recipe) -> bool | None:
     return {"float32": False, "bf16": True, "auto": None}[recipe.actor.model.precision]
 
 
+def _lora(recipe: Recipe) -> dict[str, Any] | None:
+    lora = recipe.actor.model.lora
+    return None if lora is None else dict(lora)
+
+
 def _sft(recipe: Recipe) -> SFTConfig:
     model = recipe.actor.model
     shared = {field.name: getattr(recipe.sft, field.name) for field in fields(SFTSection)}
@@ -221,6 +228,8 @@ def _sft(recipe: Recipe) -> SFTConfig:
         model_kwargs=dict(model.model_kwargs),
         checkpoint=model.model_path,
         action_horizon=model.num_action_chunks,
+        lora=_lora(recipe),
+        gradient_checkpointing=model.gradient_checkpointing,
         bf16=_bf16(recipe),
         seed=recipe.actor.seed,
         **shared,
@@ -258,7 +267,7 @@ def _algorithm(recipe: Recipe) -> PPOConfig | GRPOConfig:
         "max_grad_norm": optim.clip_grad,
         "actor_warmup": algorithm.actor_warmup,
         "trainable": model.trainable,
-        "lora": model.lora,
+        "lora": _lora(recipe),
         "frozen_bf16": model.frozen_bf16,
         "gradient_checkpointing": model.gradient_checkpointing,
         "compile": model.compile,

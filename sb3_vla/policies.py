@@ -69,9 +69,9 @@ class VLAPolicy(BasePolicy):
     :param model: name in :data:`sb3_vla.models.MODELS`; None for the checkpoint's, or ``compact``.
     :param model_kwargs: the model's own options.
     :param checkpoint: folder written by :func:`sb3_vla.checkpoints.save_checkpoint`, which fixes model and
-        model_kwargs; or a published model, see :func:`sb3_vla.checkpoints.load_checkpoint`; with pi0 and pi0.5
-        model_kwargs are what the checkpoint does not say. A saved algorithm needs it no more, unless the backbone is
-        frozen: it then holds what was trained alone, and where the folder has moved, ``load`` takes
+        model_kwargs; or a published model, see :func:`sb3_vla.checkpoints.load_checkpoint`; then model_kwargs are what
+        it does not say. A saved algorithm needs it no more, unless the backbone is frozen: it then holds what was
+        trained alone, and where the folder has moved, ``load`` takes
         ``custom_objects={"policy_kwargs": ...}``.
     :param distribution: name in :data:`sb3_vla.distributions.DISTRIBUTIONS`.
     :param distribution_kwargs: the distribution's own options.

@@ -245,11 +245,12 @@ class ModelSection:
     """The policy.
 
     :param model_type: name in :data:`sb3_vla.models.MODELS`.
-    :param model_path: checkpoint to start from, a folder or a name on the Hugging Face hub. None for a new model, which
-        imitates the demonstrations of ``data`` first; only models that train from scratch can do without.
+    :param model_path: checkpoint to start from, a folder or ``hf://owner/name`` on the Hugging Face hub. None for a new
+        model, which imitates the demonstrations of ``data`` first; only models that train from scratch can do without.
     :param model_kwargs: the model's own options: of a new one, or what a published checkpoint does not say.
-    :param trainable: ``all``, ``expert`` to freeze the backbone, ``adaptive`` (pi0.5), or ``lora``.
-    :param lora: options of adapters beside what stays frozen, see :class:`sb3_vla.models.lora.LoRA`; None for none.
+    :param trainable: ``all``, ``expert`` to freeze the backbone, ``adaptive`` (pi0.5), or ``lora`` for adapters alone.
+    :param lora: options of adapters in what ``trainable`` leaves frozen, see :class:`sb3_vla.models.lora.LoRA`; None
+        for none, or with ``trainable: lora`` for the defaults.
     :param frozen_bf16: a frozen backbone's weights in bfloat16 (pi0, pi0.5).
     :param gradient_checkpointing: layers compute again what the backward pass needs, for less memory.
     :param compile: arguments of ``torch.compile``, such as ``{mode: reduce-overhead}``; None for no compilation.

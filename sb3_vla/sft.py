@@ -19,6 +19,7 @@ from torch import Tensor
 
 from mw_envs.tasks import encode_instruction
 from sb3_vla.checkpoints import load_checkpoint, save_checkpoint
+from sb3_vla.checkpoints.native import NORMALISED
 from sb3_vla.checkpoints.training_state import load_training_state, save_training_state
 from sb3_vla.demonstrations import Demonstrations
 from sb3_vla.distributed import Ranks, current_ranks
@@ -302,7 +303,7 @@ def shared_imitation_loss(
 def _make_model(demonstrations: Demonstrations, config: SFTConfig) -> VLAModel:
     if config.checkpoint is not None:
         loaded = load_checkpoint(config.checkpoint, config.model_kwargs)
-        model, normalised = loaded.model, loaded.notes.get("normalised", True)
+        model, normalised = loaded.model, loaded.notes.get(NORMALISED, True)
     else:
         options = {
             "action_dim": demonstrations.actions.shape[1],

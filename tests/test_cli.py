@@ -43,7 +43,8 @@ def checkpoint(tmp_path: Path) -> Path:
 def test_eval_writes_a_result_and_a_table(checkpoint: Path, tmp_path: Path) -> None:
     output = tmp_path / "result.json"
     settings = [f"checkpoint={checkpoint}", f"output={output}", "tasks=[reach-v3]", "trials_per_task=1"]
-    assert main(["eval", *settings]) == 0
+    assert main(["eval", *settings, "action_chunk=2"]) == 0
+    assert json.loads(output.read_text())["protocol"]["name"] == "rlinf-160 with chunk 2"
     assert "reach-v3" in json.dumps(json.loads(output.read_text()))
     assert "reach" in output.with_suffix(".md").read_text()
 

@@ -167,6 +167,26 @@ def test_published_pi0_and_pi05(name: str, model: str, environment: dict[str, st
     published(environment, tmp_path, name, model)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm", ["ppo", "grpo"])
+@pytest.mark.parametrize("model", ["smolvla", "diffusion_policy", "tinyvla", "openvlaoft"])
+def test_laptop_sizes_from_nothing(model: str, algorithm: str, environment: dict[str, str], tmp_path: Path) -> None:
+    """Demonstrations, imitation, reinforcement and measurements, by the recipe's own sizes and distribution."""
+    name = f"metaworld_50_{algorithm}_{model}_laptop"
+    settings = [
+        *EVERY,
+        *LEARNING,
+        *IMITATION,
+        *(GRPO if algorithm == "grpo" else []),
+        "algorithm.rehearsal_batch_size=2",
+    ]
+    done = shell(environment, tmp_path, name, *settings)
+    assert done.returncode == 0, done.stdout + done.stderr
+    run = tmp_path / "runs" / name
+    assert_complete(run, algorithm)
+    assert moved(run / "sft", run / algorithm)
+
+
 def published(environment: dict[str, str], folder: Path, name: str, model: str) -> None:
     start = write_layout(folder / "published", model, "lerobot")
     kind = name.split("_")[2]

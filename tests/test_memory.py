@@ -13,7 +13,7 @@ from toy import toy_observation
 from toy_pi0 import TINY_PI0, tiny_tokenizer
 
 from sb3_vla.checkpoints import save_checkpoint
-from sb3_vla.memory import GIB, HEADROOM, MemoryPlan, plan_memory
+from sb3_vla.memory import _SENTENCE, GIB, HEADROOM, MemoryPlan, plan_memory
 from sb3_vla.models import VLAModel, make_model
 from sb3_vla.run import RunDirectory
 from sb3_vla.training import PPOConfig, train
@@ -29,7 +29,7 @@ SMALL: dict[str, Any] = {
 def measured(model: VLAModel, batch: int, draws: int = 1) -> int:
     """Bytes that an update's forward and backward pass hold at their worst moment, by torch's profiler."""
     side = model.image_size[0]
-    observation = toy_observation(batch, image_size=side)
+    observation = toy_observation(batch, _SENTENCE, image_size=side)
     actions = torch.zeros(batch, model.action_horizon, model.action_dim)
     mask = torch.ones(batch, model.action_horizon, dtype=torch.bool)
 
@@ -62,9 +62,18 @@ def test_activations_are_those_of_a_real_update(tmp_path: Path, trainable: str, 
     assert plan.activations == pytest.approx(measured(model, 16), rel=0.1)
 
 
-@pytest.mark.parametrize("name", ["compact", "diffusion_policy"])
-def test_other_models(name: str) -> None:
-    model = make_model(name, {"image_size": 64 if name == "compact" else 96})
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("compact", {"image_size": 64}),
+        ("diffusion_policy", {}),
+        ("smolvla", {"vlm": "laptop", "layers": 2, "image_size": 96, "action_horizon": 8}),
+        ("tinyvla", {}),
+        ("openvla_oft", {"sizes": "laptop", "resolution": 56, "image_size": 96, "max_prompt_tokens": 108}),
+    ],
+)
+def test_other_models(name: str, options: dict[str, Any]) -> None:
+    model = make_model(name, options)
     plan = plan_memory(model, trainable="all", batch_size=8)
     model.set_trainable("all")
     measured(model, 2)

@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from toy import (
     assert_learns_what_the_instruction_means,
+    changed_by_an_update,
     probability_of,
     toy_demonstrations,
     toy_observation,
@@ -38,10 +39,15 @@ from sb3_vla.checkpoints import checkpoint_digest, load_checkpoint, save_checkpo
 from sb3_vla.checkpoints import openvla_oft as layout
 from sb3_vla.checkpoints.openvla_oft import load_openvla_oft, save_openvla_oft
 from sb3_vla.distributions import ActionTokens
+from sb3_vla.memory import GIB
 from sb3_vla.models import OpenVLAOFT
+from sb3_vla.models.lora import adapted_layers, prepare_training
 from sb3_vla.models.openvla_oft import SPECIAL_TOKENS
 from sb3_vla.models.tokenizing import byte_tokenizer
+from sb3_vla.plan import make_plan
+from sb3_vla.recipes import load_recipe
 from sb3_vla.sft import SFTConfig, sft
+from sb3_vla.training import GRPOConfig, plan_training
 
 TENSORS, RECORDS = recorded("openvla_oft")
 MODEL_FILE = "model.safetensors"
@@ -301,6 +307,31 @@ def test_statistics_of_several_tasks_want_a_choice(published: Path) -> None:
         load_openvla_oft(published, unnorm_key="bridge", **READ)
 
 
+def test_a_base_model_of_other_robots_is_imitated_from(published: Path) -> None:
+    """It has statistics of others alone; those of the data are of the numbers that act, and take their places."""
+    edit_json(published / "config.json", norm_stats={"bridge": {"action": {"q01": [0.0] * 7}}})
+    options = {**READ, "base": True}
+    side = RECORDS["files"]["config.json"]["image_sizes"][0]
+    loaded = load_checkpoint(published, options)
+    assert loaded.model.image_size == (side, side) and loaded.model.action_dim == 4
+    data = toy_demonstrations(image_size=side)
+    config = SFTConfig(
+        checkpoint=str(published),
+        model_kwargs=options,
+        steps=1,
+        batch_size=2,
+        warmup_steps=0,
+        shift=0,
+        validation_fraction=0.0,
+        bf16=False,
+    )
+    model = sft(data, config, progress=False).model
+    low = torch.from_numpy(data.statistics()["action"]["q01"])
+    assert isinstance(model, OpenVLAOFT)
+    torch.testing.assert_close(model.action_q01[[0, 1, 2, 6]], low)
+    assert torch.equal(model.action_q01[3:6], -torch.ones(3))
+
+
 def test_towers_want_heads_that_fit(published: Path) -> None:
     with pytest.raises(ValueError, match=r"widths \[32, 24\] cannot have \[16, 16\] heads; give vision_heads"):
         load_checkpoint(published)
@@ -372,6 +403,64 @@ def test_imitates_then_learns_by_ppo_and_comes_back_from_the_published_layout(tm
     assert isinstance(trained, OpenVLAOFT)
     save_openvla_oft(tmp_path / "trained", trained)
     assert same_tensors(load_checkpoint(tmp_path / "trained").model.state_dict(), trained.state_dict())
+
+
+def test_recomputed_layers_give_the_same_gradients() -> None:
+    model, given = OpenVLAOFT(**{**TINY, "image_size": 32}), toy_observation(2)
+    actions, mask = torch.rand(2, 1, 4), torch.ones(2, 1, dtype=torch.bool)
+    gradients = []
+    for recomputed in (False, True):
+        model.zero_grad()
+        model.set_gradient_checkpointing(recomputed)
+        model.imitation_loss(given, actions, mask).backward()
+        gradients.append({name: value.grad for name, value in model.named_parameters() if value.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    assert all(torch.equal(value, gradients[1][name]) for name, value in gradients[0].items())
+
+
+def test_adapters_are_float32_beside_weights_in_bfloat16() -> None:
+    """From ratios of exactly one; in bfloat16 most of an optimiser's small steps would be rounded away."""
+    algorithm = toy_ppo(
+        toy_vec(4, chunk=1, action_dim=4),
+        model="openvla_oft",
+        model_kwargs={**TINY, "precision": "bfloat16"},
+        distribution="tokens",
+        distribution_kwargs={"temperature": 1.6},
+        trainable="lora",
+        stirred=False,
+    )
+    model = algorithm.policy.model
+    types = {".lora_" in name: parameter.dtype for name, parameter in model.named_parameters()}
+    assert types == {True: torch.float32, False: torch.bfloat16}
+    moved = changed_by_an_update(algorithm, 32)
+    assert moved and all(".lora_" in name for name in moved)
+
+
+def test_an_adapter_of_the_output_layer_acts_and_is_merged(tmp_path: Path) -> None:
+    model, given = OpenVLAOFT(**{**TINY, "image_size": 32}), toy_observation(2)
+    prepare_training(model, "lora", lora={"rank": 2, "layers": ["lm_head"]})
+    with torch.no_grad():
+        before = model.token_logits(model.encode(given))
+        (layer,) = adapted_layers(model).values()
+        layer.lora_B["default"].weight.normal_(generator=torch.Generator().manual_seed(0))  # type: ignore[index, union-attr]
+        after = model.token_logits(model.encode(given))
+        save_openvla_oft(tmp_path / "merged", model)
+        merged = load_checkpoint(tmp_path / "merged").model
+        found = merged.token_logits(merged.encode(given))
+    assert (after - before).abs().max() > 0.01
+    torch.testing.assert_close(found, after, atol=LOSS, rtol=1e-5)
+
+
+def test_seven_billion_parameters_train_on_one_gpu_of_80_gb() -> None:
+    """By the recipe for it, as it stands, on the meta device."""
+    recipe = load_recipe("metaworld_50_grpo_openvlaoft_lora", ["actor.model.model_path=somewhere"])
+    config = make_plan(recipe).config
+    assert isinstance(config, GRPOConfig)
+    with torch.device("meta"):
+        model = OpenVLAOFT(acting=(0, 1, 2, 6), numbers=7, precision="bfloat16")
+    plan = plan_training(model, config, action_chunk=1)
+    plan.check(int(79.6 * GIB))  # of an H100 with 80 GB
+    assert plan.weights > 2 * 7.54e9 and plan.gradients < 1 * GIB
 
 
 def test_the_same_decisions_have_the_same_probability() -> None:

@@ -15,7 +15,9 @@ import yaml
 
 from sb3_vla.cli import main
 from sb3_vla.config import ConfigError, leaf_keys
+from sb3_vla.distributions import make_distribution
 from sb3_vla.footprint import footprint
+from sb3_vla.models import VLAModel, make_model
 from sb3_vla.plan import Plan, make_plan
 from sb3_vla.recipes import RECIPES, Recipe, find_recipe, given_keys, load_recipe, recipe_names, summary
 
@@ -46,8 +48,8 @@ OTHERS: dict[str, Any] = {
     "env.eval.tasks": ["reach-v3"],
     "actor.model.model_type": "smolvla",
     "actor.model.model_kwargs": {"image_size": 64},
+    "actor.model.lora": {"rank": 4},
     "actor.model.noise_kwargs": {"std": 0.7},
-    "actor.model.lora": {"rank": 8},
     "actor.model.compile": {"mode": "reduce-overhead"},
     "data.rename": {"observation.images.top": "observation.image"},
 }
@@ -181,9 +183,11 @@ def test_the_names_are_those_of_the_reference_and_their_counterparts() -> None:
     reference |= {"metaworld_45_ppo_openpi", "metaworld_50_grpo_openvlaoft"}
     ours = {f"metaworld_{suite}_{kind}_compact" for suite in (45, 50) for kind in ("ppo", "grpo")}
     ours |= {"metaworld_50_grpo_openpi", "metaworld_50_grpo_openpi_pi05", "metaworld_45_grpo_openpi"}
-    small = ("smolvla", "diffusion_policy", "tinyvla")
-    ours |= {f"metaworld_50_{kind}_{model}" for kind in ("ppo", "grpo") for model in small}
-    ours |= {f"metaworld_50_sft_{model}" for model in (*small, "compact", "openpi", "openpi_pi05", "openvlaoft")}
+    others = ("smolvla", "diffusion_policy", "tinyvla", "openvlaoft")
+    every = ("ppo", "grpo", "sft")
+    ours |= {f"metaworld_50_{kind}_{model}{size}" for kind in every for model in others for size in ("", "_laptop")}
+    ours |= {f"metaworld_50_sft_{model}" for model in ("compact", "openpi", "openpi_pi05")}
+    ours |= {"metaworld_50_grpo_openvlaoft_lora"}
     assert set(NAMES) == reference | ours
 
 
@@ -247,6 +251,46 @@ def test_names_of_the_reference_are_understood_or_refused_with_a_reason() -> Non
         with pytest.raises(ConfigError, match="is not taken here") as refusal:
             load_recipe(name, [f"{key}=1"])
         assert reason in str(refusal.value)
+
+
+def test_the_settings_of_the_reference_for_openvla_oft() -> None:
+    """RLinf's metaworld_50_grpo_openvlaoft.yaml: 64 x 16 episodes of 100 decisions, 8 optimiser steps."""
+    plan = plan_of("metaworld_50_grpo_openvlaoft", ["actor.model.model_path=somewhere"])
+    config: Any = plan.config
+    episodes = config.groups * config.group_size
+    assert (config.group_size, episodes, config.horizon, plan.action_chunk) == (8, 64 * 16, 100, 1)
+    assert config.total_decisions == 1000 * 102_400
+    assert (episodes * config.horizon / config.batch_size * config.epochs, config.micro_batch_size) == (8, 32)
+    assert (config.clip_range, config.clip_range_high, config.dual_clip) == (0.2, 0.28, 3.0)
+    assert (config.kl_coef, config.ent_coef, config.max_grad_norm) == (0.0, 0.0, 1.0)
+    assert (config.logprob_type, config.normalize_length, config.gradient_checkpointing) == ("token", False, True)
+    assert (config.distribution, config.distribution_kwargs) == ("tokens", {"temperature": 1.6})
+    assert (config.learning_rate, config.final_learning_rate) == (2e-5, 2e-5)
+    assert plan.train["optimizer_kwargs"]["betas"] == (0.9, 0.999)
+    assert plan.train["env_kwargs"]["reward_coef"] == 5.0
+
+
+@functools.cache
+def _laptop_model(kind: str) -> VLAModel:
+    return make_model(kind, plan_of(f"metaworld_50_sft_{kind.replace('_oft', 'oft')}_laptop", []).model_kwargs)
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if "_sft_" not in n and "openpi" not in n and "compact" not in n])
+def test_what_a_recipe_explores_by_can_train_what_it_trains(name: str) -> None:
+    """Found before demonstrations, imitation and hours of it: here on a model of laptop size."""
+    plan = plan_of(name, ["actor.model.model_path=somewhere"])
+    config: Any = plan.config
+    model = _laptop_model(plan.model)
+    model.set_trainable(config.trainable)
+    chunk = min(plan.action_chunk, model.action_horizon)
+    distribution = make_distribution(config.distribution, model, chunk, **config.distribution_kwargs)
+    distribution.check_trainable(model)
+
+
+@pytest.mark.parametrize("kind", ["smolvla", "tinyvla", "openvlaoft"])
+def test_how_a_checkpoint_is_read_makes_no_new_model(kind: str) -> None:
+    assert not plan_of(f"metaworld_50_sft_{kind}", []).begins
+    assert plan_of(f"metaworld_50_sft_{kind}_laptop", []).begins
 
 
 def test_group_bounds_are_of_the_reward() -> None:

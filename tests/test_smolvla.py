@@ -353,10 +353,45 @@ def test_the_layout_before_has_statistics_among_the_weights(published: Path) -> 
     assert same_tensors(load_checkpoint(published).model.state_dict(), expected.state_dict())
 
 
+def test_a_base_model_of_another_robot_is_imitated_from(published: Path) -> None:
+    """It has six joints and no statistics, and takes the environment's four numbers and the data's normalisation."""
+    features = RECORDS["files"]["config.json"]["input_features"]
+    six = {"type": "STATE", "shape": [6]}
+    image = {"type": "VISUAL", "shape": [3, 32, 32]}
+    edit_json(
+        published / "config.json",
+        input_features={**features, "observation.image": image, "observation.state": six},
+        output_features={"action": {"type": "ACTION", "shape": [6]}},
+    )
+    for name in (STATE_FILE, ACTION_FILE):
+        (published / name).unlink()
+    with pytest.raises(FileNotFoundError, match=r"statistics of observation\.state"):
+        load_checkpoint(published)
+    with pytest.raises(ValueError, match="has no option 'bas'; did you mean 'base'"):
+        load_checkpoint(published, {"bas": True})
+    data = toy_demonstrations()
+    config = SFTConfig(
+        checkpoint=str(published),
+        model_kwargs={"base": True},
+        trainable="expert",
+        steps=1,
+        batch_size=2,
+        warmup_steps=0,
+        shift=0,
+        validation_fraction=0.0,
+        bf16=False,
+    )
+    model = sft(data, config, progress=False).model
+    assert isinstance(model, SmolVLA) and (model.action_dim, model.state_mean.shape) == (4, (4,))
+    np.testing.assert_allclose(model.state_mean.numpy(), data.states.mean(0), atol=1e-6)
+    np.testing.assert_allclose(model.action_mean.numpy(), data.actions.mean(0), atol=1e-6)
+    assert torch.equal(model.connector.weight, load_checkpoint(published, {"base": True}).model.connector.weight)  # type: ignore[union-attr, arg-type]
+
+
 def test_statistics_that_were_never_set_are_missing(published: Path) -> None:
     old_layout(published)
     edit_tensors(published / MODEL_FILE, {"unnormalize_outputs.buffer_action.std": torch.full((4,), torch.inf)})
-    with pytest.raises(ValueError, match="lacks the statistics action_std"):
+    with pytest.raises(ValueError, match=r"lacks the statistics action_std.*base: true"):
         load_checkpoint(published)
 
 
@@ -502,6 +537,8 @@ def test_imitates_then_learns_by_ppo_and_comes_back_from_lerobots_layout(tmp_pat
     algorithm.policy.model.vision_model.register_forward_pre_hook(lambda *_: pictures.append(1))
     algorithm.learn(16)
     assert len(pictures) == 4 + 1  # the decisions of each step together, those after the last: none in the update
+    kept = algorithm.rollout_buffer.observations
+    assert "image" not in kept and kept["perception/keys"].shape[-4:] == (2, 4 + 24, 1, 16)  # layers, T, heads, width
     frozen = {id(parameter) for parameter in algorithm.policy.model.backbone()}
     moved = {
         name

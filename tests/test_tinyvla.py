@@ -30,7 +30,7 @@ from toy import changed_by_an_update, stir, toy_demonstrations, toy_observation,
 from mw_envs import encode_instruction
 from sb3_vla import PPO
 from sb3_vla.checkpoints import checkpoint_digest, load_checkpoint, save_checkpoint, save_tinyvla
-from sb3_vla.checkpoints.tinyvla import _their_name
+from sb3_vla.checkpoints.tinyvla import _NEW_HEAD, _their_name
 from sb3_vla.distributions import make_distribution
 from sb3_vla.models import Context, TinyVLA, make_model
 from sb3_vla.models.diffusion import step_sinusoid
@@ -289,6 +289,44 @@ def test_shards_and_statistics_in_the_parent(published: Path, tmp_path: Path) ->
     (folder / "dataset_stats.pkl").rename(folder.parent / "dataset_stats.pkl")
     found, expected = load_checkpoint(folder).model.state_dict(), load_checkpoint(published).model.state_dict()
     assert all(torch.equal(value, found[key]) for key, value in expected.items())
+
+
+def test_the_vision_language_model_alone_is_imitated_from(
+    published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Llava-Pythia has the language model's own output, no statistics and no settings of a head."""
+    folder = tmp_path / "base"
+    shutil.copytree(published, folder)
+    (folder / "dataset_stats.pkl").unlink()
+    config = json.loads((folder / "config.json").read_text())
+    for name in ("action_head_type", "action_dim", "state_dim", "chunk_size", "concat"):
+        del config[name]
+    (folder / "config.json").write_text(json.dumps(config))
+    theirs = load_file(folder / "model.safetensors")
+    towers = {key: value for key, value in theirs.items() if not key.startswith("embed_out.")}
+    language = torch.zeros(config["vocab_size"], config["hidden_size"])
+    save_file({**towers, "embed_out.weight": language}, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=r"no complete TinyVLA configuration.*action_head_type"):
+        load_checkpoint(folder)
+    monkeypatch.setitem(_NEW_HEAD, "down_dims", (16, 32))
+    monkeypatch.setitem(_NEW_HEAD, "image_size", 32)
+    data = toy_demonstrations()
+    settings = SFTConfig(
+        checkpoint=str(folder),
+        model_kwargs={"base": True},
+        trainable="expert",
+        steps=1,
+        batch_size=2,
+        warmup_steps=0,
+        shift=0,
+        validation_fraction=0.0,
+        bf16=False,
+    )
+    model = sft(data, settings, progress=False).model
+    assert isinstance(model, TinyVLA) and (model.action_dim, model.action_horizon, model.cameras) == (4, 16, 1)
+    np.testing.assert_allclose(model.state_mean.numpy(), data.states.mean(0), atol=1e-6)
+    found = {_their_name(key): value for key, value in weights_of(model).items()}
+    assert all(torch.equal(found[key], value) for key, value in towers.items())
 
 
 ADAPTED = ("query_key_value", "dense", "q_proj", "v_proj")

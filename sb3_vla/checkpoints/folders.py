@@ -36,7 +36,7 @@ def local_folder(source: str | Path) -> Path:
     from huggingface_hub import snapshot_download  # a heavy import, needed by few
 
     repository, _, revision = str(source).removeprefix(HUB).partition("@")
-    patterns = ["*.json", "*.safetensors", "*.pt", "*.model"]
+    patterns = ["*.json", "*.safetensors", "*.pt", "*.model", "*.pkl"]
     try:
         return Path(snapshot_download(repository, revision=revision or None, allow_patterns=patterns))
     except Exception as error:  # gated, offline, unknown: all mean that there is no checkpoint

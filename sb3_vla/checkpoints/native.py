@@ -25,6 +25,10 @@ from sb3_vla.models.lora import merged_state
 FORMAT = "sb3-vla-2"
 #: what tells an adapter's folder
 ADAPTER_CONFIG = "adapter_config.json"
+#: note of a reader: whether the checkpoint came with statistics to normalise by; where not, imitation sets the data's
+NORMALISED = "normalised"
+#: numbers of a state and of an action in the environment
+ENVIRONMENT_DIM = 4
 
 
 @dataclass
@@ -170,7 +174,7 @@ def load_checkpoint(folder: str | Path) -> LoadedCheckpoint:
     return LoadedCheckpoint(model, name, kwargs, value_head, notes, distribution, distribution_weights)
 
 
-def published_reader(folder: Path) -> Callable[[Path], LoadedCheckpoint] | None:
+def published_reader(folder: Path) -> Callable[..., LoadedCheckpoint] | None:
     """Who reads a folder that is not ours, by what its configuration says it is."""
     try:
         config = json.loads((place_of_configuration(folder) / "config.json").read_text(encoding="utf-8"))
@@ -183,7 +187,7 @@ def published_reader(folder: Path) -> Callable[[Path], LoadedCheckpoint] | None:
     from sb3_vla.checkpoints.smolvla import load_smolvla
     from sb3_vla.checkpoints.tinyvla import load_tinyvla
 
-    readers: dict[Any, Callable[[Path], LoadedCheckpoint]] = {
+    readers: dict[Any, Callable[..., LoadedCheckpoint]] = {
         "diffusion": load_diffusion_policy,
         "llava_pythia": load_tinyvla,
         "openvla": load_openvla_oft,

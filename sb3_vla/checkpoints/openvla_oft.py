@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sb3_vla.checkpoints.layout import load_weights, read_json, write_json
-from sb3_vla.checkpoints.native import LoadedCheckpoint, whole_folder
+from sb3_vla.checkpoints.native import NORMALISED, LoadedCheckpoint, whole_folder
 from sb3_vla.checkpoints.shards import read_weights, write_weights
 from sb3_vla.checkpoints.tokenizer_files import find_tokenizer, write_tokenizer
 from sb3_vla.models.lora import merged_state
@@ -27,6 +27,7 @@ _STATISTICS = ("action_mean", "action_std", "action_q01", "action_q99", "action_
 _TIMM_HEADS = {"vit_large_patch14_reg4_dinov2.lvd142m": 16, "vit_so400m_patch14_siglip_224": 16}
 _IMAGENET, _HALF = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]), ([0.5, 0.5, 0.5], [0.5, 0.5, 0.5])
 _KEY = "meta_world_strict"
+_BASE_NUMBERS = 7
 SHARD_BYTES = 5_000_000_000
 
 
@@ -41,6 +42,7 @@ def load_openvla_oft(
     max_prompt_tokens: int | None = None,
     stop_token: bool | None = None,
     precision: str = "float32",
+    base: bool = False,
 ) -> LoadedCheckpoint:
     """Read an OpenVLA-OFT; None takes what the folder says, or else what RLinf does in MetaWorld.
 
@@ -52,6 +54,8 @@ def load_openvla_oft(
     :param max_prompt_tokens: T; else 50.
     :param stop_token: see :class:`OpenVLAOFT`; else False.
     :param precision: of the model, whatever the file holds.
+    :param base: take seven numbers and the weights alone, to imitate from, as of an OpenVLA that was trained on other
+        robots: actions are scaled as the data of imitation is, and pictures come at the size that it reads.
     :raises FileNotFoundError: if a file is missing; the message names it.
     :raises ValueError: if a file is damaged, the weights do not fit, statistics are missing, or it has a head for
         continuous actions instead.
@@ -69,8 +73,8 @@ def load_openvla_oft(
     # RLinf's critic reads one layer's output and does not fit ours, which PPO trains anew.
     weights = {key: value for key, value in read_weights(folder).items() if not key.startswith("value_head.")}
     ours = config.get("sb3_vla", {})
-    statistics = _statistics(config, folder, unnorm_key)
-    numbers = len(statistics["action_q01"])
+    statistics = {} if base else _statistics(config, folder, unnorm_key)
+    numbers = _BASE_NUMBERS if base else len(statistics["action_q01"])
     acting = ours.get("acting") if acting is None else list(acting)
     if acting is None:
         acting = [0, 1, 2, 6] if numbers == 7 else list(range(numbers))
@@ -89,7 +93,7 @@ def load_openvla_oft(
     model = OpenVLAOFT(
         action_dim=len(acting),
         action_horizon=chosen("action_horizon", action_horizon, 1),
-        image_size=ours.get("image_size", 480),
+        image_size=ours.get("image_size", config["image_sizes"][0] if base else 480),
         resolution=resolution,
         sizes=known[0] if known else asdict(sizes),
         acting=acting,
@@ -101,7 +105,7 @@ def load_openvla_oft(
     )
     load_weights(model, weights, folder, ours=_STATISTICS)
     model.set_statistics(statistics)
-    return LoadedCheckpoint(model, "openvla_oft", model.config, None, {}, ("tokens", {}))
+    return LoadedCheckpoint(model, "openvla_oft", model.config, None, {NORMALISED: not base}, ("tokens", {}))
 
 
 def save_openvla_oft(
@@ -186,7 +190,9 @@ def _statistics(config: Mapping[str, Any], folder: Path, key: str | None) -> dic
     if wanted is None and len(known) == 1:
         wanted = next(iter(known))
     if wanted is None or wanted not in known:
-        raise ValueError(f"{folder} has statistics of {', '.join(known)}; choose one with unnorm_key, not {wanted!r}")
+        raise ValueError(
+            f"{folder} has statistics of {', '.join(known)}; choose one with unnorm_key, not {wanted!r}, or base"
+        )
     action = known[wanted].get("action", {})
     lacking = [name for name in ("q01", "q99") if name not in action]
     if lacking:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sb3_vla.checkpoints.layout import load_weights, read_json, read_tensors, require_file, write_json, write_tensors
-from sb3_vla.checkpoints.native import LoadedCheckpoint, whole_folder
+from sb3_vla.checkpoints.native import ENVIRONMENT_DIM, NORMALISED, LoadedCheckpoint, whole_folder
 from sb3_vla.checkpoints.shards import read_weights, write_weights
 from sb3_vla.checkpoints.tokenizer_files import find_tokenizer, write_tokenizer
 from sb3_vla.models.lora import merged_state
@@ -46,12 +46,14 @@ _NORM_MAP = {"VISUAL": "IDENTITY", "STATE": "MEAN_STD", "ACTION": "MEAN_STD"}
 
 
 def load_smolvla(
-    folder: str | Path, tokenizer: str | Path | None = None, precision: str = "float32"
+    folder: str | Path, tokenizer: str | Path | None = None, precision: str = "float32", base: bool = False
 ) -> LoadedCheckpoint:
     """Read a SmolVLA as LeRobot publishes it.
 
     :param tokenizer: a ``tokenizer.json``, or a folder that holds one; None to find it.
     :param precision: of the model, see :class:`SmolVLA`; training wants float32, whatever the file holds.
+    :param base: take the weights alone, to imitate from, as of a model that was trained on other robots: states and
+        actions are four numbers each, as the environment has them, and normalised as the data of imitation is.
     :raises FileNotFoundError: if a file is missing; the message names it.
     :raises ValueError: if a file is damaged, the weights do not fit, statistics or tokenizer are missing, or the policy
         needs what this model has not.
@@ -69,11 +71,14 @@ def load_smolvla(
     except (KeyError, TypeError, IndexError) as error:
         raise ValueError(f"{folder / 'config.json'} is no complete SmolVLA configuration: {error!r}") from error
     options["tokenizer"] = _tokenizer(config, folder, tokenizer)
+    if base:
+        options |= {"action_dim": ENVIRONMENT_DIM, "state_dim": ENVIRONMENT_DIM}
     model = SmolVLA(**options, precision=precision)
     load_weights(model, {_our_name(key): value for key, value in weights.items()}, folder, ours=_STATISTICS)
-    model.set_statistics(_statistics(config, buffers, folder))
+    if not base:
+        model.set_statistics(_statistics(config, buffers, folder))
     sampler = ("flow_ode", {"denoising_steps": int(config.get("num_steps", 10))})
-    return LoadedCheckpoint(model, "smolvla", model.config, None, {}, sampler)
+    return LoadedCheckpoint(model, "smolvla", model.config, None, {NORMALISED: not base}, sampler)
 
 
 def save_smolvla(
@@ -321,8 +326,8 @@ def _statistics(config: Mapping[str, Any], buffers: Mapping[str, Tensor], folder
     lacking = [name for name in _STATISTICS if name not in found or not torch.isfinite(found[name]).all()]
     if lacking:
         raise ValueError(
-            f"{folder} lacks the statistics {', '.join(lacking)}, or holds several that differ. A base model has none: "
-            "fine-tune it first, or copy the files of a fine-tuned one"
+            f"{folder} lacks the statistics {', '.join(lacking)}, or holds several that differ. Copy the files again, "
+            "or imitate first: a base model has none, and is read with model_kwargs={base: true}"
         )
     return {name: value.float() for name, value in found.items()}
 

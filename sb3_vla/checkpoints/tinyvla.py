@@ -25,7 +25,14 @@ from torch import Tensor
 
 from sb3_vla.checkpoints.folders import read_weights
 from sb3_vla.checkpoints.layout import load_weights, read_json, read_tensors, write_json, write_tensors
-from sb3_vla.checkpoints.native import ADAPTER_CONFIG, LoadedCheckpoint, place_of_configuration, whole_folder
+from sb3_vla.checkpoints.native import (
+    ADAPTER_CONFIG,
+    ENVIRONMENT_DIM,
+    NORMALISED,
+    LoadedCheckpoint,
+    place_of_configuration,
+    whole_folder,
+)
 from sb3_vla.models.lora import merge_adapter, merged_state
 from sb3_vla.models.tinyvla import PROMPT, TinyVLA
 
@@ -73,11 +80,29 @@ _VISION = (
 _OURS = ("image_size", "prompt", "centre_crop", "bf16_time", "timesteps", "normalisation", "mask_padding")
 # Pictures of the environment that TinyVLA is published for, before the crop.
 _IMAGE_SIZE = 480
+# The output of the language model, whose place the diffusion head takes.
+_LANGUAGE_HEAD = "embed_out.weight"
+#: our names of the head's weights
+_HEAD = ("unet.", "combine.", "norm_after_pool.")
+#: of a new head, which computes its timesteps in float32
+_NEW_HEAD: dict[str, Any] = {
+    "action_dim": ENVIRONMENT_DIM,
+    "state_dim": ENVIRONMENT_DIM,
+    "action_horizon": 16,
+    "down_dims": (256, 512, 1024),
+    "step_dim": 256,
+    "cameras": 1,
+    "image_size": 336,  # what the tower reads
+    "prompt": PROMPT,
+}
 
 
-def load_tinyvla(folder: str | Path) -> LoadedCheckpoint:
+def load_tinyvla(folder: str | Path, base: bool = False) -> LoadedCheckpoint:
     """Read a TinyVLA as its authors' code merges and saves it.
 
+    :param base: the folder is the vision-language model alone (Llava-Pythia), to imitate from: the diffusion head is a
+        new one of the published size, for one camera and the environment's states and actions, which are normalised as
+        the data of imitation is.
     :raises FileNotFoundError: if a file is missing; the message names it.
     :raises ValueError: if a file is damaged or holds more than it should, or the weights do not fit.
     """
@@ -85,21 +110,26 @@ def load_tinyvla(folder: str | Path) -> LoadedCheckpoint:
     config = read_json(place_of_configuration(folder), "config.json", "the model's configuration")
     if (folder / ADAPTER_CONFIG).is_file():
         settings = read_json(folder, ADAPTER_CONFIG, "the adapter's settings")
-        base = _base(folder, settings)
-        theirs = _merged(folder, base, settings)
+        towers = _trained_on(folder, settings)
+        theirs = _merged(folder, towers, settings)
     else:
-        base, theirs = folder, _weights(folder)
-    has_tokenizer = folder if (folder / "tokenizer.json").is_file() else base
+        towers, theirs = folder, _weights(folder)
+    has_tokenizer = folder if (folder / "tokenizer.json").is_file() else towers
     tokenizer = read_json(has_tokenizer, "tokenizer.json", "the tokenizer; the base language model has it too")
     weights = {_our_name(key): value for key, value in theirs.items() if not _CONSTANTS.search(key)}
     try:
-        options = _options(config, weights, folder)
+        options = {**_towers(config, folder), **(_NEW_HEAD if base else _head(config, weights, folder))}
     except (KeyError, TypeError) as error:
         raise ValueError(f"{folder / 'config.json'} is no complete TinyVLA configuration: {error!r}") from error
     model = TinyVLA(tokenizer=tokenizer, **options)
-    load_weights(model, weights, folder, ours=("state_", "action_"))
-    model.set_statistics(_read_statistics(folder))
-    return LoadedCheckpoint(model, "tinyvla", model.config, None, {}, ("ddim", {"denoising_steps": 10}))
+    if base:
+        load_weights(model, _without_head(weights), folder, ours=("state_", "action_", *_HEAD))
+    else:
+        load_weights(model, weights, folder, ours=("state_", "action_"))
+        model.set_statistics(_read_statistics(folder))
+    return LoadedCheckpoint(
+        model, "tinyvla", model.config, None, {NORMALISED: not base}, ("ddim", {"denoising_steps": 10})
+    )
 
 
 def save_tinyvla(folder: str | Path, model: TinyVLA) -> None:
@@ -158,7 +188,7 @@ def _weights(folder: Path) -> dict[str, Tensor]:
     return found
 
 
-def _base(folder: Path, settings: Mapping[str, Any]) -> Path:
+def _trained_on(folder: Path, settings: Mapping[str, Any]) -> Path:
     """The folder of the vision-language model that an adapter was trained on."""
     named = Path(str(settings.get("base_model_name_or_path")))
     for place in (named.expanduser(), folder / named, folder.parent / named):
@@ -173,7 +203,7 @@ def _base(folder: Path, settings: Mapping[str, Any]) -> Path:
 def _merged(folder: Path, base: Path, settings: Mapping[str, Any]) -> dict[str, Tensor]:
     """Weights of the base under what was trained in full and the adapter, by the authors' names."""
     weights = _weights(base)
-    weights.pop("embed_out.weight", None)  # the language model's output, whose place the diffusion head takes
+    weights.pop(_LANGUAGE_HEAD, None)
     others = folder / _IN_FULL
     if others.is_dir():  # as DeepSpeed's converter writes it, with all other weights
         others /= "pytorch_model.bin"
@@ -194,7 +224,7 @@ def _merged(folder: Path, base: Path, settings: Mapping[str, Any]) -> dict[str, 
 def _our_name(key: str) -> str:
     key = key.replace("gpt_neox.vision_tower.vision_model.", "vision_tower.")
     key = key.replace("gpt_neox.mm_projector.", "mm_projector.")
-    if key.startswith("embed_out."):
+    if key.startswith("embed_out.") and key != _LANGUAGE_HEAD:
         key = key.removeprefix("embed_out.")
         if not key.startswith(("norm_after_pool.", "combine.")):
             key = "unet." + key
@@ -214,27 +244,40 @@ def _their_name(key: str) -> str:
     return "embed_out." + re.sub(r"^((down|up)_modules\.\d+\.2)\.", r"\1.conv.", key)
 
 
-def _options(config: Mapping[str, Any], weights: Mapping[str, Tensor], folder: Path) -> dict[str, Any]:
-    """The model's options from the configuration and, for the head, whose sizes it does not tell, from the weights."""
-    head = config["action_head_type"]
-    if head != "droid_diffusion":
-        raise ValueError(f"{folder} has action_head_type={head!r}; expected 'droid_diffusion', the head with a density")
+def _without_head(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {key: value for key, value in weights.items() if key != _LANGUAGE_HEAD and not key.startswith(_HEAD)}
+
+
+def _towers(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """The options of vision tower and language model, from the configuration."""
     vision = config["vision_config"]["vision_tower"]
     projector = config["vision_config"]["mm_projector"]["mm_projector_type"]
     if projector != "mlp2x_gelu":
         raise ValueError(f"{folder} has mm_projector_type={projector!r}; expected 'mlp2x_gelu'")
+    name = vision["vision_model_name_or_path"].lower()
+    return {
+        "tower": "siglip" if "siglip" in name else "clip",
+        "vision": {field: vision[field] for field in _VISION if field in vision},
+        "language": {field: config[field] for field in _LANGUAGE if field in config},
+    }
+
+
+def _head(config: Mapping[str, Any], weights: Mapping[str, Tensor], folder: Path) -> dict[str, Any]:
+    """The other options, from the configuration and, where it does not tell the head's sizes, from the weights."""
+    head = config["action_head_type"]
+    if head != "droid_diffusion":
+        raise ValueError(f"{folder} has action_head_type={head!r}; expected 'droid_diffusion', the head with a density")
     levels = [key for key in weights if re.fullmatch(r"unet\.down_modules\.\d+\.0\.conv1\.block\.0\.weight", key)]
     step = "unet.diffusion_step_encoder.1.weight"
     if not levels or step not in weights:
-        raise ValueError(f"The weights of {folder} have no diffusion head (embed_out.down_modules, {step})")
-    name = vision["vision_model_name_or_path"].lower()
+        raise ValueError(
+            f"The weights of {folder} have no diffusion head (embed_out.down_modules, {step}). Imitate first: a "
+            "vision-language model alone is read with model_kwargs={base: true}"
+        )
     return {
         "action_dim": config["action_dim"],
         "action_horizon": config["chunk_size"],
         "state_dim": config["state_dim"],
-        "tower": "siglip" if "siglip" in name else "clip",
-        "vision": {field: vision[field] for field in _VISION if field in vision},
-        "language": {field: config[field] for field in _LANGUAGE if field in config},
         "cameras": 2 if config["concat"] == "token_cat" else 1,
         "down_dims": [weights[key].shape[0] for key in sorted(levels)],
         "step_dim": weights[step].shape[1],

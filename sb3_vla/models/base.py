@@ -87,6 +87,8 @@ class VLAModel(nn.Module, ABC):
     caches_perception: bool = True
     #: place in the horizon of the first action to execute; later than 0 where the prediction starts in the past
     first_action: int = 0
+    #: tokens of the longest prompt, of a model whose ``tokenise`` makes ids and mask of instructions; else None
+    prompt_length: int | None = None
     #: size of the second tensor of :meth:`denoise_features`, None where there is none
     action_feature_dim: int | None = None
     #: of a diffusion model: abar_t of the timesteps that it was trained on, float32 (T,)

@@ -95,6 +95,9 @@ def add_lora(model: VLAModel, lora: LoRA) -> list[str]:
     inject_adapter_in_model(settings, model, adapter_name=_ADAPTER)
     for parameter in trained:
         parameter.requires_grad_(True)
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:  # beside weights in bfloat16, too, in which most steps of an optimiser are rounded away
+            parameter.data = parameter.data.float()
     return names
 
 

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sb3_vla.models.base import PERCEPTION, Context, VLAModel, sizes_of
+from sb3_vla.models.recomputing import Recomputing, recomputing
 from sb3_vla.models.tokenizing import InstructionTokenizer, byte_tokenizer
 
 BINS = 256
@@ -105,6 +106,7 @@ class OpenVLAOFT(VLAModel):
     action_q01: Tensor
     action_q99: Tensor
     action_scaled: Tensor
+    prompt_length: int
 
     def __init__(
         self,
@@ -148,7 +150,7 @@ class OpenVLAOFT(VLAModel):
         if resolution < 1 or resolution % self.sizes.patch_size:
             raise ValueError(f"OpenVLAOFT resolution={resolution}; expected a multiple of {self.sizes.patch_size}")
         self.image_size, self.resolution = (image_size, image_size), resolution
-        self.max_prompt_tokens, self.stop_token = max_prompt_tokens, stop_token
+        self.prompt_length, self.stop_token = max_prompt_tokens, stop_token
         self.first_action_id = self.sizes.vocabulary - self.sizes.unused - BINS
         self.tokenizer = InstructionTokenizer(
             byte_tokenizer(SPECIAL_TOKENS, "<s>") if tokenizer is None else tokenizer, PROMPT, None, lower=True
@@ -218,8 +220,9 @@ class OpenVLAOFT(VLAModel):
         """See :meth:`VLAModel.token_logits`; tokens by ascending id, smallest actions last."""
         hidden = context.state[:, : self.action_horizon * self.numbers]
         hidden = hidden.unflatten(1, (self.action_horizon, self.numbers))[:, :, self.acting]
-        rows = slice(self.first_action_id, self.first_action_id + BINS)
-        return F.linear(hidden, self.language_model.lm_head.weight[rows]).float()
+        # By the layer itself, which may have an adapter; the other tokens' logits are little work beside the rest.
+        logits = self.language_model.lm_head(hidden)
+        return logits[..., self.first_action_id : self.first_action_id + BINS].float()
 
     def normalise_image(self, image: Tensor) -> Tensor:
         """Pictures uint8 (N, 3, h, w) as both towers read them, float32 (N, 6, resolution, resolution)."""
@@ -237,24 +240,32 @@ class OpenVLAOFT(VLAModel):
         for ids in self.tokenizer(instruction):
             if ids[0] != START:
                 raise ValueError(f"The tokenizer begins texts with token {ids[0]}; OpenVLA's begins them with {START}")
-            missing = self.max_prompt_tokens - len(ids) - 1
+            missing = self.prompt_length - len(ids) - 1
             if missing < 0:
                 raise ValueError(
-                    f"A prompt has {len(ids) + 1} tokens; the model is made for max_prompt_tokens="
-                    f"{self.max_prompt_tokens}"
+                    f"A prompt has {len(ids) + 1} tokens; the model is made for max_prompt_tokens={self.prompt_length}"
                 )
             rows.append([START, *[self.sizes.pad_id] * missing, *ids[1:], self.sizes.prompt_end_id])
         tokens = torch.tensor(rows, device=instruction.device)
         lengths = torch.tensor([len(ids) for ids in self.tokenizer(instruction)], device=instruction.device)
-        place = torch.arange(self.max_prompt_tokens, device=instruction.device)
-        return tokens, (place == 0) | (place >= self.max_prompt_tokens - lengths[:, None])
+        place = torch.arange(self.prompt_length, device=instruction.device)
+        return tokens, (place == 0) | (place >= self.prompt_length - lengths[:, None])
 
     def set_statistics(self, statistics: dict[str, Tensor]) -> None:
         """See :meth:`VLAModel.set_statistics`; of ``action_q01``, ``action_q99``, ``action_scaled``, each (D,).
 
-        Means and deviations, which imitation gives a new model, are passed over: its tokens span the actions' limits.
+        Bounds may be those of the numbers that act, (A,). Means and deviations, by which it scales nothing, are passed
+        over.
         """
-        super().set_statistics({name: value for name, value in statistics.items() if name not in _MOMENTS})
+        bounds = {}
+        for name, value in statistics.items():
+            if name in _MOMENTS:
+                continue
+            if name in ("action_q01", "action_q99") and value.shape == (self.action_dim,) != (self.numbers,):
+                value, acting = getattr(self, name).clone(), value
+                value[self.acting] = acting.to(value)
+            bounds[name] = value
+        super().set_statistics(bounds)
 
     def normalise_action(self, action: Tensor) -> Tensor:
         """See :meth:`VLAModel.normalise_action`."""
@@ -372,7 +383,7 @@ class VisionTower(nn.Module):
         return x[:, extra:]
 
 
-class VisionBlock(nn.Module):
+class VisionBlock(Recomputing):
     """Attention and perceptron, each behind a norm; scaled by channel if wanted (LayerScale, Touvron et al. 2021)."""
 
     def __init__(self, width: int, heads: int, ffn: int, scaled: bool) -> None:
@@ -433,7 +444,7 @@ def _llama(sizes: OFTSizes) -> nn.Module:
     # A heavy import, which the workers of a script that imports this module are spared.
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    return LlamaForCausalLM(
+    model = LlamaForCausalLM(
         LlamaConfig(
             hidden_size=sizes.width,
             intermediate_size=sizes.ffn,
@@ -446,3 +457,5 @@ def _llama(sizes: OFTSizes) -> nn.Module:
             tie_word_embeddings=False,
         )
     )
+    recomputing(model.model.layers)
+    return model

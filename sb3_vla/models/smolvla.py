@@ -125,6 +125,7 @@ class SmolVLA(VLAModel):
 
     state_mean: Tensor
     state_std: Tensor
+    prompt_length: int
 
     def __init__(
         self,
@@ -205,7 +206,7 @@ class SmolVLA(VLAModel):
         if image_special_tokens:
             fake = self.tokenizer.special("<fake_token_around_image>")
             self.marks = [fake, self.tokenizer.special("<global-img>"), fake]
-        self.absent_pictures, self.max_tokens = absent_pictures, max_tokens
+        self.absent_pictures, self.prompt_length = absent_pictures, max_tokens
         self.vision_model = _vision_tower(sizes)
         self.connector = nn.Linear(sizes.vision_width * sizes.scale**2, sizes.width, bias=False)
         self.text_model = Tower(
@@ -247,7 +248,7 @@ class SmolVLA(VLAModel):
         tokens, mask = self.tokenise(observation["instruction"])
         kept = {"state": observation["state"]}
         if self.kept == "pictures":
-            padding = (0, self.max_tokens - tokens.shape[1])
+            padding = (0, self.prompt_length - tokens.shape[1])
             return {
                 PERCEPTION + "pictures": pictures,
                 PERCEPTION + "tokens": F.pad(tokens, padding),
@@ -335,7 +336,8 @@ class SmolVLA(VLAModel):
         """Picture and sentence as the text tower reads them, float32 (N, T, W), and which tokens are there (N, T)."""
         scale = math.sqrt(self.sizes.width)
         embed = self.text_model.embed_tokens
-        parts = [pictures * scale]
+        # LeRobot's factor is of the pictures' type, which matters in bfloat16; that of the words is a plain number.
+        parts = [pictures * pictures.new_tensor(scale)]
         if self.marks:
             marks = embed(torch.tensor(self.marks, device=tokens.device)).expand(len(tokens), -1, -1)
             parts = [marks[:, :2], *parts, marks[:, 2:], *[marks] * self.absent_pictures]
@@ -370,7 +372,7 @@ class SmolVLA(VLAModel):
     def prefix_tokens(self) -> int:
         """T with the longest instruction."""
         side = self.resolution[0] // self.sizes.patch_size // self.sizes.scale
-        return side**2 + len(self.marks) * (1 + self.absent_pictures) + self.max_tokens
+        return side**2 + len(self.marks) * (1 + self.absent_pictures) + self.prompt_length
 
     def state_token(self, state: Tensor) -> Tensor:
         """The normalised state as a token, (N, W)."""

@@ -3,10 +3,13 @@
     python tests/benchmarks/bench_models.py --size full --batch 1 16        # published sizes, on a GPU
     python tests/benchmarks/bench_models.py --size laptop --batch 1 8       # sizes that train from scratch, anywhere
 
-A decision is one picture, one sentence and one action chunk, drawn with the steps that the model is published with.
-Each model runs in a process of its own, so that a peak is its alone: of the accelerator's memory as PyTorch's allocator
-counts it, or of the process's resident memory on a CPU, where what was resident before the model was made is taken off.
-The time is the median over the rounds, the first of which are not counted.
+A decision is one picture, one sentence and one action chunk, drawn with the steps that the model is published with, in
+the precision of the published files: weights of SmolVLA mixed, of OpenVLA-OFT bfloat16, of the others float32.
+Sentences are read byte by byte, which makes prompts up to three times as long as the published tokenizers do.
+Each model runs in a process of its own, and the peak is that of acting at the largest batch, without the model's
+making: of the accelerator's memory as PyTorch's allocator counts it, or of the process's resident memory on a CPU,
+where what was resident before the model was made is taken off. The time is the median over the rounds, the first two
+of which are not counted.
 """
 
 from __future__ import annotations
@@ -15,10 +18,10 @@ import argparse
 import json
 import multiprocessing
 import os
-import resource
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -53,6 +56,7 @@ def _tinyvla(hidden: int, layers: int, heads: int) -> dict[str, Any]:
         "down_dims": (256, 512, 1024),
         "step_dim": 256,
         "cameras": 2,
+        "centre_crop": True,
     }
 
 
@@ -78,13 +82,29 @@ FULL: dict[str, tuple[str, dict[str, Any], str, dict[str, Any]]] = {
     "SmolVLA 0.24 B": ("smolvla", {"vlm": "256M", "precision": "mixed"}, "flow_sde", {"denoising_steps": 10}),
     "SmolVLA 0.45 B": ("smolvla", {"vlm": "500M", "precision": "mixed"}, "flow_sde", {"denoising_steps": 10}),
     "SmolVLA 2.25 B": ("smolvla", {"vlm": "2.2B", "precision": "mixed"}, "flow_sde", {"denoising_steps": 10}),
-    "OpenVLA-OFT 7 B": ("openvla_oft", {"precision": "bfloat16", "max_prompt_tokens": 96}, "tokens", {}),
+    "OpenVLA-OFT 7 B": (
+        "openvla_oft",
+        {"precision": "bfloat16", "acting": (0, 1, 2, 6), "numbers": 7, "max_prompt_tokens": 96},
+        "tokens",
+        {},
+    ),
 }
+#: those of the recipes whose names end in ``_laptop``
 LAPTOP: dict[str, tuple[str, dict[str, Any], str, dict[str, Any]]] = {
     "Diffusion Policy": ("diffusion_policy", {}, "ddim", {"denoising_steps": 10}),
-    "TinyVLA": ("tinyvla", {}, "ddim", {"denoising_steps": 10}),
-    "SmolVLA": ("smolvla", {"vlm": "laptop", "layers": 4, "action_horizon": 8}, "flow_sde", {"denoising_steps": 10}),
-    "OpenVLA-OFT": ("openvla_oft", {"sizes": "laptop", "resolution": 98, "max_prompt_tokens": 120}, "tokens", {}),
+    "TinyVLA": ("tinyvla", {"image_size": 96}, "ddim", {"denoising_steps": 10}),
+    "SmolVLA": (
+        "smolvla",
+        {"vlm": "laptop", "layers": 4, "action_horizon": 5, "max_tokens": 64, "image_size": 96},
+        "flow_sde",
+        {"denoising_steps": 10},
+    ),
+    "OpenVLA-OFT": (
+        "openvla_oft",
+        {"sizes": "laptop", "resolution": 98, "max_prompt_tokens": 120, "image_size": 96},
+        "tokens",
+        {},
+    ),
 }
 SIZES = {"full": FULL, "laptop": LAPTOP}
 
@@ -107,9 +127,20 @@ def median_seconds(run: Callable[[], object], rounds: int, device: str) -> float
     return statistics.median(seconds)
 
 
-def resident_peak() -> int:
-    """Bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def resident(what: str) -> int:
+    """Bytes of this process, on Linux: ``VmRSS`` now, or ``VmHWM`` at most since :func:`forget_peak`."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{what}:"))
+
+
+def forget_peak(device: str) -> None:
+    """So that what was held while the model was made is not counted."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def measure(label: str, options: argparse.Namespace, answer: Any) -> None:
@@ -118,6 +149,9 @@ def measure(label: str, options: argparse.Namespace, answer: Any) -> None:
         answer.send(_measure(label, options))
     except torch.OutOfMemoryError:
         answer.send({"error": "out of memory"})
+    except Exception as error:
+        answer.send({"error": f"{type(error).__name__}: {error}"})
+        raise
 
 
 def _measure(label: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -125,12 +159,13 @@ def _measure(label: str, options: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(options.threads)
     device = options.device
     name, model_kwargs, distribution, distribution_kwargs = SIZES[options.size][label]
-    before = resident_peak()
+    before = resident("VmRSS")
     with torch.device(device):
         model = make_model(name, model_kwargs)
-    model.to(device).eval()
+    model.to(device).eval().requires_grad_(False)
     chunk = min(5, model.action_horizon - model.first_action)
     explores = make_distribution(distribution, model, chunk, **distribution_kwargs).to(device)
+    forget_peak(device)
     found: dict[str, Any] = {
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "seconds": {},
@@ -143,7 +178,7 @@ def _measure(label: str, options: argparse.Namespace) -> dict[str, Any]:
                 return explores.sample(model, model.encode(seen))
 
         found["seconds"][count] = median_seconds(act, options.rounds, device) / count
-    found["acting"] = torch.cuda.max_memory_allocated() if device == "cuda" else resident_peak() - before
+    found["acting"] = torch.cuda.max_memory_allocated() if device == "cuda" else resident("VmHWM") - before
     return found
 
 
