@@ -136,6 +136,26 @@ def learn_ppo(
     return algorithm, {name: value.clone() for name, value in algorithm.policy.state_dict().items()}
 
 
+def learn_ppo_by_gradients(env: Any, seat: Seat | None) -> tuple[PPO, dict[str, torch.Tensor]]:
+    """The same by plain gradient steps: Adam's are of full length where gradients are but rounding."""
+
+    class Plain(BaseCallback):
+        def _init_callback(self) -> None:
+            optimizer = self.model.policy.optimizer
+            groups = [{"params": group["params"]} for group in optimizer.param_groups]
+            self.model.policy.optimizer = torch.optim.SGD(groups, lr=0.3)
+            self.start = [p.detach().clone() for group in groups for p in group["params"]]
+
+        def _on_step(self) -> bool:
+            return True
+
+        def _on_training_end(self) -> None:
+            weights = [p for group in self.model.policy.optimizer.param_groups for p in group["params"]]
+            assert max((p - q).abs().max() for p, q in zip(weights, self.start, strict=True)) > 2e-3
+
+    return learn_ppo(env, seat, Plain(), learning_rate=0.3)
+
+
 def learn_grpo(env: Any, seat: Seat | None) -> tuple[GRPO, dict[str, torch.Tensor]]:
     """Two iterations of GRPO."""
     policy_kwargs = {"model": "compact", "model_kwargs": TINY, "distribution": "flow_sde"}
@@ -174,7 +194,8 @@ def learn_in_seat(learn: Callable[[Any, Seat | None], Any], seat: Seat) -> dict[
 
 
 @pytest.mark.parametrize(
-    ("layout", "learn"), [*((layout, learn_ppo) for layout in SEVERAL.values()), (SEVERAL["all shared"], learn_grpo)]
+    ("layout", "learn"),
+    [*((layout, learn_ppo_by_gradients) for layout in SEVERAL.values()), (SEVERAL["all shared"], learn_grpo)],
 )
 def test_several_learners_learn_what_one_process_learns(ray: Any, layout: dict[str, str], learn: Any) -> None:
     algorithm, expected = in_one_process(learn)
@@ -184,7 +205,7 @@ def test_several_learners_learn_what_one_process_learns(ray: Any, layout: dict[s
         found = run_learners(cluster, options, functools.partial(learn_in_seat, learn))
     assert found.keys() == expected.keys()
     for name, value in expected.items():  # as of ranks that torchrun starts
-        torch.testing.assert_close(found[name], value, rtol=0, atol=2e-5, msg=name)
+        torch.testing.assert_close(found[name], value, rtol=0, atol=2e-5, msg=lambda m, name=name: f"{name}: {m}")
 
 
 def test_the_slots_of_several_learners() -> None:
