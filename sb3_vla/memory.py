@@ -306,7 +306,7 @@ def _update(model: VLAModel, observation: dict[str, Tensor], bf16: bool | None, 
 
 def _loss(model: VLAModel, observation: dict[str, Tensor], bf16: bool | None, denoisings: int) -> Tensor:
     """Imitation's: it runs what a ratio runs, the encoding and one denoising of it, or several."""
-    count = len(observation["state"])
+    count = len(next(iter(observation.values())))
     actions = torch.zeros(count, model.action_horizon, model.action_dim)
     mask = torch.ones(count, model.action_horizon, dtype=torch.bool)
     with autocast(bf16):

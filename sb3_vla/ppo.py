@@ -33,6 +33,7 @@ from sb3_vla.buffers import ChunkRolloutBuffer, DecisionBatch, DecisionBuffer, M
 from sb3_vla.distributed import Ranks, current_ranks
 from sb3_vla.distributions.base import logprob_mask
 from sb3_vla.metrics import EpisodeRecord, episode_metrics, in_terminal, ratio_metrics, update_metrics
+from sb3_vla.models.lora import adapted_layers
 from sb3_vla.noise import part_of_batch
 from sb3_vla.policies import Evaluation, VLAPolicy
 from sb3_vla.precision import autocast
@@ -364,6 +365,11 @@ class PPO(stable_baselines3.PPO):
             raise ValueError(
                 f"ent_coef={self.ent_coef} has nothing to act on: the entropy of this action distribution is fixed. "
                 "Set ent_coef=0, or distribution_kwargs=dict(learn_std=True) with the Gaussian, or use flow_noise"
+            )
+        if self.sharding == "fsdp" and adapted_layers(self.policy):
+            raise ValueError(
+                "sharding='fsdp' does not take adapters (lora), which are small enough for every rank to have them "
+                "whole; use sharding='none'"
             )
         if self.sharding == "fsdp" and self.kl_coef > 0:
             raise ValueError(

@@ -18,6 +18,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import pytest
 
+# A shell without job control starts its background jobs deaf to Ctrl-C, and so would be what the tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 EXIT_SECONDS = 3.0  # how long a worker that was told to stop may take
 
 

@@ -134,7 +134,8 @@ def expected_keys(context: str) -> set[str]:
     learning = {key for key in keys if key.startswith(("algorithm.", "rollout.", "actor.optim."))}
     learning |= {f"actor.model.{name}" for name in ("trainable", "noise_method", "num_steps", "noise_level")}
     learning |= {f"actor.model.{name}" for name in ("joint_logprob", "noise_kwargs", "final_noise_scale")}
-    learning |= {f"actor.model.{name}" for name in ("lora", "frozen_bf16", "gradient_checkpointing", "compile")}
+    both = {f"actor.model.{name}" for name in ("lora", "gradient_checkpointing")}
+    learning |= {f"actor.model.{name}" for name in ("frozen_bf16", "compile")} | both
     learning |= {"actor.model.cache_perception"}
     learning |= {f"runner.logger.{name}" for name in ("project_name", "logger_backends", "mode")}
     learning |= {"actor.model.privileged_critic", "actor.global_batch_size", "actor.micro_batch_size"}
@@ -158,8 +159,8 @@ def expected_keys(context: str) -> set[str]:
     return {
         "ppo": keys - of_grpo - {"data.rename"},
         "grpo": keys - of_gae - {"data.rename", "env.train.dense_reward"},
-        "sft": keys - learning - {"data.rename"},
-        "sft of a checkpoint": keys - learning - by_experts - {"env.train.num_workers", "env.train.renderer"},
+        "sft": (keys - learning - {"data.rename"}) | both,
+        "sft of a checkpoint": (keys - learning - by_experts - {"env.train.num_workers", "env.train.renderer"}) | both,
         "ppo of a checkpoint": keys - of_grpo - data - sft - {"algorithm.rehearsal_batch_size"},
     }[context]
 

@@ -98,7 +98,7 @@ OTHERWISE = {
     *("num_envs", "epochs", "learning_rate", "lr_scheduler", "final_learning_rate", "final_noise_scale"),
     *("trainable", "distribution", "distribution_kwargs", "rehearsal_coef", "checkpoint_interval", "keep_checkpoints"),
     *("iterations", "decisions", "privileged_critic", "total_decisions", "groups"),
-    *("lora", "frozen_bf16", "gradient_checkpointing", "compile"),
+    *("lora", "frozen_bf16", "gradient_checkpointing", "compile", "cache_perception"),
 }
 
 

@@ -27,7 +27,7 @@ def load_checkpoint(source: str | Path, options: Mapping[str, Any] | None = None
     published = native.published_reader(folder)
     if published is None:
         # SmolVLA has weights of the same names as pi0, but its configuration says what it is.
-        return load_pi0(source, options) if is_pi0(folder) else native.load_checkpoint(folder)
+        return load_pi0(folder, options) if is_pi0(folder) else native.load_checkpoint(folder)
     known = list(inspect.signature(published).parameters)[1:]
     for name in options or {}:
         if name not in known:

@@ -337,7 +337,7 @@ class SmolVLA(VLAModel):
         scale = math.sqrt(self.sizes.width)
         embed = self.text_model.embed_tokens
         # LeRobot's factor is of the pictures' type, which matters in bfloat16; that of the words is a plain number.
-        parts = [pictures * pictures.new_tensor(scale)]
+        parts = [pictures * scale]
         if self.marks:
             marks = embed(torch.tensor(self.marks, device=tokens.device)).expand(len(tokens), -1, -1)
             parts = [marks[:, :2], *parts, marks[:, 2:], *[marks] * self.absent_pictures]
