@@ -98,10 +98,16 @@ def suite_tasks(suite: str, split: str = "train") -> tuple[str, ...]:
 
 
 def select_tasks(suite: str, split: str = "train", tasks: Sequence[str] | None = None) -> tuple[str, ...]:
-    """The suite's tasks, or the given subset of them.
+    """The suite's tasks, or the given subset of them; ``MT1`` is the one task that is given.
 
     :raises ValueError: if the subset is empty, repeats a task or names one that is not in the suite's split.
     """
+    if suite == "MT1":
+        if split != "train":
+            raise ValueError(f"Suite MT1 has no split {split!r}; expected train")
+        if tasks is None or isinstance(tasks, str) or len(tasks) != 1:
+            raise ValueError(f"MT1 is a single task: pass tasks=['reach-v3'] or another one, got tasks={tasks!r}")
+        return (get_task(tasks[0]).name,)
     available = suite_tasks(suite, split)
     if tasks is None:
         return available

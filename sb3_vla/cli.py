@@ -211,9 +211,9 @@ def run_train(command: TrainCommand, console: Console) -> None:
 
     name = command.algorithm
     config = command.grpo if name == "grpo" else command.ppo
-    run = SharedRun(command.run, command)
-    # The same folder may hold another checkpoint by now.
+    # The same folder may hold another checkpoint by now; where there is none, no run is begun.
     inputs = {"train": command, "checkpoint": checkpoint_digest(command.checkpoint)}
+    run = SharedRun(command.run, command)
     with run.stage(name, inputs, outputs=[name]) as stage:
         if not stage.done:
             data = None

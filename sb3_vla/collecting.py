@@ -156,7 +156,7 @@ def collect(
     :raises RuntimeError: If a task's expert fails too often, or a worker dies. Whatever an environment raises in a
         worker, e.g. for want of an OpenGL library, is raised here.
     """
-    names = _tasks_to_collect(suite, split, tasks)
+    names = select_tasks(suite, split, tasks)
     if num_workers is None:
         num_workers = os.cpu_count() or 1
     _check_at_least(
@@ -209,14 +209,6 @@ def collect(
             for episode in schedule.ready():
                 writer.add_episode(episode)
     return CollectReport(Path(root), schedule.reports, time.perf_counter() - begin)
-
-
-def _tasks_to_collect(suite: str, split: str, tasks: Sequence[str] | None) -> tuple[str, ...]:
-    if suite != "MT1":
-        return select_tasks(suite, split, tasks)
-    if tasks is None or isinstance(tasks, str) or len(tasks) != 1:
-        raise ValueError(f"MT1 is a single task: pass tasks=['reach-v3'] or another one, got tasks={tasks!r}")
-    return (get_task(tasks[0]).name,)
 
 
 def _check_at_least(*arguments: tuple[str, float, float]) -> None:

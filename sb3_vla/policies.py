@@ -361,6 +361,21 @@ class VLAPolicy(BasePolicy):
             perception = self.model.perceive(prepared)
         return {**perception, **{key: prepared[key] for key in CRITIC_KEYS if key in prepared}}
 
+    def predict(
+        self,
+        observation: np.ndarray | dict[str, np.ndarray],
+        state: tuple[np.ndarray, ...] | None = None,
+        episode_start: np.ndarray | None = None,
+        deterministic: bool = False,
+    ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
+        """As in Stable-Baselines3.
+
+        :raises ValueError: for a state that is not finite, from which no action would be either.
+        """
+        if isinstance(observation, dict) and not np.isfinite(observation.get("state", 0)).all():
+            raise ValueError(f"The observation's state is {observation['state']}; expected finite numbers")
+        return super().predict(observation, state, episode_start, deterministic)
+
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> Tensor:
         assert isinstance(observation, dict)
         context = self.model.encode(self.prepare(observation))
@@ -392,6 +407,13 @@ class VLAPolicy(BasePolicy):
                 f"The model predicts {horizon} actions of {self.model.action_dim} dimensions; the "
                 f"environment takes chunks of {self.action_chunk} of {action_dim}. Make the environment with "
                 f"action_chunk <= {horizon}, or train a model for this one."
+            )
+        known = dict(self.model.named_buffers()).get("state_mean")
+        state = self.observation_space["state"].shape  # type: ignore[index]
+        if known is not None and tuple(known.shape) != tuple(state):
+            raise ValueError(
+                f"The model reads a state of {len(known)} numbers; the environment's is {tuple(state)}. Train a model "
+                "for this environment, or make the environment that this one was trained for."
             )
 
     def _get_constructor_parameters(self) -> dict[str, Any]:

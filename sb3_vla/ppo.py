@@ -62,6 +62,13 @@ from sb3_vla.stepping import (
 if TYPE_CHECKING:
     from sb3_vla.cluster.rollout import Replicas
 
+# Least and greatest value of numbers, which NaN is not between.
+_RANGES = (
+    ("gamma", 0.0, 1.0),
+    ("gae_lambda", 0.0, 1.0),
+    *((name, 0.0, math.inf) for name in ("ent_coef", "vf_coef", "kl_coef", "rehearsal_coef", "max_grad_norm")),
+)
+
 _OWN_OPTIONS = (
     "value_lr",
     "clip_range_high",
@@ -348,16 +355,27 @@ class PPO(stable_baselines3.PPO):
         """Take the present policy as the reference of ``kl_coef``; the first update does so if nobody did."""
         self._reference = copy.deepcopy(self.policy).requires_grad_(False)
 
-    def _check_options(self) -> None:
+    def _check_numbers(self) -> None:
         for left in (0.0, 1.0):
             if not (math.isfinite(self.noise_scale(left)) and self.noise_scale(left) > 0):
                 raise ValueError(f"noise_scale is {self.noise_scale(left)} at one end of training; expected above 0")
+            for name, schedule in (("learning_rate", self.lr_schedule), ("clip_range", self.clip_range)):
+                if not 0 <= schedule(left) < math.inf:  # type: ignore[operator]
+                    raise ValueError(f"{name} is {schedule(left)} at one end of training; expected at least 0")  # type: ignore[operator]
             if self.clip_range_high is not None and not self.clip_range_high(left) >= 0:
                 raise ValueError(f"clip_range_high is {self.clip_range_high(left)}; expected at least 0")
+        for name, least, most in _RANGES:
+            value = getattr(self, name, least)
+            if not least <= value <= most:
+                allowed = f"at least {least:g}" if most == math.inf else f"{least:g} to {most:g}"
+                raise ValueError(f"{name}={value}; expected {allowed}")
         for name, least in {"dual_clip": 1, "huber_delta": 0, "micro_batch_size": 0}.items():
             value = getattr(self, name)
             if value is not None and not value > least:
                 raise ValueError(f"{name}={value}; expected more than {least}, or None")
+
+    def _check_options(self) -> None:
+        self._check_numbers()
         model, distribution = self.policy.model, self.policy.distribution
         distribution.check_trainable(model)
         distribution.check_logprob_type(self.logprob_type)
@@ -563,6 +581,12 @@ class PPO(stable_baselines3.PPO):
             self._n_updates += 1
             if stopped:
                 break
+        if metrics["skipped_steps"] and all(metrics["skipped_steps"]):
+            raise RuntimeError(
+                f"None of this update's {len(metrics['skipped_steps'])} steps had a finite gradient; the weights are "
+                "those before it. Look for observations and rewards of enormous size, lower the learning rates, or "
+                "train in float32 (bf16=False)"
+            )
 
     def _accumulate_gradient(
         self,

@@ -22,7 +22,7 @@ from stable_baselines3.common.logger import KVWriter, Logger
 from stable_baselines3.common.type_aliases import Schedule
 from stable_baselines3.common.utils import get_device
 
-from mw_envs.tasks import did_you_mean
+from mw_envs.tasks import did_you_mean, select_tasks
 from sb3_vla.checkpoints import LoadedCheckpoint, load_checkpoint, save_checkpoint
 from sb3_vla.demonstrations import Demonstrations, available_memory
 from sb3_vla.distributed import current_ranks
@@ -461,12 +461,11 @@ def _env_options(
         **view_of(start.notes),
         **further,
     }
+    chosen = select_tasks(suite, split, tasks)  # says what is wrong before there are workers
     if suite in ("ML10", "ML45"):
         options["split"] = split
     if suite == "MT1":
-        if tasks is None or len(tasks) != 1:
-            raise ValueError(f"MT1 practises one task, got tasks={tasks}; give one, or another suite")
-        options.update(task=tasks[0], tasks=None)
+        options.update(task=chosen[0], tasks=None)
     return options
 
 

@@ -435,3 +435,16 @@ def test_trains_and_acts_in_metaworld() -> None:
         assert np.array_equal(observation["instruction"], encode_instruction("Reach a goal position"))
     finally:
         env.close()
+
+
+def test_a_state_that_is_not_finite_has_no_action() -> None:
+    seen = observations(2)
+    seen["state"][1, 2] = np.nan
+    with pytest.raises(ValueError, match=r"(?s)state is .*expected finite numbers"):
+        toy_ppo().predict(seen)
+
+
+def test_a_model_of_another_state_is_refused(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "checkpoint", tiny_model(state_dim=7))
+    with pytest.raises(ValueError, match=r"reads a state of 7 numbers; the environment's is \(4,\)"):
+        PPO("VLAPolicy", toy_vec(action_dim=4), policy_kwargs={"checkpoint": str(tmp_path / "checkpoint")})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
@@ -598,9 +599,17 @@ def test_an_outlier_among_the_ratios_does_not_stop_the_update() -> None:
 def test_a_loss_that_is_not_finite_skips_the_step() -> None:
     algorithm = toy_ppo(toy_vec(reward=1e30), n_epochs=3, batch_size=8)  # its square is infinite in float32
     before = weights(algorithm.policy)
-    algorithm.learn(16)
-    assert metrics(algorithm)["train/skipped_steps"] == 6
+    # An update of nothing else is no training; a single such step is left out and counted.
+    with pytest.raises(RuntimeError, match="None of this update's 6 steps had a finite gradient"):
+        algorithm.learn(16)
     assert same(weights(algorithm.policy), before)
+    noted: defaultdict[str, list[float]] = defaultdict(list)
+    for gradient in (math.inf, 1.0):
+        for parameter in algorithm.policy.parameters():
+            parameter.grad = torch.full_like(parameter, gradient)
+        algorithm._optimizer_step(0.0, noted)
+        assert same(weights(algorithm.policy), before) == (gradient == math.inf)
+    assert noted["skipped_steps"] == [1.0, 0.0]
 
 
 def test_the_same_seed_gives_the_same_weights() -> None:
@@ -883,3 +892,19 @@ def test_a_stopped_update_counts_as_one_rollout() -> None:
     algorithm.learn(3 * algorithm.n_steps * algorithm.n_envs)
     assert algorithm._n_updates < 12 and algorithm.updates == 3
     assert metrics(algorithm)["train/actor_learning_rate"] == pytest.approx(0.1 * 3 / 5)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "expected"),
+    [
+        ("gamma", math.nan, "gamma=nan; expected 0 to 1"),
+        ("gae_lambda", 1.5, "gae_lambda=1.5; expected 0 to 1"),
+        ("ent_coef", -0.1, "ent_coef=-0.1; expected at least 0"),
+        ("max_grad_norm", math.nan, "max_grad_norm=nan; expected at least 0"),
+        ("learning_rate", math.inf, "learning_rate is inf at one end of training"),
+        ("clip_range", math.nan, "clip_range is nan at one end of training"),
+    ],
+)
+def test_numbers_out_of_range_are_told(option: str, value: float, expected: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(expected)):
+        toy_ppo(**{option: value})  # type: ignore[arg-type]

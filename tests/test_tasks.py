@@ -144,6 +144,10 @@ def test_selecting_tasks_of_a_suite() -> None:
     assert select_tasks("MT10") == suite_tasks("MT10")
     # The caller's order, not the suite's: it decides which task an index means.
     assert select_tasks("MT10", tasks=["push-v3", "reach-v3"]) == ("push-v3", "reach-v3")
+    assert select_tasks("MT1", tasks=["push-v3"]) == ("push-v3",)
+    for suite in ("MT1", "MT10"):
+        with pytest.raises(ValueError, match=f"Suite {suite} has no split 'test'"):
+            select_tasks(suite, "test", ["push-v3"])
 
 
 @pytest.mark.parametrize(

@@ -32,8 +32,13 @@ def test_rehearsal_needs_demonstrations(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("tasks", [None, ["reach-v3", "push-v3"]])
 def test_mt1_practises_one_task(tmp_path: Path, tasks: list[str] | None) -> None:
-    with pytest.raises(ValueError, match="MT1 practises one task"):
+    with pytest.raises(ValueError, match="MT1 is a single task"):
         start(tmp_path, PPOConfig(), suite="MT1", tasks=tasks)
+
+
+def test_a_split_that_a_suite_does_not_have_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="Suite MT10 has no split 'tset'"):
+        start(tmp_path, PPOConfig(), suite="MT10", split="tset")
 
 
 @pytest.mark.parametrize("name", ["iterations", "checkpoint_interval", "batch_size"])

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from sb3_vla.checkpoints.folders import HUB, local_folder
+from sb3_vla.checkpoints.folders import local_folder
 from sb3_vla.models import MODELS, VLAModel, model_class
 from sb3_vla.models.lora import merged_state
 
@@ -208,7 +208,7 @@ def checkpoint_digest(folder: str | Path) -> str:
     :param folder: also ``hf://owner/name`` or ``hf://owner/name@revision`` on the Hugging Face hub.
     :raises FileNotFoundError: if one is missing.
     """
-    folder = local_folder(folder) if str(folder).startswith(HUB) else Path(folder)
+    folder = local_folder(folder)
     digest = hashlib.sha256()
     # Published folders have weights in several files, or statistics beside them; an adapter's name their base.
     tensors = sorted(folder.glob("*.safetensors")) or [folder / "model.safetensors"]
