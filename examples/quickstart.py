@@ -99,14 +99,17 @@ FULL = [
 def main() -> int:
     """Run all stages; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, help="run directory (default: runs/quickstart, runs/quickstart-full)")
+    parser.add_argument("--run", type=Path, help="run directory (default: runs/quickstart[-full][-seedN])")
     parser.add_argument("--full", action="store_true", help="all 50 tasks instead of 10")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings, such as seed=1 or sft.steps=500")
     arguments = parser.parse_args()
-    folder = arguments.run or Path("runs/quickstart-full" if arguments.full else "runs/quickstart")
     console = Console()
+    folder = arguments.run
     try:
         config = load_config(QuickstartConfig, overrides=(FULL if arguments.full else []) + arguments.settings)
+        if folder is None:  # another seed is another run, and does not take the place of the first
+            name = "quickstart-full" if arguments.full else "quickstart"
+            folder = Path("runs") / (name if config.seed == 0 else f"{name}-seed{config.seed}")
         with stopped_by_signals():
             quickstart(RunDirectory(folder, config), config, console)
     except (ConfigError, RunError, ValueError, RuntimeError, OSError) as error:
@@ -243,7 +246,7 @@ def report_results(run: RunDirectory, comparison: Comparison, tasks: list[str], 
     practised.to_json(run.path / "comparison_practised.json")
     practised.to_markdown(run.path / "comparison_practised.md")
     rows = [row for row in run.metrics() if row.get("stage") == "ppo"]
-    learning_curve(rows, run.path / "learning_curve.png", title="PPO on the practised tasks")
+    learning_curve(rows, run.path / "learning_curve.png", title="PPO while practising")
     before_after_bars(comparison, run.path / "before_after.png")
     comparison.print_table(console)
     gain = practised.mean_over_tasks()
