@@ -331,6 +331,7 @@ class PPO(stable_baselines3.PPO):
         self._ended_episodes, self._rollout_seconds = 0, 0.0  # of the last rollout
         self._reference: VLAPolicy | None = None
         self._idle_batch: DecisionBatch | None = None
+        self._idle_updates = 0
         #: copies of the policy that decide in its place, on other accelerators
         self.replicas: Replicas | None = None
 
@@ -581,11 +582,12 @@ class PPO(stable_baselines3.PPO):
             self._n_updates += 1
             if stopped:
                 break
-        if metrics["skipped_steps"] and all(metrics["skipped_steps"]):
+        idle = bool(metrics["skipped_steps"]) and all(metrics["skipped_steps"])
+        self._idle_updates = self._idle_updates + 1 if idle else 0
+        if self._idle_updates == 2:  # one may be a rare overflow
             raise RuntimeError(
-                f"None of this update's {len(metrics['skipped_steps'])} steps had a finite gradient; the weights are "
-                "those before it. Look for observations and rewards of enormous size, lower the learning rates, or "
-                "train in float32 (bf16=False)"
+                "Two updates in a row had no step with a finite gradient; the weights are those before them. Look for "
+                "observations and rewards of enormous size, lower the learning rates, or train in float32 (bf16=False)"
             )
 
     def _accumulate_gradient(
