@@ -22,6 +22,7 @@ from stable_baselines3.common.logger import KVWriter, Logger
 from stable_baselines3.common.type_aliases import Schedule
 from stable_baselines3.common.utils import get_device
 
+from mw_envs.rendering import get_renderer
 from mw_envs.tasks import did_you_mean, select_tasks
 from sb3_vla.checkpoints import LoadedCheckpoint, load_checkpoint, save_checkpoint
 from sb3_vla.demonstrations import Demonstrations, available_memory
@@ -319,6 +320,8 @@ def train(
             raise ValueError(f"rehearsal_coef={config.rehearsal_coef} needs demonstrations; give data, or set it to 0")
         rehearsal = DemonstrationBatches(demonstrations, None, start.model.action_horizon, shift=4, seed=config.seed)
     make = functools.partial(gym.make, f"mw_envs:MetaWorld{suite}-v0", **options)
+    if seat is None:
+        _refuse_early(make, options["renderer"])
     policy_kwargs = _policy_kwargs(config, checkpoint, model_kwargs, optimizer_kwargs)
     if isinstance(config, GRPOConfig):
         make = functools.partial(_holding, make)
@@ -467,6 +470,13 @@ def _env_options(
     if suite == "MT1":
         options.update(task=chosen[0], tasks=None)
     return options
+
+
+def _refuse_early(make: Callable[[], gym.Env], renderer: str) -> None:
+    """What cannot be had is told in one line here, and by a traceback in a worker."""
+    make().close()
+    if renderer != "auto":
+        get_renderer(renderer)
 
 
 def _seen(options: Mapping[str, Any]) -> dict[str, Any]:

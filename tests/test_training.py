@@ -12,6 +12,7 @@ import torch
 from stable_baselines3.common.vec_env import DummyVecEnv
 from toy import tiny_model, toy_vec
 
+from mw_envs.rendering import RendererUnavailableError
 from sb3_vla import GRPO, PPO, training
 from sb3_vla.checkpoints import load_checkpoint, save_checkpoint
 from sb3_vla.config import ConfigError, load_config
@@ -34,6 +35,21 @@ def test_rehearsal_needs_demonstrations(tmp_path: Path) -> None:
 def test_mt1_practises_one_task(tmp_path: Path, tasks: list[str] | None) -> None:
     with pytest.raises(ValueError, match="MT1 is a single task"):
         start(tmp_path, PPOConfig(), suite="MT1", tasks=tasks)
+
+
+def test_a_renderer_that_cannot_be_had_is_refused_before_there_are_workers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ValueError, match="'vulkan'"):
+        start(tmp_path, PPOConfig(), suite="MT10", renderer="vulkan")
+
+    def missing_library(_: str) -> None:
+        raise RendererUnavailableError("no EGL here")
+
+    monkeypatch.setattr("mw_envs.rendering.select._create", missing_library)
+    monkeypatch.setattr("mw_envs.rendering.select._renderers", {})
+    with pytest.raises(RendererUnavailableError, match=r"^no EGL here$"):
+        start(tmp_path, PPOConfig(), suite="MT10", renderer="egl")
 
 
 def test_a_split_that_a_suite_does_not_have_is_refused(tmp_path: Path) -> None:
