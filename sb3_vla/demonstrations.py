@@ -101,7 +101,14 @@ class Demonstrations:
         expected = np.repeat([episode["episode_index"] for episode in reader.episodes], lengths)
         if not np.array_equal(columns["episode_index"], expected):
             raise ValueError(f"The data files of {root} do not hold the episodes of meta/episodes. Download it again.")
-        sentences = [reader.instructions.get(int(columns["task_index"][start]), "") for start in starts]
+        numbers = [int(columns["task_index"][start]) for start in starts]
+        unknown = sorted(set(numbers) - reader.instructions.keys())
+        if unknown:
+            raise ValueError(
+                f"Episodes of {root} have the task_index {unknown}, which meta/tasks.parquet has no sentence for. "
+                "Download it again."
+            )
+        sentences = [reader.instructions[number] for number in numbers]
         episode_tasks = sentences
         if has_task_id:
             by_id = {task.task_id: task.name for task in TASKS.values()}

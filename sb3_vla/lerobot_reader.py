@@ -132,7 +132,12 @@ class LeRobotReader:
             )
         if not path.is_file():
             raise FileNotFoundError(f"{self.root} is not a LeRobot dataset: it has no meta/info.json.")
-        info = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            info = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path} is no JSON: {error}. Download the dataset again.") from error
+        if not isinstance(info, dict):
+            raise ValueError(f"{path} holds {type(info).__name__}, expected an object. Download the dataset again.")
         version = str(info.get("codebase_version", "unknown"))
         if version.startswith(("v1", "v2")):
             raise ValueError(
@@ -144,6 +149,9 @@ class LeRobotReader:
         missing = [key for key in ("features", "fps", "data_path") if key not in info]
         if missing:
             raise ValueError(f"{path} lacks {', '.join(missing)}; it is no complete LeRobot dataset.")
+        for name, feature in info["features"].items():
+            if not isinstance(feature, dict) or not {"dtype", "shape"} <= feature.keys():
+                raise ValueError(f"{path} says of feature {name!r} {feature!r}, expected its dtype and shape.")
         return info
 
     def _read_instructions(self) -> dict[int, str]:

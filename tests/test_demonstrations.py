@@ -471,6 +471,28 @@ def test_missing_columns(tmp_path: Path) -> None:
         Demonstrations.load(tmp_path / "set")
 
 
+def test_damaged_descriptions_of_a_dataset(tmp_path: Path) -> None:
+    write(tmp_path / "set")
+    info = tmp_path / "set/meta/info.json"
+    whole = json.loads(info.read_text())
+    del whole["features"]["action"]["dtype"]
+    for text, expected in (
+        (info.read_text()[:-20], r"info\.json is no JSON"),
+        ("[]", "holds list, expected an object"),
+        (json.dumps(whole), "of feature 'action' .*expected its dtype and shape"),
+    ):
+        before = info.read_text()
+        info.write_text(text)
+        with pytest.raises(ValueError, match=expected):
+            Demonstrations.load(tmp_path / "set")
+        info.write_text(before)
+    tasks = tmp_path / "set/meta/tasks.parquet"
+    table = pq.read_table(tasks)
+    pq.write_table(table.slice(0, 0), tasks)
+    with pytest.raises(ValueError, match=r"have the task_index \[0.*tasks\.parquet has no sentence for"):
+        Demonstrations.load(tmp_path / "set")
+
+
 def test_damaged_and_empty_datasets(tmp_path: Path) -> None:
     write(tmp_path / "set")
     data = tmp_path / "set/data/chunk-000/file-000.parquet"
