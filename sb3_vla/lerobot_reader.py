@@ -8,7 +8,6 @@ Letters: N frames of a dataset, H x W pixels, d numbers of a feature.
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,6 +20,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from mw_envs.tasks import did_you_mean
+from sb3_vla.checkpoints.layout import read_json
 
 VERSION = "v3.0"
 IMAGE = "observation.image"
@@ -132,12 +132,7 @@ class LeRobotReader:
             )
         if not path.is_file():
             raise FileNotFoundError(f"{self.root} is not a LeRobot dataset: it has no meta/info.json.")
-        try:
-            info = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path} is no JSON: {error}. Download the dataset again.") from error
-        if not isinstance(info, dict):
-            raise ValueError(f"{path} holds {type(info).__name__}, expected an object. Download the dataset again.")
+        info = read_json(path.parent, path.name, "what a LeRobot dataset holds")
         version = str(info.get("codebase_version", "unknown"))
         if version.startswith(("v1", "v2")):
             raise ValueError(

@@ -477,8 +477,8 @@ def test_damaged_descriptions_of_a_dataset(tmp_path: Path) -> None:
     whole = json.loads(info.read_text())
     del whole["features"]["action"]["dtype"]
     for text, expected in (
-        (info.read_text()[:-20], r"info\.json is no JSON"),
-        ("[]", "holds list, expected an object"),
+        (info.read_text()[:-20], r"info\.json is damaged"),
+        ("[]", "found list"),
         (json.dumps(whole), "of feature 'action' .*expected its dtype and shape"),
     ):
         before = info.read_text()

@@ -462,7 +462,7 @@ def test_chunk_is_the_start_of_the_horizon(name: str, options: dict[str, Any]) -
         ("dppo", {}, r"Unknown action distribution 'dppo'.*known: gaussian, flow_ode, flow_sde, .*tokens"),
         ("flow_cps", {"noise_level": 1.5}, r"noise_level=1.5; expected above 0 and at most 1"),
         ("flow_cps", {"noise_level": math.nan}, r"noise_level=nan"),
-        ("flow_cps", {"denoising_steps": 1}, r"denoising_steps=1; Flow-CPS needs 2"),
+        ("flow_cps", {"denoising_steps": 1}, r"denoising_steps=1; FlowCPS needs 2"),
         ("flow_noise", {"noise_range": (0.2, 0.1)}, r"noise_range=\(0.2, 0.1\); expected two numbers"),
         ("flow_noise", {"noise_range": (0.0, 0.1)}, r"noise_range"),
         ("flow_noise", {"noise_range": [0.1]}, r"noise_range"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 
 import torch
@@ -117,7 +118,34 @@ class FlowChain(DenoisingChain):
 
     At flow time t, with step d to s = t - d and velocity v: predicted action x0 = x - t v, predicted noise
     x1 = x + (1 - t) v, and x_s ~ N(x0 (1 - s) + x1 c, std^2). Without noise c = s, which is the Euler step x - d v.
+
+    :param action_chunk: K.
+    :param noise_level: a, above 0.
+    :param joint: whether all steps that have noise are stochastic, or one of them drawn for each sample.
+    :param denoising_steps: Euler steps.
+    :param fixed_start: start at zero noise, see :class:`DenoisingChain`.
     """
+
+    #: what a may be at most
+    greatest_noise: float = math.inf
+    #: how few steps make sense
+    least_steps = 1
+
+    def __init__(
+        self,
+        action_chunk: int,
+        noise_level: float = 0.5,
+        joint: bool = False,
+        denoising_steps: int = 4,
+        fixed_start: bool = False,
+    ) -> None:
+        super().__init__(action_chunk, denoising_steps, joint, fixed_start)
+        if not (0 < noise_level <= self.greatest_noise and math.isfinite(noise_level)):
+            most = "" if self.greatest_noise == math.inf else f" and at most {self.greatest_noise:g}"
+            raise ValueError(f"noise_level={noise_level!r}; expected above 0{most}")
+        if denoising_steps < self.least_steps:
+            raise ValueError(f"denoising_steps={denoising_steps}; {type(self).__name__} needs {self.least_steps}")
+        self.noise_level = noise_level
 
     def kernel(self, model: VLAModel, context: Context, x: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         grid = time_grid(self.denoising_steps, x.device)

@@ -24,20 +24,8 @@ class FlowCPS(FlowChain):
     :param fixed_start: start at zero noise, see :class:`DenoisingChain`.
     """
 
-    def __init__(
-        self,
-        action_chunk: int,
-        noise_level: float = 0.5,
-        joint: bool = False,
-        denoising_steps: int = 4,
-        fixed_start: bool = False,
-    ) -> None:
-        super().__init__(action_chunk, denoising_steps, joint, fixed_start)
-        if not 0 < noise_level <= 1:
-            raise ValueError(f"noise_level={noise_level!r}; expected above 0 and at most 1")
-        if denoising_steps < 2:
-            raise ValueError(f"denoising_steps={denoising_steps}; Flow-CPS needs 2, for its last step has no noise")
-        self.noise_level = noise_level
+    greatest_noise = 1.0
+    least_steps = 2  # the last one has no noise
 
     @property
     def random_steps(self) -> range:

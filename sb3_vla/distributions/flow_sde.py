@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -23,19 +21,6 @@ class FlowSDE(FlowChain):
     :param denoising_steps: Euler steps.
     :param fixed_start: start at zero noise, see :class:`DenoisingChain`.
     """
-
-    def __init__(
-        self,
-        action_chunk: int,
-        noise_level: float = 0.5,
-        joint: bool = False,
-        denoising_steps: int = 4,
-        fixed_start: bool = False,
-    ) -> None:
-        super().__init__(action_chunk, denoising_steps, joint, fixed_start)
-        if not (math.isfinite(noise_level) and noise_level > 0):
-            raise ValueError(f"noise_level={noise_level!r}; expected a positive number")
-        self.noise_level = noise_level
 
     def noise(self, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
         """See :meth:`FlowChain.noise`."""

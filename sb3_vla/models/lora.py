@@ -144,8 +144,7 @@ def merged_state(model: nn.Module) -> dict[str, Tensor]:
         layer, _, own = name.rpartition(".base_layer.")
         if own == "weight" and layer in adapted:
             delta = adapted[layer].get_delta_weight(_ADAPTER)  # type: ignore[operator]
-            # Where adapters were in shards they are read on the CPU, the frozen weight is on its device.
-            value = (value.float() + delta.to(value.device, torch.float32)).to(value.dtype)
+            value = (value.float() + delta.float()).to(value.dtype)
         state[f"{layer}.{own}" if layer in adapted else name] = value
     return state
 

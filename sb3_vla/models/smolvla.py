@@ -336,7 +336,6 @@ class SmolVLA(VLAModel):
         """Picture and sentence as the text tower reads them, float32 (N, T, W), and which tokens are there (N, T)."""
         scale = math.sqrt(self.sizes.width)
         embed = self.text_model.embed_tokens
-        # LeRobot's factor is of the pictures' type, which matters in bfloat16; that of the words is a plain number.
         parts = [pictures * scale]
         if self.marks:
             marks = embed(torch.tensor(self.marks, device=tokens.device)).expand(len(tokens), -1, -1)
