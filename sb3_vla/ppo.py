@@ -320,6 +320,8 @@ class PPO(stable_baselines3.PPO):
         if self.sharding == "fsdp" and self.ranks.count > 1:
             policy, methods = self.policy, ("evaluate", "imitation_loss")
             shard(policy, policy.model.sharding_units(), methods, policy.optimizer, self.device, self.ranks.count)
+        else:
+            _fuse(self.policy.optimizer)
         self.rollout_buffer = ChunkRolloutBuffer(  # type: ignore[assignment]
             self.n_steps, self.n_envs, self.device, self.gamma, self.gae_lambda, self.gamma_per
         )
@@ -941,6 +943,15 @@ class PPO(stable_baselines3.PPO):
                 callback = ConvertCallback(callback)
             callback = [*(callback if isinstance(callback, list) else [callback]), SuccessBar()]
         return super()._init_callback(callback)
+
+
+def _fuse(optimizer: torch.optim.Optimizer) -> None:
+    """Let Adam step by one kernel for all weights, which takes a third of the time, unless its options say how."""
+    if type(optimizer) not in (torch.optim.Adam, torch.optim.AdamW):
+        return
+    for group in optimizer.param_groups:
+        if all(group.get(option) is None for option in ("fused", "foreach")):
+            group["fused"] = not (group["capturable"] or group["differentiable"])
 
 
 class _NoBuffer:

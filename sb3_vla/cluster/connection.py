@@ -11,7 +11,8 @@ from typing import Any
 from sb3_vla.cluster.placement import ClusterOptions, Node, Placement, PlacementError, Slot, place
 
 #: what a request raises whose actor, or the node of it, is gone
-LOST = ("RayActorError", "ObjectLostError", "OwnerDiedError", "NodeDiedError")
+LOST = ("RayActorError", "ObjectLostError", "OwnerDiedError", "NodeDiedError", "ActorUnschedulableError")
+_ANSWER_SECONDS = 30.0  # in which a node that lives has begun a process
 
 
 def import_ray() -> Any:
@@ -37,12 +38,13 @@ class Cluster:
     def __init__(self, options: ClusterOptions, first: str | None = None) -> None:
         self.ray = import_ray()
         self.first: str = self.ray.get_runtime_context().get_node_id() if first is None else first
+        self._gone: set[str] = set()  # nodes that Ray may still count as living
         self.placement: Placement = place(options, self.nodes())
         self.num_nodes = options.num_nodes
 
     def nodes(self) -> list[Node]:
         """Living nodes; the first one, then the others in an order that stays."""
-        alive = [node for node in self.ray.nodes() if node["Alive"]]
+        alive = [node for node in self.ray.nodes() if node["Alive"] and node["NodeID"] not in self._gone]
         alive.sort(key=lambda node: (node["NodeID"] != self.first, node["NodeManagerAddress"], node["NodeID"]))
         found = []
         for node in alive:
@@ -56,17 +58,46 @@ class Cluster:
 
         :return: Ray's handle.
         """
+        return self._start(server, self._node_of(slot), slot, *arguments)
+
+    def restart(self, server: type, slot: Slot, *arguments: Any) -> Any:
+        """As :meth:`start`, for a process that died, perhaps with its node, which Ray notices only seconds later."""
+        while len(self.nodes()) > 1 and not self._answers(node := self._node_of(slot)):
+            self._gone.add(node.name)
+        return self.start(server, slot, *arguments)
+
+    def _node_of(self, slot: Slot) -> Node:
         nodes = self.nodes()
-        node = nodes[slot.node % len(nodes)]
+        return nodes[slot.node % len(nodes)]
+
+    def _start(self, server: type, node: Node, *arguments: Any, soft: bool = True) -> Any:
         strategies = importlib.import_module("ray.util.scheduling_strategies")
-        affinity = strategies.NodeAffinitySchedulingStrategy(node.name, soft=True)
+        affinity = strategies.NodeAffinitySchedulingStrategy(node.name, soft=soft)
         # The placement shares accelerators; Ray's own counting of them would not.
         actor = self.ray.remote(server).options(num_cpus=0, num_gpus=0, scheduling_strategy=affinity)
-        return actor.remote(slot, *arguments)
+        return actor.remote(*arguments)
+
+    def _answers(self, node: Node) -> bool:
+        """Whether a node begins processes."""
+        probe = self._start(_Probe, node, soft=False)
+        try:
+            done, _ = self.ray.wait([probe.answer.remote()], num_returns=1, timeout=_ANSWER_SECONDS)
+            return bool(done) and bool(self.ray.get(done[0]))
+        except self.lost():
+            return False
+        finally:
+            self.ray.kill(probe)
 
     def lost(self) -> tuple[type[Exception], ...]:
         """Types of the errors that tell the death of an actor or its node."""
         return tuple(getattr(self.ray.exceptions, name) for name in LOST if hasattr(self.ray.exceptions, name))
+
+
+class _Probe:
+    """Shows that its node lives."""
+
+    def answer(self) -> bool:
+        return True
 
 
 @contextmanager

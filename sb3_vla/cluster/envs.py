@@ -59,11 +59,18 @@ class RayWorker(Worker):
     """
 
     def __init__(
-        self, cluster: Cluster, number: int, share: range, env_fns: Sequence[Callable[[], gym.Env]], slot: Slot
+        self,
+        cluster: Cluster,
+        number: int,
+        share: range,
+        env_fns: Sequence[Callable[[], gym.Env]],
+        slot: Slot,
+        again: bool,
     ) -> None:
         self._expect_start(number, share)
         self._cluster = cluster
-        self.actor = cluster.start(EnvActor, slot, [CloudpickleWrapper(env_fn) for env_fn in env_fns])
+        start = cluster.restart if again else cluster.start
+        self.actor = start(EnvActor, slot, [CloudpickleWrapper(env_fn) for env_fn in env_fns])
         self._under_way: deque[Any] = deque([self.actor.start.remote()])
 
     def share_memory(self, layout: Layout) -> None:
@@ -135,4 +142,4 @@ class RayVecEnv(SharedMemoryVecEnv):
     def _start(self, number: int) -> Worker:
         share = self.shares[number]
         env_fns = self._env_fns[share.start : share.stop]
-        return RayWorker(self._cluster, number, share, env_fns, self._slots[number])
+        return RayWorker(self._cluster, number, share, env_fns, self._slots[number], again=self._replaced[number] > 0)

@@ -107,7 +107,7 @@ class Replicas:
         self._turn = 0
         self.sent_bytes = 0
         for number in range(len(slots)):
-            self._start(number)
+            self._begin(number, cluster.start)
 
     def take_weights(self) -> None:
         """Bring all copies to the learner's present weights and noise scale."""
@@ -120,7 +120,7 @@ class Replicas:
             try:
                 self._cluster.ray.get([self._ready[number], answer])
             except self._cluster.lost():
-                self._start(number)  # with these weights
+                self._begin(number, self._cluster.restart)  # with these weights
 
     def decide(
         self, observations: Mapping[str, npt.NDArray[Any]], places: npt.NDArray[np.int64], total: int
@@ -157,13 +157,13 @@ class Replicas:
                         f"Copy {number} of the policy died {death} times at the same request, so it is not replaced "
                         f"again ({error}). Mostly memory has run out"
                     ) from error
-                self._start(number)
+                self._begin(number, self._cluster.restart)
         raise AssertionError
 
-    def _start(self, number: int) -> None:
+    def _begin(self, number: int, start: Callable[..., Any]) -> None:
         """Put a copy into its slot, with the learner's present weights."""
         arguments = self._policy._get_constructor_parameters()
-        actor = self._cluster.start(RolloutActor, self._slots[number], arguments, torch.get_num_threads())
+        actor = start(RolloutActor, self._slots[number], arguments, torch.get_num_threads())
         state = {name: value.cpu() for name, value in self._policy.state_dict().items()}
         self._ready[number] = actor.take_state.remote(state, self._policy.distribution.noise_scale)
         self._actors[number] = actor

@@ -3,7 +3,8 @@
     python tests/benchmarks/bench_learner.py --envs 16 --image-size 96
 
 The environments hand out pictures that were drawn before, so a rollout is the learner's own work. On a CPU the
-processor's time counts, which other load disturbs less than the clock's. The first table has the memory of a rollout
+processor's time counts, which other load disturbs less than the clock's; a ratio is the median of those of neighbours
+in time, since a machine's speed drifts by more than what is measured. The first table has the memory of a rollout
 beside its payload, each buffer in a process of its own: the peak of resident memory while a rollout is stored and all
 of its minibatches are read twice.
 """
@@ -98,16 +99,17 @@ class Timed:
     def learn(self) -> None:
         self.algorithm.learn(self.algorithm.n_steps * self.algorithm.n_envs, reset_num_timesteps=False)
 
-    def least(self, kind: str) -> float:
-        """The first one warms up."""
-        return min(self.seconds[kind][1:])
+    def measured(self) -> dict[str, npt.NDArray[np.float64]]:
+        """Seconds of each part, round by round; the first one warms up."""
+        parts = {kind: np.array(seconds[1:]) for kind, seconds in self.seconds.items()}
+        return {**parts, "both": parts["rollout"] + parts["update"]}
 
 
 def learning(options: argparse.Namespace) -> Table:
     table = Table(
         title=f"{options.envs} environments x {options.decisions} decisions, {options.image_size} px, minibatches of "
-        f"{options.batch_size}, CompactVLA, {options.device}, {torch.get_num_threads()} thread(s); least of "
-        f"{options.rounds}"
+        f"{options.batch_size}, CompactVLA, {options.device}, {torch.get_num_threads()} thread(s); medians of "
+        f"{options.rounds} rounds"
     )
     for column in ("epochs", "", "SB3 PPO, s", "sb3_vla PPO, s", "ratio"):
         table.add_column(column, justify="right")
@@ -116,10 +118,10 @@ def learning(options: argparse.Namespace) -> Table:
         for _ in range(options.rounds + 1):
             theirs.learn()
             ours.learn()
-        rows = {kind: (theirs.least(kind), ours.least(kind)) for kind in theirs.seconds}
-        rows["both"] = (sum(row[0] for row in rows.values()), sum(row[1] for row in rows.values()))
-        for kind, (stock, mine) in rows.items():
-            table.add_row(str(epochs), kind, f"{stock:.2f}", f"{mine:.2f}", f"{mine / stock:.3f}")
+        mine = ours.measured()
+        for kind, stock in theirs.measured().items():
+            ratio = np.median(mine[kind] / stock)
+            table.add_row(str(epochs), kind, f"{np.median(stock):.2f}", f"{np.median(mine[kind]):.2f}", f"{ratio:.3f}")
     return table
 
 
@@ -203,7 +205,7 @@ def main() -> None:
     parser.add_argument("--image-size", type=int, default=96)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--epochs", type=int, nargs="+", default=[4, 10])
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--memory-pixels", type=int, nargs="*", default=[96, 224, 480])
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
