@@ -40,8 +40,8 @@ SAMPLE_Y = np.array([0.375, 0.125, 0.875, 0.625], np.float32)
 LANE_X = np.array([lane // SAMPLES + SAMPLE_X[lane % SAMPLES] for lane in range(LANES)], np.float32)
 LANE_Y = np.array([SAMPLE_Y[lane % SAMPLES] for lane in range(LANES)], np.float32)
 # Quantities that vary over a triangle: colour by unshadowed lights, by shadowed ones, place in the light's space, place
-# on the texture, and the weight that all of them are multiplied by.
-U, V, D, S, WEIGHT, QUANTITIES = 6, 7, 8, 9, 12, 16
+# on the texture, and the weight that all of them are multiplied by. At LEVEL is how much the texture is reduced.
+U, V, D, S, WEIGHT, LEVEL, QUANTITIES = 6, 7, 8, 9, 12, 13, 16
 
 
 class Geometry(NamedTuple):

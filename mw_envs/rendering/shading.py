@@ -9,6 +9,7 @@ import numpy as np
 
 from mw_envs.rendering.arrays import (
     HALF,
+    LEVEL,
     ONE,
     QUANTITIES,
     SAMPLES,
@@ -24,12 +25,13 @@ from mw_envs.rendering.arrays import (
     inlined,
 )
 from mw_envs.rendering.raster import ray_weights
-from mw_envs.rendering.textures import sample_texture
+from mw_envs.rendering.textures import sample_texture, texture_level
 
 # Colours are clamped, as OpenGL does it.
 _LEAST = np.array([0] * 6 + [-np.inf] * (QUANTITIES - 6), np.float32)
 _MOST = np.array([1] * 6 + [np.inf] * (QUANTITIES - 6), np.float32)
 _NO_SHADOW = F(-1e9)
+_ALMOST_ONE, _THIRD = F(0.999), F(1 / 3)
 _SHARE, _FULL = F(1 / SAMPLES), F(255)
 _1, _2, _3 = np.uint64(1), np.uint64(2), np.uint64(3)
 
@@ -84,12 +86,52 @@ def find_visible(top, bottom, spans, numbers, seen, frame, count, workspace):
     return count
 
 
+@inlined
+def _evaluate(planes, slot, ray_x, ray_y):
+    """All quantities of a visible triangle where a ray meets its plane, into the triangle's fourth row."""
+    weight = planes[slot, 0, WEIGHT] * ray_x + planes[slot, 1, WEIGHT] * ray_y + planes[slot, 2, WEIGHT]
+    # Seen edge on, a triangle's plane may lie along the ray.
+    inverse = ONE / (weight if abs(weight) > F(1e-20) else F(1e-20))
+    for j in range(QUANTITIES):
+        value = (planes[slot, 0, j] * ray_x + planes[slot, 1, j] * ray_y + planes[slot, 2, j]) * inverse
+        planes[slot, 3, j] = min(max(value, _LEAST[j]), _MOST[j])
+
+
+@inlined
+def _choose_level(p, slot, ray_x, ray_y, step_x, step_y, mapping, d, texture, levels):
+    """Keep with a triangle how much its texture is reduced where a ray meets it, for all of it.
+
+    Where a pixel is small beside the triangle's distance that changes little over the triangle.
+
+    :param p: planes of the triangles.
+    :param step_x: width of a pixel, and step_y its height, in rays.
+    :param d: the triangle's drawable.
+    """
+    _evaluate(p, slot, ray_x, ray_y)
+    weight = p[slot, 0, WEIGHT] * ray_x + p[slot, 1, WEIGHT] * ray_y + p[slot, 2, WEIGHT]
+    inverse = ONE / (weight if abs(weight) > F(1e-20) else F(1e-20))
+    a, c, f = mapping[d, 1], mapping[d, 3], mapping[d, 5]
+    # A place on the texture and its change by one pixel, across and down.
+    s, q, r = p[slot, 3, S] * a, p[slot, 3, S + 1] * c, p[slot, 3, S + 2] * f
+    across, down = step_x * inverse, step_y * inverse
+    sx = (p[slot, 0, S] * a - s * p[slot, 0, WEIGHT]) * across
+    qx = (p[slot, 0, S + 1] * c - q * p[slot, 0, WEIGHT]) * across
+    rx = (p[slot, 0, S + 2] * f - r * p[slot, 0, WEIGHT]) * across
+    sy = (p[slot, 1, S] * a - s * p[slot, 1, WEIGHT]) * down
+    qy = (p[slot, 1, S + 1] * c - q * p[slot, 1, WEIGHT]) * down
+    ry = (p[slot, 1, S + 2] * f - r * p[slot, 1, WEIGHT]) * down
+    level, blend = texture_level(levels, texture, mapping[d, 0], s, q, r, sx, qx, rx, sy, qy, ry)
+    p[slot, 0, LEVEL] = F(level) + min(blend, _ALMOST_ONE)
+
+
 @compiled
-def prepare_visible(start, count, look):
+def prepare_visible(start, count, look, camera):
     """The quantities of visible triangles as functions of the ray.
 
     :param start: the first of them in the list, and count the one after the last.
     """
+    fx, fy, near = F(1 / camera.focal_x), F(1 / camera.focal_y), F(camera.near)
+    texture, mapping, levels = look.materials.texture, look.materials.mapping, look.textures.levels
     # Fields of a tuple are counted references each time they are read; local names are not.
     frame, workspace, geometry, materials, lights = (
         look.frame,
@@ -150,42 +192,32 @@ def prepare_visible(start, count, look):
             planes[i, 0, j] = na[0] * a + nb[0] * b + nc[0] * c
             planes[i, 1, j] = na[1] * a + nb[1] * b + nc[1] * c
             planes[i, 2, j] = na[2] * a + nb[2] * b + nc[2] * c
+        d = drawable[t]
+        if texture[d] >= 0:
+            # Its middle, by the rays to its corners; a corner may lie behind the camera.
+            middle_x, middle_y = ZERO, ZERO
+            for k in range(3):
+                v = triangles[t, k]
+                away = max(workspace.camera_w[v], near)
+                middle_x += workspace.camera_x[v] / away * _THIRD
+                middle_y += workspace.camera_y[v] / away * _THIRD
+            _choose_level(planes, i, middle_x, middle_y, fx, fy, mapping, d, texture[d], levels)
 
 
 @inlined
-def _evaluate(planes, slot, ray_x, ray_y):
-    """All quantities of a visible triangle where a ray meets its plane, into the triangle's fourth row."""
-    weight = planes[slot, 0, WEIGHT] * ray_x + planes[slot, 1, WEIGHT] * ray_y + planes[slot, 2, WEIGHT]
-    # Seen edge on, a triangle's plane may lie along the ray.
-    inverse = ONE / (weight if abs(weight) > F(1e-20) else F(1e-20))
-    for j in range(QUANTITIES):
-        value = (planes[slot, 0, j] * ray_x + planes[slot, 1, j] * ray_y + planes[slot, 2, j]) * inverse
-        planes[slot, 3, j] = min(max(value, _LEAST[j]), _MOST[j])
-
-
-@inlined
-def _apply_texture(p, slot, ray_x, ray_y, step_x, step_y, mapping, d, texture, pixels, levels):
+def _apply_texture(p, slot, mapping, d, texture, pixels, levels):
     """Multiply the colours of a triangle by its texture.
 
     :param p: planes of the triangles.
-    :param step_x: width of a pixel, and step_y its height, in rays.
     :param d: the triangle's drawable.
     """
-    weight = p[slot, 0, WEIGHT] * ray_x + p[slot, 1, WEIGHT] * ray_y + p[slot, 2, WEIGHT]
-    inverse = ONE / (weight if abs(weight) > F(1e-20) else F(1e-20))
-    kind, a, b = mapping[d, 0], mapping[d, 1], mapping[d, 2]
-    c, e, f = mapping[d, 3], mapping[d, 4], mapping[d, 5]
-    # A place on the texture and its change by one pixel, across and down.
-    s, q, r = p[slot, 3, S] * a, p[slot, 3, S + 1] * c, p[slot, 3, S + 2] * f
-    across, down = step_x * inverse, step_y * inverse
-    sx = (p[slot, 0, S] * a - s * p[slot, 0, WEIGHT]) * across
-    qx = (p[slot, 0, S + 1] * c - q * p[slot, 0, WEIGHT]) * across
-    rx = (p[slot, 0, S + 2] * f - r * p[slot, 0, WEIGHT]) * across
-    sy = (p[slot, 1, S] * a - s * p[slot, 1, WEIGHT]) * down
-    qy = (p[slot, 1, S + 1] * c - q * p[slot, 1, WEIGHT]) * down
-    ry = (p[slot, 1, S + 2] * f - r * p[slot, 1, WEIGHT]) * down
-    s, q = s + b, q + e
-    red, green, blue = sample_texture(pixels, levels, texture, kind, s, q, r, sx, qx, rx, sy, qy, ry)
+    s = p[slot, 3, S] * mapping[d, 1] + mapping[d, 2]
+    q = p[slot, 3, S + 1] * mapping[d, 3] + mapping[d, 4]
+    r = p[slot, 3, S + 2] * mapping[d, 5]
+    level = int(p[slot, 0, LEVEL])
+    red, green, blue = sample_texture(
+        pixels, levels, texture, mapping[d, 0], s, q, r, level, p[slot, 0, LEVEL] - F(level)
+    )
     p[slot, 3, 0] *= red
     p[slot, 3, 1] *= green
     p[slot, 3, 2] *= blue
@@ -250,7 +282,7 @@ def resolve(top, bottom, spans, seen, look, camera, shadows, other_shadows, pict
                 _evaluate(planes, slot, ray_x, ray_y)
                 d = drawable[t]
                 if texture[d] >= 0:
-                    _apply_texture(planes, slot, ray_x, ray_y, fx, fy, mapping, d, texture[d], pixels, levels)
+                    _apply_texture(planes, slot, mapping, d, texture[d], pixels, levels)
                 u, v, distance = planes[slot, 3, U], planes[slot, 3, V], planes[slot, 3, D]
                 dark = _in_shadow(depth, columns, u0, v0, slack, u, v, distance)
                 dark |= _in_shadow(other_depth, other_columns, other_u0, other_v0, other_slack, u, v, distance)
@@ -299,10 +331,12 @@ def resolve_background(look, camera, background):
                     continue
                 rest -= _SHARE
                 slot = slots[t] & TRIANGLE
-                _evaluate(planes, slot, ray_x, ray_y)
                 d = drawable[t]
+                _evaluate(planes, slot, ray_x, ray_y)
                 if texture[d] >= 0:
-                    _apply_texture(planes, slot, ray_x, ray_y, fx, fy, mapping, d, texture[d], pixels, levels)
+                    # It is drawn once and large, so each pixel may ask for itself.
+                    _choose_level(planes, slot, ray_x, ray_y, fx, fy, mapping, d, texture[d], levels)
+                    _apply_texture(planes, slot, mapping, d, texture[d], pixels, levels)
                 u, v, distance = planes[slot, 3, U], planes[slot, 3, V], planes[slot, 3, D]
                 reached = planes[slot, 3, 3] + planes[slot, 3, 4] + planes[slot, 3, 5] > ZERO
                 reached = reached and not _in_shadow(depth, width, u0, v0, slack, u, v, distance)
@@ -370,7 +404,7 @@ def blend(top, bottom, spans, numbers, seen, alpha, look, camera, picture):
             _evaluate(planes, slot, ray_x, ray_y)
             d = drawable[t]
             if texture[d] >= 0:
-                _apply_texture(planes, slot, ray_x, ray_y, fx, fy, mapping, d, texture[d], pixels, levels)
+                _apply_texture(planes, slot, mapping, d, texture[d], pixels, levels)
             opacity = F(alpha) * F(covered) * _SHARE
             for j in range(3):
                 over = opacity * min(planes[slot, 3, j] + planes[slot, 3, 3 + j], ONE) * _FULL

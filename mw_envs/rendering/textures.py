@@ -107,13 +107,12 @@ def _on_face(face, s, t, r):
 
 
 @inlined
-def sample_texture(pixels, levels, texture, kind, s, t, r, sx, tx, rx, sy, ty, ry):
-    """Trilinear colour in 0..1 of a texture.
+def texture_level(levels, texture, kind, s, t, r, sx, tx, rx, sy, ty, ry):
+    """The reduction of a texture that has a pixel's size, and how much of the next one is mixed in.
 
     :param s: coordinates; sx, tx, rx and sy, ty, ry are their changes by one pixel across and down.
     """
-    face, clamp = 0, kind == ONE
-    if clamp:
+    if kind == ONE:
         face, across, down, ahead = _cube_face(s, t, r)
         scale = HALF / max(ahead, F(1e-20))
         u, v = across * scale, down * scale
@@ -122,11 +121,8 @@ def sample_texture(pixels, levels, texture, kind, s, t, r, sx, tx, rx, sy, ty, r
         two = F(2)
         ux, vx = (ax - two * u * hx) * scale, (dx - two * v * hx) * scale
         uy, vy = (ay - two * u * hy) * scale, (dy - two * v * hy) * scale
-        u, v = u + HALF, v + HALF
-        if levels[texture, 0, 3] == 1:
-            face = 0
     else:
-        u, v, ux, vx, uy, vy = s - np.floor(s), t - np.floor(t), sx, tx, sy, ty
+        ux, vx, uy, vy = sx, tx, sy, ty
     width, height = F(levels[texture, 0, 1]), F(levels[texture, 0, 2])
     ux, vx, uy, vy = ux * width, vx * height, uy * width, vy * height
     square = max(ux * ux + vx * vx, uy * uy + vy * vy)
@@ -139,6 +135,25 @@ def sample_texture(pixels, levels, texture, kind, s, t, r, sx, tx, rx, sy, ty, r
             level, blend = level - 1, ONE
         if level + 1 == levels.shape[1] or levels[texture, level + 1, 1] == 0:
             blend = ZERO
+    return level, blend
+
+
+@inlined
+def sample_texture(pixels, levels, texture, kind, s, t, r, level, blend):
+    """Trilinear colour in 0..1 of a texture.
+
+    :param s: coordinates, with t and r.
+    :param level: see :func:`texture_level`; so is blend.
+    """
+    face, clamp = 0, kind == ONE
+    if clamp:
+        face, across, down, ahead = _cube_face(s, t, r)
+        scale = HALF / max(ahead, F(1e-20))
+        u, v = across * scale + HALF, down * scale + HALF
+        if levels[texture, 0, 3] == 1:
+            face = 0
+    else:
+        u, v = s - np.floor(s), t - np.floor(t)
     red, green, blue = _bilinear(pixels, levels, texture, level, face, u, v, clamp)
     if blend > ZERO:
         r1, g1, b1 = _bilinear(pixels, levels, texture, level + 1, face, u, v, clamp)
@@ -163,7 +178,7 @@ def draw_sky(textures, texture, camera, picture):
             dy = c[0, 1] * ray_x + c[1, 1] * ray_y + c[2, 1]
             dz = c[0, 2] * ray_x + c[1, 2] * ray_y + c[2, 2]
             # MuJoCo turns the sky's cube by 90 degrees about x.
-            r, g, b = sample_texture(pixels, levels, texture, ONE, dx, dz, -dy, ZERO, ZERO, ZERO, ZERO, ZERO, ZERO)
+            r, g, b = sample_texture(pixels, levels, texture, ONE, dx, dz, -dy, 0, ZERO)
             picture[y, x, 0] = np.uint8(r * F(255) + HALF)
             picture[y, x, 1] = np.uint8(g * F(255) + HALF)
             picture[y, x, 2] = np.uint8(b * F(255) + HALF)
