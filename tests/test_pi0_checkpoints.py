@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from toy import ToyEnv, toy_demonstrations, toy_observation
+from toy import ToyEnv, toy_demonstrations, toy_observation, toy_vec
 from toy_pi0 import (
     DATA,
     HEADS,
@@ -31,6 +31,7 @@ from toy_pi0 import (
     write_layout,
 )
 
+from sb3_vla import GRPO, PPO
 from sb3_vla.checkpoints import load_checkpoint, save_checkpoint
 from sb3_vla.checkpoints.pi0 import TIED, canonical_name, load_pi0, save_lerobot, save_openpi
 from sb3_vla.distributions.base import integrate
@@ -536,3 +537,34 @@ def test_a_policy_of_a_published_checkpoint(tmp_path: Path, name: str, tokenizer
     observation["instruction"] = toy_observation(1)["instruction"][0].numpy()
     action, _ = acts.predict(observation, deterministic=True)
     assert action.shape == (5, 4) and np.isfinite(action).all()
+
+
+@both
+@pytest.mark.parametrize("algorithm_class", [PPO, GRPO])
+def test_an_algorithm_takes_a_published_checkpoint(
+    tmp_path: Path, name: str, tokenizer: str, algorithm_class: Any
+) -> None:
+    """By ``policy_kwargs`` alone; stock ``predict`` acts, and what is saved acts again."""
+    folder = write_layout(tmp_path / "a", name, "rlinf sft")
+    kwargs = {"model": name, "checkpoint": folder, "model_kwargs": {**HEADS, "tokenizer": tokenizer}}
+    sizes = {"n_steps": 4} if algorithm_class is PPO else {"group_size": 4, "n_groups": 1}
+    algorithm = algorithm_class(
+        "VLAPolicy",
+        toy_vec(4, chunk=5, action_dim=4, image_size=64),
+        batch_size=4,
+        n_epochs=1,
+        seed=0,
+        device="cpu",
+        policy_kwargs={**kwargs, "distribution": "flow_sde"},
+        **sizes,
+    )
+    before = {key: value.clone() for key, value in weights_of(algorithm.policy.model).items()}
+    algorithm.learn(4)
+    moved = {key for key, value in weights_of(algorithm.policy.model).items() if not torch.equal(value, before[key])}
+    assert "action_out_proj.weight" in moved and not any(key.startswith(P) for key in moved)
+    observation, _ = ToyEnv(chunk=5, action_dim=4, image_size=64).reset(seed=0)
+    action, _ = algorithm.predict(observation, deterministic=True)
+    assert action.shape == (5, 4)
+    algorithm.save(tmp_path / "model.zip")
+    again = algorithm_class.load(tmp_path / "model.zip", device="cpu")
+    assert np.array_equal(again.predict(observation, deterministic=True)[0], action)
