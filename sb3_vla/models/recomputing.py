@@ -28,7 +28,7 @@ class Recomputing(nn.Module):
 def recomputing(layers: Iterable[nn.Module]) -> None:
     """Give layers of another library the switch; names of parameters stay."""
     for layer in layers:
-        layer.__class__ = _with_switch(type(layer))
+        layer.__class__ = _with_switch(type(layer))  # type: ignore[arg-type]
 
 
 @functools.cache
