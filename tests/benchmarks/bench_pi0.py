@@ -13,7 +13,8 @@ after them, which in the real one comes after more. It is given twice: with the 
 its keys and values kept in main memory, to which the rollout copies them and of which each micro batch takes its own.
 The limit is what this device multiplies large square matrices at, measured in the same run and the same type; the share
 counts two operations for each weight and token of the towers, attention and recomputation left out. On a GPU the peak
-is what torch reserved, graphs included, and no more than ``--memory`` may be reserved.
+is what torch reserved, graphs included, and no more than ``--memory`` may be reserved. Each number of decisions is
+compiled for itself, which takes minutes: ``--batches 1 64`` is enough for the targets.
 """
 
 from __future__ import annotations
@@ -188,12 +189,12 @@ def operations(policy: VLAPolicy) -> tuple[int, int]:
     return 2 * (vision * patches + language * (patches + LONGEST)), 2 * expert * suffix
 
 
-def actions(policy: VLAPolicy, on: Device, half: bool) -> Tensor:
-    """Of four observations, from a fixed start, normalised."""
+def actions(policy: VLAPolicy, on: Device, count: int, half: bool) -> Tensor:
+    """Of so many observations, from a fixed start, normalised."""
     model = policy.model
-    start = torch.randn(4, model.action_horizon, model.latent_dim, generator=torch.Generator().manual_seed(0))
+    start = torch.randn(count, model.action_horizon, model.latent_dim, generator=torch.Generator().manual_seed(0))
     with torch.no_grad(), autocast(half, on.device.type):
-        context = model.encode(policy.prepare(obs_as_tensor(observations(4), on.device)))
+        context = model.encode(policy.prepare(obs_as_tensor(observations(count), on.device)))
         return integrate(model, context, start.to(on.device), STEPS)[:, :, : model.action_dim].cpu()
 
 
@@ -234,9 +235,9 @@ def update(policy: VLAPolicy, on: Device, size: int, count: int, kept: bool) -> 
     executed = torch.full((size,), 5, device=on.device)
     with torch.no_grad(), on.autocast():
         seen = policy.prepare(obs_as_tensor(observations(size), on.device))
-        _, _, trace = policy.decide(seen)
         if kept:
             seen = policy.model.perceive(seen)
+        _, _, trace = policy.decide(seen)
     stored = {key: value.cpu() for key, value in seen.items()}
     copying = on.seconds(lambda: [value.cpu() for value in seen.values()]) / size if kept else 0.0
     seen = {}
@@ -330,15 +331,16 @@ def main() -> None:
         "errors": {},
     }
 
-    exact = actions(policy, on, half=False)
+    fewest = min(options.batches)
+    exact = actions(policy, on, fewest, half=False)
     if not options.float32:
         policy.model.halve_backbone()
-        found["errors"]["bfloat16"] = _apart(actions(policy, on, half=True), exact)
+        found["errors"]["bfloat16"] = _apart(actions(policy, on, fewest, half=True), exact)
     if options.compile != "none":
         policy.model.compile_towers({"mode": options.compile})
         kind = "float32" if options.float32 else "bfloat16"
         for _ in range(3):  # the third replays what the second recorded
-            compiled = actions(policy, on, half=not options.float32)
+            compiled = actions(policy, on, fewest, half=not options.float32)
         found["errors"][f"{kind}, compiled"] = _apart(compiled, exact)
 
     table = Table("decisions at once", "ms", "decisions/s", "share of the limit", "peak GiB", title="A rollout's batch")
