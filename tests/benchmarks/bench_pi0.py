@@ -105,6 +105,7 @@ def make_policy(options: argparse.Namespace) -> VLAPolicy:
     for norm in policy.modules():
         if isinstance(norm, AdaptiveRMSNorm):  # new ones close their branches, which would hide what is rounded there
             torch.nn.init.normal_(norm.dense.weight, std=0.02)
+            torch.nn.init.normal_(norm.dense.bias, std=0.5)
     policy.model.tokenize = Sentences("", ROOM)  # type: ignore[assignment]
     return policy.to(options.device)
 
