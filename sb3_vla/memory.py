@@ -2,7 +2,8 @@
 
 Parameters and what comes of them are fake tensors, which have a shape, a type and a life but no contents, so that a
 model of billions of parameters, also one on the meta device, is planned in seconds on any machine. What the forward
-and backward pass hold at their worst moment is counted as they run, not estimated by a formula of one architecture.
+and backward pass hold at their worst moment is counted as they run, not estimated by a formula of one architecture;
+of a stack of frozen layers that are alike, one is run and counts for the others.
 """
 
 from __future__ import annotations
@@ -18,11 +19,12 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from mw_envs.tasks import encode_instruction
 from sb3_vla.models.base import PERCEPTION, VLAModel
 from sb3_vla.models.prompts import PromptTokenizer
+from sb3_vla.models.recomputing import Recomputing
 from sb3_vla.precision import autocast
 
 GIB = 2**30
@@ -231,7 +233,7 @@ class _StandIn:
     def run(self, call: Callable[[], None]) -> int:
         """Bytes that a call holds at its worst moment, besides the model."""
         tensors = self._tensors()
-        with _LiveBytes() as counted:
+        with _LiveBytes() as counted, _one_of_alike(self.model, counted):
             torch.func.functional_call(_Calling(self.model, call), tensors, ())
         return counted.peak
 
@@ -294,6 +296,57 @@ class _LiveBytes(TorchDispatchMode):
 
     def _leave(self, size: int) -> None:
         self.live -= size
+
+
+@contextmanager
+def _one_of_alike(model: nn.Module, counted: _LiveBytes) -> Iterator[None]:
+    """Run one frozen layer of each kind; the others hold what it held and give what it gave, without contents."""
+    layers = [module for module in model.modules() if isinstance(module, Recomputing)]
+    run: dict[Hashable, tuple[int, list[Any], Any]] = {}
+    for layer in layers:
+        layer.forward = _run_once(layer, counted, run)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+def _run_once(
+    layer: nn.Module, counted: _LiveBytes, run: dict[Hashable, tuple[int, list[Any], Any]]
+) -> Callable[..., Any]:
+    """A layer's forward pass, which is skipped where ``run`` has one alike: its peak and its results."""
+    forward = layer.forward
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        given, spec = tree_flatten((args, kwargs))
+        own = [*layer.named_parameters(), *layer.named_buffers()]
+        read = [*given, *(tensor for _, tensor in own)]
+        if any(isinstance(value, Tensor) and value.requires_grad for value in read):
+            return forward(*args, **kwargs)
+        told = tuple(_shape(value) if isinstance(value, Tensor) else repr(value) for value in read)
+        key = type(layer), tuple(name for name, _ in own), str(spec), told, torch.is_autocast_enabled("cpu")
+        if key in run:
+            above, results, result_spec = run[key]
+            counted.peak = max(counted.peak, counted.live + above)
+            some = next(value for value in given if isinstance(value, FakeTensor))
+            made = [some.new_empty_strided(size, stride, dtype=dtype) for size, stride, dtype in results]
+            return tree_unflatten(made, result_spec)
+        before, highest, counted.peak = counted.live, counted.peak, counted.live
+        result = forward(*args, **kwargs)
+        above, counted.peak = counted.peak - before, max(highest, counted.peak)
+        results, result_spec = tree_flatten(result)
+        fake = all(isinstance(value, FakeTensor) for value in results)
+        # Not where a result is an input, or something else stays.
+        if fake and sum(map(_bytes, results)) == counted.live - before:
+            run[key] = above, [_shape(value) for value in results], result_spec
+        return result
+
+    return call
+
+
+def _shape(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.shape, tensor.stride(), tensor.dtype
 
 
 def _forget_gradient(parameter: Tensor) -> None:

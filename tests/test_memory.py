@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from toy import toy_observation
 from toy_pi0 import TINY_PI0, tiny_tokenizer
 
 from sb3_vla.checkpoints import save_checkpoint
+from sb3_vla.cli import main
 from sb3_vla.memory import _SENTENCE, GIB, HEADROOM, MemoryPlan, plan_memory
 from sb3_vla.models import VLAModel, make_model
 from sb3_vla.run import RunDirectory
@@ -111,6 +114,49 @@ def test_a_plan_needs_neither_weights_nor_a_tokenizer_and_leaves_the_model_alone
     assert model.tokenize is tokenize and not model.gradient_checkpointing
     assert before == {name: p.requires_grad for name, p in model.named_parameters()}
     assert all(p.is_meta for p in model.parameters())
+
+
+@pytest.mark.parametrize("options", [{}, {"bf16": True}, {"gradient_checkpointing": True}, {"trainable": "all"}])
+@pytest.mark.parametrize("name", ["pi0", "pi05", "openvla_oft"])
+def test_one_of_the_frozen_layers_stands_for_all(
+    name: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = {"sizes": "laptop", "resolution": 56, "image_size": 96, "max_prompt_tokens": 108}
+    with torch.device("meta"):
+        model = make_model(name, sizes if name == "openvla_oft" else SMALL)
+    planned = {"trainable": "expert", "batch_size": 8, "num_envs": 3, "decisions": 5, **options}
+    plans = []
+    for stand_in in (None, lambda *_: nullcontext()):
+        monkeypatch.setattr("sb3_vla.memory._PLAYED", {})
+        if stand_in is not None:
+            monkeypatch.setattr("sb3_vla.memory._one_of_alike", stand_in)
+        plans.append(plan_memory(model, **planned))
+    assert plans[0] == plans[1]
+
+
+def resident(what: str) -> int:
+    """Bytes of this process: ``VmRSS`` now, ``VmHWM`` at most."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{what}:"))
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads what Linux tells of a process")
+@pytest.mark.parametrize(
+    ("recipe", "parameters"),
+    [("metaworld_50_ppo_openpi", "3,238,048,528"), ("metaworld_50_ppo_openpi_pi05", "3,353,433,872")],
+)
+def test_a_recipe_at_full_size_is_planned_in_seconds_without_its_weights(
+    recipe: str, parameters: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three to four seconds of a slow core; what takes longer is importing torch and transformers, done before."""
+    make_model("pi0", TINY_PI0)
+    monkeypatch.setattr("sb3_vla.memory._PLAYED", {})
+    Path("/proc/self/clear_refs").write_text("5")  # the largest memory is looked for anew
+    before, started = resident("VmRSS"), time.process_time()
+    assert main(["train", recipe, "--dry-run"]) == 0
+    assert time.process_time() - started < 20
+    assert resident("VmHWM") - before < GIB // 2
+    assert f"of {parameters} parameters" in capsys.readouterr().out
 
 
 def test_each_saving_saves() -> None:

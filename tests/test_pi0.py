@@ -132,8 +132,7 @@ def test_flow_sde(name: str) -> None:
         reached = ref.outputs["sde_mean"][:, step] + ref.outputs["sde_std"][step] * ref.inputs["eps"]
         log_prob = gaussian_log_prob(reached, mean, std)[:, :, :4]
         expected = ref.outputs["sde_logp"][:, step]
-        # The mean's error counts in units of the deviation.
-        torch.testing.assert_close(log_prob, expected, rtol=2e-6, atol=2e-6 / std.min().item() * 4)
+        assert (log_prob - expected).norm() < 2e-6 * expected.norm()
         given = gaussian_log_prob(reached, expected_mean, ref.outputs["sde_std"][step])[:, :, :4]
         torch.testing.assert_close(given, expected, rtol=2e-6, atol=2e-6)
 
@@ -188,7 +187,7 @@ def test_absent_cameras_and_padding_have_no_effect(name: str) -> None:
             ref.model, {**ref.inputs, "images": ref.inputs["images"] * torch.tensor([1, 0, 9])[:, None, None, None]}
         ),
     ):
-        assert difference(integrate(ref.model, changed, ref.inputs["noise"], 5), expected) < 2e-6
+        assert difference(integrate(ref.model, changed, ref.inputs["noise"], 5), expected) < 1e-6
 
 
 @both
@@ -431,6 +430,21 @@ def test_tokens(tmp_path: Path) -> None:
     assert torch.equal(lerobot.read_prompt(observation)[0], tokens)
 
 
+def test_tokens_of_sentences_of_different_length(tmp_path: Path) -> None:
+    """Each as it is alone, padding on its right."""
+    model = Pi0(**TINY_PI0, tokenizer=str(tiny_tokenizer(tmp_path)), prompt_tokens=40)
+    sentences = ["Push the puck to a goal", "go", "Pull the handle up"]
+    alone = [toy_observation(1, sentence) for sentence in sentences]
+    together = {key: torch.cat([one[key] for one in alone]) for key in alone[0]}
+    tokens, valid = model.read_prompt(together)
+    for row, one in enumerate(alone):
+        own, shown = (part[0] for part in model.read_prompt(one))
+        assert torch.equal(tokens[row], own) and torch.equal(valid[row], shown)
+        count = int(shown.sum())
+        assert shown.tolist() == [True] * count + [False] * (40 - count)
+        assert own[0] == 2 and own[count - 1] == 260 and not own[count:].any()  # beginning, line break, padding
+
+
 def test_without_a_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(FileNotFoundError, match=r"No PaliGemma tokenizer at .*Give tokenizer=FOLDER"):
         Pi0(**TINY_PI0, tokenizer=str(tmp_path)).perceive(toy_observation(1, image_size=56))
@@ -515,6 +529,9 @@ def test_imitation_loss(name: str, convention: str, tmp_path: Path) -> None:
 # Reinforcement learning
 
 
+AFTER_KEYS = ("self_attn.q_proj", "self_attn.o_proj", "post_attention_layernorm", "mlp.")
+
+
 def pi0_ppo(name: str, tokenizer: Path, **policy_kwargs: Any) -> PPO:
     options = {**TINY_PI0, "tokenizer": str(tokenizer), "prompt_tokens": 40}
     algorithm = PPO(
@@ -545,6 +562,59 @@ def test_the_first_ratio_is_one(name: str, distribution: str, options: dict[str,
         executed = torch.full((3,), policy.action_chunk)
         first, second = (policy.evaluate(observation, trace, executed).log_prob for _ in range(2))
     assert torch.equal(first, second) and torch.isfinite(first).all()
+
+
+@both
+@pytest.mark.parametrize(
+    ("distribution", "options"),
+    [("flow_sde", {}), ("flow_sde", {"joint": True}), ("flow_noise", {}), ("flow_noise", {"joint": False})],
+)
+def test_ppo_begins_at_ratio_one(name: str, distribution: str, options: dict[str, Any], tmp_path: Path) -> None:
+    algorithm = pi0_ppo(name, tiny_tokenizer(tmp_path), distribution=distribution, distribution_kwargs=options)
+    algorithm.micro_batch_size = 3
+    algorithm.learn(8)  # one epoch of one minibatch, so all of it is before the first step
+    found = algorithm.logger.name_to_value
+    assert found["train/ratio_max"] == 1.0 and found["actor/approx_kl"] == 0.0 and found["actor/pg_clipfrac"] == 0
+    assert found["actor/grad_norm"] > 0
+
+
+@both
+@pytest.mark.parametrize("distribution", ["flow_sde", "flow_noise"])
+def test_what_is_drawn_has_its_mean_and_deviation(name: str, distribution: str, tmp_path: Path) -> None:
+    """A hundred thousand numbers: of a thousand chains, five steps, five actions, four dimensions."""
+    options = {"joint": True, "denoising_steps": 5}
+    policy = pi0_ppo(name, tiny_tokenizer(tmp_path), distribution=distribution, distribution_kwargs=options).policy
+    observation = policy.prepare(toy_observation(1000, image_size=64))
+    with torch.no_grad():
+        context = policy.model.encode(observation)
+        _, trace = policy.distribution.sample(policy.model, context, torch.Generator().manual_seed(1))
+        mean, std = policy.distribution.transition(policy.model, context, trace)
+    reached = policy.distribution._executed_part(trace["chain"][:, 1:], policy.model.action_dim)
+    drawn = (reached - mean) / std
+    assert drawn.shape[1] == 5
+    for step in drawn.unbind(1):
+        assert abs(step.mean().item()) < 5 / math.sqrt(step.numel())
+        assert abs(step.std().item() - 1) < 5 / math.sqrt(2 * step.numel())
+
+
+@both
+@pytest.mark.parametrize("trainable", ["expert", "adaptive", "lora", "all"])
+def test_gradients_are_of_what_is_trained_alone(name: str, trainable: str, tmp_path: Path) -> None:
+    """And of all of it."""
+    if (name, trainable) == ("pi0", "adaptive"):
+        pytest.skip("pi0 has no modulated norms")
+    if trainable == "lora":
+        pytest.importorskip("peft")
+    policy = pi0_ppo(name, tiny_tokenizer(tmp_path), trainable=trainable).policy
+    observation = policy.prepare(toy_observation(3, image_size=64))
+    _, _, trace = policy.decide(observation)
+    policy.evaluate(observation, trace, torch.full((3,), policy.action_chunk)).log_prob.sum().backward()
+    # Of PaliGemma the expert sees keys and values alone: what follows them in the last layer, it does not.
+    unseen = tuple(f"{P}model.language_model.{part}" for part in ("norm", *(f"layers.2.{part}" for part in AFTER_KEYS)))
+    moved = {key for key, p in policy.model.named_parameters() if p.grad is not None and bool(p.grad.any())}
+    trained = {key for key, p in policy.model.named_parameters() if p.requires_grad and not key.startswith(unseen)}
+    assert trained and moved == trained
+    assert {key.startswith(P) for key in trained} == ({True, False} if trainable in ("lora", "all") else {False})
 
 
 @both
@@ -613,14 +683,16 @@ def test_what_the_model_reads_matters(name: str, tmp_path: Path) -> None:
     assert torch.equal(blind.policy._predict({**first, "state": other["state"]}, deterministic=True), base)
 
 
-def test_the_flow_is_the_limit_of_little_noise(tmp_path: Path) -> None:
+@both
+def test_the_flow_is_the_limit_of_little_noise(name: str, tmp_path: Path) -> None:
     policy = VLAPolicy(
         ToyEnv(image_size=64).observation_space,
         ToyEnv().action_space,
         lambda _: 1e-3,
-        model="pi0",
+        model=name,
         model_kwargs={**TINY_PI0, "tokenizer": str(tiny_tokenizer(tmp_path))},
     )
+    stir(policy)
     context = policy.model.encode(toy_observation(2, image_size=64))
     noise = torch.randn(2, 2, 32, generator=torch.Generator().manual_seed(0))
     expected = integrate(policy.model, context, noise, 4)[:, :, :2]

@@ -12,8 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from toy import ToyEnv, toy_demonstrations, toy_observation
+from toy import ToyEnv, toy_demonstrations, toy_observation, toy_vec
 from toy_pi0 import (
+    DATA,
     HEADS,
     LAYOUTS,
     NAMES,
@@ -30,8 +31,9 @@ from toy_pi0 import (
     write_layout,
 )
 
+from sb3_vla import GRPO, PPO
 from sb3_vla.checkpoints import load_checkpoint, save_checkpoint
-from sb3_vla.checkpoints.pi0 import canonical_name, load_pi0, save_lerobot, save_openpi
+from sb3_vla.checkpoints.pi0 import TIED, canonical_name, load_pi0, save_lerobot, save_openpi
 from sb3_vla.distributions.base import integrate
 from sb3_vla.distributions.flow_noise import FlowNoise
 from sb3_vla.models import Pi0, Pi05
@@ -126,6 +128,18 @@ def test_an_untied_embedding_wins(tmp_path: Path, name: str) -> None:
 )
 def test_names_of_other_layouts(theirs: str, ours: str) -> None:
     assert canonical_name(theirs) == ours
+
+
+@both
+@pytest.mark.parametrize("prefix", ["", "model.", "module.", "_fsdp_wrapped_module."])
+def test_the_names_of_a_full_size_checkpoint_are_known(name: str, prefix: str) -> None:
+    """778 and 813, with the two heads."""
+    original = json.loads((DATA / name / "full_names.json").read_text())
+    with torch.device("meta"):
+        model = NAMES[name]()
+    known = {canonical_name(prefix + key) for key in original}
+    assert len(known) == len(original) == {"pi0": 778, "pi05": 813}[name]
+    assert known == {*weights_of(model), TIED, f"{X}lm_head.weight"}
 
 
 def test_a_flattened_vision_tower(tmp_path: Path) -> None:
@@ -232,6 +246,21 @@ def test_the_prompt_of_each_lerobot_version(tmp_path: Path) -> None:
     assert len(new.prompts(["go"], state)[0][0].partition("State: ")[2].split(";")[0].split()) == 4
     assert new.tokenize.source == str(tmp_path / "new" / "tokenizer")
     assert old.tokenize.source == "google/paligemma-3b-pt-224"
+
+
+@both
+@pytest.mark.parametrize("layout", ["openpi", "lerobot 0.4", "rlinf rl", "lerobot"])
+def test_a_tokenizer_that_lies_with_the_weights(tmp_path: Path, name: str, layout: str) -> None:
+    """Is taken, unless another is asked for."""
+    folder = write_layout(tmp_path / "a", name, layout)
+    tiny_tokenizer(folder / "tokenizer" if layout == "openpi" else folder)
+    expected = {"openpi": folder / "tokenizer" / "tokenizer.json", "lerobot": folder / "tokenizer"}
+    found = load_pi0(folder, HEADS).model
+    assert isinstance(found, Pi0) and found.tokenize.source == str(expected.get(layout, folder / "tokenizer.json"))
+    _, valid = found.read_prompt(toy_observation(1))
+    assert valid.any()
+    other = load_pi0(folder, {**HEADS, "tokenizer": "owner/other"}).model
+    assert isinstance(other, Pi0) and other.tokenize.source == "owner/other"
 
 
 def test_where_openpi_statistics_may_be(tmp_path: Path) -> None:
@@ -508,3 +537,34 @@ def test_a_policy_of_a_published_checkpoint(tmp_path: Path, name: str, tokenizer
     observation["instruction"] = toy_observation(1)["instruction"][0].numpy()
     action, _ = acts.predict(observation, deterministic=True)
     assert action.shape == (5, 4) and np.isfinite(action).all()
+
+
+@both
+@pytest.mark.parametrize("algorithm_class", [PPO, GRPO])
+def test_an_algorithm_takes_a_published_checkpoint(
+    tmp_path: Path, name: str, tokenizer: str, algorithm_class: Any
+) -> None:
+    """By ``policy_kwargs`` alone; stock ``predict`` acts, and what is saved acts again."""
+    folder = write_layout(tmp_path / "a", name, "rlinf sft")
+    kwargs = {"model": name, "checkpoint": folder, "model_kwargs": {**HEADS, "tokenizer": tokenizer}}
+    sizes = {"n_steps": 4} if algorithm_class is PPO else {"group_size": 4, "n_groups": 1}
+    algorithm = algorithm_class(
+        "VLAPolicy",
+        toy_vec(4, chunk=5, action_dim=4, image_size=64),
+        batch_size=4,
+        n_epochs=1,
+        seed=0,
+        device="cpu",
+        policy_kwargs={**kwargs, "distribution": "flow_sde"},
+        **sizes,
+    )
+    before = {key: value.clone() for key, value in weights_of(algorithm.policy.model).items()}
+    algorithm.learn(4)
+    moved = {key for key, value in weights_of(algorithm.policy.model).items() if not torch.equal(value, before[key])}
+    assert "action_out_proj.weight" in moved and not any(key.startswith(P) for key in moved)
+    observation, _ = ToyEnv(chunk=5, action_dim=4, image_size=64).reset(seed=0)
+    action, _ = algorithm.predict(observation, deterministic=True)
+    assert action.shape == (5, 4)
+    algorithm.save(tmp_path / "model.zip")
+    again = algorithm_class.load(tmp_path / "model.zip", device="cpu")
+    assert np.array_equal(again.predict(observation, deterministic=True)[0], action)

@@ -203,6 +203,7 @@ def test_the_settings_of_the_reference() -> None:
     assert (config.gamma, config.gae_lambda, config.max_grad_norm, config.seed) == (0.99, 0.95, 1.0, 42)
     assert config.distribution == "flow_sde"
     assert config.distribution_kwargs == {"denoising_steps": 5, "noise_level": 0.5}
+    assert config.frozen_bf16 and config.bf16 is None  # on a GPU all is in bfloat16
     assert plan.train["env_kwargs"] == {
         "reward": "difference",
         "reward_coef": 1.0,

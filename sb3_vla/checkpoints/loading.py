@@ -17,7 +17,8 @@ from sb3_vla.checkpoints.pi0 import is_pi0, load_pi0
 def load_checkpoint(source: str | Path, options: Mapping[str, Any] | None = None) -> LoadedCheckpoint:
     """Read a checkpoint: our own, or one as others publish it.
 
-    :param source: folder; of a published one also ``owner/name`` or ``owner/name@revision`` on the Hugging Face hub.
+    :param source: folder; of a published one also ``hf://owner/name`` or ``hf://owner/name@revision`` on the
+        Hugging Face hub.
     :param options: of a published one, those of its reader, such as :func:`sb3_vla.checkpoints.pi0.load_pi0` or
         :func:`sb3_vla.checkpoints.openvla_oft.load_openvla_oft`; ours says everything itself.
     :raises FileNotFoundError: if it is not there or incomplete; the message says what is missing.

@@ -32,7 +32,8 @@ from sb3_vla.models import Pi0, Pi05
 from sb3_vla.models.gemma import GemmaSize
 from sb3_vla.models.lora import merged_state
 from sb3_vla.models.normalisation import STATISTICS
-from sb3_vla.models.prompts import tokenizer_file
+from sb3_vla.models.pi0 import PALIGEMMA
+from sb3_vla.models.prompts import find_tokenizer_file, tokenizer_file
 
 P = "paligemma_with_expert.paligemma."
 X = "paligemma_with_expert.gemma_expert."
@@ -53,10 +54,11 @@ _STEPS, _RLINF_STEPS = 10, 5
 def load_pi0(source: str | Path, options: Mapping[str, Any] | None = None) -> LoadedCheckpoint:
     """Read a checkpoint of pi0 or pi0.5.
 
-    :param source: folder, or ``owner/name`` or ``owner/name@revision`` on the Hugging Face hub.
-    :param options: options of the model that differ from what the checkpoint says, above all ``tokenizer``, and with
-        openpi's and RLinf's, which do not say them, ``action_horizon`` and ``discrete_state_input``; and
-        ``norm_stats``, the path of a ``norm_stats.json`` where the folder has none, or ``"none"`` for a base model.
+    :param source: folder, or ``hf://owner/name`` or ``hf://owner/name@revision`` on the Hugging Face hub.
+    :param options: options of the model that differ from what the checkpoint says, above all ``tokenizer`` where the
+        folder has none, and with openpi's and RLinf's, which do not say them, ``action_horizon`` and
+        ``discrete_state_input``; and ``norm_stats``, the path of a ``norm_stats.json`` where the folder has none, or
+        ``"none"`` for a base model.
     :return: with RLinf's value head, for whoever has such a critic, and its noise head as a ``flow_noise``.
     :raises FileNotFoundError: if weights or statistics are missing.
     :raises ValueError: if the weights are no pi0's or pi0.5's; the message says what is missing and unexpected.
@@ -75,6 +77,9 @@ def load_pi0(source: str | Path, options: Mapping[str, Any] | None = None) -> Lo
         said, statistics = _openpi_options(config), None
     if norm_stats is not None or statistics is None:
         statistics = _norm_stats(folder, norm_stats)
+    tokenizer = find_tokenizer_file(folder)
+    if tokenizer is not None and not Path(said.get("tokenizer", PALIGEMMA)).is_dir():
+        said["tokenizer"] = str(tokenizer)
     for part in ("vision", "vlm", "expert"):
         given[part] = {**found.sizes[part], **given.get(part, {})}
     chosen = {**found.sizes, **said, **given}

@@ -55,17 +55,24 @@ def clean(sentence: str) -> str:
     return sentence.strip().replace("_", " ").replace("\n", " ")
 
 
+def find_tokenizer_file(folder: Path) -> Path | None:
+    """A tokenizer in a folder, or in its subfolder ``tokenizer``; None for none."""
+    for place in (folder, folder / "tokenizer"):
+        for name in ("tokenizer.json", "paligemma_tokenizer.model", "tokenizer.model"):
+            if (place / name).is_file():
+                return place / name
+    return None
+
+
 def tokenizer_file(source: str) -> Path:
     """The file of a tokenizer, see :class:`PromptTokenizer`; it is fetched from the hub if need be.
 
     :raises FileNotFoundError: if there is none.
     """
     path = Path(source).expanduser()
-    if path.is_file():
-        return path
-    for name in ("tokenizer.json", "paligemma_tokenizer.model", "tokenizer.model"):
-        if (path / name).is_file():
-            return path / name
+    found = path if path.is_file() else find_tokenizer_file(path)
+    if found is not None:
+        return found
     advice = (
         "Give tokenizer=FOLDER with tokenizer.json, a SentencePiece file such as openpi's paligemma_tokenizer.model, "
         "or a hub repository such as google/paligemma-3b-pt-224 (gated: accept its licence and log in first)"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from typing import Any
 
@@ -27,4 +28,9 @@ class Recomputing(nn.Module):
 def recomputing(layers: Iterable[nn.Module]) -> None:
     """Give layers of another library the switch; names of parameters stay."""
     for layer in layers:
-        layer.__class__ = type(type(layer).__name__, (Recomputing, type(layer)), {})
+        layer.__class__ = _with_switch(type(layer))  # type: ignore[arg-type]
+
+
+@functools.cache
+def _with_switch(kind: type[nn.Module]) -> type[nn.Module]:
+    return type(kind.__name__, (Recomputing, kind), {})
