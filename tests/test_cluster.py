@@ -67,8 +67,8 @@ def _simulated_cluster(connect: bool = True) -> Iterator[Any]:
 
     arguments = {"num_cpus": 4, "object_store_memory": 200 * 2**20, "include_dashboard": False}
     simulated = SimulatedCluster(initialize_head=True, head_node_args=arguments)
-    second = simulated.add_node(num_cpus=4, object_store_memory=200 * 2**20)
     if not connect:
+        simulated.add_node(num_cpus=4, object_store_memory=200 * 2**20)
         try:
             yield SimpleNamespace(address=simulated.address)
         finally:
@@ -76,6 +76,8 @@ def _simulated_cluster(connect: bool = True) -> Iterator[Any]:
         return
     paths = os.pathsep.join(path for path in sys.path if path)
     ray.init(address=simulated.address, runtime_env={"env_vars": {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}})
+    # Both nodes have this machine's address, so a process that connects later may become either's.
+    second = simulated.add_node(num_cpus=4, object_store_memory=200 * 2**20)
     ray.kill_node = lambda _: simulated.remove_node(second, allow_graceful=False)
     yield ray
     ray.shutdown()
