@@ -283,6 +283,11 @@ def test_statistics_in_their_own_file(published: Path) -> None:
         (lambda path: (path / MODEL_FILE).write_bytes(b"nothing"), ValueError, "is damaged"),
         (lambda path: edit_tensors(path / MODEL_FILE, {}, "projector.fc1.bias"), ValueError, "missing projector.fc1"),
         (
+            lambda path: edit_tensors(path / MODEL_FILE, {"projector.fc1.bias": torch.zeros(3)}),
+            ValueError,
+            r"projector.fc1.bias has shape \(3,\), expected",
+        ),
+        (
             lambda path: edit_json(path / "config.json", text_config={**TEXT, "num_hidden_layers": 4}),
             ValueError,
             "missing language_model.model.layers.3",

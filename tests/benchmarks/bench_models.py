@@ -188,7 +188,7 @@ def print_memory(labels: list[str]) -> None:
     for label in labels:
         for recipe, plan in zip(RECIPES[TRAINED[label][0]], planned(label), strict=True):
             console.print(f"{label}, metaworld_50_{recipe}: {plan.device / 2**30:.1f} GiB on the device, ", end="")
-            console.print(f"{plan.buffer / 2**30:.1f} GiB of main memory. {plan.settings}")
+            console.print(f"{plan.buffer / 2**30:.1f} GiB of rollouts in main memory. {plan.settings}")
 
 
 def main() -> None:
