@@ -452,7 +452,8 @@ def test_a_plan_of_a_checkpoint_is_of_its_published_size(monkeypatch: pytest.Mon
 
     monkeypatch.setattr("sb3_vla.footprint._made", made)
     monkeypatch.setattr("sb3_vla.footprint.plan_memory", lambda model, **_: models.append(model))
-    plan = plan_of("metaworld_50_sft_tinyvla", ["actor.model.model_kwargs={base: true, action_horizon: 8}"])
+    given = ["actor.model.model_path=somewhere", "actor.model.model_kwargs={base: true, action_horizon: 8}"]
+    plan = plan_of("metaworld_50_sft_tinyvla", given)
     for options in (None, PUBLISHED["TinyVLA-S"][1]):
         footprint(plan, options)
     assert [found["language"]["hidden_size"] for found in sizes] == [2048, 512]
