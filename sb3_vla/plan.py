@@ -37,8 +37,8 @@ SUITES = {
     "metaworld_45_ind": ("ML45", "train"),
     "metaworld_45_ood": ("ML45", "test"),
 }
-#: models that learn from demonstrations alone at their default size; the others build on pretrained towers
-FROM_SCRATCH = ("compact", "diffusion_policy")
+#: models that learn from demonstrations alone at their default size; others are given one, or start from a checkpoint
+FROM_SCRATCH = ("compact",)
 #: options that say how a checkpoint is read, not how large a new model is
 _OF_READING = ("base", "precision")
 

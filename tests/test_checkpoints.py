@@ -157,6 +157,14 @@ def test_what_a_distribution_learned_is_kept(tmp_path: Path, name: str, options:
     assert torch.equal(load_policy(tmp_path / "a").distribution.state_dict()[last], fresh[last])
 
 
+@pytest.mark.parametrize("key", ["type", "model_type"])
+def test_a_layout_that_nothing_reads(tmp_path: Path, key: str) -> None:
+    """Said before weights are looked for, which may have other names."""
+    (tmp_path / "config.json").write_text(json.dumps({key: "act"}))
+    with pytest.raises(ValueError, match=r"says that it is 'act'.*expected diffusion, llava_pythia, openvla, pi0"):
+        load_checkpoint(tmp_path)
+
+
 @pytest.mark.parametrize("entry", [5, ["gaussian"], ["gaussian", 5], {"gaussian": {}}])
 def test_a_distribution_that_is_none(saved: Path, entry: Any) -> None:
     edit_config(saved, distribution=entry)

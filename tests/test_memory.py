@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from published import same_tensors
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from toy import toy_observation
@@ -65,6 +66,25 @@ def test_activations_are_those_of_a_real_update(tmp_path: Path, trainable: str, 
     assert plan.activations == pytest.approx(measured(model, 16), rel=0.1)
 
 
+LAPTOP_OFT = {"sizes": "laptop", "resolution": 56, "image_size": 96, "max_prompt_tokens": 108}
+
+
+@pytest.mark.parametrize(("name", "options"), [("tinyvla", {}), ("openvla_oft", LAPTOP_OFT)])
+def test_recomputed_layers_give_the_same_gradients(name: str, options: dict[str, Any]) -> None:
+    model, given = make_model(name, options), toy_observation(2, image_size=options.get("image_size", 64))
+    actions, mask = torch.rand(2, model.action_horizon, 4), torch.ones(2, model.action_horizon, dtype=torch.bool)
+    gradients = []
+    for recomputed in (False, True):
+        model.zero_grad()
+        model.set_gradient_checkpointing(recomputed)
+        model.imitation_loss(given, actions, mask, generator=torch.Generator().manual_seed(0)).backward()
+        gradients.append({name: value.grad for name, value in model.named_parameters() if value.grad is not None})
+    assert same_tensors(*gradients)
+    model.set_gradient_checkpointing(False)
+    plans = [plan_memory(model, trainable="all", batch_size=8, gradient_checkpointing=on) for on in (False, True)]
+    assert plans[1].activations < 0.7 * plans[0].activations
+
+
 @pytest.mark.parametrize(
     ("name", "options"),
     [
@@ -72,7 +92,7 @@ def test_activations_are_those_of_a_real_update(tmp_path: Path, trainable: str, 
         ("diffusion_policy", {}),
         ("smolvla", {"vlm": "laptop", "layers": 2, "image_size": 96, "action_horizon": 8}),
         ("tinyvla", {}),
-        ("openvla_oft", {"sizes": "laptop", "resolution": 56, "image_size": 96, "max_prompt_tokens": 108}),
+        ("openvla_oft", LAPTOP_OFT),
     ],
 )
 def test_other_models(name: str, options: dict[str, Any]) -> None:

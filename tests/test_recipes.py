@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import json
 import typing
 from pathlib import Path
 from typing import Any, cast
@@ -18,6 +19,8 @@ from sb3_vla.config import ConfigError, leaf_keys
 from sb3_vla.distributions import make_distribution
 from sb3_vla.footprint import footprint
 from sb3_vla.models import VLAModel, make_model
+from sb3_vla.models.lora import adapted_layers
+from sb3_vla.models.sizes import PUBLISHED
 from sb3_vla.plan import Plan, make_plan
 from sb3_vla.recipes import RECIPES, Recipe, find_recipe, given_keys, load_recipe, recipe_names, summary
 
@@ -289,9 +292,11 @@ def test_what_a_recipe_explores_by_can_train_what_it_trains(name: str) -> None:
     distribution.check_trainable(model)
 
 
-@pytest.mark.parametrize("kind", ["smolvla", "tinyvla", "openvlaoft"])
+@pytest.mark.parametrize("kind", ["smolvla", "diffusion_policy", "tinyvla", "openvlaoft"])
 def test_how_a_checkpoint_is_read_makes_no_new_model(kind: str) -> None:
-    assert not plan_of(f"metaworld_50_sft_{kind}", []).begins
+    assert not plan_of(f"metaworld_50_ppo_{kind}", []).begins
+    # Diffusion Policy alone is imitated from nothing at full size.
+    assert plan_of(f"metaworld_50_sft_{kind}", []).begins == (kind == "diffusion_policy")
     assert plan_of(f"metaworld_50_sft_{kind}_laptop", []).begins
 
 
@@ -435,6 +440,26 @@ def test_the_memory_of_imitation_and_of_what_follows_it() -> None:
     assert small["ppo"].buffer < stages["ppo"].buffer
     assert list(footprint(plan_of("metaworld_50_sft_compact", []))) == ["sft"]
     assert list(footprint(plan_of("metaworld_50_grpo_compact", ["actor.model.model_path=somewhere"]))) == ["grpo"]
+
+
+def test_a_plan_of_a_checkpoint_is_of_its_published_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not of the size that trains from nothing, and with the adapters of imitation; here on a model of laptop size."""
+    sizes: list[dict[str, Any]] = []
+    models: list[VLAModel] = []
+
+    def made(name: str, options: str) -> VLAModel:
+        sizes.append(json.loads(options))
+        return make_model(name, {})
+
+    monkeypatch.setattr("sb3_vla.footprint._made", made)
+    monkeypatch.setattr("sb3_vla.footprint.plan_memory", lambda model, **_: models.append(model))
+    given = ["actor.model.model_path=somewhere", "actor.model.model_kwargs={base: true, action_horizon: 8}"]
+    plan = plan_of("metaworld_50_sft_tinyvla", given)
+    for options in (None, PUBLISHED["TinyVLA-S"][1]):
+        footprint(plan, options)
+    assert [found["language"]["hidden_size"] for found in sizes] == [2048, 512]
+    assert all(found["action_horizon"] == 8 and "base" not in found for found in sizes)
+    assert all(adapted_layers(model) for model in models)
 
 
 @pytest.mark.slow

@@ -518,6 +518,11 @@ def _pop(key: str) -> Callable[[Path], None]:
         (_edit(lambda c: c.update(vocab_size=200)), ValueError, "tokenizer has 258 tokens.*vocab_size=200"),
         (_edit(lambda c: c.update(num_hidden_layers=4)), ValueError, "missing gpt_neox.layers.3"),
         (
+            lambda f: edit_tensors(f / "model.safetensors", {"embed_out.combine.bias": torch.zeros(3)}),
+            ValueError,
+            r"combine.bias has shape \(3,\), expected \(64,\)",
+        ),
+        (
             _edit(lambda c: c["vision_config"]["mm_projector"].update(mm_projector_type="linear")),
             ValueError,
             "'linear'",

@@ -133,6 +133,12 @@ def load_checkpoint(folder: str | Path) -> LoadedCheckpoint:
     published = published_reader(folder)
     if published is not None:
         return published(folder)
+    kind = _published_kind(folder)
+    if kind is not None:
+        raise ValueError(
+            f"{folder / 'config.json'} says that it is {kind!r}, which nothing here reads; expected diffusion, "
+            "llava_pythia, openvla, pi0, pi05 or smolvla, or a folder that sb3_vla wrote"
+        )
     for name in ("config.json", "model.safetensors"):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"Checkpoint {folder} has no {name}; it holds {sorted(os.listdir(folder))}")
@@ -176,24 +182,29 @@ def load_checkpoint(folder: str | Path) -> LoadedCheckpoint:
 
 def published_reader(folder: Path) -> Callable[..., LoadedCheckpoint] | None:
     """Who reads a folder that is not ours, by what its configuration says it is."""
-    try:
-        config = json.loads((place_of_configuration(folder) / "config.json").read_text(encoding="utf-8"))
-        kind = None if "format" in config else config.get("type", config.get("model_type"))
-    except (OSError, ValueError, AttributeError, TypeError):
-        return None  # for our own reader to report
     # These build on this module.
     from sb3_vla.checkpoints.diffusion_policy import load_diffusion_policy
     from sb3_vla.checkpoints.openvla_oft import load_openvla_oft
     from sb3_vla.checkpoints.smolvla import load_smolvla
     from sb3_vla.checkpoints.tinyvla import load_tinyvla
 
-    readers: dict[Any, Callable[..., LoadedCheckpoint]] = {
+    readers: dict[str, Callable[..., LoadedCheckpoint]] = {
         "diffusion": load_diffusion_policy,
         "llava_pythia": load_tinyvla,
         "openvla": load_openvla_oft,
         "smolvla": load_smolvla,
     }
-    return readers.get(kind) if isinstance(kind, str) else None
+    kind = _published_kind(folder)
+    return None if kind is None else readers.get(kind)
+
+
+def _published_kind(folder: Path) -> str | None:
+    try:
+        config = json.loads((place_of_configuration(folder) / "config.json").read_text(encoding="utf-8"))
+        kind = None if "format" in config else config.get("type", config.get("model_type"))
+    except (OSError, ValueError, AttributeError, TypeError):
+        return None  # for our own reader to report
+    return kind if isinstance(kind, str) else None
 
 
 def place_of_configuration(folder: Path) -> Path:

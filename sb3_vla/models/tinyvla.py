@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from mw_envs.tasks import decode_instruction, did_you_mean
 from sb3_vla.models.base import PERCEPTION, Context
 from sb3_vla.models.diffusion import ConditionalUnet1d, DiffusionModel, check_horizon, shrink
+from sb3_vla.models.recomputing import recomputing
 
 PROMPT = (
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
@@ -147,6 +148,7 @@ class TinyVLA(DiffusionModel):
             self.vision_tower: Any = CLIPVisionModel(CLIPVisionConfig(**vision))
         else:
             self.vision_tower = SiglipVisionModel(SiglipVisionConfig(**vision))
+        recomputing([*self.vision_tower.encoder.layers, *self.gpt_neox.layers])
         hidden, seen = self.gpt_neox.config.hidden_size, self.vision_tower.config.hidden_size
         tokens = self.tokenizer.get_vocab_size()
         if tokens > self.gpt_neox.config.vocab_size:

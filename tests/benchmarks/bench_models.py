@@ -1,7 +1,8 @@
-"""Decisions a second and peak memory of every model, with random weights.
+"""Decisions a second and peak memory of every model, with random weights; the memory of training it, planned.
 
     python tests/benchmarks/bench_models.py --size full --batch 1 16        # published sizes, on a GPU
     python tests/benchmarks/bench_models.py --size laptop --batch 1 8       # sizes that train from scratch, anywhere
+    python tests/benchmarks/bench_models.py --memory                        # of training, planned, without a GPU
 
 A decision is one picture, one sentence and one action chunk, drawn with the steps that the model is published with, in
 the precision of the published files: weights of SmolVLA mixed, of OpenVLA-OFT bfloat16, of the others float32.
@@ -9,7 +10,7 @@ Sentences are read byte by byte, which makes prompts up to three times as long a
 Each model runs in a process of its own, and the peak is that of acting at the largest batch, without the model's
 making: of the accelerator's memory as PyTorch's allocator counts it, or of the process's resident memory on a CPU,
 where what was resident before the model was made is taken off. The time is the median over the rounds, the first two
-of which are not counted.
+of which are not counted. ``--memory`` plans the recipes for one GPU, see :mod:`sb3_vla.footprint`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import multiprocessing
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -33,64 +34,29 @@ from torch import Tensor
 
 from mw_envs import encode_instruction
 from sb3_vla.distributions import make_distribution
+from sb3_vla.footprint import footprint
+from sb3_vla.memory import MemoryPlan
 from sb3_vla.models import VLAModel, make_model
+from sb3_vla.models.sizes import PUBLISHED
+from sb3_vla.plan import make_plan
+from sb3_vla.recipes import load_recipe
 
-_CLIP_L = {
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 16,
-    "image_size": 336,
-    "patch_size": 14,
+#: of the options that each is published with, or acts with: what its weights are, and how actions are drawn
+_EXPLORES: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
+    "diffusion_policy": ({}, "ddim", {"denoising_steps": 10}),
+    "tinyvla": ({}, "ddim", {"denoising_steps": 10}),
+    "smolvla": ({"precision": "mixed"}, "flow_sde", {"denoising_steps": 10}),
+    "openvla_oft": ({"precision": "bfloat16", "max_prompt_tokens": 96}, "tokens", {}),
 }
-
-
-def _tinyvla(hidden: int, layers: int, heads: int) -> dict[str, Any]:
-    """On Pythia of these sizes."""
-    language = {"hidden_size": hidden, "intermediate_size": 4 * hidden, "vocab_size": 50304}
-    return {
-        "image_size": 480,
-        "action_horizon": 16,
-        "vision": _CLIP_L,
-        "language": {**language, "num_hidden_layers": layers, "num_attention_heads": heads},
-        "down_dims": (256, 512, 1024),
-        "step_dim": 256,
-        "cameras": 2,
-        "centre_crop": True,
-    }
-
-
-#: label: model, its options, distribution, its options
+#: label: model, its options, distribution, its options; of pi0 see bench_pi0.py
 FULL: dict[str, tuple[str, dict[str, Any], str, dict[str, Any]]] = {
-    "Diffusion Policy": (
-        "diffusion_policy",
-        {
-            "image_size": 480,
-            "action_horizon": 16,
-            "n_obs_steps": 2,
-            "instruction_dim": 0,
-            "widths": (64, 128, 256, 512),
-            "down_dims": (512, 1024, 2048),
-            "step_dim": 128,
-        },
-        "ddim",
-        {"denoising_steps": 10},
-    ),
-    "TinyVLA-S": ("tinyvla", _tinyvla(512, 6, 8), "ddim", {"denoising_steps": 10}),
-    "TinyVLA-B": ("tinyvla", _tinyvla(1024, 24, 16), "ddim", {"denoising_steps": 10}),
-    "TinyVLA-H": ("tinyvla", _tinyvla(2048, 16, 8), "ddim", {"denoising_steps": 10}),
-    "SmolVLA 0.24 B": ("smolvla", {"vlm": "256M", "precision": "mixed"}, "flow_sde", {"denoising_steps": 10}),
-    "SmolVLA 0.45 B": ("smolvla", {"vlm": "500M", "precision": "mixed"}, "flow_sde", {"denoising_steps": 10}),
-    "SmolVLA 2.25 B": ("smolvla", {"vlm": "2.2B", "precision": "mixed"}, "flow_sde", {"denoising_steps": 10}),
-    "OpenVLA-OFT 7 B": (
-        "openvla_oft",
-        {"precision": "bfloat16", "acting": (0, 1, 2, 6), "numbers": 7, "max_prompt_tokens": 96},
-        "tokens",
-        {},
-    ),
+    label: (name, {**options, **_EXPLORES[name][0]}, *_EXPLORES[name][1:])
+    for label, (name, options) in PUBLISHED.items()
+    if name in _EXPLORES
 }
 #: those of the recipes whose names end in ``_laptop``
 LAPTOP: dict[str, tuple[str, dict[str, Any], str, dict[str, Any]]] = {
+    "CompactVLA": ("compact", {"action_horizon": 5}, "gaussian", {"coherence": "offset"}),
     "Diffusion Policy": ("diffusion_policy", {}, "ddim", {"denoising_steps": 10}),
     "TinyVLA": ("tinyvla", {"image_size": 96}, "ddim", {"denoising_steps": 10}),
     "SmolVLA": (
@@ -107,6 +73,17 @@ LAPTOP: dict[str, tuple[str, dict[str, Any], str, dict[str, Any]]] = {
     ),
 }
 SIZES = {"full": FULL, "laptop": LAPTOP}
+#: kind: recipes of imitation and of reinforcement that train it on one GPU
+RECIPES = {
+    "compact": ("sft_compact", "ppo_compact"),
+    "pi0": ("sft_openpi", "ppo_openpi"),
+    "pi05": ("sft_openpi_pi05", "ppo_openpi_pi05"),
+    "smolvla": ("sft_smolvla", "ppo_smolvla"),
+    "diffusion_policy": ("sft_diffusion_policy", "ppo_diffusion_policy"),
+    "tinyvla": ("sft_tinyvla", "ppo_tinyvla"),
+    "openvla_oft": ("sft_openvlaoft", "grpo_openvlaoft_lora"),
+}
+TRAINED = {"CompactVLA": ("compact", {}), **PUBLISHED}
 
 
 def observation(model: VLAModel, count: int, device: str) -> dict[str, Tensor]:
@@ -196,6 +173,24 @@ def run_apart(label: str, options: argparse.Namespace) -> dict[str, Any]:
         process.join()
 
 
+def planned(label: str) -> tuple[MemoryPlan, MemoryPlan]:
+    """Of imitation and of reinforcement, by the recipes as they stand."""
+    kind, sizes = TRAINED[label]
+    found = []
+    for recipe in RECIPES[kind]:
+        start = [] if recipe.startswith("sft") else ["actor.model.model_path=somewhere"]
+        found += footprint(make_plan(load_recipe(f"metaworld_50_{recipe}", start)), sizes).values()
+    return found[0], found[1]
+
+
+def print_memory(labels: list[str]) -> None:
+    console = Console(width=160)
+    for label in labels:
+        for recipe, plan in zip(RECIPES[TRAINED[label][0]], planned(label), strict=True):
+            console.print(f"{label}, metaworld_50_{recipe}: {plan.device / 2**30:.1f} GiB on the device, ", end="")
+            console.print(f"{plan.buffer / 2**30:.1f} GiB of rollouts in main memory. {plan.settings}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--size", choices=sorted(SIZES), default="laptop")
@@ -205,11 +200,15 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", help="write what was measured to this file, too")
+    parser.add_argument("--memory", action="store_true", help="of training at full size, planned, and nothing else")
     options = parser.parse_args()
-    labels = options.models or list(SIZES[options.size])
-    unknown = [label for label in labels if label not in SIZES[options.size]]
+    known: Collection[str] = TRAINED if options.memory else SIZES[options.size]
+    labels = options.models or list(known)
+    unknown = [label for label in labels if label not in known]
     if unknown:
-        parser.error(f"no model {unknown[0]!r} of size {options.size}; expected {', '.join(SIZES[options.size])}")
+        parser.error(f"no model {unknown[0]!r}; expected {', '.join(known)}")
+    if options.memory:
+        return print_memory(labels)
     where = torch.cuda.get_device_name() if options.device == "cuda" else f"CPU, {options.threads} thread(s)"
     table = Table(title=f"{options.size} sizes, random weights, {where}; median of {options.rounds}")
     columns = [f"decisions/s, {count} at once" for count in options.batch]
