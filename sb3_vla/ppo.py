@@ -897,7 +897,13 @@ class PPO(stable_baselines3.PPO):
     ) -> None:
         """As in Stable-Baselines3; where there are shards all ranks must call it."""
         super().set_parameters(load_path_or_dict, exact_match, device)
-        if is_sharded(self.policy):
+        if not isinstance(self.policy, VLAPolicy):
+            return
+        if not is_sharded(self.policy):
+            _fuse(self.policy.optimizer)
+        else:
+            for group in self.policy.optimizer.param_groups:
+                group["fused"] = None  # that of an archive of one process
             load_optimizer_state(self.policy.optimizer, self.policy.optimizer.state_dict()["state"])
 
     def save(self, path: Any, exclude: Any = None, include: Any = None) -> None:
@@ -946,12 +952,18 @@ class PPO(stable_baselines3.PPO):
 
 
 def _fuse(optimizer: torch.optim.Optimizer) -> None:
-    """Let Adam step by one kernel for all weights, which takes a third of the time, unless its options say how."""
+    """Let Adam step by one kernel for all weights, unless its options say how; on a CPU that takes a third of the time
+    (``tests/benchmarks/bench_learner.py``)."""
     if type(optimizer) not in (torch.optim.Adam, torch.optim.AdamW):
         return
     for group in optimizer.param_groups:
-        if all(group.get(option) is None for option in ("fused", "foreach")):
-            group["fused"] = not (group["capturable"] or group["differentiable"])
+        chosen = any(group.get(option) is not None for option in ("fused", "foreach"))
+        if chosen or group["capturable"] or group["differentiable"]:
+            continue
+        group["fused"] = True
+        for weights in group["params"]:  # the kernel wants the number of steps beside them
+            if "step" in optimizer.state[weights]:
+                optimizer.state[weights]["step"] = optimizer.state[weights]["step"].to(weights.device)
 
 
 class _NoBuffer:

@@ -23,7 +23,11 @@ _FORK = mp.get_context("fork")
 _NEAR: list[Any] = []
 
 
-class RayActorError(Exception):
+class RayError(Exception):
+    """All of Ray's own."""
+
+
+class RayActorError(RayError):
     """The actor, or its node, is gone."""
 
 
@@ -102,8 +106,9 @@ class StandInRay:
     def __init__(self, *slots: int) -> None:
         self.slots = {f"node {number}": count for number, count in enumerate(slots)}
         self.dead: set[str] = set()
+        self.unnoticed = 0  # calls of nodes() for which a killed node still counts as living
         self.actors: list[_Handle] = []
-        self.exceptions = SimpleNamespace(RayActorError=RayActorError)
+        self.exceptions = SimpleNamespace(RayActorError=RayActorError, RayError=RayError)
         strategies = SimpleNamespace(NodeAffinitySchedulingStrategy=lambda node, soft: node)
         self.util = SimpleNamespace(scheduling_strategies=strategies, get_node_ip_address=lambda: "127.0.0.1")
 
@@ -114,14 +119,18 @@ class StandInRay:
         return SimpleNamespace(get_node_id=lambda: "node 0")
 
     def nodes(self) -> list[dict[str, Any]]:
+        known = set() if self.unnoticed > 0 else self.dead
+        self.unnoticed -= len(self.dead)
         return [
-            {"NodeID": name, "NodeManagerAddress": "", "Alive": name not in self.dead, "Resources": {"CPU": count}}
+            {"NodeID": name, "NodeManagerAddress": "", "Alive": name not in known, "Resources": {"CPU": count}}
             for name, count in self.slots.items()
         ]
 
     def remote(self, server: type) -> Any:
         def start(node: str, arguments: tuple[Any, ...]) -> _Handle:
             self.actors.append(_Handle(node, server, arguments))
+            if node in self.dead:  # what is begun there dies with it
+                os.kill(self.actors[-1].process.pid or 0, signal.SIGKILL)
             return self.actors[-1]
 
         def options(num_cpus: int, num_gpus: int, scheduling_strategy: str) -> Any:
@@ -132,7 +141,7 @@ class StandInRay:
     def put(self, value: Any) -> _Answer:
         return _Answer(None, cloudpickle.loads(cloudpickle.dumps(value)))
 
-    def get(self, answer: Any) -> Any:
+    def get(self, answer: Any, timeout: float | None = None) -> Any:
         return [one.get() for one in answer] if isinstance(answer, list) else answer.get()
 
     def wait(

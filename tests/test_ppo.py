@@ -7,6 +7,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -910,3 +911,20 @@ def test_a_stopped_update_counts_as_one_rollout() -> None:
 def test_numbers_out_of_range_are_told(option: str, value: float, expected: str) -> None:
     with pytest.raises(ValueError, match=re.escape(expected)):
         toy_ppo(**{option: value})  # type: ignore[arg-type]
+
+
+def test_adam_steps_by_one_kernel(tmp_path: Path) -> None:
+    """Also after an archive of a version that had it otherwise; but as is asked for."""
+    algorithm = toy_ppo()
+    algorithm.learn(32)
+    groups = algorithm.policy.optimizer.param_groups
+    assert [group["fused"] for group in groups] == [True, True]
+    algorithm.save(tmp_path / "new")
+    for group in groups:
+        group["fused"] = None
+    algorithm.save(tmp_path / "old")
+    for name in ("new", "old"):
+        loaded = PPO.load(tmp_path / name)
+        assert [group["fused"] for group in loaded.policy.optimizer.param_groups] == [True, True]
+    asked = toy_ppo(policy_kwargs={"model_kwargs": TINY, "optimizer_kwargs": {"foreach": True}}, stirred=False)
+    assert [group["fused"] for group in asked.policy.optimizer.param_groups] == [None, None]

@@ -311,6 +311,27 @@ def test_a_floor_that_goes_on_behind_the_camera() -> None:
     assert (picture[55:, :, 1] > 0).all() and not picture[:45].any()
 
 
+@pytest.mark.parametrize("height", [0.5, 1.9], ids=["before the camera", "through its plane"])
+def test_what_moves_has_the_texture_of_what_does_not(height: float) -> None:
+    """A slope that is seen from near and far; of the background, each pixel asks how much its texture is reduced."""
+    model = mujoco.MjModel.from_xml_string(
+        '<mujoco><asset><texture name="t" type="2d" builtin="checker" rgb1="0 0 0" rgb2="1 1 1" width="64" '
+        'height="64"/>'
+        '<material name="m" texture="t" texrepeat="12 12"/></asset><worldbody>'
+        f'{CAMERA}<body pos="0 0 {height}" euler="0 60 0"><geom type="box" size="1.2 1 .02" material="m"/></body>'
+        "</worldbody></mujoco>"
+    )
+    data = mujoco.MjData(model)
+    mujoco.mj_forward(model, data)
+    view = View("down", 200, 200, rotated=False)
+    moving, still = (
+        SoftwareRenderer().render(model, data, view, Scene(name, frozenset(bodies))).astype(int)
+        for name, bodies in (("moving", [0]), ("still", [0, 1]))
+    )
+    assert still.std() > 20
+    assert abs(moving - still).mean() <= 1.0
+
+
 @pytest.mark.parametrize(
     "light",
     ['<light pos="0 0 3" dir="0 0 -1"/>', 2 * '<light directional="true" pos="0 0 3" dir="1 0 -1"/>'],

@@ -75,7 +75,7 @@ def draw_background(look, camera, poses, drawables, sky, background):
     _empty(spans)
     raster.rasterise(geometry, drawables, camera, window, workspace, background.seen, spans)
     count = shading.find_visible(0, rows, spans, (1, TRIANGLE), background.seen, look.frame, 0, workspace)
-    shading.prepare_visible(0, count, look, camera)
+    shading.prepare_visible(0, count, look, camera, True)
     shading.resolve_background(look, camera, background)
 
 
@@ -100,7 +100,7 @@ def draw_moving(look, camera, poses, moving, transparent, casting, lit, pixel, b
     for y in range(top, bottom, _BAND):
         end, start = min(y + _BAND, bottom), count
         count = shading.find_visible(y, end, spans, (1, TRIANGLE), seen, frame, start, workspace)
-        shading.prepare_visible(start, count, look, camera)
+        shading.prepare_visible(start, count, look, camera, False)
         shading.resolve(y, end, spans, seen, look, camera, shadows, background.shadows, picture)
     # MuJoCo draws what is transparent twice, from front to back and from back to front.
     layers = len(transparent)
@@ -116,7 +116,7 @@ def draw_moving(look, camera, poses, moving, transparent, casting, lit, pixel, b
         raster.rasterise(geometry, one, camera, window, workspace, canvas.layer, canvas.layer_spans)
         numbers, start = (geometry.first_triangle[one[0]] + 1, geometry.first_triangle[one[0] + 1]), count
         count = shading.find_visible(top, bottom, canvas.layer_spans, numbers, canvas.layer, frame, start, workspace)
-        shading.prepare_visible(start, count, look, camera)
+        shading.prepare_visible(start, count, look, camera, False)
         alpha = look.materials.rgba[one[0], 3]
         shading.blend(top, bottom, canvas.layer_spans, numbers, canvas.layer, alpha, look, camera, picture)
 

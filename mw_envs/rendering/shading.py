@@ -98,16 +98,14 @@ def _evaluate(planes, slot, ray_x, ray_y):
 
 
 @inlined
-def _choose_level(p, slot, ray_x, ray_y, step_x, step_y, mapping, d, texture, levels):
-    """Keep with a triangle how much its texture is reduced where a ray meets it, for all of it.
+def _level(p, slot, ray_x, ray_y, step_x, step_y, mapping, d, texture, levels):
+    """How much a triangle's texture is reduced where a ray meets it: the level, and behind the point the share of the
+    next one.
 
-    Where a pixel is small beside the triangle's distance that changes little over the triangle.
-
-    :param p: planes of the triangles.
+    :param p: planes of the triangles, evaluated for the ray.
     :param step_x: width of a pixel, and step_y its height, in rays.
     :param d: the triangle's drawable.
     """
-    _evaluate(p, slot, ray_x, ray_y)
     weight = p[slot, 0, WEIGHT] * ray_x + p[slot, 1, WEIGHT] * ray_y + p[slot, 2, WEIGHT]
     inverse = ONE / (weight if abs(weight) > F(1e-20) else F(1e-20))
     a, c, f = mapping[d, 1], mapping[d, 3], mapping[d, 5]
@@ -121,14 +119,16 @@ def _choose_level(p, slot, ray_x, ray_y, step_x, step_y, mapping, d, texture, le
     qy = (p[slot, 1, S + 1] * c - q * p[slot, 1, WEIGHT]) * down
     ry = (p[slot, 1, S + 2] * f - r * p[slot, 1, WEIGHT]) * down
     level, blend = texture_level(levels, texture, mapping[d, 0], s, q, r, sx, qx, rx, sy, qy, ry)
-    p[slot, 0, LEVEL] = F(level) + min(blend, _ALMOST_ONE)
+    return F(level) + min(blend, _ALMOST_ONE)
 
 
 @compiled
-def prepare_visible(start, count, look, camera):
+def prepare_visible(start, count, look, camera, still):
     """The quantities of visible triangles as functions of the ray.
 
     :param start: the first of them in the list, and count the one after the last.
+    :param still: whether they are the background's, which is drawn once: each pixel asks how much a texture is reduced.
+        Of others a triangle asks once, for its middle, unless it reaches behind the camera.
     """
     fx, fy, near = F(1 / camera.focal_x), F(1 / camera.focal_y), F(camera.near)
     texture, mapping, levels = look.materials.texture, look.materials.mapping, look.textures.levels
@@ -194,30 +194,32 @@ def prepare_visible(start, count, look, camera):
             planes[i, 2, j] = na[2] * a + nb[2] * b + nc[2] * c
         d = drawable[t]
         if texture[d] >= 0:
-            # Its middle, by the rays to its corners; a corner may lie behind the camera.
-            middle_x, middle_y = ZERO, ZERO
+            middle_x, middle_y, nearest = ZERO, ZERO, near
             for k in range(3):
                 v = triangles[t, k]
-                away = max(workspace.camera_w[v], near)
-                middle_x += workspace.camera_x[v] / away * _THIRD
-                middle_y += workspace.camera_y[v] / away * _THIRD
-            _choose_level(planes, i, middle_x, middle_y, fx, fy, mapping, d, texture[d], levels)
+                away = workspace.camera_w[v]
+                nearest = min(nearest, away)
+                middle_x += workspace.camera_x[v] / max(away, near) * _THIRD
+                middle_y += workspace.camera_y[v] / max(away, near) * _THIRD
+            if still or nearest < near:
+                planes[i, 0, LEVEL] = -ONE
+            else:
+                _evaluate(planes, i, middle_x, middle_y)
+                planes[i, 0, LEVEL] = _level(planes, i, middle_x, middle_y, fx, fy, mapping, d, texture[d], levels)
 
 
 @inlined
-def _apply_texture(p, slot, mapping, d, texture, pixels, levels):
-    """Multiply the colours of a triangle by its texture.
-
-    :param p: planes of the triangles.
-    :param d: the triangle's drawable.
-    """
+def _apply_texture(p, slot, ray_x, ray_y, step_x, step_y, mapping, d, texture, pixels, levels):
+    """Multiply the colours of a triangle by its texture; see :func:`_level`."""
     s = p[slot, 3, S] * mapping[d, 1] + mapping[d, 2]
     q = p[slot, 3, S + 1] * mapping[d, 3] + mapping[d, 4]
     r = p[slot, 3, S + 2] * mapping[d, 5]
-    level = int(p[slot, 0, LEVEL])
-    red, green, blue = sample_texture(
-        pixels, levels, texture, mapping[d, 0], s, q, r, level, p[slot, 0, LEVEL] - F(level)
-    )
+    reduction = p[slot, 0, LEVEL]
+    if reduction < ZERO:
+        reduction = _level(p, slot, ray_x, ray_y, step_x, step_y, mapping, d, texture, levels)
+    level = int(reduction)
+    blend = reduction - F(level)
+    red, green, blue = sample_texture(pixels, levels, texture, mapping[d, 0], s, q, r, level, blend)
     p[slot, 3, 0] *= red
     p[slot, 3, 1] *= green
     p[slot, 3, 2] *= blue
@@ -282,7 +284,7 @@ def resolve(top, bottom, spans, seen, look, camera, shadows, other_shadows, pict
                 _evaluate(planes, slot, ray_x, ray_y)
                 d = drawable[t]
                 if texture[d] >= 0:
-                    _apply_texture(planes, slot, mapping, d, texture[d], pixels, levels)
+                    _apply_texture(planes, slot, ray_x, ray_y, fx, fy, mapping, d, texture[d], pixels, levels)
                 u, v, distance = planes[slot, 3, U], planes[slot, 3, V], planes[slot, 3, D]
                 dark = _in_shadow(depth, columns, u0, v0, slack, u, v, distance)
                 dark |= _in_shadow(other_depth, other_columns, other_u0, other_v0, other_slack, u, v, distance)
@@ -331,12 +333,10 @@ def resolve_background(look, camera, background):
                     continue
                 rest -= _SHARE
                 slot = slots[t] & TRIANGLE
-                d = drawable[t]
                 _evaluate(planes, slot, ray_x, ray_y)
+                d = drawable[t]
                 if texture[d] >= 0:
-                    # It is drawn once and large, so each pixel may ask for itself.
-                    _choose_level(planes, slot, ray_x, ray_y, fx, fy, mapping, d, texture[d], levels)
-                    _apply_texture(planes, slot, mapping, d, texture[d], pixels, levels)
+                    _apply_texture(planes, slot, ray_x, ray_y, fx, fy, mapping, d, texture[d], pixels, levels)
                 u, v, distance = planes[slot, 3, U], planes[slot, 3, V], planes[slot, 3, D]
                 reached = planes[slot, 3, 3] + planes[slot, 3, 4] + planes[slot, 3, 5] > ZERO
                 reached = reached and not _in_shadow(depth, width, u0, v0, slack, u, v, distance)
@@ -404,7 +404,7 @@ def blend(top, bottom, spans, numbers, seen, alpha, look, camera, picture):
             _evaluate(planes, slot, ray_x, ray_y)
             d = drawable[t]
             if texture[d] >= 0:
-                _apply_texture(planes, slot, mapping, d, texture[d], pixels, levels)
+                _apply_texture(planes, slot, ray_x, ray_y, fx, fy, mapping, d, texture[d], pixels, levels)
             opacity = F(alpha) * F(covered) * _SHARE
             for j in range(3):
                 over = opacity * min(planes[slot, 3, j] + planes[slot, 3, 3 + j], ONE) * _FULL

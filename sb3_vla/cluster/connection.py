@@ -11,8 +11,8 @@ from typing import Any
 from sb3_vla.cluster.placement import ClusterOptions, Node, Placement, PlacementError, Slot, place
 
 #: what a request raises whose actor, or the node of it, is gone
-LOST = ("RayActorError", "ObjectLostError", "OwnerDiedError", "NodeDiedError", "ActorUnschedulableError")
-_ANSWER_SECONDS = 30.0  # in which a node that lives has begun a process
+LOST = ("RayActorError", "ObjectLostError", "OwnerDiedError", "NodeDiedError")
+_ANSWER_SECONDS = 60.0  # in which a node that lives has begun a process
 
 
 def import_ray() -> Any:
@@ -38,13 +38,13 @@ class Cluster:
     def __init__(self, options: ClusterOptions, first: str | None = None) -> None:
         self.ray = import_ray()
         self.first: str = self.ray.get_runtime_context().get_node_id() if first is None else first
-        self._gone: set[str] = set()  # nodes that Ray may still count as living
+        self._silent: set[str] = set()  # nodes that began no process when they were last asked to
         self.placement: Placement = place(options, self.nodes())
         self.num_nodes = options.num_nodes
 
     def nodes(self) -> list[Node]:
         """Living nodes; the first one, then the others in an order that stays."""
-        alive = [node for node in self.ray.nodes() if node["Alive"] and node["NodeID"] not in self._gone]
+        alive = [node for node in self.ray.nodes() if node["Alive"] and node["NodeID"] not in self._silent]
         alive.sort(key=lambda node: (node["NodeID"] != self.first, node["NodeManagerAddress"], node["NodeID"]))
         found = []
         for node in alive:
@@ -62,9 +62,10 @@ class Cluster:
 
     def restart(self, server: type, slot: Slot, *arguments: Any) -> Any:
         """As :meth:`start`, for a process that died, perhaps with its node, which Ray notices only seconds later."""
-        while len(self.nodes()) > 1 and not self._answers(node := self._node_of(slot)):
-            self._gone.add(node.name)
-        return self.start(server, slot, *arguments)
+        self._silent.clear()  # one that was only slow may have come round
+        while (node := self._node_of(slot)).name != self.first and not self._answers(node):
+            self._silent.add(node.name)
+        return self._start(server, node, slot, *arguments)
 
     def _node_of(self, slot: Slot) -> Node:
         nodes = self.nodes()
@@ -78,15 +79,15 @@ class Cluster:
         return actor.remote(*arguments)
 
     def _answers(self, node: Node) -> bool:
-        """Whether a node begins processes."""
+        """Whether a node begins processes; it may be dead and Ray not know."""
         probe = self._start(_Probe, node, soft=False)
         try:
-            done, _ = self.ray.wait([probe.answer.remote()], num_returns=1, timeout=_ANSWER_SECONDS)
-            return bool(done) and bool(self.ray.get(done[0]))
-        except self.lost():
+            self.ray.get(probe.answer.remote(), timeout=_ANSWER_SECONDS)
+        except self.ray.exceptions.RayError:
             return False
         finally:
             self.ray.kill(probe)
+        return True
 
     def lost(self) -> tuple[type[Exception], ...]:
         """Types of the errors that tell the death of an actor or its node."""
@@ -96,8 +97,7 @@ class Cluster:
 class _Probe:
     """Shows that its node lives."""
 
-    def answer(self) -> bool:
-        return True
+    def answer(self) -> None: ...
 
 
 @contextmanager
