@@ -17,8 +17,11 @@ from toy_pi0 import TINY_PI0, tiny_tokenizer
 
 from sb3_vla.checkpoints import save_checkpoint
 from sb3_vla.cli import main
+from sb3_vla.footprint import footprint
 from sb3_vla.memory import _SENTENCE, GIB, HEADROOM, MemoryPlan, plan_memory
 from sb3_vla.models import VLAModel, make_model
+from sb3_vla.plan import make_plan
+from sb3_vla.recipes import load_recipe
 from sb3_vla.run import RunDirectory
 from sb3_vla.training import PPOConfig, train
 
@@ -250,6 +253,26 @@ def test_a_training_that_does_not_fit_is_refused_before_it_starts(
 def test_a_buffer_beyond_main_memory_is_refused() -> None:
     with pytest.raises(ValueError, match=r"rollout buffer needs 20\.0 GiB of main memory; 10\.0 GiB"):
         plan(buffer=20).check(10 * GIB, 10 * GIB)
+
+
+@pytest.mark.parametrize("stage", ["sft", "ppo"])
+def test_a_plan_for_a_gpu_does_not_depend_on_the_processor(stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """precision=auto is bfloat16 on any GPU, and on a processor what it computes faster."""
+    given = ["actor.model.precision=auto", *(["actor.model.model_path=somewhere"] if stage == "ppo" else [])]
+    name = f"metaworld_50_{stage}_compact"
+
+    def planned(device: str, supported: bool) -> MemoryPlan:
+        monkeypatch.setattr("sb3_vla.precision.bf16_supported", lambda: supported)
+        plan = make_plan(load_recipe(name, given))
+        for config in (plan.sft, plan.config):
+            if config is not None:
+                config.device = device
+        return footprint(plan)[stage]
+
+    assert planned("auto", False) == planned("cuda", True) and "bf16=True" in planned("auto", False).settings
+    with_it, without = planned("cpu", True), planned("cpu", False)
+    assert "bf16=False" in without.settings and with_it == planned("auto", True)
+    assert with_it.activations < without.activations
 
 
 def test_numbers_that_cannot_be() -> None:
