@@ -35,8 +35,8 @@ from sb3_vla.memory import MemoryPlan, plan_memory
 from sb3_vla.models import VLAModel
 from sb3_vla.models.lora import prepare_training
 from sb3_vla.periodic import EvaluatePeriodically, PeriodicEvaluation
-from sb3_vla.precision import uses_bf16
 from sb3_vla.ppo import PPO
+from sb3_vla.precision import uses_bf16
 from sb3_vla.resume import load_algorithm, save_algorithm
 from sb3_vla.run import RunDirectory
 from sb3_vla.sft import DemonstrationBatches

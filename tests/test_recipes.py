@@ -26,7 +26,7 @@ from sb3_vla.distributions import make_distribution
 from sb3_vla.footprint import footprint
 from sb3_vla.models import VLAModel, make_model
 from sb3_vla.models.lora import adapted_layers
-from sb3_vla.models.sizes import PUBLISHED
+from sb3_vla.models.sizes import PUBLISHED_SIZES, published_options
 from sb3_vla.plan import Plan, make_plan
 from sb3_vla.recipes import RECIPES, Recipe, find_recipe, given_keys, load_recipe, recipe_names, summary
 from sb3_vla.training import plan_training
@@ -465,11 +465,18 @@ def test_a_plan_of_a_checkpoint_is_of_its_published_size(monkeypatch: pytest.Mon
     monkeypatch.setattr("sb3_vla.footprint.plan_memory", lambda model, **_: models.append(model))
     given = ["actor.model.model_path=somewhere", "actor.model.model_kwargs={base: true, action_horizon: 8}"]
     plan = plan_of("metaworld_50_sft_tinyvla", given)
-    for options in (None, PUBLISHED["TinyVLA-S"][1]):
+    for options in (None, PUBLISHED_SIZES["TinyVLA-S"][1]):
         footprint(plan, options)
     assert [found["language"]["hidden_size"] for found in sizes] == [2048, 512]
     assert all(found["action_horizon"] == 8 and "base" not in found for found in sizes)
     assert all(adapted_layers(model) for model in models)
+
+
+def test_the_size_of_diffusion_policy_is_that_of_its_recipe() -> None:
+    plan = plan_of("metaworld_50_sft_diffusion_policy", [])
+    assert plan.load is not None
+    made = {"image_size": plan.load["image_size"], **plan.model_kwargs}
+    assert json.loads(json.dumps(published_options("diffusion_policy"))) == made
 
 
 @pytest.mark.parametrize(
