@@ -317,6 +317,8 @@ def _run_once(
 ) -> Callable[..., Any]:
     """A layer's forward pass, which is skipped where ``run`` has one alike: its peak and its results."""
     forward = layer.forward
+    # What tensors do not show: numbers of heads, rates, widths of windows.
+    told_layer = tuple((name, type(part), part.extra_repr(), _settings(part)) for name, part in layer.named_modules())
 
     def call(*args: Any, **kwargs: Any) -> Any:
         given, spec = tree_flatten((args, kwargs))
@@ -325,7 +327,7 @@ def _run_once(
         if any(isinstance(value, Tensor) and value.requires_grad for value in read):
             return forward(*args, **kwargs)
         told = tuple(_shape(value) if isinstance(value, Tensor) else repr(value) for value in read)
-        key = type(layer), tuple(name for name, _ in own), str(spec), told, torch.is_autocast_enabled("cpu")
+        key = told_layer, tuple(name for name, _ in own), str(spec), told, torch.is_autocast_enabled("cpu")
         if key in run:
             above, results, result_spec = run[key]
             counted.peak = max(counted.peak, counted.live + above)
@@ -343,6 +345,12 @@ def _run_once(
         return result
 
     return call
+
+
+def _settings(module: nn.Module) -> str:
+    """Numbers and words that are a module's attributes, but for which of several it is."""
+    plain = (bool, int, float, str, type(None))
+    return repr({k: v for k, v in sorted(vars(module).items()) if isinstance(v, plain) and k != "layer_idx"})
 
 
 def _shape(tensor: Tensor) -> tuple[Any, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from sb3_vla.cli import main
 from sb3_vla.footprint import footprint
 from sb3_vla.memory import _SENTENCE, GIB, HEADROOM, MemoryPlan, plan_memory
 from sb3_vla.models import VLAModel, make_model
+from sb3_vla.models.recomputing import Recomputing
 from sb3_vla.plan import make_plan
 from sb3_vla.recipes import load_recipe
 from sb3_vla.run import RunDirectory
@@ -139,6 +141,16 @@ def test_a_plan_needs_neither_weights_nor_a_tokenizer_and_leaves_the_model_alone
     assert all(p.is_meta for p in model.parameters())
 
 
+def counted(forward: Callable[..., Any], ran: list[None]) -> Callable[..., Any]:
+    """A layer's forward pass, which leaves a mark."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        ran.append(None)
+        return forward(*args, **kwargs)
+
+    return call
+
+
 @pytest.mark.parametrize("options", [{}, {"bf16": True}, {"gradient_checkpointing": True}, {"trainable": "all"}])
 @pytest.mark.parametrize("name", ["pi0", "pi05", "openvla_oft"])
 def test_one_of_the_frozen_layers_stands_for_all(
@@ -148,13 +160,21 @@ def test_one_of_the_frozen_layers_stands_for_all(
     with torch.device("meta"):
         model = make_model(name, sizes if name == "openvla_oft" else SMALL)
     planned = {"trainable": "expert", "batch_size": 8, "num_envs": 3, "decisions": 5, **options}
-    plans = []
+    kinds = {type(module) for module in model.modules() if isinstance(module, Recomputing)}
+    plans: list[MemoryPlan] = []
+    passes: list[int] = []
+    ran: list[None] = []
+    for kind in kinds:
+        monkeypatch.setattr(kind, "forward", counted(kind.forward, ran))
     for stand_in in (None, lambda *_: nullcontext()):
+        ran.clear()
         monkeypatch.setattr("sb3_vla.memory._PLAYED", {})
         if stand_in is not None:
             monkeypatch.setattr("sb3_vla.memory._one_of_alike", stand_in)
         plans.append(plan_memory(model, **planned))
+        passes.append(len(ran))
     assert plans[0] == plans[1]
+    assert passes[0] < passes[1] or (planned["trainable"] == "all" and passes[0] == passes[1])
 
 
 def resident(what: str) -> int:
