@@ -5,17 +5,21 @@ from __future__ import annotations
 import copy
 import functools
 import json
+import warnings
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from sb3_vla.checkpoints import load_checkpoint
 from sb3_vla.distributed import current_ranks
 from sb3_vla.memory import MemoryPlan, plan_memory
 from sb3_vla.models import VLAModel, make_model
 from sb3_vla.models.lora import prepare_training
 from sb3_vla.models.sizes import published_options
-from sb3_vla.plan import Plan
+from sb3_vla.plan import Plan, can_begin
+from sb3_vla.precision import uses_bf16
 from sb3_vla.sft import SFTConfig
 from sb3_vla.training import plan_training
 
@@ -23,14 +27,21 @@ from sb3_vla.training import plan_training
 _DIMENSIONS = {"action_dim": 4, "state_dim": 4}
 #: options that say more than a checkpoint's size
 _OF_ANY_SIZE = ("action_horizon", "precision")
+#: options of readers, which say how a published folder is read and leave its size to it
+_OF_READING = ("acting", "max_prompt_tokens", "norm_stats", "precision", "stop_token", "tokenizer", "unnorm_key")
 
 
 def footprint(plan: Plan, sizes: Mapping[str, Any] | None = None) -> dict[str, MemoryPlan]:
     """What the stages that learn take of each rank, see :func:`sb3_vla.memory.plan_memory`.
 
-    :param sizes: options of a checkpoint's model; None for those of the published one that recipes start from.
+    It is planned for a GPU, also on a machine without one, unless ``device`` is ``cpu``.
+    A checkpoint's sizes are those that its folder tells. Where there is no such folder yet, they are those of the new
+    model that the recipe describes, with pictures of the model's default size; or else the published ones.
+
+    :param sizes: options of a checkpoint's model, to plan another size.
     :return: by the stage's name, in their order: ``sft``, and ``ppo`` or ``grpo``.
-    :raises ValueError: for options that the model does not take.
+    :raises FileNotFoundError: if the checkpoint is incomplete.
+    :raises ValueError: for options that the model does not take, or a checkpoint that is damaged.
     """
     ranks = current_ranks().count
     found = {}
@@ -50,7 +61,7 @@ def _imitation(model: VLAModel, config: SFTConfig, ranks: int) -> MemoryPlan:
         model,
         trainable=trainable,
         batch_size=-(-config.batch_size // ranks),
-        bf16=config.bf16,
+        bf16=uses_bf16(config.bf16, "cpu" if config.device == "cpu" else "cuda"),
         gradient_checkpointing=config.gradient_checkpointing,
         denoisings=config.draws,
         copies=1,  # the averaged weights
@@ -63,10 +74,26 @@ def _on_meta(plan: Plan, sizes: Mapping[str, Any] | None) -> VLAModel:
     if plan.begins and plan.sft is not None and plan.load is not None:
         own = {"action_horizon": plan.sft.action_horizon, "image_size": plan.load["image_size"]}
         options = {**_DIMENSIONS, **own, **options}
-    elif not plan.begins:  # what else it says may be no option of the model itself
+    elif sizes is None and plan.checkpoint is not None and Path(plan.checkpoint).expanduser().is_dir():
+        return _read(plan.checkpoint, options)
+    elif sizes is None and _sized(plan.model, options):
+        options = {**_DIMENSIONS, "action_horizon": plan.action_chunk, **options}
+    else:  # what else it says may be no option of the model itself
         given = {key: value for key, value in options.items() if key in _OF_ANY_SIZE}
         options = {**(published_options(plan.model) if sizes is None else sizes), **given}
     return copy.deepcopy(_made(plan.model, json.dumps(options)))
+
+
+def _sized(model: str, options: Mapping[str, Any]) -> bool:
+    """Whether options describe a new model, whose checkpoint is yet to come, and not how a published one is read."""
+    return "base" not in options and can_begin(model, {k: v for k, v in options.items() if k not in _OF_READING})
+
+
+def _read(checkpoint: str, options: Mapping[str, Any]) -> VLAModel:
+    """A checkpoint's model without its weights: files are mapped into memory, and not copied."""
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".* is a no-op")
+        return load_checkpoint(checkpoint, options).model
 
 
 @functools.cache

@@ -121,7 +121,7 @@ def plan_memory(
     *,
     trainable: str | None = None,
     batch_size: int,
-    bf16: bool | None = False,
+    bf16: bool = False,
     gradient_checkpointing: bool = False,
     world_size: int = 1,
     num_envs: int = 1,
@@ -137,7 +137,7 @@ def plan_memory(
     :param model: may be on the meta device; it is left as it was. Adapters, where wanted, are in it already.
     :param trainable: what is trained, see :meth:`VLAModel.set_trainable`; None for the model's default.
     :param batch_size: decisions of a micro batch.
-    :param bf16: autocast of the update, see :func:`sb3_vla.precision.autocast`.
+    :param bf16: autocast of the update, as the device that is planned for will have it.
     :param gradient_checkpointing: see :meth:`VLAModel.set_gradient_checkpointing`.
     :param world_size: ranks over which what is trained, its gradients and its optimiser state are spread (FSDP2); 1
         where each rank holds all of it, as with DDP.
@@ -204,7 +204,7 @@ def _likeness(model: VLAModel) -> tuple[Hashable, ...]:
     return type(model), repr(model.config), model.gradient_checkpointing, tuple(likeness)
 
 
-def _play(model: VLAModel, batch_size: int, bf16: bool | None, num_envs: int, denoisings: int) -> tuple[int, int, int]:
+def _play(model: VLAModel, batch_size: int, bf16: bool, num_envs: int, denoisings: int) -> tuple[int, int, int]:
     """Bytes of an update and of a decision at their worst moments, and of what is perceived for one environment."""
     stand_in = _StandIn(model)
     fake = stand_in.fake
@@ -317,6 +317,8 @@ def _run_once(
 ) -> Callable[..., Any]:
     """A layer's forward pass, which is skipped where ``run`` has one alike: its peak and its results."""
     forward = layer.forward
+    # What tensors do not show: numbers of heads, rates, widths of windows.
+    told_layer = tuple((name, type(part), part.extra_repr(), _settings(part)) for name, part in layer.named_modules())
 
     def call(*args: Any, **kwargs: Any) -> Any:
         given, spec = tree_flatten((args, kwargs))
@@ -325,7 +327,7 @@ def _run_once(
         if any(isinstance(value, Tensor) and value.requires_grad for value in read):
             return forward(*args, **kwargs)
         told = tuple(_shape(value) if isinstance(value, Tensor) else repr(value) for value in read)
-        key = type(layer), tuple(name for name, _ in own), str(spec), told, torch.is_autocast_enabled("cpu")
+        key = told_layer, tuple(name for name, _ in own), str(spec), told, torch.is_autocast_enabled("cpu")
         if key in run:
             above, results, result_spec = run[key]
             counted.peak = max(counted.peak, counted.live + above)
@@ -345,6 +347,12 @@ def _run_once(
     return call
 
 
+def _settings(module: nn.Module) -> str:
+    """Numbers and words that are a module's attributes, but for which of several it is."""
+    plain = (bool, int, float, str, type(None))
+    return repr({k: v for k, v in sorted(vars(module).items()) if isinstance(v, plain) and k != "layer_idx"})
+
+
 def _shape(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.shape, tensor.stride(), tensor.dtype
 
@@ -353,11 +361,11 @@ def _forget_gradient(parameter: Tensor) -> None:
     parameter.grad = None
 
 
-def _update(model: VLAModel, observation: dict[str, Tensor], bf16: bool | None, denoisings: int) -> None:
+def _update(model: VLAModel, observation: dict[str, Tensor], bf16: bool, denoisings: int) -> None:
     _loss(model, observation, bf16, denoisings).backward()
 
 
-def _loss(model: VLAModel, observation: dict[str, Tensor], bf16: bool | None, denoisings: int) -> Tensor:
+def _loss(model: VLAModel, observation: dict[str, Tensor], bf16: bool, denoisings: int) -> Tensor:
     """Imitation's: it runs what a ratio runs, the encoding and one denoising of it, or several."""
     count = len(next(iter(observation.values())))
     actions = torch.zeros(count, model.action_horizon, model.action_dim)

@@ -37,7 +37,7 @@ SUITES = {
     "metaworld_45_ind": ("ML45", "train"),
     "metaworld_45_ood": ("ML45", "test"),
 }
-#: models that learn from demonstrations alone at their default size; others are given one, or start from a checkpoint
+#: models whose recipes need neither options nor a checkpoint; others train from nothing where options are given
 FROM_SCRATCH = ("compact",)
 #: options that say how a checkpoint is read, not how large a new model is
 _OF_READING = ("base", "precision")

@@ -17,11 +17,17 @@ def bf16_supported() -> bool:
     return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
-def autocast(enabled: bool | None, device_type: str = "cpu") -> AbstractContextManager[None]:
-    """Autocast to bfloat16.
+def uses_bf16(enabled: bool | None, device_type: str) -> bool:
+    """Whether autocast computes in bfloat16.
 
     :param enabled: None for where it pays: any GPU, a processor with bfloat16 instructions.
     """
-    if enabled is None:
-        enabled = device_type != "cpu" or bf16_supported()
-    return torch.autocast(device_type, dtype=torch.bfloat16, enabled=enabled)
+    return device_type != "cpu" or bf16_supported() if enabled is None else enabled
+
+
+def autocast(enabled: bool | None, device_type: str = "cpu") -> AbstractContextManager[None]:
+    """Autocast to bfloat16.
+
+    :param enabled: see :func:`uses_bf16`.
+    """
+    return torch.autocast(device_type, dtype=torch.bfloat16, enabled=uses_bf16(enabled, device_type))

@@ -36,6 +36,7 @@ from sb3_vla.models import VLAModel
 from sb3_vla.models.lora import prepare_training
 from sb3_vla.periodic import EvaluatePeriodically, PeriodicEvaluation
 from sb3_vla.ppo import PPO
+from sb3_vla.precision import uses_bf16
 from sb3_vla.resume import load_algorithm, save_algorithm
 from sb3_vla.run import RunDirectory
 from sb3_vla.sft import DemonstrationBatches
@@ -411,6 +412,8 @@ def plan_training(
 ) -> MemoryPlan:
     """What a training will take of each rank's memory, see :func:`sb3_vla.memory.plan_memory`.
 
+    It is planned for a GPU, also on a machine without one, unless ``config.device`` is ``cpu``.
+
     :param model: the checkpoint's, or one of the same sizes on the meta device; it gets the adapters and the types of
         the training, and is not to be trained afterwards.
     :param action_chunk: actions executed per decision; None for all that the model predicts.
@@ -432,7 +435,7 @@ def plan_training(
         model,
         trainable=config.trainable,
         batch_size=config.micro_batch_size or -(-config.batch_size // ranks),
-        bf16=config.bf16,
+        bf16=uses_bf16(config.bf16, "cpu" if config.device == "cpu" else "cuda"),
         gradient_checkpointing=config.gradient_checkpointing,
         world_size=ranks if config.sharding == "fsdp" else 1,
         num_envs=-(-config.num_envs // ranks),

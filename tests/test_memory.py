@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,12 @@ from toy_pi0 import TINY_PI0, tiny_tokenizer
 
 from sb3_vla.checkpoints import save_checkpoint
 from sb3_vla.cli import main
+from sb3_vla.footprint import footprint
 from sb3_vla.memory import _SENTENCE, GIB, HEADROOM, MemoryPlan, plan_memory
 from sb3_vla.models import VLAModel, make_model
+from sb3_vla.models.recomputing import Recomputing
+from sb3_vla.plan import make_plan
+from sb3_vla.recipes import load_recipe
 from sb3_vla.run import RunDirectory
 from sb3_vla.training import PPOConfig, train
 
@@ -136,6 +141,16 @@ def test_a_plan_needs_neither_weights_nor_a_tokenizer_and_leaves_the_model_alone
     assert all(p.is_meta for p in model.parameters())
 
 
+def counted(forward: Callable[..., Any], ran: list[None]) -> Callable[..., Any]:
+    """A layer's forward pass, which leaves a mark."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        ran.append(None)
+        return forward(*args, **kwargs)
+
+    return call
+
+
 @pytest.mark.parametrize("options", [{}, {"bf16": True}, {"gradient_checkpointing": True}, {"trainable": "all"}])
 @pytest.mark.parametrize("name", ["pi0", "pi05", "openvla_oft"])
 def test_one_of_the_frozen_layers_stands_for_all(
@@ -145,13 +160,21 @@ def test_one_of_the_frozen_layers_stands_for_all(
     with torch.device("meta"):
         model = make_model(name, sizes if name == "openvla_oft" else SMALL)
     planned = {"trainable": "expert", "batch_size": 8, "num_envs": 3, "decisions": 5, **options}
-    plans = []
+    kinds = {type(module) for module in model.modules() if isinstance(module, Recomputing)}
+    plans: list[MemoryPlan] = []
+    passes: list[int] = []
+    ran: list[None] = []
+    for kind in kinds:
+        monkeypatch.setattr(kind, "forward", counted(kind.forward, ran))
     for stand_in in (None, lambda *_: nullcontext()):
+        ran.clear()
         monkeypatch.setattr("sb3_vla.memory._PLAYED", {})
         if stand_in is not None:
             monkeypatch.setattr("sb3_vla.memory._one_of_alike", stand_in)
         plans.append(plan_memory(model, **planned))
+        passes.append(len(ran))
     assert plans[0] == plans[1]
+    assert passes[0] < passes[1] or (planned["trainable"] == "all" and passes[0] == passes[1])
 
 
 def resident(what: str) -> int:
@@ -250,6 +273,26 @@ def test_a_training_that_does_not_fit_is_refused_before_it_starts(
 def test_a_buffer_beyond_main_memory_is_refused() -> None:
     with pytest.raises(ValueError, match=r"rollout buffer needs 20\.0 GiB of main memory; 10\.0 GiB"):
         plan(buffer=20).check(10 * GIB, 10 * GIB)
+
+
+@pytest.mark.parametrize("stage", ["sft", "ppo"])
+def test_a_plan_for_a_gpu_does_not_depend_on_the_processor(stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """precision=auto is bfloat16 on any GPU, and on a processor what it computes faster."""
+    given = ["actor.model.precision=auto", *(["actor.model.model_path=somewhere"] if stage == "ppo" else [])]
+    name = f"metaworld_50_{stage}_compact"
+
+    def planned(device: str, supported: bool) -> MemoryPlan:
+        monkeypatch.setattr("sb3_vla.precision.bf16_supported", lambda: supported)
+        plan = make_plan(load_recipe(name, given))
+        for config in (plan.sft, plan.config):
+            if config is not None:
+                config.device = device
+        return footprint(plan)[stage]
+
+    assert planned("auto", False) == planned("cuda", True) and "bf16=True" in planned("auto", False).settings
+    with_it, without = planned("cpu", True), planned("cpu", False)
+    assert "bf16=False" in without.settings and with_it == planned("auto", True)
+    assert with_it.activations < without.activations
 
 
 def test_numbers_that_cannot_be() -> None:

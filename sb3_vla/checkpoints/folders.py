@@ -104,7 +104,7 @@ def read_weights(files: Iterable[Path]) -> dict[str, Tensor]:
 
 
 def fit(model: nn.Module, weights: Mapping[str, Tensor], source: Path, hint: str) -> None:
-    """Put weights into a model on the meta device, as float32; buffers that are not among them are left.
+    """Put weights into a model on the meta device, as float32 on the default device; other buffers are left.
 
     :param hint: what may be wrong, for the error.
     :raises ValueError: if a weight is missing, unexpected or of another shape.
@@ -124,7 +124,9 @@ def fit(model: nn.Module, weights: Mapping[str, Tensor], source: Path, hint: str
             if names
         ]
         raise ValueError(f"{source} does not fit {type(model).__name__}: {'; '.join(parts)}. {hint}")
-    model.load_state_dict({name: weights[name].float() for name in expected}, strict=False, assign=True)
+    device = torch.get_default_device()
+    loaded = {name: weights[name].to(device, torch.float32) for name in expected}
+    model.load_state_dict(loaded, strict=False, assign=True)
 
 
 @contextmanager

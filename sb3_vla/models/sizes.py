@@ -1,4 +1,8 @@
-"""Published sizes of every kind of model, as options of :func:`sb3_vla.models.make_model`."""
+"""Sizes that recipes start from, as options of :func:`sb3_vla.models.make_model`.
+
+All are published ones but Diffusion Policy's, which is that of its recipe of imitation: as published it knows one task,
+and no sentence.
+"""
 
 from __future__ import annotations
 
@@ -29,15 +33,16 @@ def _tinyvla(hidden: int, layers: int, heads: int) -> dict[str, Any]:
     }
 
 
-#: name: kind, options; of a kind's sizes the first is the one that recipes start from
-PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
+#: name: kind, options, as the module says; of a kind's sizes the first is the one that recipes start from
+PUBLISHED_SIZES: dict[str, tuple[str, dict[str, Any]]] = {
     "pi0": ("pi0", {}),
     "pi0.5": ("pi05", {}),
     "SmolVLA 0.45 B": ("smolvla", {"vlm": "500M"}),
     "SmolVLA 0.24 B": ("smolvla", {"vlm": "256M"}),
     "SmolVLA 2.25 B": ("smolvla", {"vlm": "2.2B"}),
-    # LeRobot's towers on the pictures of our recipes, and with an encoder of the sentence.
-    "Diffusion Policy": (
+    # LeRobot's U-Net and ResNet on the pictures of our recipe, and with an encoder of the sentence: what
+    # metaworld_50_sft_diffusion_policy makes, as the tests compare.
+    "Diffusion Policy, our recipe's": (
         "diffusion_policy",
         {
             "image_size": 224,
@@ -58,4 +63,4 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
 
 def published_options(kind: str) -> dict[str, Any]:
     """Options of the size that recipes start from; none for a kind that nobody else published."""
-    return next((options for of_kind, options in PUBLISHED.values() if of_kind == kind), {})
+    return next((options for of_kind, options in PUBLISHED_SIZES.values() if of_kind == kind), {})

@@ -37,7 +37,7 @@ from sb3_vla.distributions import make_distribution
 from sb3_vla.footprint import footprint
 from sb3_vla.memory import MemoryPlan
 from sb3_vla.models import VLAModel, make_model
-from sb3_vla.models.sizes import PUBLISHED
+from sb3_vla.models.sizes import PUBLISHED_SIZES
 from sb3_vla.plan import make_plan
 from sb3_vla.recipes import load_recipe
 
@@ -51,7 +51,7 @@ _EXPLORES: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
 #: label: model, its options, distribution, its options; of pi0 see bench_pi0.py
 FULL: dict[str, tuple[str, dict[str, Any], str, dict[str, Any]]] = {
     label: (name, {**options, **_EXPLORES[name][0]}, *_EXPLORES[name][1:])
-    for label, (name, options) in PUBLISHED.items()
+    for label, (name, options) in PUBLISHED_SIZES.items()
     if name in _EXPLORES
 }
 #: those of the recipes whose names end in ``_laptop``
@@ -83,7 +83,7 @@ RECIPES = {
     "tinyvla": ("sft_tinyvla", "ppo_tinyvla"),
     "openvla_oft": ("sft_openvlaoft", "grpo_openvlaoft_lora"),
 }
-TRAINED = {"CompactVLA": ("compact", {}), **PUBLISHED}
+TRAINED = {"CompactVLA": ("compact", {}), **PUBLISHED_SIZES}
 
 
 def observation(model: VLAModel, count: int, device: str) -> dict[str, Tensor]:
