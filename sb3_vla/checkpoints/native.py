@@ -18,13 +18,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sb3_vla.checkpoints.folders import local_folder
-from sb3_vla.models import MODELS, VLAModel, model_class
+from sb3_vla.models import MODELS, Pi0, VLAModel, model_class
 from sb3_vla.models.lora import merged_state
+from sb3_vla.models.prompts import copy_tokenizer, local_tokenizer_file
 
 # 2: CompactVLA attends to picture and sentence alone.
 FORMAT = "sb3-vla-2"
 #: what tells an adapter's folder
 ADAPTER_CONFIG = "adapter_config.json"
+#: subfolder, and name in the configuration, of a copy of the tokenizer
+TOKENIZER = "tokenizer"
 #: note of a reader: whether the checkpoint came with statistics to normalise by; where not, imitation sets the data's
 NORMALISED = "normalised"
 #: numbers of a state and of an action in the environment
@@ -60,7 +63,8 @@ def save_checkpoint(
 ) -> None:
     """Write a checkpoint folder; it appears whole or not at all, and takes the place of one that is there.
 
-    Adapters are merged into the weights, see :mod:`sb3_vla.models.lora`.
+    Adapters are merged into the weights, see :mod:`sb3_vla.models.lora`. A tokenizer that is a file on this machine is
+    copied into the folder.
 
     :param notes: JSON values kept beside the weights.
     :param distribution: name and options of the action distribution that the model acts by.
@@ -69,10 +73,11 @@ def save_checkpoint(
     """
     folder = Path(folder)
     names = {kind: name for name, kind in MODELS.items()}
+    tokenizer = local_tokenizer_file(model.tokenize.source) if isinstance(model, Pi0) else None
     config = {
         "format": FORMAT,
         "model": names[type(model)],
-        "model_kwargs": model.config,
+        "model_kwargs": model.config if tokenizer is None else {**model.config, "tokenizer": TOKENIZER},
         "notes": dict(notes or {}),
         **({} if distribution is None else {"distribution": [distribution[0], dict(distribution[1])]}),
     }
@@ -84,6 +89,8 @@ def save_checkpoint(
         save_file(
             {key: value.detach().cpu().contiguous() for key, value in tensors.items()}, partial / "model.safetensors"
         )
+        if tokenizer is not None:
+            copy_tokenizer(tokenizer, partial / TOKENIZER)
         (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
@@ -146,6 +153,8 @@ def load_checkpoint(folder: str | Path) -> LoadedCheckpoint:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         found_format = config["format"]
         name, kwargs = config["model"], config["model_kwargs"]
+        if kwargs.get("tokenizer") == TOKENIZER and (folder / TOKENIZER).is_dir():
+            kwargs = {**kwargs, "tokenizer": str((folder / TOKENIZER).resolve())}
         notes = config.get("notes", {})
         distribution = None
         if config.get("distribution") is not None:
@@ -225,7 +234,8 @@ def checkpoint_digest(folder: str | Path) -> str:
     tensors = sorted(folder.glob("*.safetensors")) or [folder / "model.safetensors"]
     if (folder / ADAPTER_CONFIG).is_file():
         tensors += [folder / ADAPTER_CONFIG, *sorted(path for path in folder.rglob("*.bin") if path.is_file())]
-    for path in (place_of_configuration(folder) / "config.json", *tensors):
+    tokenizer = sorted(path for path in (folder / TOKENIZER).glob("tokenizer.*") if path.is_file())
+    for path in (place_of_configuration(folder) / "config.json", *tensors, *tokenizer):
         if not path.is_file():
             raise FileNotFoundError(f"Checkpoint {folder} has no {path.name}")
         digest.update(path.read_bytes())

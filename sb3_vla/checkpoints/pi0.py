@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import math
 import re
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +32,7 @@ from sb3_vla.models.gemma import GemmaSize
 from sb3_vla.models.lora import merged_state
 from sb3_vla.models.normalisation import STATISTICS
 from sb3_vla.models.pi0 import PALIGEMMA
-from sb3_vla.models.prompts import find_tokenizer_file, tokenizer_file
+from sb3_vla.models.prompts import copy_tokenizer, find_tokenizer_file, local_tokenizer_file
 
 P = "paligemma_with_expert.paligemma."
 X = "paligemma_with_expert.gemma_expert."
@@ -79,7 +78,7 @@ def load_pi0(source: str | Path, options: Mapping[str, Any] | None = None) -> Lo
         statistics = _norm_stats(folder, norm_stats)
     tokenizer = find_tokenizer_file(folder)
     if tokenizer is not None and not Path(said.get("tokenizer", PALIGEMMA)).is_dir():
-        said["tokenizer"] = str(tokenizer)
+        said["tokenizer"] = str(tokenizer.resolve())
     for part in ("vision", "vlm", "expert"):
         given[part] = {**found.sizes[part], **given.get(part, {})}
     chosen = {**found.sizes, **said, **given}
@@ -397,16 +396,10 @@ def _openpi_weights(model: Pi0) -> dict[str, Tensor]:
 
 def _copy_tokenizer(model: Pi0, folder: Path) -> bool:
     """The tokenizer into a checkpoint, where it is a file here and LeRobot can read it."""
-    try:
-        source = tokenizer_file(model.tokenize.source) if Path(model.tokenize.source).expanduser().exists() else None
-    except FileNotFoundError:
-        source = None
-    if source is None or source.name != "tokenizer.json":
+    source = local_tokenizer_file(model.tokenize.source)
+    if source is None or source.suffix == ".model":
         return False
-    folder.mkdir()
-    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
-        if (source.parent / name).is_file():
-            shutil.copyfile(source.parent / name, folder / name)
+    copy_tokenizer(source, folder)
     if not (folder / "tokenizer_config.json").is_file():
         write_json(folder / "tokenizer_config.json", {"tokenizer_class": "GemmaTokenizer"})
     return True
