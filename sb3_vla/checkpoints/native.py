@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,27 +124,23 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         raise
 
 
+def restore(folder: Path) -> None:
+    """Put a checkpoint back whose writer was killed between taking the old one away and putting its own."""
+    if not folder.exists() and _replaced(folder).is_dir():
+        os.replace(_replaced(folder), folder)
+
+
 def load_checkpoint(folder: str | Path) -> LoadedCheckpoint:
-    """Read a checkpoint folder, ours or one in a published layout.
+    """Read a checkpoint folder of ours.
 
     :raises FileNotFoundError: if it is not there or a file is missing; the message names the file.
     :raises ValueError: if it is damaged, of another format, or does not fit its own configuration.
     """
     folder = Path(folder)
-    if not folder.exists() and _replaced(folder).is_dir():
-        os.replace(_replaced(folder), folder)  # a writer was killed between taking this one away and putting its own
+    restore(folder)
     if not folder.is_dir():
         raise FileNotFoundError(
             f"Checkpoint folder {folder} does not exist; expected config.json and model.safetensors"
-        )
-    published = published_reader(folder)
-    if published is not None:
-        return published(folder)
-    kind = _published_kind(folder)
-    if kind is not None:
-        raise ValueError(
-            f"{folder / 'config.json'} says that it is {kind!r}, which nothing here reads; expected diffusion, "
-            "llava_pythia, openvla, pi0, pi05 or smolvla, or a folder that sb3_vla wrote"
         )
     for name in ("config.json", "model.safetensors"):
         if not (folder / name).is_file():
@@ -153,7 +149,7 @@ def load_checkpoint(folder: str | Path) -> LoadedCheckpoint:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         found_format = config["format"]
         name, kwargs = config["model"], config["model_kwargs"]
-        if kwargs.get("tokenizer") == TOKENIZER and (folder / TOKENIZER).is_dir():
+        if isinstance(kwargs, dict) and kwargs.get("tokenizer") == TOKENIZER and (folder / TOKENIZER).is_dir():
             kwargs = {**kwargs, "tokenizer": str((folder / TOKENIZER).resolve())}
         notes = config.get("notes", {})
         distribution = None
@@ -189,25 +185,8 @@ def load_checkpoint(folder: str | Path) -> LoadedCheckpoint:
     return LoadedCheckpoint(model, name, kwargs, value_head, notes, distribution, distribution_weights)
 
 
-def published_reader(folder: Path) -> Callable[..., LoadedCheckpoint] | None:
-    """Who reads a folder that is not ours, by what its configuration says it is."""
-    # These build on this module.
-    from sb3_vla.checkpoints.diffusion_policy import load_diffusion_policy
-    from sb3_vla.checkpoints.openvla_oft import load_openvla_oft
-    from sb3_vla.checkpoints.smolvla import load_smolvla
-    from sb3_vla.checkpoints.tinyvla import load_tinyvla
-
-    readers: dict[str, Callable[..., LoadedCheckpoint]] = {
-        "diffusion": load_diffusion_policy,
-        "llava_pythia": load_tinyvla,
-        "openvla": load_openvla_oft,
-        "smolvla": load_smolvla,
-    }
-    kind = _published_kind(folder)
-    return None if kind is None else readers.get(kind)
-
-
-def _published_kind(folder: Path) -> str | None:
+def published_kind(folder: Path) -> str | None:
+    """What a configuration that is not ours says that it describes; None where it is ours, or says nothing."""
     try:
         config = json.loads((place_of_configuration(folder) / "config.json").read_text(encoding="utf-8"))
         kind = None if "format" in config else config.get("type", config.get("model_type"))
