@@ -74,7 +74,7 @@ def save_checkpoint(
     folder = Path(folder)
     names = {kind: name for name, kind in MODELS.items()}
     tokenizer = local_tokenizer_file(model.tokenize.source) if isinstance(model, Pi0) else None
-    config = {
+    config: dict[str, Any] = {
         "format": FORMAT,
         "model": names[type(model)],
         "model_kwargs": model.config if tokenizer is None else {**model.config, "tokenizer": TOKENIZER},
