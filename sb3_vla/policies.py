@@ -24,9 +24,10 @@ from sb3_vla.checkpoints import LoadedCheckpoint, load_checkpoint
 from sb3_vla.checkpoints.loading import takes_options
 from sb3_vla.distributions import Trace, default_distribution, make_distribution
 from sb3_vla.frozen import FrozenWeights
-from sb3_vla.models import Context, VLAModel, make_model
+from sb3_vla.models import Context, Pi0, VLAModel, make_model
 from sb3_vla.models.base import is_perceived
 from sb3_vla.models.lora import prepare_training
+from sb3_vla.models.prompts import same_tokenizer
 from sb3_vla.sharding import as_shards, in_shards, is_sharded
 
 MODEL_KEYS = ("image", "state", "instruction")
@@ -194,6 +195,8 @@ class VLAPolicy(BasePolicy):
                 "checkpoint": str(where.resolve() if where.exists() else checkpoint),
                 "model_kwargs": given,
             }
+        if isinstance(self.model, Pi0):
+            source["model_kwargs"] = _with_full_paths(source["model_kwargs"])
         self.portable_kwargs: dict[str, Any] = {
             **source,
             "distribution": distribution,
@@ -483,12 +486,24 @@ def _check_checkpoint(
     if model not in (None, loaded.model_name):
         raise ValueError(f"model={model!r}, but the checkpoint {folder} is of {loaded.model_name!r}; {fix}")
     asked, found = _as_json(model_kwargs), _as_json(loaded.model_kwargs)
+    if (
+        isinstance(loaded.model, Pi0)
+        and "tokenizer" in asked
+        and same_tokenizer(asked["tokenizer"], found["tokenizer"])
+    ):
+        del asked["tokenizer"]  # a checkpoint has its own copy
     other = [key for key in asked if key not in found or asked[key] != found[key]]
     if other:
         raise ValueError(
             f"model_kwargs with {', '.join(f'{key}={asked[key]!r}' for key in other)}, but the checkpoint {folder} has "
             f"{', '.join(f'{key}={found[key]!r}' if key in found else f'no {key}' for key in other)}; {fix}"
         )
+
+
+def _with_full_paths(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of pi0 that name a file or folder here, so that they do it from another working directory, too."""
+    paths = {key: Path(options[key]).expanduser() for key in ("tokenizer", "norm_stats") if options.get(key)}
+    return {**options, **{key: str(path.resolve()) for key, path in paths.items() if path.exists()}}
 
 
 def _channels_first(image: spaces.Space) -> bool:

@@ -251,7 +251,7 @@ class ModelSection:
     :param trainable: ``all``, ``expert`` to freeze the backbone, ``adaptive`` (pi0.5), or ``lora`` for adapters alone.
     :param lora: options of adapters in what ``trainable`` leaves frozen, see :class:`sb3_vla.models.lora.LoRA`; None
         for none, or with ``trainable: lora`` for the defaults.
-    :param frozen_bf16: a frozen backbone's weights in bfloat16 (pi0, pi0.5).
+    :param frozen_bf16: a frozen backbone's weights in bfloat16 (pi0, pi0.5); not with ``trainable: all``.
     :param gradient_checkpointing: layers compute again what the backward pass needs, for less memory.
     :param compile: arguments of ``torch.compile``, such as ``{mode: reduce-overhead}``; None for no compilation.
     :param cache_perception: whether a rollout keeps what a frozen backbone perceived, so that an update costs no more

@@ -161,7 +161,9 @@ def test_what_a_distribution_learned_is_kept(tmp_path: Path, name: str, options:
 def test_a_layout_that_nothing_reads(tmp_path: Path, key: str) -> None:
     """Said before weights are looked for, which may have other names."""
     (tmp_path / "config.json").write_text(json.dumps({key: "act"}))
-    with pytest.raises(ValueError, match=r"says that it is 'act'.*expected diffusion, llava_pythia, openvla, pi0"):
+    with pytest.raises(
+        ValueError, match=r"says that it is 'act'.*expected diffusion, llava_pythia, openvla, pi0, pi05, smolvla"
+    ):
         load_checkpoint(tmp_path)
 
 

@@ -146,7 +146,7 @@ def test_adapters_are_not_sharded(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["pi0", "pi05"])
 def test_a_backbone_in_bfloat16(tmp_path: Path, name: str) -> None:
-    """Actions within 1e-2, relative to their size, of those in float32; the expert and the norms stay float32."""
+    """Actions within 1e-2, relative to their size, of those in float32; the expert, norms and embeddings stay so."""
     model = pi0(tmp_path, name)
     observation = toy_observation(4, image_size=56)
     x = torch.randn(4, 5, 32, generator=torch.Generator().manual_seed(0))
@@ -159,6 +159,10 @@ def test_a_backbone_in_bfloat16(tmp_path: Path, name: str) -> None:
     types = {key: p.dtype for key, p in model.named_parameters()}
     assert types[f"{P}model.language_model.layers.0.mlp.up_proj.weight"] == torch.bfloat16
     assert types[f"{P}model.language_model.norm.weight"] == torch.float32
+    tower = f"{P}model.vision_tower.vision_model."
+    seen = {key for key, kind in types.items() if key.startswith(tower) and kind == torch.float32}
+    parts = ("patch_embedding.weight", "patch_embedding.bias", "position_embedding.weight")
+    assert seen == {f"{tower}embeddings.{part}" for part in parts}
     assert {kind for key, kind in types.items() if not key.startswith(P)} == {torch.float32}
 
 

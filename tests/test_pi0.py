@@ -62,9 +62,13 @@ def make_context(model: Pi0, inputs: dict[str, Tensor], cameras: int = 3, tokens
     return Context(hidden.mean(1), _Conditions(keys_values, valid, valid.sum(1), inputs["state"]))
 
 
-def difference(found: Tensor, expected: Tensor) -> float:
+def difference(found: Tensor, expected: Tensor, what: str = "") -> float:
+    """The largest difference; with a name of what was compared it is printed, which pytest -rP shows."""
     assert found.shape == expected.shape
-    return (found - expected).abs().max().item()
+    largest = (found - expected).abs().max().item()
+    if what:
+        print(f"{what}: at most {largest:.1e}")
+    return largest
 
 
 # The published numbers
@@ -73,15 +77,13 @@ def difference(found: Tensor, expected: Tensor) -> float:
 @both
 def test_prefix(name: str) -> None:
     ref = reference(name)
-    assert (
-        difference(ref.model.embed_prefix(ref.inputs["images"], ref.inputs["tokens"]), ref.outputs["prefix_embs"])
-        < 2e-5
-    )
+    embedded = ref.model.embed_prefix(ref.inputs["images"], ref.inputs["tokens"])
+    assert difference(embedded, ref.outputs["prefix_embs"], f"{name} prefix_embs") < TOLERANCE
     hidden, _, valid = ref.model.run_prefix(
         ref.inputs["images"], ref.inputs["tokens"], ref.inputs["token_mask"], ref.inputs["img_masks"]
     )
     assert torch.equal(valid, ref.outputs["prefix_pad"])
-    assert difference(hidden[valid], ref.outputs["prefix_hidden"][valid]) < TOLERANCE
+    assert difference(hidden[valid], ref.outputs["prefix_hidden"][valid], f"{name} prefix_hidden") < TOLERANCE
 
 
 @both
@@ -90,12 +92,13 @@ def test_suffix(name: str, tag: str, time: float) -> None:
     ref = reference(name)
     t = torch.full((2,), time)
     suffix, condition = ref.model.embed_suffix(ref.inputs["state"], ref.inputs["noise"], t)
-    assert difference(suffix, ref.outputs[f"suffix_embs_{tag}"]) < TOLERANCE
+    assert difference(suffix, ref.outputs[f"suffix_embs_{tag}"], f"{name} suffix_embs_{tag}") < TOLERANCE
     if name == "pi05":
-        assert condition is not None and difference(condition, ref.outputs[f"adarms_cond_{tag}"]) < TOLERANCE
+        assert condition is not None
+        assert difference(condition, ref.outputs[f"adarms_cond_{tag}"], f"{name} adarms_cond_{tag}") < TOLERANCE
     velocity, features = ref.model.denoise_features(ref.context, ref.inputs["noise"], t)
-    assert difference(features, ref.outputs[f"expert_hidden_{tag}"]) < TOLERANCE
-    assert difference(velocity, ref.outputs[f"v_{tag}"]) < TOLERANCE
+    assert difference(features, ref.outputs[f"expert_hidden_{tag}"], f"{name} expert_hidden_{tag}") < TOLERANCE
+    assert difference(velocity, ref.outputs[f"v_{tag}"], f"{name} v_{tag}") < TOLERANCE
 
 
 @both
@@ -105,10 +108,10 @@ def test_actions(name: str) -> None:
     for step in range(5):
         t = torch.full((2,), 1 - step / 5)
         chain.append(chain[-1] - ref.model.denoise(ref.context, chain[-1], t) / 5)
-    assert difference(torch.stack(chain, dim=1), ref.outputs["euler_chain"]) < TOLERANCE
+    assert difference(torch.stack(chain, dim=1), ref.outputs["euler_chain"], f"{name} euler_chain") < TOLERANCE
     actions = integrate(ref.model, ref.context, ref.inputs["noise"], 5)
-    assert difference(actions, ref.outputs["actions_ode"]) < TOLERANCE
-    assert difference(actions, ref.outputs["sample_actions"]) < TOLERANCE
+    assert difference(actions, ref.outputs["actions_ode"], f"{name} actions_ode") < TOLERANCE
+    assert difference(actions, ref.outputs["sample_actions"], f"{name} sample_actions") < TOLERANCE
 
 
 @both
@@ -116,7 +119,8 @@ def test_flow_matching_error(name: str) -> None:
     ref = reference(name)
     x0, noise, t = ref.inputs["actions"], ref.inputs["noise"], ref.inputs["time"]
     velocity = ref.model.denoise(ref.context, torch.lerp(x0, noise, t[:, None, None]), t)
-    assert difference((velocity - (noise - x0)).square(), ref.outputs["loss_elementwise"]) < TOLERANCE
+    error = (velocity - (noise - x0)).square()
+    assert difference(error, ref.outputs["loss_elementwise"], f"{name} loss_elementwise") < TOLERANCE
 
 
 @both

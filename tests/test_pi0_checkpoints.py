@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +33,12 @@ from toy_pi0 import (
 )
 
 from sb3_vla import GRPO, PPO
-from sb3_vla.checkpoints import load_checkpoint, save_checkpoint
+from sb3_vla.checkpoints import checkpoint_digest, load_checkpoint, save_checkpoint
 from sb3_vla.checkpoints.pi0 import TIED, canonical_name, load_pi0, save_lerobot, save_openpi
 from sb3_vla.distributions.base import integrate
 from sb3_vla.distributions.flow_noise import FlowNoise
 from sb3_vla.models import Pi0, Pi05
+from sb3_vla.models.prompts import local_tokenizer_file
 from sb3_vla.policies import VLAPolicy, load_policy
 from sb3_vla.sft import SFTConfig, sft
 
@@ -480,10 +482,49 @@ def test_our_own_layout_holds_it_too(tmp_path: Path, name: str, tokenizer: str) 
     first = load_checkpoint(write_layout(tmp_path / "a", name, "lerobot"), {**HEADS, "tokenizer": tokenizer})
     save_checkpoint(tmp_path / "b", first.model, notes=first.notes, distribution=first.distribution)
     again = load_checkpoint(tmp_path / "b")
-    assert again.model_name == name and again.model_kwargs == first.model_kwargs and again.notes == first.notes
+    assert again.model_name == name and again.notes == first.notes
+    assert again.model_kwargs == {**first.model_kwargs, "tokenizer": str(tmp_path / "b" / "tokenizer")}
     assert again.distribution == ("flow_ode", {"denoising_steps": 7})
     state, expected = again.model.state_dict(), first.model.state_dict()
     assert all(torch.equal(state[key], expected[key]) for key in expected)
+
+
+@pytest.mark.parametrize("layout", ["openpi", "rlinf sft", "lerobot"])
+def test_our_own_layout_goes_elsewhere(
+    tmp_path: Path, layout: str, tokenizer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the tokenizer that was found beside the weights, by a relative path; ours can be copied on and replaced."""
+    monkeypatch.chdir(tmp_path)
+    write_layout(Path("a"), "pi0", layout)
+    tiny_tokenizer(Path("a"))
+    observation = toy_observation(2, image_size=56)
+    model = load_checkpoint(Path("a"), HEADS).model
+    assert isinstance(model, Pi0)
+    expected = model.read_prompt(observation)
+    save_checkpoint("b", model)
+    before = checkpoint_digest("b")
+    shutil.rmtree("a")
+    shutil.move("b", tmp_path / "away" / "c")
+    monkeypatch.chdir(tmp_path / "away")
+    for _ in range(2):
+        again = load_checkpoint("c").model
+        assert isinstance(again, Pi0)
+        assert all(torch.equal(a, b) for a, b in zip(again.read_prompt(observation), expected, strict=True))
+        save_checkpoint("c", again)
+    assert checkpoint_digest("c") == before
+    assert policy(Path("c"), model_kwargs={"tokenizer": tokenizer}).model.config["tokenizer"].endswith("tokenizer")
+    with pytest.raises(ValueError, match="model_kwargs with tokenizer='owner/other'"):
+        policy(Path("c"), model_kwargs={"tokenizer": "owner/other"})
+    (tmp_path / "away" / "c" / "tokenizer" / "tokenizer.json").write_text("{}")
+    assert checkpoint_digest("c") != before
+
+
+def test_a_sentencepiece_file_goes_with_it(tmp_path: Path) -> None:
+    (tmp_path / "big_vision.model").write_bytes(b"pieces")
+    save_checkpoint(tmp_path / "b", reference_model("pi0", tokenizer=str(tmp_path / "big_vision.model")))
+    assert (tmp_path / "b" / "tokenizer" / "tokenizer.model").read_bytes() == b"pieces"
+    again = load_checkpoint(tmp_path / "b").model
+    assert isinstance(again, Pi0) and local_tokenizer_file(again.tokenize.source) is not None
 
 
 # In imitation and in a policy
@@ -568,3 +609,23 @@ def test_an_algorithm_takes_a_published_checkpoint(
     algorithm.save(tmp_path / "model.zip")
     again = algorithm_class.load(tmp_path / "model.zip", device="cpu")
     assert np.array_equal(again.predict(observation, deterministic=True)[0], action)
+
+
+def test_a_saved_algorithm_acts_from_another_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_layout(Path("a"), "pi0", "openpi")
+    tiny_tokenizer(Path("paligemma"))
+    (stats,) = Path("a").rglob("norm_stats.json")
+    shutil.move(stats, "stats.json")
+    options = {**HEADS, "tokenizer": "paligemma", "norm_stats": "stats.json"}
+    env = toy_vec(4, chunk=5, action_dim=4, image_size=64)
+    observation, _ = ToyEnv(chunk=5, action_dim=4, image_size=64).reset(seed=0)
+    for number, trainable in enumerate(("expert", "all")):  # the first names the checkpoint, the second holds it
+        kwargs = {"checkpoint": Path("a"), "model_kwargs": options, "distribution": "flow_sde", "trainable": trainable}
+        algorithm = PPO("VLAPolicy", env, n_steps=4, batch_size=4, device="cpu", policy_kwargs=kwargs)
+        action, _ = algorithm.predict(observation, deterministic=True)
+        algorithm.save(tmp_path / f"{number}.zip")
+        with monkeypatch.context() as elsewhere:
+            elsewhere.chdir("/")
+            again = PPO.load(tmp_path / f"{number}.zip", device="cpu")
+            assert np.array_equal(again.predict(observation, deterministic=True)[0], action)

@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from mw_envs.tasks import did_you_mean
 from sb3_vla.checkpoints import native
+from sb3_vla.checkpoints.diffusion_policy import load_diffusion_policy
 from sb3_vla.checkpoints.folders import HUB, local_folder
 from sb3_vla.checkpoints.native import LoadedCheckpoint
-from sb3_vla.checkpoints.pi0 import is_pi0, load_pi0
+from sb3_vla.checkpoints.openvla_oft import load_openvla_oft
+from sb3_vla.checkpoints.pi0 import NAMES, is_pi0, load_pi0
+from sb3_vla.checkpoints.smolvla import load_smolvla
+from sb3_vla.checkpoints.tinyvla import load_tinyvla
+
+#: readers of published folders, by what the configuration says that it is; pi0's are told by their weights as well
+READERS: dict[str, Callable[..., LoadedCheckpoint]] = {
+    "diffusion": load_diffusion_policy,
+    "llava_pythia": load_tinyvla,
+    "openvla": load_openvla_oft,
+    "smolvla": load_smolvla,
+}
 
 
 def load_checkpoint(source: str | Path, options: Mapping[str, Any] | None = None) -> LoadedCheckpoint:
@@ -24,11 +36,20 @@ def load_checkpoint(source: str | Path, options: Mapping[str, Any] | None = None
     :raises FileNotFoundError: if it is not there or incomplete; the message says what is missing.
     :raises ValueError: if it is damaged or does not fit its own configuration, or its reader has no such option.
     """
-    folder = local_folder(source) if str(source).startswith(HUB) else Path(source).expanduser()
-    published = native.published_reader(folder)
+    folder = _folder(source)
+    native.restore(folder)
+    kind = native.published_kind(folder)
+    published = None if kind is None else READERS.get(kind)
     if published is None:
         # SmolVLA has weights of the same names as pi0, but its configuration says what it is.
-        return load_pi0(folder, options) if is_pi0(folder) else native.load_checkpoint(folder)
+        if is_pi0(folder):
+            return load_pi0(folder, options)
+        if kind is not None:
+            raise ValueError(
+                f"{folder / 'config.json'} says that it is {kind!r}, which nothing here reads; expected "
+                f"{', '.join(sorted((*READERS, *NAMES)))}, or a folder that sb3_vla wrote"
+            )
+        return native.load_checkpoint(folder)
     known = list(inspect.signature(published).parameters)[1:]
     for name in options or {}:
         if name not in known:
@@ -39,5 +60,9 @@ def load_checkpoint(source: str | Path, options: Mapping[str, Any] | None = None
 
 def takes_options(source: str | Path) -> bool:
     """Whether others have published it, so that it may need to be told what it does not say."""
-    folder = local_folder(source) if str(source).startswith(HUB) else Path(source).expanduser()
-    return native.published_reader(folder) is not None or is_pi0(folder)
+    folder = _folder(source)
+    return native.published_kind(folder) in READERS or is_pi0(folder)
+
+
+def _folder(source: str | Path) -> Path:
+    return local_folder(source) if str(source).startswith(HUB) else Path(source).expanduser()

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,13 +18,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sb3_vla.checkpoints.folders import local_folder
-from sb3_vla.models import MODELS, VLAModel, model_class
+from sb3_vla.models import MODELS, Pi0, VLAModel, model_class
 from sb3_vla.models.lora import merged_state
+from sb3_vla.models.prompts import copy_tokenizer, local_tokenizer_file
 
 # 2: CompactVLA attends to picture and sentence alone.
 FORMAT = "sb3-vla-2"
 #: what tells an adapter's folder
 ADAPTER_CONFIG = "adapter_config.json"
+#: subfolder, and name in the configuration, of a copy of the tokenizer
+TOKENIZER = "tokenizer"
 #: note of a reader: whether the checkpoint came with statistics to normalise by; where not, imitation sets the data's
 NORMALISED = "normalised"
 #: numbers of a state and of an action in the environment
@@ -60,7 +63,8 @@ def save_checkpoint(
 ) -> None:
     """Write a checkpoint folder; it appears whole or not at all, and takes the place of one that is there.
 
-    Adapters are merged into the weights, see :mod:`sb3_vla.models.lora`.
+    Adapters are merged into the weights, see :mod:`sb3_vla.models.lora`. A tokenizer that is a file on this machine is
+    copied into the folder.
 
     :param notes: JSON values kept beside the weights.
     :param distribution: name and options of the action distribution that the model acts by.
@@ -69,10 +73,11 @@ def save_checkpoint(
     """
     folder = Path(folder)
     names = {kind: name for name, kind in MODELS.items()}
-    config = {
+    tokenizer = local_tokenizer_file(model.tokenize.source) if isinstance(model, Pi0) else None
+    config: dict[str, Any] = {
         "format": FORMAT,
         "model": names[type(model)],
-        "model_kwargs": model.config,
+        "model_kwargs": model.config if tokenizer is None else {**model.config, "tokenizer": TOKENIZER},
         "notes": dict(notes or {}),
         **({} if distribution is None else {"distribution": [distribution[0], dict(distribution[1])]}),
     }
@@ -84,6 +89,8 @@ def save_checkpoint(
         save_file(
             {key: value.detach().cpu().contiguous() for key, value in tensors.items()}, partial / "model.safetensors"
         )
+        if tokenizer is not None:
+            copy_tokenizer(tokenizer, partial / TOKENIZER)
         (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
@@ -117,27 +124,23 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         raise
 
 
+def restore(folder: Path) -> None:
+    """Put a checkpoint back whose writer was killed between taking the old one away and putting its own."""
+    if not folder.exists() and _replaced(folder).is_dir():
+        os.replace(_replaced(folder), folder)
+
+
 def load_checkpoint(folder: str | Path) -> LoadedCheckpoint:
-    """Read a checkpoint folder, ours or one in a published layout.
+    """Read a checkpoint folder of ours.
 
     :raises FileNotFoundError: if it is not there or a file is missing; the message names the file.
     :raises ValueError: if it is damaged, of another format, or does not fit its own configuration.
     """
     folder = Path(folder)
-    if not folder.exists() and _replaced(folder).is_dir():
-        os.replace(_replaced(folder), folder)  # a writer was killed between taking this one away and putting its own
+    restore(folder)
     if not folder.is_dir():
         raise FileNotFoundError(
             f"Checkpoint folder {folder} does not exist; expected config.json and model.safetensors"
-        )
-    published = published_reader(folder)
-    if published is not None:
-        return published(folder)
-    kind = _published_kind(folder)
-    if kind is not None:
-        raise ValueError(
-            f"{folder / 'config.json'} says that it is {kind!r}, which nothing here reads; expected diffusion, "
-            "llava_pythia, openvla, pi0, pi05 or smolvla, or a folder that sb3_vla wrote"
         )
     for name in ("config.json", "model.safetensors"):
         if not (folder / name).is_file():
@@ -146,6 +149,8 @@ def load_checkpoint(folder: str | Path) -> LoadedCheckpoint:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         found_format = config["format"]
         name, kwargs = config["model"], config["model_kwargs"]
+        if isinstance(kwargs, dict) and kwargs.get("tokenizer") == TOKENIZER and (folder / TOKENIZER).is_dir():
+            kwargs = {**kwargs, "tokenizer": str((folder / TOKENIZER).resolve())}
         notes = config.get("notes", {})
         distribution = None
         if config.get("distribution") is not None:
@@ -180,25 +185,8 @@ def load_checkpoint(folder: str | Path) -> LoadedCheckpoint:
     return LoadedCheckpoint(model, name, kwargs, value_head, notes, distribution, distribution_weights)
 
 
-def published_reader(folder: Path) -> Callable[..., LoadedCheckpoint] | None:
-    """Who reads a folder that is not ours, by what its configuration says it is."""
-    # These build on this module.
-    from sb3_vla.checkpoints.diffusion_policy import load_diffusion_policy
-    from sb3_vla.checkpoints.openvla_oft import load_openvla_oft
-    from sb3_vla.checkpoints.smolvla import load_smolvla
-    from sb3_vla.checkpoints.tinyvla import load_tinyvla
-
-    readers: dict[str, Callable[..., LoadedCheckpoint]] = {
-        "diffusion": load_diffusion_policy,
-        "llava_pythia": load_tinyvla,
-        "openvla": load_openvla_oft,
-        "smolvla": load_smolvla,
-    }
-    kind = _published_kind(folder)
-    return None if kind is None else readers.get(kind)
-
-
-def _published_kind(folder: Path) -> str | None:
+def published_kind(folder: Path) -> str | None:
+    """What a configuration that is not ours says that it describes; None where it is ours, or says nothing."""
     try:
         config = json.loads((place_of_configuration(folder) / "config.json").read_text(encoding="utf-8"))
         kind = None if "format" in config else config.get("type", config.get("model_type"))
@@ -225,7 +213,8 @@ def checkpoint_digest(folder: str | Path) -> str:
     tensors = sorted(folder.glob("*.safetensors")) or [folder / "model.safetensors"]
     if (folder / ADAPTER_CONFIG).is_file():
         tensors += [folder / ADAPTER_CONFIG, *sorted(path for path in folder.rglob("*.bin") if path.is_file())]
-    for path in (place_of_configuration(folder) / "config.json", *tensors):
+    tokenizer = sorted(path for path in (folder / TOKENIZER).glob("tokenizer.*") if path.is_file())
+    for path in (place_of_configuration(folder) / "config.json", *tensors, *tokenizer):
         if not path.is_file():
             raise FileNotFoundError(f"Checkpoint {folder} has no {path.name}")
         digest.update(path.read_bytes())

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import math
 import re
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +32,7 @@ from sb3_vla.models.gemma import GemmaSize
 from sb3_vla.models.lora import merged_state
 from sb3_vla.models.normalisation import STATISTICS
 from sb3_vla.models.pi0 import PALIGEMMA
-from sb3_vla.models.prompts import find_tokenizer_file, tokenizer_file
+from sb3_vla.models.prompts import copy_tokenizer, find_tokenizer_file, local_tokenizer_file
 
 P = "paligemma_with_expert.paligemma."
 X = "paligemma_with_expert.gemma_expert."
@@ -44,8 +43,9 @@ UNUSED = (f"{X}lm_head.weight", f"{X}model.embed_tokens.weight")
 VIEW = {"camera": "corner2", "crop": None, "render_size": 480}
 #: as ``norm_stats``, for a model that was not yet trained on data of the environment
 UNNORMALISED = "none"
+#: types of LeRobot's configurations, and our names of the models
+NAMES: dict[str, type[Pi0]] = {"pi0": Pi0, "pi05": Pi05}
 _RL_HEADS = ("value_head.", "noise_head.")
-_NAMES = {"pi0": Pi0, "pi05": Pi05}
 _KNOWN_NAMES = re.compile(r".*(paligemma_with_expert|vlm\.language_model|action_in_proj)")
 # Euler steps to an action: openpi's and LeRobot's default, and RLinf's in MetaWorld.
 _STEPS, _RLINF_STEPS = 10, 5
@@ -68,9 +68,9 @@ def load_pi0(source: str | Path, options: Mapping[str, Any] | None = None) -> Lo
     norm_stats = given.pop("norm_stats", None)
     config = read_json(folder / "config.json")
     found = _read(folder)
-    name = config["type"] if config.get("type") in _NAMES else found.name
+    name = config["type"] if config.get("type") in NAMES else found.name
     statistics: dict[str, Tensor] | None
-    if config.get("type") in _NAMES:
+    if config.get("type") in NAMES:
         layout, said, statistics = "lerobot", *pi0_lerobot.read(folder, config)
     else:
         layout = "rlinf" if found.heads else "transformers" if "model_type" in config else "openpi"
@@ -79,7 +79,7 @@ def load_pi0(source: str | Path, options: Mapping[str, Any] | None = None) -> Lo
         statistics = _norm_stats(folder, norm_stats)
     tokenizer = find_tokenizer_file(folder)
     if tokenizer is not None and not Path(said.get("tokenizer", PALIGEMMA)).is_dir():
-        said["tokenizer"] = str(tokenizer)
+        said["tokenizer"] = str(tokenizer.resolve())
     for part in ("vision", "vlm", "expert"):
         given[part] = {**found.sizes[part], **given.get(part, {})}
     chosen = {**found.sizes, **said, **given}
@@ -110,7 +110,7 @@ def is_pi0(source: str | Path) -> bool:
         return False
     if "format" in config:
         return False
-    return config.get("type") in _NAMES or any(_KNOWN_NAMES.match(name) for name in weight_names(weight_files(folder)))
+    return config.get("type") in NAMES or any(_KNOWN_NAMES.match(name) for name in weight_names(weight_files(folder)))
 
 
 def save_lerobot(folder: str | Path, model: Pi0) -> None:
@@ -202,7 +202,7 @@ def _read(folder: Path) -> _Found:
     if EMBEDDING not in weights and tied is not None:  # where both are there the embedding is what was trained
         weights[EMBEDDING] = tied
     guess = _guess(raw, weights)
-    if guess not in _NAMES:
+    if guess not in NAMES:
         shown = ", ".join(list(raw)[:3])
         raise ValueError(f"{folder} holds no pi0 or pi0.5 that can be read: it looks like {guess}. It has {shown}, ...")
     try:
@@ -287,10 +287,10 @@ def _build(name: str, options: dict[str, Any], folder: Path) -> Pi0:
     """The model on the meta device but for its buffers."""
     try:
         with torch.device("meta"):
-            model = _NAMES[name](**options)
+            model = NAMES[name](**options)
     except TypeError as error:
         raise ValueError(f"{folder}: {name} does not take these options ({error})") from error
-    reference = _NAMES[name](**{**options, **_SMALL})
+    reference = NAMES[name](**{**options, **_SMALL})
     for key, buffer in reference.named_buffers():
         parent, _, own = key.rpartition(".")
         persistent = key in reference.state_dict()
@@ -397,16 +397,10 @@ def _openpi_weights(model: Pi0) -> dict[str, Tensor]:
 
 def _copy_tokenizer(model: Pi0, folder: Path) -> bool:
     """The tokenizer into a checkpoint, where it is a file here and LeRobot can read it."""
-    try:
-        source = tokenizer_file(model.tokenize.source) if Path(model.tokenize.source).expanduser().exists() else None
-    except FileNotFoundError:
-        source = None
-    if source is None or source.name != "tokenizer.json":
+    source = local_tokenizer_file(model.tokenize.source)
+    if source is None or source.suffix == ".model":
         return False
-    folder.mkdir()
-    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
-        if (source.parent / name).is_file():
-            shutil.copyfile(source.parent / name, folder / name)
+    copy_tokenizer(source, folder)
     if not (folder / "tokenizer_config.json").is_file():
         write_json(folder / "tokenizer_config.json", {"tokenizer_class": "GemmaTokenizer"})
     return True

@@ -180,6 +180,6 @@ def _tokenizer(folder: Path, steps: list[dict[str, Any]]) -> str | None:
         if step.get("registry_name") == "tokenizer_processor":
             name = (step.get("artifacts") or {}).get("tokenizer_name") or step.get("config", {}).get("tokenizer_name")
             if name and (folder / name).is_dir():
-                return str(folder / name)
+                return str((folder / name).resolve())
             return name or None
     return None

@@ -175,12 +175,14 @@ class Pi0(VLAModel):
         yield from self._paligemma.parameters()
 
     def halve_backbone(self) -> None:
-        """See :meth:`VLAModel.halve_backbone`; norms of the language model stay float32, as openpi keeps them."""
+        """See :meth:`VLAModel.halve_backbone`; norms of the language model, and embeddings of patches and positions,
+        stay float32, as openpi keeps them."""
         if any(p.requires_grad for name, p in self._paligemma.named_parameters() if ".lora_" not in name):
             raise ValueError('frozen_bf16=True is for a frozen backbone; use trainable="expert", "adaptive" or "lora"')
-        norms = {id(part.weight) for part in self.modules() if isinstance(part, RMSNorm)}
+        kept = {id(part.weight) for part in self.modules() if isinstance(part, RMSNorm)}
+        kept |= {id(parameter) for parameter in self.vision_model.embeddings.parameters()}  # type: ignore[union-attr]
         for parameter in self.backbone():
-            if not parameter.requires_grad and id(parameter) not in norms:
+            if not parameter.requires_grad and id(parameter) not in kept:
                 parameter.data = parameter.data.to(torch.bfloat16)
 
     def compile_towers(self, options: Mapping[str, Any]) -> None:
@@ -568,4 +570,13 @@ def _vision_model(size: VisionSize, image_size: int) -> nn.Module:
     )
     model = getattr(model, "vision_model", model)  # before transformers 5.6 it was one level deeper
     recomputing(model.encoder.layers)
+    model.encoder.register_forward_pre_hook(_in_own_precision, with_kwargs=True)
     return model
+
+
+def _in_own_precision(encoder: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, Any]:
+    """Embedded patches in the precision of the layers, where it is not that of the embeddings."""
+    kind = encoder.layers[0].layer_norm1.weight.dtype  # type: ignore[union-attr, index]
+    if given:
+        return (given[0].to(kind), *given[1:]), named
+    return given, {**named, "inputs_embeds": named["inputs_embeds"].to(kind)}

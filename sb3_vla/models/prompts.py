@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -64,13 +65,38 @@ def find_tokenizer_file(folder: Path) -> Path | None:
     return None
 
 
+def local_tokenizer_file(source: str) -> Path | None:
+    """The file of a tokenizer, see :class:`PromptTokenizer`, if it is on this machine; nothing is fetched."""
+    path = Path(source).expanduser()
+    return path if path.is_file() else find_tokenizer_file(path)
+
+
+def same_tokenizer(one: str, other: str) -> bool:
+    """Whether two places name the same tokenizer, or hold copies of it."""
+    files = local_tokenizer_file(one), local_tokenizer_file(other)
+    if files[0] is None or files[1] is None:
+        return one == other
+    return files[0].read_bytes() == files[1].read_bytes()
+
+
+def copy_tokenizer(file: Path, folder: Path) -> None:
+    """A tokenizer's file, and what Hugging Face keeps beside it, into a new folder in which it is found."""
+    folder.mkdir()
+    if file.suffix == ".model":
+        shutil.copyfile(file, folder / "tokenizer.model")
+        return
+    shutil.copyfile(file, folder / "tokenizer.json")
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if (file.parent / name).is_file():
+            shutil.copyfile(file.parent / name, folder / name)
+
+
 def tokenizer_file(source: str) -> Path:
     """The file of a tokenizer, see :class:`PromptTokenizer`; it is fetched from the hub if need be.
 
     :raises FileNotFoundError: if there is none.
     """
-    path = Path(source).expanduser()
-    found = path if path.is_file() else find_tokenizer_file(path)
+    path, found = Path(source).expanduser(), local_tokenizer_file(source)
     if found is not None:
         return found
     advice = (
