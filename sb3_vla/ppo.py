@@ -962,7 +962,7 @@ def _fuse(optimizer: torch.optim.Optimizer) -> None:
             continue
         group["fused"] = True
         for weights in group["params"]:  # the kernel wants the number of steps beside them
-            if "step" in optimizer.state[weights]:
+            if "step" in optimizer.state.get(weights, {}):
                 optimizer.state[weights]["step"] = optimizer.state[weights]["step"].to(weights.device)
 
 
