@@ -207,19 +207,20 @@ class Background(NamedTuple):
 
     :param bright: its picture in the light, uint8 (rows, columns, 3).
     :param dark: the same in the shadow of something, uint8 (rows, columns, 3).
-    :param seen: what its samples see, with no triangle.
+    :param nearness: one over the distance of what its samples see, float32 (rows, 4 (columns + margin)).
     :param light_u: texel of the light's plane that a pixel lies in, int32 (rows, columns); so is light_v.
     :param light_d: its depth there, float32 (rows, columns); -1e9 marks a pixel that a shadow does not change.
-    :param shadows: what the light meets of it.
+    :param shadows: what the light meets of what never moves, and fixed_shadows of what stays where a trial puts it.
     """
 
     bright: Array
     dark: Array
-    seen: Array
+    nearness: Array
     light_u: Array
     light_v: Array
     light_d: Array
     shadows: ShadowMap
+    fixed_shadows: ShadowMap
 
 
 class Canvas(NamedTuple):

@@ -15,9 +15,9 @@ _UNLIMITED = 1 << 30
 _BAND = 16  # rows that are coloured as one, few enough to stay in a core's cache
 
 
-def blank(rows, columns):
-    """Samples that see nothing yet."""
-    return np.zeros((rows, SAMPLES * (columns + MARGIN)), np.int64)
+def samples(rows, columns):
+    """Shape of an array with a number for each sample of a view."""
+    return rows, SAMPLES * (columns + MARGIN)
 
 
 @compiled
@@ -55,28 +55,53 @@ def cast_shadows(geometry, casting, window, pixel, workspace):
 
 
 @compiled
-def draw_background(look, camera, poses, drawables, sky, background):
-    """Draw what does not move.
+def begin_background(look, camera, sky, background):
+    """Draw what is seen where nothing is.
 
-    :param drawables: opaque ones, projected to the light's plane.
     :param sky: the texture of the sky, or -1.
-    :param background: its ``shadows`` are given, all else is set.
+    :param background: its shadows are given, all else is set.
     """
-    geometry, workspace = look.geometry, look.workspace
-    rows, columns = background.bright.shape[:2]
-    window = 0, 0, columns, rows
     background.bright[:] = 0
     if sky >= 0:
         draw_sky(look.textures, sky, camera, background.bright)
     background.dark[:] = background.bright
-    raster.project(geometry, drawables, poses, camera, workspace)
-    background.seen[:] = 0
-    spans = np.empty((rows, 2), np.int32)
-    _empty(spans)
-    raster.rasterise(geometry, drawables, camera, window, workspace, background.seen, spans)
-    count = shading.find_visible(0, rows, spans, (1, TRIANGLE), background.seen, look.frame, 0, workspace)
-    shading.prepare_visible(0, count, look, camera, True)
-    shading.resolve_background(look, camera, background)
+    background.nearness[:] = 0
+    background.light_d[:] = shading.NO_SHADOW
+
+
+@compiled
+def draw_still(look, camera, poses, drawables, shadows, background, seen, spans):
+    """Draw what does not move, over a background that becomes a part of.
+
+    :param drawables: opaque ones, projected to the light's plane.
+    :param shadows: those that they cast on the background; those on themselves are in the background already.
+    :param seen: the background's samples, and what is in the spans is something else's; both become the background's.
+    :return: the window of pixels in which the background may have changed: left, top, right, bottom.
+    """
+    geometry, workspace = look.geometry, look.workspace
+    left, top, right, bottom = shading.darken_background(background, shadows)
+    _restore(seen, spans, background.nearness)
+    window = _clipped(raster.project(geometry, drawables, poses, camera, workspace), background.bright)
+    raster.rasterise(geometry, drawables, camera, window, workspace, seen, spans)
+    count = 0
+    for y in range(window[1], window[3], _BAND):
+        end, start = min(y + _BAND, window[3]), count
+        count = shading.find_visible(y, end, spans, (1, TRIANGLE), seen, look.frame, start, workspace)
+        shading.prepare_visible(start, count, look, camera, True)
+        shading.resolve_still(y, end, spans, seen, look, camera, background)
+    _keep(seen, spans, background.nearness)
+    return min(left, window[0]), min(top, window[1]), max(right, window[2]), max(bottom, window[3])
+
+
+@compiled
+def show_background(background, window, seen):
+    """Make the samples of a window those of a background.
+
+    :param window: left, top, right, bottom, the last two exclusive.
+    """
+    left, top, right, bottom = window
+    for y in range(top, bottom):
+        _show(seen, background.nearness, y, SAMPLES * left, SAMPLES * right)
 
 
 @compiled
@@ -93,7 +118,7 @@ def draw_moving(look, camera, poses, moving, transparent, casting, lit, pixel, b
     shadows = cast_shadows(geometry, casting, lit, pixel, workspace)
     shading.darken(background, shadows, picture)
     seen, spans = canvas.seen, canvas.spans
-    _restore(seen, spans, background.seen)
+    _restore(seen, spans, background.nearness)
     left, top, right, bottom = _clipped(raster.project(geometry, moving, poses, camera, workspace), picture)
     raster.rasterise(geometry, moving, camera, (left, top, right, bottom), workspace, seen, spans)
     count = 0
@@ -101,7 +126,7 @@ def draw_moving(look, camera, poses, moving, transparent, casting, lit, pixel, b
         end, start = min(y + _BAND, bottom), count
         count = shading.find_visible(y, end, spans, (1, TRIANGLE), seen, frame, start, workspace)
         shading.prepare_visible(start, count, look, camera, False)
-        shading.resolve(y, end, spans, seen, look, camera, shadows, background.shadows, picture)
+        shading.resolve(y, end, spans, seen, look, camera, shadows, background, picture)
     # MuJoCo draws what is transparent twice, from front to back and from back to front.
     layers = len(transparent)
     for k in range(2 * layers):
@@ -122,12 +147,30 @@ def draw_moving(look, camera, poses, moving, transparent, casting, lit, pixel, b
 
 
 @compiled
-def _restore(seen, spans, background):
-    """Take away what the last frame drew."""
+def _restore(seen, spans, nearness):
+    """Take away what was drawn over a background."""
     for y in range(len(spans)):
         if spans[y, 0] <= spans[y, 1]:
-            first, end = SAMPLES * spans[y, 0], SAMPLES * (spans[y, 1] + 1)
-            seen[y, first:end] = background[y, first:end]
+            _show(seen, nearness, y, SAMPLES * spans[y, 0], SAMPLES * (spans[y, 1] + 1))
+    _empty(spans)
+
+
+@compiled
+def _show(seen, nearness, y, first, end):
+    """Make some samples of a row those of a background."""
+    bits = nearness.view(np.int32)
+    for k in range(np.uint64(first), np.uint64(end)):
+        seen[y, k] = np.int64(bits[y, k]) << 32
+
+
+@compiled
+def _keep(seen, spans, nearness):
+    """Make what was drawn over a background a part of it."""
+    bits = nearness.view(np.int32)
+    for y in range(len(spans)):
+        for k in range(SAMPLES * spans[y, 0], SAMPLES * (spans[y, 1] + 1)):
+            bits[y, k] = np.int32(seen[y, k] >> 32)
+            seen[y, k] &= ~TRIANGLE
     _empty(spans)
 
 

@@ -30,7 +30,7 @@ from mw_envs.rendering.textures import sample_texture, texture_level
 # Colours are clamped, as OpenGL does it.
 _LEAST = np.array([0] * 6 + [-np.inf] * (QUANTITIES - 6), np.float32)
 _MOST = np.array([1] * 6 + [np.inf] * (QUANTITIES - 6), np.float32)
-_NO_SHADOW = F(-1e9)
+NO_SHADOW = F(-1e9)
 _ALMOST_ONE, _THIRD = F(0.999), F(1 / 3)
 _SHARE, _FULL = F(1 / SAMPLES), F(255)
 _1, _2, _3 = np.uint64(1), np.uint64(2), np.uint64(3)
@@ -234,18 +234,47 @@ def _in_shadow(depth, columns, u0, v0, slack, u, v, d):
 
     Without a branch: one that is not foreseen would have to wait for all that the point was computed from.
     """
-    column, row, rows = u - u0, v - v0, F(depth.shape[0])
-    inside = (column >= ZERO) & (row >= ZERO) & (column < columns) & (row < rows)
+    column, row, rows = u - F(u0), v - F(v0), F(depth.shape[0])
+    inside = (column >= ZERO) & (row >= ZERO) & (column < F(columns)) & (row < rows)
     i, j = np.uint64(row if inside else ZERO), np.uint64(column if inside else ZERO)
     return inside & (d > depth[i, j] + slack)
 
 
+@inlined
+def _unpacked(shadows):
+    """A shadow map's fields as local names, for those of a tuple are counted references each time they are read."""
+    return shadows.depth, shadows.columns, shadows.u0, shadows.v0, F(shadows.slack)
+
+
+@inlined
+def _different(seen, y, x, numbers, shares):
+    """List the different triangles that a pixel's samples see, and of how many samples each; how many these are.
+
+    Without branches that depend on them.
+    """
+    k = np.uint64(SAMPLES * x)
+    n0, n1 = seen[y, k] & TRIANGLE, seen[y, k + _1] & TRIANGLE
+    n2, n3 = seen[y, k + _2] & TRIANGLE, seen[y, k + _3] & TRIANGLE
+    same01, same02, same03, same12, same13, same23 = n0 == n1, n0 == n2, n0 == n3, n1 == n2, n1 == n3, n2 == n3
+    different = 0
+    numbers[different], shares[different] = n0, 1 + same01 + same02 + same03
+    different += n0 != 0
+    numbers[different], shares[different] = n1, 1 + same12 + same13
+    different += (n1 != 0) & (not same01)
+    numbers[different], shares[different] = n2, 1 + same23
+    different += (n2 != 0) & (not same02) & (not same12)
+    numbers[different], shares[different] = n3, 1
+    different += (n3 != 0) & (not same03) & (not same13) & (not same23)
+    return different
+
+
 @compiled
-def resolve(top, bottom, spans, seen, look, camera, shadows, other_shadows, picture):
+def resolve(top, bottom, spans, seen, look, camera, shadows, background, picture):
     """Colours of the pixels that see triangles, over a picture that shows the background.
 
     :param top: first row, and bottom the one after the last.
     :param spans: first and last pixel of each row that may see one.
+    :param shadows: those of what moves; others are the background's.
     :param picture: uint8 (rows, columns, 3); updated.
     """
     fx, fy = F(1 / camera.focal_x), F(1 / camera.focal_y)
@@ -254,26 +283,13 @@ def resolve(top, bottom, spans, seen, look, camera, shadows, other_shadows, pict
     planes, slots, drawable = look.workspace.planes, look.workspace.slots, look.geometry.drawable
     texture, mapping = look.materials.texture, look.materials.mapping
     pixels, levels = look.textures.pixels, look.textures.levels
-    depth, columns, u0, v0, slack = shadows.depth, F(shadows.columns), F(shadows.u0), F(shadows.v0), F(shadows.slack)
-    other_depth, other_columns = other_shadows.depth, F(other_shadows.columns)
-    other_u0, other_v0, other_slack = F(other_shadows.u0), F(other_shadows.v0), F(other_shadows.slack)
+    depth0, columns0, u0, v0, slack0 = _unpacked(shadows)
+    depth1, columns1, u1, v1, slack1 = _unpacked(background.shadows)
+    depth2, columns2, u2, v2, slack2 = _unpacked(background.fixed_shadows)
     for y in range(top, bottom):
         ray_y = (F(y) + HALF - oy) * fy
         for x in range(spans[y, 0], spans[y, 1] + 1):
-            # The different triangles and their shares, without branches that depend on them.
-            k = np.uint64(SAMPLES * x)
-            n0, n1 = seen[y, k] & TRIANGLE, seen[y, k + _1] & TRIANGLE
-            n2, n3 = seen[y, k + _2] & TRIANGLE, seen[y, k + _3] & TRIANGLE
-            same01, same02, same03, same12, same13, same23 = n0 == n1, n0 == n2, n0 == n3, n1 == n2, n1 == n3, n2 == n3
-            different = 0
-            numbers[different], shares[different] = n0, 1 + same01 + same02 + same03
-            different += n0 != 0
-            numbers[different], shares[different] = n1, 1 + same12 + same13
-            different += (n1 != 0) & (not same01)
-            numbers[different], shares[different] = n2, 1 + same23
-            different += (n2 != 0) & (not same02) & (not same12)
-            numbers[different], shares[different] = n3, 1
-            different += (n3 != 0) & (not same03) & (not same13) & (not same23)
+            different = _different(seen, y, x, numbers, shares)
             ray_x = (F(x) + HALF - ox) * fx
             red, green, blue, covered = ZERO, ZERO, ZERO, ZERO
             for i in range(different):
@@ -286,8 +302,9 @@ def resolve(top, bottom, spans, seen, look, camera, shadows, other_shadows, pict
                 if texture[d] >= 0:
                     _apply_texture(planes, slot, ray_x, ray_y, fx, fy, mapping, d, texture[d], pixels, levels)
                 u, v, distance = planes[slot, 3, U], planes[slot, 3, V], planes[slot, 3, D]
-                dark = _in_shadow(depth, columns, u0, v0, slack, u, v, distance)
-                dark |= _in_shadow(other_depth, other_columns, other_u0, other_v0, other_slack, u, v, distance)
+                dark = _in_shadow(depth0, columns0, u0, v0, slack0, u, v, distance)
+                dark |= _in_shadow(depth1, columns1, u1, v1, slack1, u, v, distance)
+                dark |= _in_shadow(depth2, columns2, u2, v2, slack2, u, v, distance)
                 light = ZERO if dark else ONE
                 r = planes[slot, 3, 0] + light * planes[slot, 3, 3]
                 g = planes[slot, 3, 1] + light * planes[slot, 3, 4]
@@ -303,35 +320,37 @@ def resolve(top, bottom, spans, seen, look, camera, shadows, other_shadows, pict
 
 
 @compiled
-def resolve_background(look, camera, background):
-    """The background's picture as the lights show it, as it is in shadow, and where it lies in the light's space.
+def resolve_still(top, bottom, spans, seen, look, camera, background):
+    """Colours of what does not move, over a background that becomes a part of: as the lights show them, as they are in
+    shadow, and where they lie in the light's space.
 
-    :param background: its ``bright`` shows what is seen where no triangle is; all but ``seen`` and ``shadows`` is set.
+    :param top: first row, and bottom the one after the last.
+    :param spans: first and last pixel of each row that may see a triangle.
     """
-    bright, dark, seen, shadows = background.bright, background.dark, background.seen, background.shadows
+    bright, dark = background.bright, background.dark
     light_u, light_v, light_d = background.light_u, background.light_v, background.light_d
-    rows, columns = bright.shape[:2]
     fx, fy = F(1 / camera.focal_x), F(1 / camera.focal_y)
     ox, oy = F(camera.centre_x), F(camera.centre_y)
+    numbers, shares = np.empty(SAMPLES + 1, np.int64), np.empty(SAMPLES + 1, np.int32)
     planes, slots, drawable = look.workspace.planes, look.workspace.slots, look.geometry.drawable
     texture, mapping = look.materials.texture, look.materials.mapping
     pixels, levels = look.textures.pixels, look.textures.levels
-    depth, width, u0, v0, slack = shadows.depth, F(shadows.columns), F(shadows.u0), F(shadows.v0), F(shadows.slack)
-    lit = np.empty(3, np.float32)
-    unlit = np.empty(3, np.float32)
-    for y in range(rows):
+    depth1, columns1, u1, v1, slack1 = _unpacked(background.shadows)
+    depth2, columns2, u2, v2, slack2 = _unpacked(background.fixed_shadows)
+    lit, unlit = np.empty(3, np.float32), np.empty(3, np.float32)
+    for y in range(top, bottom):
         ray_y = (F(y) + HALF - oy) * fy
-        for x in range(columns):
+        for x in range(spans[y, 0], spans[y, 1] + 1):
+            different = _different(seen, y, x, numbers, shares)
+            if different == 0:
+                continue
             ray_x = (F(x) + HALF - ox) * fx
-            light_d[y, x] = _NO_SHADOW
             rest = ONE
             lit[:] = ZERO
             unlit[:] = ZERO
-            for i in range(SAMPLES):
-                t = (seen[y, SAMPLES * x + i] & TRIANGLE) - 1
-                if t < 0:
-                    continue
-                rest -= _SHARE
+            for i in range(different):
+                t, weight = numbers[i] - 1, F(shares[i]) * _SHARE
+                rest -= weight
                 slot = slots[t] & TRIANGLE
                 _evaluate(planes, slot, ray_x, ray_y)
                 d = drawable[t]
@@ -339,21 +358,48 @@ def resolve_background(look, camera, background):
                     _apply_texture(planes, slot, ray_x, ray_y, fx, fy, mapping, d, texture[d], pixels, levels)
                 u, v, distance = planes[slot, 3, U], planes[slot, 3, V], planes[slot, 3, D]
                 reached = planes[slot, 3, 3] + planes[slot, 3, 4] + planes[slot, 3, 5] > ZERO
-                reached = reached and not _in_shadow(depth, width, u0, v0, slack, u, v, distance)
+                reached = reached and not _in_shadow(depth1, columns1, u1, v1, slack1, u, v, distance)
+                reached = reached and not _in_shadow(depth2, columns2, u2, v2, slack2, u, v, distance)
                 if reached:
                     light_u[y, x], light_v[y, x] = int(np.floor(u)), int(np.floor(v))
                     light_d[y, x] = distance
                 for j in range(3):
                     color = planes[slot, 3, j]
-                    unlit[j] += _SHARE * min(color, ONE)
-                    lit[j] += _SHARE * min(color + planes[slot, 3, 3 + j] if reached else color, ONE)
+                    unlit[j] += weight * min(color, ONE)
+                    lit[j] += weight * min(color + planes[slot, 3, 3 + j] if reached else color, ONE)
             for j in range(3):
-                behind = max(rest, ZERO) * F(bright[y, x, j]) + HALF
-                bright[y, x, j] = np.uint8(min(lit[j] * _FULL + behind, _FULL))
-                dark[y, x, j] = np.uint8(min(unlit[j] * _FULL + behind, _FULL))
+                rest = max(rest, ZERO)
+                bright[y, x, j] = np.uint8(min(lit[j] * _FULL + rest * F(bright[y, x, j]) + HALF, _FULL))
+                dark[y, x, j] = np.uint8(min(unlit[j] * _FULL + rest * F(dark[y, x, j]) + HALF, _FULL))
+
+
+@compiled
+def darken_background(background, shadows):
+    """Make the shadows of what does not move a part of the background.
+
+    :return: the window of pixels in which it may have changed: left, top, right, bottom.
+    """
+    bright, dark = background.bright, background.dark
+    light_u, light_v, light_d = background.light_u, background.light_v, background.light_d
+    rows, columns = light_d.shape
+    depth, width, u0, v0, slack = _unpacked(shadows)
+    left, top, right, bottom = columns, rows, 0, 0
     for y in range(rows):
-        for k in range(seen.shape[1]):
-            seen[y, k] &= ~TRIANGLE
+        for x in range(columns):
+            if _is_darkened(light_u, light_v, light_d, y, x, depth, width, u0, v0, slack):
+                bright[y, x, 0], bright[y, x, 1], bright[y, x, 2] = dark[y, x, 0], dark[y, x, 1], dark[y, x, 2]
+                light_d[y, x] = NO_SHADOW
+                left, top, right, bottom = min(left, x), min(top, y), max(right, x + 1), max(bottom, y + 1)
+    return left, top, right, bottom
+
+
+@inlined
+def _is_darkened(light_u, light_v, light_d, y, x, depth, columns, u0, v0, slack):
+    """Whether a pixel of the background lies in a shadow."""
+    # What lies before the map's first texel is a very large number, too.
+    column, row = np.uint64(light_u[y, x] - u0), np.uint64(light_v[y, x] - v0)
+    inside = column < np.uint64(columns) and row < np.uint64(depth.shape[0])
+    return inside and light_d[y, x] > depth[row, column] + slack
 
 
 @compiled
@@ -363,15 +409,12 @@ def darken(background, shadows, picture):
     :param picture: uint8 (rows, columns, 3); pixels in shadow become those of the dark background.
     """
     rows, columns = picture.shape[:2]
-    depth, slack, u0, v0 = shadows.depth, F(shadows.slack), shadows.u0, shadows.v0
-    width, height = np.uint64(shadows.columns), np.uint64(depth.shape[0])
     light_u, light_v, light_d = background.light_u, background.light_v, background.light_d
     dark = background.dark
+    depth, width, u0, v0, slack = _unpacked(shadows)
     for y in range(rows):
         for x in range(columns):
-            # What lies before the map's first texel is a very large number, too.
-            column, row = np.uint64(light_u[y, x] - u0), np.uint64(light_v[y, x] - v0)
-            if column < width and row < height and light_d[y, x] > depth[row, column] + slack:
+            if _is_darkened(light_u, light_v, light_d, y, x, depth, width, u0, v0, slack):
                 picture[y, x, 0], picture[y, x, 1], picture[y, x, 2] = dark[y, x, 0], dark[y, x, 1], dark[y, x, 2]
 
 

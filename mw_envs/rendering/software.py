@@ -1,7 +1,9 @@
 """A software renderer that draws what MuJoCo's own renderer draws, without OpenGL.
 
-It reads a compiled model and its data. The background, which does not move, is drawn once for each view and kept with
-its depths, once in the light and once in the shadow of what moves; a frame draws the moving triangles over it.
+It reads a compiled model and its data. The background, which never moves, is drawn once for each view and kept with
+its depths, once in the light and once in the shadow of what moves. Over it comes what a trial places and the simulation
+leaves there, drawn once for each trial and kept in the same way; a frame draws the moving triangles over that. So a
+picture depends on the model, its data and the view, and not on what was drawn before.
 Facts about MuJoCo's renderer (lighting by OpenGL's fixed functions at vertices, multisampling, shadow and texture
 mapping, the order of passes) are those of its classic OpenGL renderer at default quality.
 """
@@ -42,6 +44,7 @@ _FAINTEST = 5e-4  # of a highlight, where 1 is white
 # More opaque than this is opaque, to MuJoCo.
 _OPAQUE = 0.995
 _BACKGROUNDS_KEPT = 8
+_SETTINGS_BYTES = 256 * 2**20
 _HEADLIGHT = -1
 _NO_COLOUR = np.array([0.5, 0.5, 0.5, 1.0], np.float32)  # what the model's compiler puts where no colour is given
 _GROUPS = 3  # geoms and sites of groups 0 to 2 are visible by default
@@ -63,13 +66,27 @@ class _Drawable:
     unbounded: bool
 
 
+@dataclass(frozen=True)
+class _Still:
+    """What does not move, seen in a view.
+
+    :param base: the background that it was drawn over.
+    :param window: pixels in which it may differ from that: left, top, right, bottom, the last two exclusive.
+    """
+
+    background: arrays.Background
+    base: arrays.Background
+    window: tuple[int, int, int, int]
+
+
 class SoftwareRenderer:
     """Draws on the processor; see :class:`mw_envs.rendering.Renderer`."""
 
     def __init__(self) -> None:
         self._scenes: dict[tuple[Scene, float], _Prepared] = {}
-        self._backgrounds: OrderedDict[Any, arrays.Background] = OrderedDict()
-        self._canvases: dict[tuple[int, int], tuple[arrays.Background, arrays.Canvas]] = {}
+        self._backgrounds: OrderedDict[Any, _Still] = OrderedDict()
+        self._settings: OrderedDict[Any, _Still] = OrderedDict()  # backgrounds with what a trial has placed
+        self._canvases: dict[tuple[int, int], tuple[_Still, arrays.Canvas]] = {}
         self._textures = TexturePool()
         self._workspace = _workspace(0, 0, 0)
         self._frame = 0
@@ -97,9 +114,9 @@ class SoftwareRenderer:
         poses = prepared.poses(data)
         look = self._look(prepared, prepared.lights(data, camera), camera, poses)
         axes = _light_axes(look.lights)
-        background = self._background(prepared, look, camera, poses, axes, view)
+        still = self._setting(prepared, look, camera, poses, axes, view)
         look, window = self._to_light(look, prepared, prepared.casting, poses, axes)
-        canvas = self._canvas(background)
+        background, canvas = still.background, self._canvas(still)
         transparent = prepared.transparent
         if len(transparent) > 1:
             distance = np.linalg.norm(poses[transparent, 9:] - camera.position, axis=1)
@@ -142,7 +159,7 @@ class SoftwareRenderer:
         self._frame += 1
         return look._replace(frame=self._frame, workspace=self._workspace), window
 
-    def _background(
+    def _setting(
         self,
         scene: _Prepared,
         look: arrays.Look,
@@ -150,38 +167,86 @@ class SoftwareRenderer:
         poses: npt.NDArray[np.float32],
         axes: npt.NDArray[np.float32],
         view: View,
-    ) -> arrays.Background:
-        """The view's background, drawn if it is not there yet; scenes that look alike share it."""
+    ) -> _Still:
+        """The view's background with what a trial has placed, drawn if it is not there yet."""
         seen_from = camera.rotation, camera.position, look.lights.towards, poses[scene.background]
-        key = (scene.still, view, *(array.tobytes() for array in seen_from))
-        if key not in self._backgrounds:
-            look, window = self._to_light(look, scene, scene.background_casting, poses, axes)
-            shadows = frame.cast_shadows(look.geometry, scene.background_casting, window, scene.pixel, look.workspace)
-            size = view.height, view.width
-            bright, dark = np.empty((2, *size, 3), np.uint8)
-            light_u, light_v = np.zeros((2, *size), np.int32)
-            light_d, kept = np.empty(size, np.float32), shadows._replace(depth=shadows.depth.copy())
-            background = arrays.Background(bright, dark, frame.blank(*size), light_u, light_v, light_d, kept)
-            frame.draw_background(look, camera, poses, scene.background, scene.sky, background)
-            self._backgrounds[key] = background
+        key = (scene.background_digest, view, *(array.tobytes() for array in seen_from))
+        base = self._backgrounds.get(key)
+        if base is None:
+            look, shadows = self._still_shadows(look, scene, scene.background_casting, poses, axes)
+            blank = _blank_background(view, shadows)
+            frame.begin_background(look, camera, scene.sky, blank)
+            canvas = self._canvas(_Still(blank, blank, (0, 0, 0, 0)))
+            frame.draw_still(look, camera, poses, scene.background, _NO_SHADOWS, blank, canvas.seen, canvas.spans)
+            self._backgrounds[key] = base = _Still(blank, blank, (0, 0, 0, 0))
+            self._canvases[view.height, view.width] = base, canvas
             while len(self._backgrounds) > _BACKGROUNDS_KEPT:
                 self._backgrounds.popitem(last=False)
         self._backgrounds.move_to_end(key)
-        return self._backgrounds[key]
+        if len(scene.fixed) == 0:
+            return base
+        key = key, scene.fixed_digest, poses[scene.fixed].tobytes()
+        if key not in self._settings:
+            canvas = self._canvas(base)
+            look, shadows = self._still_shadows(look, scene, scene.fixed_casting, poses, axes)
+            pictures = (array.copy() for array in base.background[:-2])
+            over = arrays.Background(*pictures, base.background.shadows, shadows)
+            window = frame.draw_still(look, camera, poses, scene.fixed, shadows, over, canvas.seen, canvas.spans)
+            self._settings[key] = still = _Still(over, base.background, window)
+            self._canvases[view.height, view.width] = still, canvas
+            kept = max(1, _SETTINGS_BYTES // sum(array.nbytes for array in over[:-2]))
+            while len(self._settings) > kept:
+                self._settings.popitem(last=False)
+        self._settings.move_to_end(key)
+        return self._settings[key]
 
-    def _canvas(self, background: arrays.Background) -> arrays.Canvas:
-        """Samples of a view's size that hold its background."""
-        size = background.light_d.shape
-        before, canvas = self._canvases.get(size, (None, None))
-        if canvas is None or before is not background:
-            rows, columns = size
+    def _still_shadows(
+        self,
+        look: arrays.Look,
+        scene: _Prepared,
+        casting: npt.NDArray[np.int32],
+        poses: npt.NDArray[np.float32],
+        axes: npt.NDArray[np.float32],
+    ) -> tuple[arrays.Look, arrays.ShadowMap]:
+        """A new frame's look, with drawables in the light's plane, and a map of their shadows that may be kept."""
+        look, window = self._to_light(look, scene, casting, poses, axes)
+        shadows = frame.cast_shadows(look.geometry, casting, window, scene.pixel, look.workspace)
+        return look, shadows._replace(depth=shadows.depth.copy())
+
+    def _canvas(self, still: _Still) -> arrays.Canvas:
+        """Samples of a view's size that hold a background."""
+        size = still.background.light_d.shape
+        rows, columns = size
+        everything = 0, 0, columns, rows
+        if size not in self._canvases:
             spans = np.tile(np.array([columns, -1], np.int32), (2, rows, 1))
-            if canvas is None:
-                canvas = arrays.Canvas(background.seen.copy(), spans[0], np.empty_like(background.seen), spans[1])
+            seen, layer = np.zeros((2, *frame.samples(*size)), np.int64)
+            self._canvases[size] = still, arrays.Canvas(seen, spans[0], layer, spans[1])
+            changed = [everything]
+        else:
+            before, _ = self._canvases[size]
+            if before is still:
+                changed = []
+            elif before.base is still.base:
+                changed = [before.window, still.window]
             else:
-                canvas.seen[:], canvas.spans[:] = background.seen, spans[0]
-            self._canvases[size] = background, canvas
+                changed = [everything]
+        _, canvas = self._canvases[size]
+        for window in changed:
+            frame.show_background(still.background, window, canvas.seen)
+        self._canvases[size] = still, canvas
         return canvas
+
+
+def _blank_background(view: View, shadows: arrays.ShadowMap) -> arrays.Background:
+    size = view.height, view.width
+    bright, dark = np.empty((2, *size, 3), np.uint8)
+    light_u, light_v = np.zeros((2, *size), np.int32)
+    nearness = np.empty(frame.samples(*size), np.float32)
+    return arrays.Background(bright, dark, nearness, light_u, light_v, np.empty(size, np.float32), shadows, _NO_SHADOWS)
+
+
+_NO_SHADOWS = arrays.ShadowMap(np.full((1, arrays.LANES), np.inf, np.float32), 0, 0, 0, 0.0)
 
 
 def _workspace(vertices: int, corners: int, triangles: int) -> arrays.Workspace:
@@ -220,21 +285,25 @@ class _Prepared:
         still = np.array([not d.is_site and d.body in background for d in drawables])
         opaque = self.materials.rgba[:, 3] >= _OPAQUE
         bounded = np.array([not d.unbounded for d in drawables])
-        self.background = np.flatnonzero(still & opaque).astype(np.int32)
-        self.moving = np.flatnonzero(~still & opaque).astype(np.int32)
-        self.transparent = np.flatnonzero(~opaque).astype(np.int32)
+        fixed = ~still & np.array([_is_fixed(model, d.body) for d in drawables])
+        self.background = _numbers(still & opaque)
+        self.fixed = _numbers(fixed & opaque)
+        self.moving = _numbers(~still & ~fixed & opaque)
+        self.transparent = _numbers(~opaque)
         # An endless plane casts no shadow.
-        self.casting = np.flatnonzero(~(still & opaque) & bounded).astype(np.int32)
-        self.background_casting = np.flatnonzero(still & opaque & bounded).astype(np.int32)
-        self.endless = np.flatnonzero(~bounded).astype(np.int32)
-        self.still = self._digest(drawables)
+        self.background_casting = _numbers(still & opaque & bounded)
+        self.fixed_casting = _numbers(fixed & opaque & bounded)
+        self.casting = _numbers(~((still | fixed) & opaque) & bounded)
+        self.endless = _numbers(~bounded)
+        self.background_digest = self._digest(drawables, self.background)
+        self.fixed_digest = self._digest(drawables, self.fixed)
         self._geoms = np.array([d.index for d in drawables if not d.is_site], dtype=np.int64)
         self._sites = np.array([d.index for d in drawables if d.is_site], dtype=np.int64)
 
-    def _digest(self, drawables: list[_Drawable]) -> bytes:
-        """The same for scenes whose backgrounds look alike."""
+    def _digest(self, drawables: list[_Drawable], numbers: npt.NDArray[np.int32]) -> bytes:
+        """The same for drawables of scenes that look alike."""
         found = hashlib.sha256(repr((self.pixel, self.sky)).encode())
-        for d in self.background:
+        for d in numbers:
             shape = drawables[d].shape
             for array in (shape.places, shape.triangles, shape.corners, shape.normals, drawables[d].scale):
                 found.update(array.tobytes())
@@ -262,6 +331,15 @@ class _Prepared:
             towards[number] = -camera.rotation[2] if light == _HEADLIGHT else -data.light_xdir[light]
         ambient, diffuse, specular = self._light_colors
         return arrays.Lights(towards, ambient, diffuse, specular, self._unshadowed)
+
+
+def _numbers(chosen: npt.NDArray[np.bool_]) -> npt.NDArray[np.int32]:
+    return np.flatnonzero(chosen).astype(np.int32)
+
+
+def _is_fixed(model: mujoco.MjModel, body: int) -> bool:
+    """Whether the simulation leaves a body where the model has it: a trial may place it, a step does not move it."""
+    return bool(model.body_weldid[body] == 0 and model.body_mocapid[model.body_rootid[body]] < 0)
 
 
 def _lights_of(model: mujoco.MjModel) -> tuple[list[int], int, npt.NDArray[np.float32]]:

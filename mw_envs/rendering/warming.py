@@ -18,7 +18,9 @@ from mw_envs.rendering import frame, shading
 _ENTRIES = (
     frame.light_window,
     frame.cast_shadows,
-    frame.draw_background,
+    frame.begin_background,
+    frame.draw_still,
+    frame.show_background,
     frame.draw_moving,
     shading.prepare_lighting,
 )
@@ -35,7 +37,8 @@ _SCENE = """
     <light directional="true" pos="0 0 3" dir="1 0 -1"/>
     <geom type="plane" size="2 2 .1" material="squares"/>
     <geom type="box" size=".1 .1 .1" pos="-.5 0 .1"/>
-    <body name="moving" pos="0 0 .5"><geom type="sphere" size=".1"/></body>
+    <body pos="0 .5 .5"><geom type="box" size=".1 .1 .1"/></body>
+    <body pos="0 0 .5"><freejoint/><geom type="sphere" size=".1"/></body>
     <body pos=".3 0 .5"><geom type="box" size=".1 .1 .1" rgba="1 0 0 .5"/></body>
   </worldbody>
 </mujoco>
