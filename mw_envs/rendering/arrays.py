@@ -4,8 +4,12 @@ Letters: V vertices (places), C corners (a vertex with a normal), T triangles, D
 
 *Samples* are the points at which coverage and depth are decided, four a pixel. What they see is kept in one array,
 ``seen``, int64 (rows, 4 (columns + margin)): in the upper half of a number are the bits of one over the distance along
-the camera's axis, which is linear on the screen, and in the lower half is the triangle, counted from 1, or 0 for what
-was there before. So the larger number is what hides the other, and one comparison updates both.
+the camera's axis, which is linear on the screen, and in the lower half is the triangle with its group, or 0 for what
+was there before. So the larger number is what hides the other, and one comparison updates both. When colours are
+computed the lower half becomes the triangle's place among the visible ones, counted from 1.
+
+Triangles of one drawable that face nearly the same way are a *group*: what a pixel sees of one is given the colour of
+one of its triangles.
 """
 
 from __future__ import annotations
@@ -33,22 +37,25 @@ SAMPLES = 4
 # instructions; rows have a margin for what that writes beyond their end.
 LANES = 16
 MARGIN = LANES // SAMPLES - 1  # pixels
-TRIANGLE = (1 << 32) - 1  # the lower half of a number, which holds the triangle
+LOWER = (1 << 32) - 1  # the lower half of a number, which holds the group, counted from 1, and the triangle, from 0
+GROUP_BITS, TRIANGLE_BITS = 12, 20
+GROUPS, TRIANGLES = (1 << GROUP_BITS) - 1, 1 << TRIANGLE_BITS
 # Samples stand where those of OpenGL's multisampling usually do, no two of a pixel in one row or column.
 SAMPLE_X = np.array([0.125, 0.625, 0.375, 0.875], np.float32)
 SAMPLE_Y = np.array([0.375, 0.125, 0.875, 0.625], np.float32)
 LANE_X = np.array([lane // SAMPLES + SAMPLE_X[lane % SAMPLES] for lane in range(LANES)], np.float32)
 LANE_Y = np.array([SAMPLE_Y[lane % SAMPLES] for lane in range(LANES)], np.float32)
 # Quantities that vary over a triangle: colour by unshadowed lights, by shadowed ones, place in the light's space, place
-# on the texture, and the weight that all of them are multiplied by. At LEVEL is how much the texture is reduced.
-U, V, D, S, WEIGHT, LEVEL, QUANTITIES = 6, 7, 8, 9, 12, 13, 16
+# on the texture, and the weight that all of them are multiplied by. In a triangle's first row, at LEVEL, TEXTURE and
+# DRAWABLE, are how much its texture is reduced, which one that is, or -1, and what the triangle belongs to.
+U, V, D, S, WEIGHT, LEVEL, TEXTURE, DRAWABLE, QUANTITIES = 6, 7, 8, 9, 12, 13, 14, 15, 16
 
 
 class Geometry(NamedTuple):
     """What a scene's drawables are made of; set once.
 
     :param x: object coordinates of vertices, float32 (V,); so are y and z.
-    :param triangles: vertices of each triangle, int32 (T, 3).
+    :param triangles: vertices of each triangle, and the number by which samples know it, int32 (T, 4).
     :param corners: corners of each triangle, int32 (T, 3).
     :param drawable: drawable of each triangle, int32 (T,).
     :param normals: object coordinates of the corners' normals, float32 (C, 3).

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from mw_envs.rendering import raster, shading
-from mw_envs.rendering.arrays import LANES, MARGIN, SAMPLES, TRIANGLE, ShadowMap, compiled
+from mw_envs.rendering.arrays import LANES, LOWER, MARGIN, SAMPLES, ShadowMap, compiled
 from mw_envs.rendering.textures import draw_sky
 
 # Side of a shadow map's texels, in pixels; a surface is in shadow if it lies _SLACK texels behind what the light meets
@@ -86,7 +86,7 @@ def draw_still(look, camera, poses, drawables, shadows, background, seen, spans)
     count = 0
     for y in range(window[1], window[3], _BAND):
         end, start = min(y + _BAND, window[3]), count
-        count = shading.find_visible(y, end, spans, (1, TRIANGLE), seen, look.frame, start, workspace)
+        count = shading.find_visible(y, end, spans, seen, look.frame, start, workspace)
         shading.prepare_visible(start, count, look, camera, True)
         shading.resolve_still(y, end, spans, seen, look, camera, background)
     _keep(seen, spans, background.nearness)
@@ -124,7 +124,7 @@ def draw_moving(look, camera, poses, moving, transparent, casting, lit, pixel, b
     count = 0
     for y in range(top, bottom, _BAND):
         end, start = min(y + _BAND, bottom), count
-        count = shading.find_visible(y, end, spans, (1, TRIANGLE), seen, frame, start, workspace)
+        count = shading.find_visible(y, end, spans, seen, frame, start, workspace)
         shading.prepare_visible(start, count, look, camera, False)
         shading.resolve(y, end, spans, seen, look, camera, shadows, background, picture)
     # MuJoCo draws what is transparent twice, from front to back and from back to front.
@@ -136,14 +136,15 @@ def draw_moving(look, camera, poses, moving, transparent, casting, lit, pixel, b
         left, top, right, bottom = window
         for y in range(top, bottom):
             first, end = SAMPLES * left, SAMPLES * (right + MARGIN)
-            canvas.layer[y, first:end] = seen[y, first:end]
+            for k in range(first, end):
+                canvas.layer[y, k] = seen[y, k] & ~LOWER
         _empty(canvas.layer_spans)
         raster.rasterise(geometry, one, camera, window, workspace, canvas.layer, canvas.layer_spans)
-        numbers, start = (geometry.first_triangle[one[0]] + 1, geometry.first_triangle[one[0] + 1]), count
-        count = shading.find_visible(top, bottom, canvas.layer_spans, numbers, canvas.layer, frame, start, workspace)
+        start = count
+        count = shading.find_visible(top, bottom, canvas.layer_spans, canvas.layer, frame, start, workspace)
         shading.prepare_visible(start, count, look, camera, False)
         alpha = look.materials.rgba[one[0], 3]
-        shading.blend(top, bottom, canvas.layer_spans, numbers, canvas.layer, alpha, look, camera, picture)
+        shading.blend(top, bottom, canvas.layer_spans, canvas.layer, alpha, look, camera, picture)
 
 
 @compiled
@@ -170,7 +171,7 @@ def _keep(seen, spans, nearness):
     for y in range(len(spans)):
         for k in range(SAMPLES * spans[y, 0], SAMPLES * (spans[y, 1] + 1)):
             bits[y, k] = np.int32(seen[y, k] >> 32)
-            seen[y, k] &= ~TRIANGLE
+            seen[y, k] &= ~LOWER
     _empty(spans)
 
 

@@ -135,7 +135,7 @@ def rasterise(geometry, drawables, camera, window, workspace, seen, spans):
             za, zb, zc = iw[a], iw[b], iw[c]
             if za == ZERO or zb == ZERO or zc == ZERO:
                 if za != ZERO or zb != ZERO or zc != ZERO:
-                    _rasterise_crossing(t, a, b, c, workspace, camera, window, seen, spans)
+                    _rasterise_crossing(triangles[t, 3], a, b, c, workspace, camera, window, seen, spans)
                 continue
             ax, ay = sx[a], sy[a]
             bx, by = sx[b] - ax, sy[b] - ay
@@ -160,7 +160,7 @@ def rasterise(geometry, drawables, camera, window, workspace, seen, spans):
             zdx, zdy = bdx * (zb - za) + cdx * (zc - za), bdy * (zb - za) + cdy * (zc - za)
             dx, dy = F(x0) - ax, F(y0) - ay
             row_b, row_c, row_z = bdx * dx + bdy * dy, cdx * dx + cdy * dy, za + zdx * dx + zdy * dy
-            number = np.int64(t + 1)
+            number = np.int64(np.uint32(triangles[t, 3]))
             for y in range(y0, y1 + 1):
                 spans[y, 0], spans[y, 1] = min(spans[y, 0], x0), max(spans[y, 1], x1)
                 wb, wc, z = row_b, row_c, row_z
@@ -184,7 +184,7 @@ def rasterise(geometry, drawables, camera, window, workspace, seen, spans):
 
 
 @compiled
-def _rasterise_crossing(t, a, b, c, workspace, camera, window, seen, spans):
+def _rasterise_crossing(number, a, b, c, workspace, camera, window, seen, spans):
     """A triangle that the near plane cuts, by rays through the samples."""
     x_first, y_first, x_end, y_end = window
     n, na, nb, nc = ray_weights(workspace, a, b, c)
@@ -203,7 +203,7 @@ def _rasterise_crossing(t, a, b, c, workspace, camera, window, seen, spans):
                 if wa < ZERO or wb < ZERO or wc < ZERO:
                     continue
                 z = (wa + wb + wc) / n  # one over the distance
-                new = (np.int64(np.float32(z).view(np.int32)) << 32) | np.int64(t + 1)
+                new = (np.int64(np.float32(z).view(np.int32)) << 32) | np.int64(np.uint32(number))
                 if z > ZERO and z * F(camera.near) <= ONE and new > seen[y, x * SAMPLES + i]:
                     seen[y, x * SAMPLES + i] = new
 

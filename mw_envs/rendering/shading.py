@@ -8,12 +8,16 @@ from __future__ import annotations
 import numpy as np
 
 from mw_envs.rendering.arrays import (
+    DRAWABLE,
     HALF,
     LEVEL,
+    LOWER,
     ONE,
     QUANTITIES,
     SAMPLES,
-    TRIANGLE,
+    TEXTURE,
+    TRIANGLE_BITS,
+    TRIANGLES,
     WEIGHT,
     ZERO,
     D,
@@ -55,35 +59,48 @@ def prepare_lighting(poses, camera, lights, eyes, towards):
 
 
 @compiled
-def find_visible(top, bottom, spans, numbers, seen, frame, count, workspace):
-    """List the triangles that samples see.
+def find_visible(top, bottom, spans, seen, frame, count, workspace):
+    """List the triangles that give samples their colours, one of each group that a pixel sees.
 
     :param top: first row, and bottom the one after the last.
     :param spans: first and last pixel of each row that may see one.
-    :param numbers: first and last triangle that is asked for, counted from 1.
+    :param seen: the samples; updated, their triangles become places in the list.
     :param count: how many have been listed in this frame.
     :return: how many are listed now.
     """
-    low, high = numbers
     visible, slots = workspace.visible, workspace.slots
     now = np.int64(frame) << 32
     for y in range(top, bottom):
         for x in range(spans[y, 0], spans[y, 1] + 1):
             k = np.uint64(SAMPLES * x)
-            some = (seen[y, k] | seen[y, k + _1] | seen[y, k + _2] | seen[y, k + _3]) & TRIANGLE
-            if some == 0:
+            s0, s1, s2, s3 = seen[y, k], seen[y, k + _1], seen[y, k + _2], seen[y, k + _3]
+            n0, n1, n2, n3 = s0 & LOWER, s1 & LOWER, s2 & LOWER, s3 & LOWER
+            if n0 | n1 | n2 | n3 == 0:
                 continue
-            for i in range(np.uint64(SAMPLES)):
-                # Without a branch, which would have to wait for memory: a number that is there already is overwritten.
-                number = seen[y, k + i] & TRIANGLE
-                asked_for = (number >= low) & (number <= high)
-                t = number - 1 if asked_for else 0
-                slot = slots[t]
-                fresh = asked_for & (slot < now)
-                visible[count] = t
-                slots[t] = now | count if fresh else slot
-                count += fresh
+            # Without branches, which would have to wait for memory.
+            g0, g1, g2, g3 = n0 >> TRIANGLE_BITS, n1 >> TRIANGLE_BITS, n2 >> TRIANGLE_BITS, n3 >> TRIANGLE_BITS
+            n1 = n0 if g1 == g0 else n1
+            n2 = n0 if g2 == g0 else n1 if g2 == g1 else n2
+            n3 = n0 if g3 == g0 else n1 if g3 == g1 else n2 if g3 == g2 else n3
+            p0, count = _listed(n0, now, count, visible, slots)
+            p1, count = _listed(n1, now, count, visible, slots)
+            p2, count = _listed(n2, now, count, visible, slots)
+            p3, count = _listed(n3, now, count, visible, slots)
+            seen[y, k], seen[y, k + _1] = s0 & ~LOWER | p0, s1 & ~LOWER | p1
+            seen[y, k + _2], seen[y, k + _3] = s2 & ~LOWER | p2, s3 & ~LOWER | p3
     return count
+
+
+@inlined
+def _listed(number, now, count, visible, slots):
+    """A triangle's place in the list, counted from 1, or 0 for none, and how many are listed then."""
+    t = np.uint64(number & (TRIANGLES - 1))
+    slot = slots[t]
+    fresh = (number != 0) & (slot < now)
+    visible[count] = t
+    slots[t] = now | count if fresh else slot
+    place = (count if fresh else slot & LOWER) + 1
+    return place if number != 0 else 0, count + fresh
 
 
 @inlined
@@ -193,6 +210,7 @@ def prepare_visible(start, count, look, camera, still):
             planes[i, 1, j] = na[1] * a + nb[1] * b + nc[1] * c
             planes[i, 2, j] = na[2] * a + nb[2] * b + nc[2] * c
         d = drawable[t]
+        planes[i, 0, TEXTURE], planes[i, 0, DRAWABLE] = texture[d], d
         if texture[d] >= 0:
             middle_x, middle_y, nearest = ZERO, ZERO, near
             for k in range(3):
@@ -209,8 +227,9 @@ def prepare_visible(start, count, look, camera, still):
 
 
 @inlined
-def _apply_texture(p, slot, ray_x, ray_y, step_x, step_y, mapping, d, texture, pixels, levels):
+def _apply_texture(p, slot, ray_x, ray_y, step_x, step_y, mapping, pixels, levels):
     """Multiply the colours of a triangle by its texture; see :func:`_level`."""
+    d, texture = int(p[slot, 0, DRAWABLE]), int(p[slot, 0, TEXTURE])
     s = p[slot, 3, S] * mapping[d, 1] + mapping[d, 2]
     q = p[slot, 3, S + 1] * mapping[d, 3] + mapping[d, 4]
     r = p[slot, 3, S + 2] * mapping[d, 5]
@@ -248,13 +267,13 @@ def _unpacked(shadows):
 
 @inlined
 def _different(seen, y, x, numbers, shares):
-    """List the different triangles that a pixel's samples see, and of how many samples each; how many these are.
+    """List the different places that a pixel's samples see, and of how many samples each; how many these are.
 
     Without branches that depend on them.
     """
     k = np.uint64(SAMPLES * x)
-    n0, n1 = seen[y, k] & TRIANGLE, seen[y, k + _1] & TRIANGLE
-    n2, n3 = seen[y, k + _2] & TRIANGLE, seen[y, k + _3] & TRIANGLE
+    n0, n1 = seen[y, k] & LOWER, seen[y, k + _1] & LOWER
+    n2, n3 = seen[y, k + _2] & LOWER, seen[y, k + _3] & LOWER
     same01, same02, same03, same12, same13, same23 = n0 == n1, n0 == n2, n0 == n3, n1 == n2, n1 == n3, n2 == n3
     different = 0
     numbers[different], shares[different] = n0, 1 + same01 + same02 + same03
@@ -280,8 +299,7 @@ def resolve(top, bottom, spans, seen, look, camera, shadows, background, picture
     fx, fy = F(1 / camera.focal_x), F(1 / camera.focal_y)
     ox, oy = F(camera.centre_x), F(camera.centre_y)
     numbers, shares = np.empty(SAMPLES + 1, np.int64), np.empty(SAMPLES + 1, np.int32)
-    planes, slots, drawable = look.workspace.planes, look.workspace.slots, look.geometry.drawable
-    texture, mapping = look.materials.texture, look.materials.mapping
+    planes, mapping = look.workspace.planes, look.materials.mapping
     pixels, levels = look.textures.pixels, look.textures.levels
     depth0, columns0, u0, v0, slack0 = _unpacked(shadows)
     depth1, columns1, u1, v1, slack1 = _unpacked(background.shadows)
@@ -293,14 +311,11 @@ def resolve(top, bottom, spans, seen, look, camera, shadows, background, picture
             ray_x = (F(x) + HALF - ox) * fx
             red, green, blue, covered = ZERO, ZERO, ZERO, ZERO
             for i in range(different):
-                number, weight = numbers[i], F(shares[i]) * _SHARE
+                slot, weight = numbers[i] - 1, F(shares[i]) * _SHARE
                 covered += weight
-                t = number - 1
-                slot = slots[t] & TRIANGLE
                 _evaluate(planes, slot, ray_x, ray_y)
-                d = drawable[t]
-                if texture[d] >= 0:
-                    _apply_texture(planes, slot, ray_x, ray_y, fx, fy, mapping, d, texture[d], pixels, levels)
+                if planes[slot, 0, TEXTURE] >= ZERO:
+                    _apply_texture(planes, slot, ray_x, ray_y, fx, fy, mapping, pixels, levels)
                 u, v, distance = planes[slot, 3, U], planes[slot, 3, V], planes[slot, 3, D]
                 dark = _in_shadow(depth0, columns0, u0, v0, slack0, u, v, distance)
                 dark |= _in_shadow(depth1, columns1, u1, v1, slack1, u, v, distance)
@@ -332,8 +347,7 @@ def resolve_still(top, bottom, spans, seen, look, camera, background):
     fx, fy = F(1 / camera.focal_x), F(1 / camera.focal_y)
     ox, oy = F(camera.centre_x), F(camera.centre_y)
     numbers, shares = np.empty(SAMPLES + 1, np.int64), np.empty(SAMPLES + 1, np.int32)
-    planes, slots, drawable = look.workspace.planes, look.workspace.slots, look.geometry.drawable
-    texture, mapping = look.materials.texture, look.materials.mapping
+    planes, mapping = look.workspace.planes, look.materials.mapping
     pixels, levels = look.textures.pixels, look.textures.levels
     depth1, columns1, u1, v1, slack1 = _unpacked(background.shadows)
     depth2, columns2, u2, v2, slack2 = _unpacked(background.fixed_shadows)
@@ -349,13 +363,11 @@ def resolve_still(top, bottom, spans, seen, look, camera, background):
             lit[:] = ZERO
             unlit[:] = ZERO
             for i in range(different):
-                t, weight = numbers[i] - 1, F(shares[i]) * _SHARE
+                slot, weight = numbers[i] - 1, F(shares[i]) * _SHARE
                 rest -= weight
-                slot = slots[t] & TRIANGLE
                 _evaluate(planes, slot, ray_x, ray_y)
-                d = drawable[t]
-                if texture[d] >= 0:
-                    _apply_texture(planes, slot, ray_x, ray_y, fx, fy, mapping, d, texture[d], pixels, levels)
+                if planes[slot, 0, TEXTURE] >= ZERO:
+                    _apply_texture(planes, slot, ray_x, ray_y, fx, fy, mapping, pixels, levels)
                 u, v, distance = planes[slot, 3, U], planes[slot, 3, V], planes[slot, 3, D]
                 reached = planes[slot, 3, 3] + planes[slot, 3, 4] + planes[slot, 3, 5] > ZERO
                 reached = reached and not _in_shadow(depth1, columns1, u1, v1, slack1, u, v, distance)
@@ -419,35 +431,30 @@ def darken(background, shadows, picture):
 
 
 @compiled
-def blend(top, bottom, spans, numbers, seen, alpha, look, camera, picture):
+def blend(top, bottom, spans, seen, alpha, look, camera, picture):
     """Put a transparent drawable over a picture, as much as its samples cover.
 
     :param spans: first and last pixel of each row that may see it.
-    :param numbers: first and last of its triangles, counted from 1.
     """
     fx, fy = F(1 / camera.focal_x), F(1 / camera.focal_y)
     ox, oy = F(camera.centre_x), F(camera.centre_y)
-    low, high = numbers
-    planes, slots, drawable = look.workspace.planes, look.workspace.slots, look.geometry.drawable
-    texture, mapping = look.materials.texture, look.materials.mapping
+    planes, mapping = look.workspace.planes, look.materials.mapping
     pixels, levels = look.textures.pixels, look.textures.levels
     for y in range(top, bottom):
         ray_y = (F(y) + HALF - oy) * fy
         for x in range(spans[y, 0], spans[y, 1] + 1):
-            covered, t = 0, -1
+            covered, slot = 0, -1
             for i in range(SAMPLES):
-                number = seen[y, SAMPLES * x + i] & TRIANGLE
-                if low <= number <= high:
+                place = seen[y, SAMPLES * x + i] & LOWER
+                if place != 0:
                     covered += 1
-                    t = number - 1
+                    slot = place - 1
             if covered == 0:
                 continue
             ray_x = (F(x) + HALF - ox) * fx
-            slot = slots[t] & TRIANGLE
             _evaluate(planes, slot, ray_x, ray_y)
-            d = drawable[t]
-            if texture[d] >= 0:
-                _apply_texture(planes, slot, ray_x, ray_y, fx, fy, mapping, d, texture[d], pixels, levels)
+            if planes[slot, 0, TEXTURE] >= ZERO:
+                _apply_texture(planes, slot, ray_x, ray_y, fx, fy, mapping, pixels, levels)
             opacity = F(alpha) * F(covered) * _SHARE
             for j in range(3):
                 over = opacity * min(planes[slot, 3, j] + planes[slot, 3, 3 + j], ONE) * _FULL

@@ -524,7 +524,7 @@ def _geometry(drawables: list[_Drawable]) -> arrays.Geometry:
     return arrays.Geometry._make(
         [
             *np.ascontiguousarray(np.concatenate(places).T, np.float32),
-            np.concatenate(triangles).astype(np.int32),
+            np.concatenate([np.concatenate(triangles), _sample_numbers(drawables)[:, None]], axis=1, dtype=np.int32),
             np.concatenate(corners).astype(np.int32),
             np.concatenate(owners).astype(np.int32),
             np.concatenate(normals).astype(np.float32),
@@ -533,6 +533,38 @@ def _geometry(drawables: list[_Drawable]) -> arrays.Geometry:
             np.array(first_triangle, np.int32),
         ]
     )
+
+
+def _sample_numbers(drawables: list[_Drawable]) -> npt.NDArray[np.int32]:
+    """What samples know the triangles by; see :mod:`mw_envs.rendering.arrays`.
+
+    A triangle's group is its drawable and the part of a cube's surface that its normal points to, which is divided as
+    finely as there are groups for.
+    """
+    total = sum(len(d.shape.triangles) for d in drawables)
+    if len(drawables) > arrays.GROUPS or total > arrays.TRIANGLES:
+        raise ValueError(
+            f"The software renderer draws up to {arrays.GROUPS} geoms and sites of {arrays.TRIANGLES} triangles; the "
+            f"model has {len(drawables)} of {total}; use renderer='egl' or 'osmesa'"
+        )
+    parts = next((k for k in (3, 2, 1) if 6 * k * k * len(drawables) <= arrays.GROUPS), 0)
+    groups = []
+    for number, drawable in enumerate(drawables):
+        if parts == 0:
+            groups.append(np.full(len(drawable.shape.triangles), number))
+            continue
+        places = (drawable.shape.places * drawable.scale)[drawable.shape.triangles]
+        normals = np.cross(places[:, 1] - places[:, 0], places[:, 2] - places[:, 0])
+        towards = np.abs(normals).argmax(axis=1)[:, None]
+        ahead = np.take_along_axis(normals, towards, axis=1)
+        aside = np.take_along_axis(normals, (towards + np.array([1, 2])) % 3, axis=1) / np.where(
+            ahead == 0, 1, np.abs(ahead)
+        )
+        across, down = np.minimum((aside + 1) / 2 * parts, parts - 1).astype(int).T
+        part = ((2 * towards + (ahead < 0))[:, 0] * parts + across) * parts + down
+        groups.append(number * 6 * parts * parts + part)
+    group = np.concatenate(groups).astype(np.int64) + 1
+    return (group << arrays.TRIANGLE_BITS | np.arange(total)).astype(np.uint32).view(np.int32)
 
 
 def _picture(model: mujoco.MjModel, texture: int) -> npt.NDArray[np.uint8]:
