@@ -277,20 +277,89 @@ def test_a_square_has_its_size_and_colour_by_the_pinhole_and_the_headlight() -> 
     np.testing.assert_allclose(picture[100, 100], np.array([255, 127.5, 51]) * 0.5, atol=1)
 
 
-def test_nearer_things_hide_farther_ones_and_shadows_fall_behind() -> None:
-    light = '<light directional="true" pos="0 0 3" dir="1 0 -1" diffuse=".5 .5 .5" specular="0 0 0"/>'
-    ball = '<body pos="0 0 .5"><geom type="sphere" size=".1" rgba="1 0 0 1"/></body>'
-    floor = '<geom type="plane" size="2 2 .1" rgba=".8 .8 .8 1"/>'
-    model, data = scene_of(CAMERA + light + floor + ball)
+LIGHT = '<light directional="true" pos="0 0 3" dir="1 0 -1" diffuse=".5 .5 .5" specular="0 0 0"/>'
+FLOOR = '<geom type="plane" size="2 2 .1" rgba=".8 .8 .8 1"/>'
+# A body that never moves, one that the simulation leaves where a trial puts it, and one that it moves.
+NEVER, PLACED, MOVING = "never moves", "placed", "moving"
+
+
+def bodies_of(*bodies: tuple[str, str]) -> tuple[str, frozenset[int]]:
+    """Bodies' text and the background, from what each contains and how it moves."""
+    text = "".join(f"{body}{'<freejoint/>' if kind == MOVING else ''}</body>" for body, kind in bodies)
+    return text, frozenset({0, *(i for i, (_, kind) in enumerate(bodies, 1) if kind == NEVER)})
+
+
+@pytest.mark.parametrize("kind", [NEVER, PLACED, MOVING])
+def test_nearer_things_hide_farther_ones_and_shadows_fall_behind(kind: str) -> None:
+    ball, background = bodies_of(('<body pos="0 0 .5"><geom type="sphere" size=".1" rgba="1 0 0 1"/>', kind))
+    model, data = scene_of(CAMERA + LIGHT + FLOOR + ball)
     model.vis.headlight.specular[:] = 0
     view = View("down", 200, 200, rotated=False)
-    picture = SoftwareRenderer().render(model, data, view, Scene("ball", frozenset({0}))).astype(int)
+    picture = SoftwareRenderer().render(model, data, view, Scene("ball", background)).astype(int)
     assert picture[100, 100, 0] > 2 * picture[100, 100, 1]  # the ball, red
     focal = 100 / np.tan(np.radians(30))
     column = 100 + round(0.5 / 2 * focal)  # the light falls at 45 degrees: the shadow lies half a metre to the side
     lit, dark = picture[100, 200 - column], picture[100, column]
     expected = 255 * 0.8 * 0.5 * np.sqrt(0.5)  # what the light alone gives
     np.testing.assert_allclose(lit - dark, expected, atol=2)
+
+
+@pytest.mark.parametrize("plate", [NEVER, PLACED, MOVING])
+@pytest.mark.parametrize("ball", [PLACED, MOVING])
+def test_what_is_placed_and_what_moves_cast_shadows_on_each_other(plate: str, ball: str) -> None:
+    """The ball's shadow lies half on the plate, half on the floor; the plate's lies on the floor."""
+    view = View("down", 200, 200, rotated=False)
+
+    def drawn(plate: str, ball: str, ball_height: float = 0.6) -> Picture:
+        text, background = bodies_of(
+            ('<body pos=".45 0 .2"><geom type="box" size=".2 .3 .02" rgba="0 1 0 1"/>', plate),
+            (f'<body pos="0 0 {ball_height}"><geom type="sphere" size=".15" rgba="1 0 0 1"/>', ball),
+        )
+        model, data = scene_of(CAMERA + LIGHT + FLOOR + text)
+        return SoftwareRenderer().render(model, data, view, Scene("plate", background))
+
+    wanted = drawn(NEVER, NEVER)
+    assert difference(drawn(plate, ball), wanted) < 0.05
+    assert difference(drawn(plate, ball, ball_height=-1.0), wanted) > 1.0  # without ball and shadow
+
+
+def test_what_a_trial_places_is_drawn_once_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trials that take turns, more than are kept: each picture is that of a renderer of its own."""
+    view = View("corner2", 48, 64)
+    trials = [Trial("button-press-v3", 0, goal) for goal in range(3)] + [Trial("push-v3", 0, 1)]
+    simulators = {trial: Simulator(trial.task) for trial in trials}
+    for trial, simulator in simulators.items():
+        simulator.place(trial)
+    for kept, bytes_kept in ((4, 1 << 28), (2, 250_000)):
+        monkeypatch.setattr("mw_envs.rendering.software._SETTINGS_BYTES", bytes_kept)
+        renderer = SoftwareRenderer()
+        for trial in [*trials, *trials[::-1], *trials]:
+            simulator = simulators[trial]
+            simulator.step(np.array([0.3, -0.5, 0.2, 1.0], np.float32))
+            np.testing.assert_array_equal(draw(simulator, view, renderer), draw(simulator, view))
+        assert len(renderer._settings) == kept
+
+
+def test_more_than_samples_can_count_is_refused() -> None:
+    geoms = "".join(f'<geom type="box" size=".1 .1 .1" pos="{i} 0 0"/>' for i in range(4096))
+    model, data = scene_of(CAMERA + geoms)
+    with pytest.raises(ValueError, match=r"draws up to 4095 geoms and sites .* has 4096 of .*renderer='egl'"):
+        SoftwareRenderer().render(model, data, View("down", 16, 16), Scene("many"))
+
+
+def test_a_scene_of_many_things_still_has_their_colours() -> None:
+    """So many that the groups of what they show are whole drawables."""
+    geoms = "".join(
+        f'<geom type="sphere" size=".02" pos="{0.1 * (i % 30 - 14.5)} {0.1 * (i // 30 - 14.5)} 0" '
+        f'rgba="{int(i % 30 > 14)} {int(i // 30 > 14)} 1 1"/>'
+        for i in range(900)
+    )
+    model, data = scene_of(CAMERA + geoms)
+    model.vis.headlight.specular[:] = 0
+    picture = SoftwareRenderer().render(model, data, View("down", 240, 240, rotated=False), Scene("many"))
+    left, right, top, bottom = picture[:, :118], picture[:, 122:], picture[:118], picture[122:]
+    assert right[..., 0].max() > 100 and not left[..., 0].any()
+    assert top[..., 1].max() > 100 and not bottom[..., 1].any()
 
 
 def test_what_is_transparent_shows_what_is_behind() -> None:
@@ -318,8 +387,8 @@ def test_what_moves_has_the_texture_of_what_does_not(height: float) -> None:
         '<mujoco><asset><texture name="t" type="2d" builtin="checker" rgb1="0 0 0" rgb2="1 1 1" width="64" '
         'height="64"/>'
         '<material name="m" texture="t" texrepeat="12 12"/></asset><worldbody>'
-        f'{CAMERA}<body pos="0 0 {height}" euler="0 60 0"><geom type="box" size="1.2 1 .02" material="m"/></body>'
-        "</worldbody></mujoco>"
+        f'{CAMERA}<body pos="0 0 {height}" euler="0 60 0"><freejoint/>'
+        '<geom type="box" size="1.2 1 .02" material="m"/></body></worldbody></mujoco>'
     )
     data = mujoco.MjData(model)
     mujoco.mj_forward(model, data)

@@ -214,7 +214,7 @@ class Background(NamedTuple):
 
     :param bright: its picture in the light, uint8 (rows, columns, 3).
     :param dark: the same in the shadow of something, uint8 (rows, columns, 3).
-    :param nearness: one over the distance of what its samples see, float32 (rows, 4 (columns + margin)).
+    :param nearness: bits of one over the distance of what its samples see, int32 (rows, 4 (columns + margin)).
     :param light_u: texel of the light's plane that a pixel lies in, int32 (rows, columns); so is light_v.
     :param light_d: its depth there, float32 (rows, columns); -1e9 marks a pixel that a shadow does not change.
     :param shadows: what the light meets of what never moves, and fixed_shadows of what stays where a trial puts it.

@@ -6,7 +6,6 @@ import numpy as np
 
 from mw_envs.rendering import raster, shading
 from mw_envs.rendering.arrays import LANES, LOWER, MARGIN, SAMPLES, ShadowMap, compiled
-from mw_envs.rendering.textures import draw_sky
 
 # Side of a shadow map's texels, in pixels; a surface is in shadow if it lies _SLACK texels behind what the light meets
 # first, which itself lies as much deeper as its slope makes of _SLOPE_TEXELS.
@@ -52,21 +51,6 @@ def cast_shadows(geometry, casting, window, pixel, workspace):
     depth[:] = np.inf
     raster.rasterise_shadow(geometry, casting, workspace, right - left, left, top, _SLOPE_TEXELS, depth)
     return ShadowMap(depth, right - left, left, top, _SLACK * _TEXEL * pixel)
-
-
-@compiled
-def begin_background(look, camera, sky, background):
-    """Draw what is seen where nothing is.
-
-    :param sky: the texture of the sky, or -1.
-    :param background: its shadows are given, all else is set.
-    """
-    background.bright[:] = 0
-    if sky >= 0:
-        draw_sky(look.textures, sky, camera, background.bright)
-    background.dark[:] = background.bright
-    background.nearness[:] = 0
-    background.light_d[:] = shading.NO_SHADOW
 
 
 @compiled
@@ -159,18 +143,16 @@ def _restore(seen, spans, nearness):
 @compiled
 def _show(seen, nearness, y, first, end):
     """Make some samples of a row those of a background."""
-    bits = nearness.view(np.int32)
     for k in range(np.uint64(first), np.uint64(end)):
-        seen[y, k] = np.int64(bits[y, k]) << 32
+        seen[y, k] = np.int64(nearness[y, k]) << 32
 
 
 @compiled
 def _keep(seen, spans, nearness):
     """Make what was drawn over a background a part of it."""
-    bits = nearness.view(np.int32)
     for y in range(len(spans)):
         for k in range(SAMPLES * spans[y, 0], SAMPLES * (spans[y, 1] + 1)):
-            bits[y, k] = np.int32(seen[y, k] >> 32)
+            nearness[y, k] = np.int32(seen[y, k] >> 32)
             seen[y, k] &= ~LOWER
     _empty(spans)
 

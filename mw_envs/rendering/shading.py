@@ -114,15 +114,15 @@ def _evaluate(planes, slot, ray_x, ray_y):
         planes[slot, 3, j] = min(max(value, _LEAST[j]), _MOST[j])
 
 
-@inlined
-def _level(p, slot, ray_x, ray_y, step_x, step_y, mapping, d, texture, levels):
+@compiled
+def _level(p, slot, ray_x, ray_y, step_x, step_y, mapping, levels):
     """How much a triangle's texture is reduced where a ray meets it: the level, and behind the point the share of the
     next one.
 
     :param p: planes of the triangles, evaluated for the ray.
     :param step_x: width of a pixel, and step_y its height, in rays.
-    :param d: the triangle's drawable.
     """
+    d, texture = int(p[slot, 0, DRAWABLE]), int(p[slot, 0, TEXTURE])
     weight = p[slot, 0, WEIGHT] * ray_x + p[slot, 1, WEIGHT] * ray_y + p[slot, 2, WEIGHT]
     inverse = ONE / (weight if abs(weight) > F(1e-20) else F(1e-20))
     a, c, f = mapping[d, 1], mapping[d, 3], mapping[d, 5]
@@ -147,23 +147,13 @@ def prepare_visible(start, count, look, camera, still):
     :param still: whether they are the background's, which is drawn once: each pixel asks how much a texture is reduced.
         Of others a triangle asks once, for its middle, unless it reaches behind the camera.
     """
-    fx, fy, near = F(1 / camera.focal_x), F(1 / camera.focal_y), F(camera.near)
-    texture, mapping, levels = look.materials.texture, look.materials.mapping, look.textures.levels
     # Fields of a tuple are counted references each time they are read; local names are not.
-    frame, workspace, geometry, materials, lights = (
-        look.frame,
-        look.workspace,
-        look.geometry,
-        look.materials,
-        look.lights,
-    )
+    frame, workspace, geometry = look.frame, look.workspace, look.geometry
+    texture, mapping, levels = look.materials.texture, look.materials.mapping, look.textures.levels
+    xs, ys, ws = workspace.camera_x, workspace.camera_y, workspace.camera_w
+    fx, fy, near = F(1 / camera.focal_x), F(1 / camera.focal_y), F(camera.near)
     triangles, triangle_corners, drawable = geometry.triangles, geometry.corners, geometry.drawable
-    normals, texture_places, rgba, gloss = geometry.normals, geometry.texture_places, materials.rgba, materials.gloss
-    xs, ys, zs = geometry.x, geometry.y, geometry.z
-    lu, lv, ld = workspace.light_u, workspace.light_v, workspace.light_d
     corners, lit, planes, visible = workspace.corners, workspace.lit, workspace.planes, workspace.visible
-    eyes, towards = look.eyes, look.towards
-    ambient, diffuse, specular, unshadowed = lights.ambient, lights.diffuse, lights.specular, lights.unshadowed
     fresh, fresh_vertices, fresh_drawables = workspace.fresh, workspace.fresh_vertices, workspace.fresh_drawables
     used = 0
     for i in range(start, count):
@@ -173,9 +163,40 @@ def prepare_visible(start, count, look, camera, still):
             fresh[used], fresh_vertices[used], fresh_drawables[used] = corner, triangles[t, k], drawable[t]
             used += lit[corner] != frame
             lit[corner] = frame
+    _light_corners(used, look)
+    for i in range(start, count):
+        t = visible[i]
+        _, na, nb, nc = ray_weights(workspace, triangles[t, 0], triangles[t, 1], triangles[t, 2])
+        ca, cb, cc = triangle_corners[t, 0], triangle_corners[t, 1], triangle_corners[t, 2]
+        for j in range(QUANTITIES):
+            a, b, c = corners[ca, j], corners[cb, j], corners[cc, j]
+            planes[i, 0, j] = na[0] * a + nb[0] * b + nc[0] * c
+            planes[i, 1, j] = na[1] * a + nb[1] * b + nc[1] * c
+            planes[i, 2, j] = na[2] * a + nb[2] * b + nc[2] * c
+        d = drawable[t]
+        planes[i, 0, TEXTURE], planes[i, 0, DRAWABLE] = texture[d], d
+        if texture[d] >= 0:
+            planes[i, 0, LEVEL] = -ONE
+            if not still:
+                planes[i, 0, LEVEL] = _middle_level(planes, i, triangles[t], xs, ys, ws, near, fx, fy, mapping, levels)
+
+
+@compiled
+def _light_corners(used, look):
+    """The quantities of corners by OpenGL's fixed-function lighting with a local viewer.
+
+    :param used: how many are listed as fresh in the workspace.
+    """
+    workspace, geometry, lights = look.workspace, look.geometry, look.lights
+    normals, texture_places = geometry.normals, geometry.texture_places
+    rgba, gloss = look.materials.rgba, look.materials.gloss
+    xs, ys, zs = geometry.x, geometry.y, geometry.z
+    lu, lv, ld, corners = workspace.light_u, workspace.light_v, workspace.light_d, workspace.corners
+    eyes, towards = look.eyes, look.towards
+    ambient, diffuse, specular, unshadowed = lights.ambient, lights.diffuse, lights.specular, lights.unshadowed
+    fresh, fresh_vertices, fresh_drawables = workspace.fresh, workspace.fresh_vertices, workspace.fresh_drawables
     for i in range(used):
         corner, v, d = fresh[i], fresh_vertices[i], fresh_drawables[i]
-        # OpenGL's fixed-function lighting with a local viewer.
         nx, ny, nz = normals[corner, 0], normals[corner, 1], normals[corner, 2]
         ex, ey, ez = eyes[d, 0] - xs[v], eyes[d, 1] - ys[v], eyes[d, 2] - zs[v]
         length = ONE / np.sqrt(ex * ex + ey * ey + ez * ez)
@@ -200,33 +221,28 @@ def prepare_visible(start, count, look, camera, still):
                 corners[corner, first + j] += color
         for j in range(6):
             corners[corner, j] = min(corners[corner, j], ONE)
-    for i in range(start, count):
-        t = visible[i]
-        _, na, nb, nc = ray_weights(workspace, triangles[t, 0], triangles[t, 1], triangles[t, 2])
-        ca, cb, cc = triangle_corners[t, 0], triangle_corners[t, 1], triangle_corners[t, 2]
-        for j in range(QUANTITIES):
-            a, b, c = corners[ca, j], corners[cb, j], corners[cc, j]
-            planes[i, 0, j] = na[0] * a + nb[0] * b + nc[0] * c
-            planes[i, 1, j] = na[1] * a + nb[1] * b + nc[1] * c
-            planes[i, 2, j] = na[2] * a + nb[2] * b + nc[2] * c
-        d = drawable[t]
-        planes[i, 0, TEXTURE], planes[i, 0, DRAWABLE] = texture[d], d
-        if texture[d] >= 0:
-            middle_x, middle_y, nearest = ZERO, ZERO, near
-            for k in range(3):
-                v = triangles[t, k]
-                away = workspace.camera_w[v]
-                nearest = min(nearest, away)
-                middle_x += workspace.camera_x[v] / max(away, near) * _THIRD
-                middle_y += workspace.camera_y[v] / max(away, near) * _THIRD
-            if still or nearest < near:
-                planes[i, 0, LEVEL] = -ONE
-            else:
-                _evaluate(planes, i, middle_x, middle_y)
-                planes[i, 0, LEVEL] = _level(planes, i, middle_x, middle_y, fx, fy, mapping, d, texture[d], levels)
 
 
-@inlined
+@compiled
+def _middle_level(planes, slot, vertices, camera_x, camera_y, camera_w, near, step_x, step_y, mapping, levels):
+    """How much a triangle's texture is reduced in its middle, see :func:`_level`; -1 if it reaches behind the camera.
+
+    :param vertices: the triangle's.
+    """
+    x, y, nearest = ZERO, ZERO, near
+    for k in range(3):
+        v = vertices[k]
+        away = camera_w[v]
+        nearest = min(nearest, away)
+        x += camera_x[v] / max(away, near) * _THIRD
+        y += camera_y[v] / max(away, near) * _THIRD
+    if nearest < near:
+        return -ONE
+    _evaluate(planes, slot, x, y)
+    return _level(planes, slot, x, y, step_x, step_y, mapping, levels)
+
+
+@compiled
 def _apply_texture(p, slot, ray_x, ray_y, step_x, step_y, mapping, pixels, levels):
     """Multiply the colours of a triangle by its texture; see :func:`_level`."""
     d, texture = int(p[slot, 0, DRAWABLE]), int(p[slot, 0, TEXTURE])
@@ -235,7 +251,7 @@ def _apply_texture(p, slot, ray_x, ray_y, step_x, step_y, mapping, pixels, level
     r = p[slot, 3, S + 2] * mapping[d, 5]
     reduction = p[slot, 0, LEVEL]
     if reduction < ZERO:
-        reduction = _level(p, slot, ray_x, ray_y, step_x, step_y, mapping, d, texture, levels)
+        reduction = _level(p, slot, ray_x, ray_y, step_x, step_y, mapping, levels)
     level = int(reduction)
     blend = reduction - F(level)
     red, green, blue = sample_texture(pixels, levels, texture, mapping[d, 0], s, q, r, level, blend)

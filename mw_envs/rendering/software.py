@@ -32,7 +32,7 @@ from mw_envs.rendering.geometry import (
     sphere_shape,
     unit,
 )
-from mw_envs.rendering.textures import TexturePool
+from mw_envs.rendering.textures import TexturePool, draw_sky
 from mw_envs.rendering.view import Scene, View
 from mw_envs.tasks import did_you_mean
 
@@ -44,7 +44,7 @@ _FAINTEST = 5e-4  # of a highlight, where 1 is white
 # More opaque than this is opaque, to MuJoCo.
 _OPAQUE = 0.995
 _BACKGROUNDS_KEPT = 8
-_SETTINGS_BYTES = 256 * 2**20
+_SETTINGS_BYTES = 256 * 2**20  # of what trials have placed, one a view and environment
 _HEADLIGHT = -1
 _NO_COLOUR = np.array([0.5, 0.5, 0.5, 1.0], np.float32)  # what the model's compiler puts where no colour is given
 _GROUPS = 3  # geoms and sites of groups 0 to 2 are visible by default
@@ -67,10 +67,26 @@ class _Drawable:
 
 
 @dataclass(frozen=True)
+class _Shot:
+    """A moment of a scene as a camera sees it.
+
+    :param poses: see :meth:`_Prepared.poses`.
+    :param axes: see :func:`_light_axes`.
+    """
+
+    scene: _Prepared
+    view: View
+    camera: arrays.Camera
+    poses: npt.NDArray[np.float32]
+    axes: npt.NDArray[np.float32]
+    look: arrays.Look
+
+
+@dataclass(frozen=True)
 class _Still:
     """What does not move, seen in a view.
 
-    :param base: the background that it was drawn over.
+    :param base: the background that it was drawn over, or itself.
     :param window: pixels in which it may differ from that: left, top, right, bottom, the last two exclusive.
     """
 
@@ -113,9 +129,9 @@ class SoftwareRenderer:
         prepared = self._scenes[scene, pixel]
         poses = prepared.poses(data)
         look = self._look(prepared, prepared.lights(data, camera), camera, poses)
-        axes = _light_axes(look.lights)
-        still = self._setting(prepared, look, camera, poses, axes, view)
-        look, window = self._to_light(look, prepared, prepared.casting, poses, axes)
+        shot = _Shot(prepared, view, camera, poses, _light_axes(look.lights), look)
+        still = self._still(shot)
+        look, window = self._to_light(shot, prepared.casting)
         background, canvas = still.background, self._canvas(still)
         transparent = prepared.transparent
         if len(transparent) > 1:
@@ -143,110 +159,99 @@ class SoftwareRenderer:
         textures = self._textures.arrays
         return arrays.Look(self._frame, geometry, scene.materials, textures, lights, space, eyes, towards)
 
-    def _to_light(
-        self,
-        look: arrays.Look,
-        scene: _Prepared,
-        casting: npt.NDArray[np.int32],
-        poses: npt.NDArray[np.float32],
-        axes: npt.NDArray[np.float32],
-    ) -> tuple[arrays.Look, tuple[int, int, int, int]]:
+    def _to_light(self, shot: _Shot, casting: npt.NDArray[np.int32]) -> tuple[arrays.Look, tuple[int, int, int, int]]:
         """Project drawables to the light's plane; a new frame's look, with room for their shadows, and their window."""
-        window = frame.light_window(look.geometry, casting, scene.endless, poses, axes, scene.pixel, look.workspace)
+        scene, look = shot.scene, shot.look
+        window = frame.light_window(
+            look.geometry, casting, scene.endless, shot.poses, shot.axes, scene.pixel, look.workspace
+        )
         wanted = frame.texels(window)
         if wanted > len(self._workspace.shadows):
             self._workspace = self._workspace._replace(shadows=np.empty(wanted + wanted // 4, np.float32))
         self._frame += 1
         return look._replace(frame=self._frame, workspace=self._workspace), window
 
-    def _setting(
-        self,
-        scene: _Prepared,
-        look: arrays.Look,
-        camera: arrays.Camera,
-        poses: npt.NDArray[np.float32],
-        axes: npt.NDArray[np.float32],
-        view: View,
-    ) -> _Still:
-        """The view's background with what a trial has placed, drawn if it is not there yet."""
-        seen_from = camera.rotation, camera.position, look.lights.towards, poses[scene.background]
-        key = (scene.background_digest, view, *(array.tobytes() for array in seen_from))
-        base = self._backgrounds.get(key)
-        if base is None:
-            look, shadows = self._still_shadows(look, scene, scene.background_casting, poses, axes)
-            blank = _blank_background(view, shadows)
-            frame.begin_background(look, camera, scene.sky, blank)
-            canvas = self._canvas(_Still(blank, blank, (0, 0, 0, 0)))
-            frame.draw_still(look, camera, poses, scene.background, _NO_SHADOWS, blank, canvas.seen, canvas.spans)
-            self._backgrounds[key] = base = _Still(blank, blank, (0, 0, 0, 0))
-            self._canvases[view.height, view.width] = base, canvas
+    def _still(self, shot: _Shot) -> _Still:
+        """What does not move in a view, drawn if it is not there yet; scenes that look alike share it."""
+        scene, camera = shot.scene, shot.camera
+        seen_from = camera.rotation, camera.position, shot.look.lights.towards, shot.poses[scene.background]
+        key = (scene.background_digest, shot.view, *(array.tobytes() for array in seen_from))
+        if key not in self._backgrounds:
+            blank = _blank(shot)
+            base = self._drawn(shot, blank, "shadows", scene.background, scene.background_casting)
+            self._backgrounds[key] = _Still(base.background, base.background, _NOWHERE)
             while len(self._backgrounds) > _BACKGROUNDS_KEPT:
                 self._backgrounds.popitem(last=False)
         self._backgrounds.move_to_end(key)
+        base = self._backgrounds[key]
         if len(scene.fixed) == 0:
             return base
-        key = key, scene.fixed_digest, poses[scene.fixed].tobytes()
-        if key not in self._settings:
-            canvas = self._canvas(base)
-            look, shadows = self._still_shadows(look, scene, scene.fixed_casting, poses, axes)
-            pictures = (array.copy() for array in base.background[:-2])
-            over = arrays.Background(*pictures, base.background.shadows, shadows)
-            window = frame.draw_still(look, camera, poses, scene.fixed, shadows, over, canvas.seen, canvas.spans)
-            self._settings[key] = still = _Still(over, base.background, window)
-            self._canvases[view.height, view.width] = still, canvas
-            kept = max(1, _SETTINGS_BYTES // sum(array.nbytes for array in over[:-2]))
-            while len(self._settings) > kept:
+        placed = key, scene.fixed_digest, shot.poses[scene.fixed].tobytes()
+        if placed not in self._settings:
+            self._settings[placed] = self._drawn(shot, base, "fixed_shadows", scene.fixed, scene.fixed_casting)
+            size = sum(getattr(base.background, name).nbytes for name in _PICTURES)
+            while len(self._settings) > max(1, _SETTINGS_BYTES // size):
                 self._settings.popitem(last=False)
-        self._settings.move_to_end(key)
-        return self._settings[key]
+        self._settings.move_to_end(placed)
+        return self._settings[placed]
 
-    def _still_shadows(
+    def _drawn(
         self,
-        look: arrays.Look,
-        scene: _Prepared,
+        shot: _Shot,
+        over: _Still,
+        shadows: str,
+        drawables: npt.NDArray[np.int32],
         casting: npt.NDArray[np.int32],
-        poses: npt.NDArray[np.float32],
-        axes: npt.NDArray[np.float32],
-    ) -> tuple[arrays.Look, arrays.ShadowMap]:
-        """A new frame's look, with drawables in the light's plane, and a map of their shadows that may be kept."""
-        look, window = self._to_light(look, scene, casting, poses, axes)
-        shadows = frame.cast_shadows(look.geometry, casting, window, scene.pixel, look.workspace)
-        return look, shadows._replace(depth=shadows.depth.copy())
+    ) -> _Still:
+        """A background with more that does not move, and with its shadows under a name."""
+        look, window = self._to_light(shot, casting)
+        cast = frame.cast_shadows(look.geometry, casting, window, shot.scene.pixel, look.workspace)
+        cast = cast._replace(depth=cast.depth.copy())
+        pictures = {name: getattr(over.background, name).copy() for name in _PICTURES}
+        background = over.background._replace(**pictures, **{shadows: cast})
+        canvas = self._canvas(over)
+        # If this is interrupted, the canvas holds neither of both.
+        del self._canvases[shot.view.height, shot.view.width]
+        changed = frame.draw_still(
+            look, shot.camera, shot.poses, drawables, cast, background, canvas.seen, canvas.spans
+        )
+        still = _Still(background, over.base, changed)
+        self._canvases[shot.view.height, shot.view.width] = still, canvas
+        return still
 
     def _canvas(self, still: _Still) -> arrays.Canvas:
         """Samples of a view's size that hold a background."""
-        size = still.background.light_d.shape
-        rows, columns = size
-        everything = 0, 0, columns, rows
-        if size not in self._canvases:
-            spans = np.tile(np.array([columns, -1], np.int32), (2, rows, 1))
-            seen, layer = np.zeros((2, *frame.samples(*size)), np.int64)
-            self._canvases[size] = still, arrays.Canvas(seen, spans[0], layer, spans[1])
-            changed = [everything]
+        size = rows, columns = still.background.light_d.shape
+        if size in self._canvases:
+            before, canvas = self._canvases[size]
+            there = before.base is still.base
         else:
-            before, _ = self._canvases[size]
-            if before is still:
-                changed = []
-            elif before.base is still.base:
-                changed = [before.window, still.window]
-            else:
-                changed = [everything]
-        _, canvas = self._canvases[size]
-        for window in changed:
-            frame.show_background(still.background, window, canvas.seen)
+            spans = np.tile(np.array([columns, -1], np.int32), (2, rows, 1))
+            seen, layer = np.empty((2, *frame.samples(rows, columns)), np.int64)
+            before, canvas, there = still, arrays.Canvas(seen, spans[0], layer, spans[1]), False
+        if before is not still or not there:
+            for window in (before.window, still.window) if there else [(0, 0, columns, rows)]:
+                frame.show_background(still.background, window, canvas.seen)
         self._canvases[size] = still, canvas
         return canvas
 
 
-def _blank_background(view: View, shadows: arrays.ShadowMap) -> arrays.Background:
-    size = view.height, view.width
-    bright, dark = np.empty((2, *size, 3), np.uint8)
-    light_u, light_v = np.zeros((2, *size), np.int32)
-    nearness = np.empty(frame.samples(*size), np.float32)
-    return arrays.Background(bright, dark, nearness, light_u, light_v, np.empty(size, np.float32), shadows, _NO_SHADOWS)
-
-
+_NOWHERE = 0, 0, 0, 0
+_PICTURES = ("bright", "dark", "nearness", "light_u", "light_v", "light_d")
 _NO_SHADOWS = arrays.ShadowMap(np.full((1, arrays.LANES), np.inf, np.float32), 0, 0, 0, 0.0)
+
+
+def _blank(shot: _Shot) -> _Still:
+    """The sky."""
+    rows, columns = shot.view.height, shot.view.width
+    bright = np.zeros((rows, columns, 3), np.uint8)
+    if shot.scene.sky >= 0:
+        draw_sky(shot.look.textures, shot.scene.sky, shot.camera, bright)
+    nearness = np.zeros(frame.samples(rows, columns), np.int32)
+    light_u, light_v = np.zeros((2, rows, columns), np.int32)
+    light_d = np.full((rows, columns), shading.NO_SHADOW, np.float32)
+    sky = arrays.Background(bright, bright, nearness, light_u, light_v, light_d, _NO_SHADOWS, _NO_SHADOWS)
+    return _Still(sky, sky, _NOWHERE)
 
 
 def _workspace(vertices: int, corners: int, triangles: int) -> arrays.Workspace:

@@ -12,17 +12,17 @@ import subprocess
 import sys
 from typing import Any
 
-from mw_envs.rendering import frame, shading
+from mw_envs.rendering import frame, shading, textures
 
 #: what Python calls; the rest is compiled with these
 _ENTRIES = (
     frame.light_window,
     frame.cast_shadows,
-    frame.begin_background,
     frame.draw_still,
     frame.show_background,
     frame.draw_moving,
     shading.prepare_lighting,
+    textures.draw_sky,
 )
 # Something of everything, for the types of all arrays are the same in every scene.
 _SCENE = """
