@@ -29,6 +29,8 @@ compiled = numba.njit(**_OPTIONS)
 # A call would hand over each field of each array.
 inlined = numba.njit(**_OPTIONS, inline="always")
 
+TILE = 16  # side of the squares in which the background is looked through for shadows, pixels
+
 F = np.float32
 ZERO, HALF, ONE = F(0), F(0.5), F(1)
 
@@ -217,6 +219,8 @@ class Background(NamedTuple):
     :param nearness: bits of one over the distance of what its samples see, int32 (rows, 4 (columns + margin)).
     :param light_u: texel of the light's plane that a pixel lies in, int32 (rows, columns); so is light_v.
     :param light_d: its depth there, float32 (rows, columns); -1e9 marks a pixel that a shadow does not change.
+    :param tiles: of each square of TILE pixels, the first and last texel across and down that a shadow may change it
+        from, int32 (rows / TILE, columns / TILE, 4).
     :param shadows: what the light meets of what never moves, and fixed_shadows of what stays where a trial puts it.
     """
 
@@ -226,6 +230,7 @@ class Background(NamedTuple):
     light_u: Array
     light_v: Array
     light_d: Array
+    tiles: Array
     shadows: ShadowMap
     fixed_shadows: ShadowMap
 

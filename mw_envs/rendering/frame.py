@@ -54,17 +54,18 @@ def cast_shadows(geometry, casting, window, pixel, workspace):
 
 
 @compiled
-def draw_still(look, camera, poses, drawables, shadows, background, seen, spans):
+def draw_still(look, camera, poses, drawables, shadows, background, seen, spans, changed):
     """Draw what does not move, over a background that becomes a part of.
 
     :param drawables: opaque ones, projected to the light's plane.
     :param shadows: those that they cast on the background; those on themselves are in the background already.
     :param seen: the background's samples, and what is in the spans is something else's; both become the background's.
-    :return: the window of pixels in which the background may have changed: left, top, right, bottom.
+    :param changed: first and last pixel of each row whose samples may have changed, int32 (rows, 2); set.
     """
     geometry, workspace = look.geometry, look.workspace
-    left, top, right, bottom = shading.darken_background(background, shadows)
-    _restore(seen, spans, background.nearness)
+    shading.darken_background(background, shadows)
+    show_background(background.nearness, spans, seen)
+    _empty(spans)
     window = _clipped(raster.project(geometry, drawables, poses, camera, workspace), background.bright)
     raster.rasterise(geometry, drawables, camera, window, workspace, seen, spans)
     count = 0
@@ -73,19 +74,26 @@ def draw_still(look, camera, poses, drawables, shadows, background, seen, spans)
         count = shading.find_visible(y, end, spans, seen, look.frame, start, workspace)
         shading.prepare_visible(start, count, look, camera, True)
         shading.resolve_still(y, end, spans, seen, look, camera, background)
-    _keep(seen, spans, background.nearness)
-    return min(left, window[0]), min(top, window[1]), max(right, window[2]), max(bottom, window[3])
+    shading.bound_tiles(background)
+    nearness = background.nearness
+    for y in range(len(spans)):
+        changed[y, 0], changed[y, 1] = spans[y, 0], spans[y, 1]
+        for k in range(SAMPLES * spans[y, 0], SAMPLES * (spans[y, 1] + 1)):
+            nearness[y, k] = np.int32(seen[y, k] >> 32)
+            seen[y, k] &= ~LOWER
+    _empty(spans)
 
 
 @compiled
-def show_background(background, window, seen):
-    """Make the samples of a window those of a background.
+def show_background(nearness, spans, seen):
+    """Make samples those of a background.
 
-    :param window: left, top, right, bottom, the last two exclusive.
+    :param spans: first and last pixel of each row.
     """
-    left, top, right, bottom = window
-    for y in range(top, bottom):
-        _show(seen, background.nearness, y, SAMPLES * left, SAMPLES * right)
+    for y in range(len(spans)):
+        if spans[y, 0] <= spans[y, 1]:
+            for k in range(np.uint64(SAMPLES * spans[y, 0]), np.uint64(SAMPLES * (spans[y, 1] + 1))):
+                seen[y, k] = np.int64(nearness[y, k]) << 32
 
 
 @compiled
@@ -102,7 +110,8 @@ def draw_moving(look, camera, poses, moving, transparent, casting, lit, pixel, b
     shadows = cast_shadows(geometry, casting, lit, pixel, workspace)
     shading.darken(background, shadows, picture)
     seen, spans = canvas.seen, canvas.spans
-    _restore(seen, spans, background.nearness)
+    show_background(background.nearness, spans, seen)
+    _empty(spans)
     left, top, right, bottom = _clipped(raster.project(geometry, moving, poses, camera, workspace), picture)
     raster.rasterise(geometry, moving, camera, (left, top, right, bottom), workspace, seen, spans)
     count = 0
@@ -129,32 +138,6 @@ def draw_moving(look, camera, poses, moving, transparent, casting, lit, pixel, b
         shading.prepare_visible(start, count, look, camera, False)
         alpha = look.materials.rgba[one[0], 3]
         shading.blend(top, bottom, canvas.layer_spans, canvas.layer, alpha, look, camera, picture)
-
-
-@compiled
-def _restore(seen, spans, nearness):
-    """Take away what was drawn over a background."""
-    for y in range(len(spans)):
-        if spans[y, 0] <= spans[y, 1]:
-            _show(seen, nearness, y, SAMPLES * spans[y, 0], SAMPLES * (spans[y, 1] + 1))
-    _empty(spans)
-
-
-@compiled
-def _show(seen, nearness, y, first, end):
-    """Make some samples of a row those of a background."""
-    for k in range(np.uint64(first), np.uint64(end)):
-        seen[y, k] = np.int64(nearness[y, k]) << 32
-
-
-@compiled
-def _keep(seen, spans, nearness):
-    """Make what was drawn over a background a part of it."""
-    for y in range(len(spans)):
-        for k in range(SAMPLES * spans[y, 0], SAMPLES * (spans[y, 1] + 1)):
-            nearness[y, k] = np.int32(seen[y, k] >> 32)
-            seen[y, k] &= ~LOWER
-    _empty(spans)
 
 
 @compiled

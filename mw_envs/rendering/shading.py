@@ -16,6 +16,7 @@ from mw_envs.rendering.arrays import (
     QUANTITIES,
     SAMPLES,
     TEXTURE,
+    TILE,
     TRIANGLE_BITS,
     TRIANGLES,
     WEIGHT,
@@ -35,6 +36,7 @@ from mw_envs.rendering.textures import sample_texture, texture_level
 _LEAST = np.array([0] * 6 + [-np.inf] * (QUANTITIES - 6), np.float32)
 _MOST = np.array([1] * 6 + [np.inf] * (QUANTITIES - 6), np.float32)
 NO_SHADOW = F(-1e9)
+_FAR = (1 << 31) - 1  # in texels
 _ALMOST_ONE, _THIRD = F(0.999), F(1 / 3)
 _SHARE, _FULL = F(1 / SAMPLES), F(255)
 _1, _2, _3 = np.uint64(1), np.uint64(2), np.uint64(3)
@@ -403,22 +405,16 @@ def resolve_still(top, bottom, spans, seen, look, camera, background):
 
 @compiled
 def darken_background(background, shadows):
-    """Make the shadows of what does not move a part of the background.
-
-    :return: the window of pixels in which it may have changed: left, top, right, bottom.
-    """
+    """Make the shadows of what does not move a part of the background."""
     bright, dark = background.bright, background.dark
     light_u, light_v, light_d = background.light_u, background.light_v, background.light_d
     rows, columns = light_d.shape
     depth, width, u0, v0, slack = _unpacked(shadows)
-    left, top, right, bottom = columns, rows, 0, 0
     for y in range(rows):
         for x in range(columns):
             if _is_darkened(light_u, light_v, light_d, y, x, depth, width, u0, v0, slack):
                 bright[y, x, 0], bright[y, x, 1], bright[y, x, 2] = dark[y, x, 0], dark[y, x, 1], dark[y, x, 2]
                 light_d[y, x] = NO_SHADOW
-                left, top, right, bottom = min(left, x), min(top, y), max(right, x + 1), max(bottom, y + 1)
-    return left, top, right, bottom
 
 
 @inlined
@@ -438,12 +434,38 @@ def darken(background, shadows, picture):
     """
     rows, columns = picture.shape[:2]
     light_u, light_v, light_d = background.light_u, background.light_v, background.light_d
-    dark = background.dark
+    dark, tiles = background.dark, background.tiles
     depth, width, u0, v0, slack = _unpacked(shadows)
-    for y in range(rows):
-        for x in range(columns):
-            if _is_darkened(light_u, light_v, light_d, y, x, depth, width, u0, v0, slack):
-                picture[y, x, 0], picture[y, x, 1], picture[y, x, 2] = dark[y, x, 0], dark[y, x, 1], dark[y, x, 2]
+    for i in range(tiles.shape[0]):
+        for j in range(tiles.shape[1]):
+            if not (
+                tiles[i, j, 0] < u0 + width
+                and tiles[i, j, 1] >= u0
+                and tiles[i, j, 2] < v0 + depth.shape[0]
+                and tiles[i, j, 3] >= v0
+            ):
+                continue
+            for y in range(i * TILE, min(i * TILE + TILE, rows)):
+                for x in range(j * TILE, min(j * TILE + TILE, columns)):
+                    if _is_darkened(light_u, light_v, light_d, y, x, depth, width, u0, v0, slack):
+                        picture[y, x, 0], picture[y, x, 1] = dark[y, x, 0], dark[y, x, 1]
+                        picture[y, x, 2] = dark[y, x, 2]
+
+
+@compiled
+def bound_tiles(background):
+    """Set the background's tiles from where it lies in the light's space."""
+    light_u, light_v, light_d, tiles = background.light_u, background.light_v, background.light_d, background.tiles
+    rows, columns = light_d.shape
+    for i in range(tiles.shape[0]):
+        for j in range(tiles.shape[1]):
+            first_u, last_u, first_v, last_v = _FAR, -_FAR, _FAR, -_FAR
+            for y in range(i * TILE, min(i * TILE + TILE, rows)):
+                for x in range(j * TILE, min(j * TILE + TILE, columns)):
+                    if light_d[y, x] > NO_SHADOW:
+                        first_u, last_u = min(first_u, light_u[y, x]), max(last_u, light_u[y, x])
+                        first_v, last_v = min(first_v, light_v[y, x]), max(last_v, light_v[y, x])
+            tiles[i, j, 0], tiles[i, j, 1], tiles[i, j, 2], tiles[i, j, 3] = first_u, last_u, first_v, last_v
 
 
 @compiled

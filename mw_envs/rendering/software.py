@@ -87,12 +87,12 @@ class _Still:
     """What does not move, seen in a view.
 
     :param base: the background that it was drawn over, or itself.
-    :param window: pixels in which it may differ from that: left, top, right, bottom, the last two exclusive.
+    :param spans: first and last pixel of each row whose samples may differ from that's, int32 (rows, 2).
     """
 
     background: arrays.Background
     base: arrays.Background
-    window: tuple[int, int, int, int]
+    spans: npt.NDArray[np.int32]
 
 
 class SoftwareRenderer:
@@ -179,7 +179,7 @@ class SoftwareRenderer:
         if key not in self._backgrounds:
             blank = _blank(shot)
             base = self._drawn(shot, blank, "shadows", scene.background, scene.background_casting)
-            self._backgrounds[key] = _Still(base.background, base.background, _NOWHERE)
+            self._backgrounds[key] = _Still(base.background, base.background, blank.spans)
             while len(self._backgrounds) > _BACKGROUNDS_KEPT:
                 self._backgrounds.popitem(last=False)
         self._backgrounds.move_to_end(key)
@@ -212,32 +212,33 @@ class SoftwareRenderer:
         canvas = self._canvas(over)
         # If this is interrupted, the canvas holds neither of both.
         del self._canvases[shot.view.height, shot.view.width]
-        changed = frame.draw_still(
-            look, shot.camera, shot.poses, drawables, cast, background, canvas.seen, canvas.spans
+        still = _Still(background, over.base, np.empty_like(over.spans))
+        frame.draw_still(
+            look, shot.camera, shot.poses, drawables, cast, background, canvas.seen, canvas.spans, still.spans
         )
-        still = _Still(background, over.base, changed)
         self._canvases[shot.view.height, shot.view.width] = still, canvas
         return still
 
     def _canvas(self, still: _Still) -> arrays.Canvas:
         """Samples of a view's size that hold a background."""
         size = rows, columns = still.background.light_d.shape
-        if size in self._canvases:
-            before, canvas = self._canvases[size]
-            there = before.base is still.base
-        else:
-            spans = np.tile(np.array([columns, -1], np.int32), (2, rows, 1))
+        before, canvas = self._canvases.get(size, (None, None))
+        if canvas is None:
             seen, layer = np.empty((2, *frame.samples(rows, columns)), np.int64)
-            before, canvas, there = still, arrays.Canvas(seen, spans[0], layer, spans[1]), False
-        if before is not still or not there:
-            for window in (before.window, still.window) if there else [(0, 0, columns, rows)]:
-                frame.show_background(still.background, window, canvas.seen)
+            canvas = arrays.Canvas(seen, _no_spans(rows), layer, _no_spans(rows))
+        if before is not still:
+            if before is not None and before.base is still.base:
+                different = before.spans.copy()
+                np.minimum(before.spans[:, 0], still.spans[:, 0], out=different[:, 0])
+                np.maximum(before.spans[:, 1], still.spans[:, 1], out=different[:, 1])
+            else:
+                different = np.tile(np.array([0, columns - 1], np.int32), (rows, 1))
+            frame.show_background(still.background.nearness, different, canvas.seen)
         self._canvases[size] = still, canvas
         return canvas
 
 
-_NOWHERE = 0, 0, 0, 0
-_PICTURES = ("bright", "dark", "nearness", "light_u", "light_v", "light_d")
+_PICTURES = ("bright", "dark", "nearness", "light_u", "light_v", "light_d", "tiles")
 _NO_SHADOWS = arrays.ShadowMap(np.full((1, arrays.LANES), np.inf, np.float32), 0, 0, 0, 0.0)
 
 
@@ -250,8 +251,13 @@ def _blank(shot: _Shot) -> _Still:
     nearness = np.zeros(frame.samples(rows, columns), np.int32)
     light_u, light_v = np.zeros((2, rows, columns), np.int32)
     light_d = np.full((rows, columns), shading.NO_SHADOW, np.float32)
-    sky = arrays.Background(bright, bright, nearness, light_u, light_v, light_d, _NO_SHADOWS, _NO_SHADOWS)
-    return _Still(sky, sky, _NOWHERE)
+    tiles = np.zeros((-(-rows // arrays.TILE), -(-columns // arrays.TILE), 4), np.int32)
+    sky = arrays.Background(bright, bright, nearness, light_u, light_v, light_d, tiles, _NO_SHADOWS, _NO_SHADOWS)
+    return _Still(sky, sky, _no_spans(rows))
+
+
+def _no_spans(rows: int) -> npt.NDArray[np.int32]:
+    return np.tile(np.array([np.iinfo(np.int32).max, -1], np.int32), (rows, 1))
 
 
 def _workspace(vertices: int, corners: int, triangles: int) -> arrays.Workspace:

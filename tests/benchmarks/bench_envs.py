@@ -13,7 +13,8 @@ they are measured without it as well, each environment keeping one task; the rat
 change nothing for them, since they know none: five actions are five steps and five pictures. Who executes chunks by
 hand may draw at the end of each only; this is measured, too, and has a ratio of its own.
 
-A baseline is measured for one episode (``--steps`` vector steps) in each worker, the reset at its end included.
+All rows of a size are made first and then take turns, in rounds: within minutes a shared machine's speed may drift by a
+third. A baseline is measured for one episode (``--steps`` vector steps) in each worker, the reset at its end included.
 **Ours** settle for 15 steps after each reset, which are not counted but take their time. ``SubprocVecEnv`` has one
 environment in each worker, our own vector environment several.
 """
@@ -24,7 +25,7 @@ import argparse
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -126,39 +127,47 @@ def random_actions(shape: tuple[int, ...]) -> Iterator[Actions]:
         yield generator.uniform(-1, 1, shape).astype(np.float32)
 
 
-def gymnasium_rate(tasks: Sequence[str], size: int, task_changes: bool, steps: int, steps_a_picture: int) -> float:
-    """Environment steps per second of Gymnasium's vector environment."""
+# Environment steps and seconds of one share of a row; the first one is nothing, when all is ready.
+Row = Generator[tuple[int, float], None, None]
+
+
+def gymnasium_row(tasks: Sequence[str], size: int, task_changes: bool, steps: int, steps_a_picture: int) -> Row:
+    """Gymnasium's vector environment, some vector steps at a time."""
     envs = AsyncVectorEnv(
         public_envs(tasks, size, task_changes), context="forkserver", autoreset_mode=AutoresetMode.SAME_STEP
     )
     try:
         envs.reset(seed=_SEED)
         _check(envs.render(), size)
-        return _public_rate(envs.step, envs.render, steps, steps_a_picture)
+        yield from _public_row(envs.step, envs.render, steps, steps_a_picture)
     finally:
         envs.close()
 
 
-def sb3_rate(tasks: Sequence[str], size: int, task_changes: bool, steps: int, steps_a_picture: int) -> float:
-    """Environment steps per second of Stable-Baselines3's vector environment."""
+def sb3_row(tasks: Sequence[str], size: int, task_changes: bool, steps: int, steps_a_picture: int) -> Row:
+    """Stable-Baselines3's vector environment, some vector steps at a time."""
     envs = SubprocVecEnv(public_envs(tasks, size, task_changes))
     try:
         envs.seed(_SEED)
         envs.reset()
         _check(envs.get_images(), size)
-        return _public_rate(envs.step, envs.get_images, steps, steps_a_picture)
+        yield from _public_row(envs.step, envs.get_images, steps, steps_a_picture)
     finally:
         envs.close()
 
 
-def _public_rate(step: Callable[[Any], Any], draw: Callable[[], Any], steps: int, steps_a_picture: int) -> float:
+def _public_row(step: Callable[[Any], Any], draw: Callable[[], Any], steps: int, steps_a_picture: int) -> Row:
     actions = random_actions((WORKERS, 4))
-    start = time.perf_counter()
-    for number in range(1, steps + 1):
-        step(next(actions))
-        if number % steps_a_picture == 0:
-            draw()
-    return WORKERS * steps / (time.perf_counter() - start)
+    yield 0, 0.0
+    number = 0
+    while True:
+        start = time.perf_counter()
+        for _ in range(steps):
+            step(next(actions))
+            number += 1
+            if number % steps_a_picture == 0:
+                draw()
+        yield WORKERS * steps, time.perf_counter() - start
 
 
 def _check(pictures: Any, size: int) -> None:
@@ -167,10 +176,8 @@ def _check(pictures: Any, size: int) -> None:
         raise RuntimeError(f"The baseline drew pictures of shapes {shapes}; expected side {size}")
 
 
-def our_rate(
-    kind: type[VecEnv], tasks: Sequence[str], size: int, chunk: int, envs_a_worker: int, seconds: float
-) -> float:
-    """Environment steps per second of our environments."""
+def our_row(kind: type[VecEnv], tasks: Sequence[str], size: int, chunk: int, envs_a_worker: int, seconds: float) -> Row:
+    """Our environments, some seconds at a time."""
     make = partial(
         gym.make, "mw_envs:MetaWorldMT50-v0", tasks=tasks, image_size=size, action_chunk=chunk, horizon=HORIZON
     )
@@ -184,20 +191,26 @@ def our_rate(
             envs.reset()
         actions = random_actions((number, *envs.action_space.shape))  # type: ignore[misc]
         envs.reset()
-        if isinstance(envs, SharedMemoryVecEnv):
-            return _rate_by_halves(envs, actions, seconds)
-        steps, start = 0, time.perf_counter()
-        while (elapsed := time.perf_counter() - start) < seconds:
-            _, _, _, infos = envs.step(next(actions))
-            steps += sum(info["env_steps"] for info in infos)
-        return steps / elapsed
+        yield 0, 0.0
+        while True:
+            if isinstance(envs, SharedMemoryVecEnv):
+                yield _by_halves(envs, actions, seconds)
+            else:
+                yield _in_lockstep(envs, actions, seconds)
     finally:
         envs.close()
 
 
-def _rate_by_halves(envs: SharedMemoryVecEnv, actions: Iterator[Actions], seconds: float) -> float:
-    """Environment steps per second where one half gets its actions while the other one is simulated, as in a rollout
-    with ``overlap=True``."""
+def _in_lockstep(envs: VecEnv, actions: Iterator[Actions], seconds: float) -> tuple[int, float]:
+    steps, start = 0, time.perf_counter()
+    while (elapsed := time.perf_counter() - start) < seconds:
+        _, _, _, infos = envs.step(next(actions))
+        steps += sum(info["env_steps"] for info in infos)
+    return steps, elapsed
+
+
+def _by_halves(envs: SharedMemoryVecEnv, actions: Iterator[Actions], seconds: float) -> tuple[int, float]:
+    """One half gets its actions while the other one is simulated, as in a rollout with ``overlap=True``."""
     halves = envs.halves
     for half, members in enumerate(halves):
         envs.step_half_async(half, next(actions)[members])
@@ -210,7 +223,30 @@ def _rate_by_halves(envs: SharedMemoryVecEnv, actions: Iterator[Actions], second
         elapsed = time.perf_counter() - start
     for half in range(2):
         envs.step_half_wait(half)
-    return steps / elapsed
+    return steps, elapsed
+
+
+def measured(rows: dict[str, Row], rounds: int) -> dict[str, list[tuple[int, float]]]:
+    """Environment steps and seconds of each row in each round.
+
+    The rows take turns, for the speed of a machine may drift by a third within minutes.
+    """
+    try:
+        for row in rows.values():
+            next(row)
+        shares: dict[str, list[tuple[int, float]]] = {name: [] for name in rows}
+        for _ in range(rounds):
+            for name, row in rows.items():
+                shares[name].append(next(row))
+        return shares
+    finally:
+        for row in rows.values():
+            row.close()
+
+
+def rate_of(shares: list[tuple[int, float]]) -> float:
+    """Environment steps per second."""
+    return sum(steps for steps, _ in shares) / sum(seconds for _, seconds in shares)
 
 
 def _print_machine(opengl: str | None) -> None:
@@ -229,6 +265,7 @@ def main() -> None:
     parser.add_argument("--tasks", type=int, default=len(TASKS), metavar="N", help="of the 50, at even distances")
     parser.add_argument("--seconds", type=float, default=15.0, help="measured for each row of ours")
     parser.add_argument("--steps", type=int, default=HORIZON, help="vector steps of each baseline, reset at the last")
+    parser.add_argument("--rounds", type=int, default=4, help="in which all rows take turns")
     parser.add_argument("--envs", type=int, default=8, help="environments in a worker of our own vector environment")
     options = parser.parse_args()
     if not WORKERS <= options.tasks <= len(TASKS):
@@ -240,33 +277,44 @@ def main() -> None:
     _print_machine(opengl)
     print(f"environment steps/s, {WORKERS} workers, {len(tasks)} tasks; ratio to the best that draws each step [chunk]")
 
-    baselines = {"Gymnasium AsyncVectorEnv": gymnasium_rate, "SB3 SubprocVecEnv": sb3_rate}
+    steps, seconds = -(-options.steps // options.rounds), options.seconds / options.rounds
     for size in options.sizes:
-        best: dict[int, float] = {}
+        public: dict[int, dict[str, Row]] = {every: {} for every in CHUNKS}
+        ours: dict[int, dict[str, Row]] = {chunk: {} for chunk in CHUNKS}
         for every in CHUNKS if opengl else ():
-            for name, rate in baselines.items():
-                for task_changes in (True, False):
-                    steps_per_second = rate(tasks, size, task_changes, options.steps, every)
-                    best[every] = max(best.get(every, 0.0), steps_per_second)
-                    how = f"{name}, {'' if task_changes else 'no '}task changes, a picture every {every}"
-                    print(f"{size:4} px  {how:66}{steps_per_second:8.1f}", flush=True)
+            for name, row in (("Gymnasium AsyncVectorEnv", gymnasium_row), ("SB3 SubprocVecEnv", sb3_row)):
+                for changes in (True, False):
+                    how = f"{name}, {'' if changes else 'no '}task changes, a picture every {every}"
+                    public[every][how] = row(tasks, size, changes, steps, every)
         for chunk in CHUNKS:
-            ours = {
-                "ours in SB3 SubprocVecEnv": our_rate(SubprocVecEnv, tasks, size, chunk, 1, options.seconds),
-                f"ours in {SharedMemoryVecEnv.__name__}": our_rate(
-                    SharedMemoryVecEnv, tasks, size, chunk, options.envs, options.seconds
-                ),
-            }
-            for name, steps_per_second in ours.items():
-                line = f"{size:4} px  {f'{name}, chunk {chunk}':66}{steps_per_second:8.1f}"
+            for kind, envs in ((SubprocVecEnv, 1), (SharedMemoryVecEnv, options.envs)):
+                name = f"ours in {'SB3 ' if kind is SubprocVecEnv else ''}{kind.__name__}, chunk {chunk}"
+                ours[chunk][name] = our_row(kind, tasks, size, chunk, envs, seconds)
+        rows = {name: row for some in (*public.values(), *ours.values()) for name, row in some.items()}
+        shares = measured(rows, options.rounds)
+        rates = {name: rate_of(found) for name, found in shares.items()}
+        best = {every: max(public[every], key=rates.__getitem__) for every in CHUNKS if opengl}
+        for chunk in CHUNKS:
+            for name in public[chunk]:
+                print(f"{size:4} px  {name:66}{rates[name]:8.1f}")
+        for chunk in CHUNKS:
+            for name in ours[chunk]:
+                line = f"{size:4} px  {name:66}{rates[name]:8.1f}"
                 if best:
-                    line += f"{steps_per_second / best[1]:8.1f}x [{steps_per_second / best[chunk]:.1f}x]"
-                print(line, flush=True)
-            if best and (size, chunk) == (480, 5):
-                ratio = max(ours.values()) / best[1]
-                print(
-                    f"target >= {TARGET:g}x at 480 px, chunk 5: {'met' if ratio >= TARGET else f'MISSED, {ratio:.0f}x'}"
-                )
+                    line += f"{rates[name] / rates[best[1]]:8.1f}x [{rates[name] / rates[best[chunk]]:.1f}x]"
+                print(line)
+        if best and size == 480:
+            fastest = max(ours[5], key=rates.__getitem__)
+            ratio = rates[fastest] / rates[best[1]]
+            each = [a / b for a, b in zip(_each(shares[fastest]), _each(shares[best[1]]), strict=True)]
+            print(
+                f"target >= {TARGET:g}x at 480 px, chunk 5: {'met' if ratio >= TARGET else 'MISSED'}, {ratio:.0f}x "
+                f"(rounds: {min(each):.0f}x to {max(each):.0f}x)"
+            )
+
+
+def _each(shares: list[tuple[int, float]]) -> list[float]:
+    return [steps / seconds for steps, seconds in shares]
 
 
 if __name__ == "__main__":
