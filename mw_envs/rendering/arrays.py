@@ -2,14 +2,9 @@
 
 Letters: V vertices (places), C corners (a vertex with a normal), T triangles, D drawables, S lights.
 
-*Samples* are the points at which coverage and depth are decided, four a pixel. What they see is kept in one array,
-``seen``, int64 (rows, 4 (columns + margin)): in the upper half of a number are the bits of one over the distance along
-the camera's axis, which is linear on the screen, and in the lower half is the triangle with its group, or 0 for what
-was there before. So the larger number is what hides the other, and one comparison updates both. When colours are
-computed the lower half becomes the triangle's place among the visible ones, counted from 1.
-
-Triangles of one drawable that face nearly the same way are a *group*: what a pixel sees of one is given the colour of
-one of its triangles.
+*Samples* are the points at which coverage and depth are decided, four a pixel; see :class:`Samples`. Triangles of one
+drawable that face nearly the same way are a *group*: what a pixel sees of one is given the colour of one of its
+triangles.
 """
 
 from __future__ import annotations
@@ -39,7 +34,6 @@ SAMPLES = 4
 # instructions; rows have a margin for what that writes beyond their end.
 LANES = 16
 MARGIN = LANES // SAMPLES - 1  # pixels
-LOWER = (1 << 32) - 1  # the lower half of a number, which holds the group, counted from 1, and the triangle, from 0
 GROUP_BITS, TRIANGLE_BITS = 12, 20
 GROUPS, TRIANGLES = (1 << GROUP_BITS) - 1, 1 << TRIANGLE_BITS
 # Samples stand where those of OpenGL's multisampling usually do, no two of a pixel in one row or column.
@@ -211,12 +205,26 @@ class ShadowMap(NamedTuple):
     slack: float
 
 
+class Samples(NamedTuple):
+    """What samples see.
+
+    :param nearness: one over the distance along the camera's axis, which is linear on the screen, float32 (rows, 4
+        (columns + margin)).
+    :param numbers: the triangle, counted from 0, and in the upper bits its group, from 1; or 0 for what was there
+        before; int32, of the same shape. When colours are computed they become the triangle's place among the visible
+        ones, counted from 1.
+    """
+
+    nearness: Array
+    numbers: Array
+
+
 class Background(NamedTuple):
     """The part of a view that does not move.
 
     :param bright: its picture in the light, uint8 (rows, columns, 3).
     :param dark: the same in the shadow of something, uint8 (rows, columns, 3).
-    :param nearness: bits of one over the distance of what its samples see, int32 (rows, 4 (columns + margin)).
+    :param nearness: what its samples see, see :class:`Samples`.
     :param light_u: texel of the light's plane that a pixel lies in, int32 (rows, columns); so is light_v.
     :param light_d: its depth there, float32 (rows, columns); -1e9 marks a pixel that a shadow does not change.
     :param tiles: of each square of TILE pixels, the first and last texel across and down that a shadow may change it
@@ -243,7 +251,7 @@ class Canvas(NamedTuple):
     :param layer: room for what transparent things cover, as ``seen``, and layer_spans as ``spans``.
     """
 
-    seen: Array
+    seen: Samples
     spans: Array
-    layer: Array
+    layer: Samples
     layer_spans: Array

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from mw_envs.rendering import raster, shading
-from mw_envs.rendering.arrays import LANES, LOWER, MARGIN, SAMPLES, ShadowMap, compiled
+from mw_envs.rendering.arrays import LANES, MARGIN, SAMPLES, Samples, ShadowMap, compiled
 
 # Side of a shadow map's texels, in pixels; a surface is in shadow if it lies _SLACK texels behind what the light meets
 # first, which itself lies as much deeper as its slope makes of _SLOPE_TEXELS.
@@ -15,8 +15,9 @@ _BAND = 16  # rows that are coloured as one, few enough to stay in a core's cach
 
 
 def samples(rows, columns):
-    """Shape of an array with a number for each sample of a view."""
-    return rows, SAMPLES * (columns + MARGIN)
+    """The samples of a view, which see nothing."""
+    shape = rows, SAMPLES * (columns + MARGIN)
+    return Samples(np.zeros(shape, np.float32), np.zeros(shape, np.int32))
 
 
 @compiled
@@ -75,12 +76,12 @@ def draw_still(look, camera, poses, drawables, shadows, background, seen, spans,
         shading.prepare_visible(start, count, look, camera, True)
         shading.resolve_still(y, end, spans, seen, look, camera, background)
     shading.bound_tiles(background)
-    nearness = background.nearness
+    kept, shown, numbers = background.nearness, seen.nearness, seen.numbers
     for y in range(len(spans)):
         changed[y, 0], changed[y, 1] = spans[y, 0], spans[y, 1]
         for k in range(SAMPLES * spans[y, 0], SAMPLES * (spans[y, 1] + 1)):
-            nearness[y, k] = np.int32(seen[y, k] >> 32)
-            seen[y, k] &= ~LOWER
+            kept[y, k] = shown[y, k]
+            numbers[y, k] = 0
     _empty(spans)
 
 
@@ -90,10 +91,12 @@ def show_background(nearness, spans, seen):
 
     :param spans: first and last pixel of each row.
     """
+    shown, numbers = seen.nearness, seen.numbers
     for y in range(len(spans)):
         if spans[y, 0] <= spans[y, 1]:
             for k in range(np.uint64(SAMPLES * spans[y, 0]), np.uint64(SAMPLES * (spans[y, 1] + 1))):
-                seen[y, k] = np.int64(nearness[y, k]) << 32
+                shown[y, k] = nearness[y, k]
+                numbers[y, k] = 0
 
 
 @compiled
@@ -122,6 +125,7 @@ def draw_moving(look, camera, poses, moving, transparent, casting, lit, pixel, b
         shading.resolve(y, end, spans, seen, look, camera, shadows, background, picture)
     # MuJoCo draws what is transparent twice, from front to back and from back to front.
     layers = len(transparent)
+    nearness, layer_nearness, layer_numbers = seen.nearness, canvas.layer.nearness, canvas.layer.numbers
     for k in range(2 * layers):
         i = k if k < layers else 2 * layers - 1 - k
         one = transparent[i : i + 1]
@@ -130,7 +134,7 @@ def draw_moving(look, camera, poses, moving, transparent, casting, lit, pixel, b
         for y in range(top, bottom):
             first, end = SAMPLES * left, SAMPLES * (right + MARGIN)
             for k in range(first, end):
-                canvas.layer[y, k] = seen[y, k] & ~LOWER
+                layer_nearness[y, k], layer_numbers[y, k] = nearness[y, k], 0
         _empty(canvas.layer_spans)
         raster.rasterise(geometry, one, camera, window, workspace, canvas.layer, canvas.layer_spans)
         start = count

@@ -119,12 +119,13 @@ def rasterise(geometry, drawables, camera, window, workspace, seen, spans):
     """Find the triangle that each sample sees, of drawables that have been projected.
 
     :param window: pixels to draw in: left, top, right, bottom.
-    :param seen: see :mod:`mw_envs.rendering.arrays`; updated.
+    :param seen: the samples, updated.
     :param spans: first and last pixel of each row that may see a triangle, int32 (rows, 2); widened.
     """
     x_first, y_first, x_end, y_end = window
     # Fields of a tuple are counted references each time they are read; local names are not.
     sx, sy, iw = workspace.screen_x, workspace.screen_y, workspace.inverse_w
+    nearness, numbers = seen.nearness, seen.numbers
     triangles, first_triangle = geometry.triangles, geometry.first_triangle
     # A triangle's front is counter-clockwise, on a screen whose rows run downwards.
     sign = F(np.sign(camera.focal_x * camera.focal_y))
@@ -160,7 +161,7 @@ def rasterise(geometry, drawables, camera, window, workspace, seen, spans):
             zdx, zdy = bdx * (zb - za) + cdx * (zc - za), bdy * (zb - za) + cdy * (zc - za)
             dx, dy = F(x0) - ax, F(y0) - ay
             row_b, row_c, row_z = bdx * dx + bdy * dy, cdx * dx + cdy * dy, za + zdx * dx + zdy * dy
-            number = np.int64(np.uint32(triangles[t, 3]))
+            number = triangles[t, 3]
             for y in range(y0, y1 + 1):
                 spans[y, 0], spans[y, 1] = min(spans[y, 0], x0), max(spans[y, 1], x1)
                 wb, wc, z = row_b, row_c, row_z
@@ -170,11 +171,11 @@ def rasterise(geometry, drawables, camera, window, workspace, seen, spans):
                         b_here = wb + bdx * LANE_X[lane] + bdy * LANE_Y[lane]
                         c_here = wc + cdx * LANE_X[lane] + cdy * LANE_Y[lane]
                         z_here = z + zdx * LANE_X[lane] + zdy * LANE_Y[lane]
-                        new = (np.int64(np.float32(z_here).view(np.int32)) << 32) | number
-                        old = seen[y, first + lane]
+                        old, other = nearness[y, first + lane], numbers[y, first + lane]
                         # One expression, without a branch, so that all lanes are one vector.
-                        hit = (b_here >= ZERO) & (c_here >= ZERO) & (b_here + c_here <= ONE) & (new > old)
-                        seen[y, first + lane] = new if hit else old
+                        hit = (b_here >= ZERO) & (c_here >= ZERO) & (b_here + c_here <= ONE) & (z_here > old)
+                        nearness[y, first + lane] = z_here if hit else old
+                        numbers[y, first + lane] = number if hit else other
                     wb += bdx * block
                     wc += cdx * block
                     z += zdx * block
@@ -203,9 +204,8 @@ def _rasterise_crossing(number, a, b, c, workspace, camera, window, seen, spans)
                 if wa < ZERO or wb < ZERO or wc < ZERO:
                     continue
                 z = (wa + wb + wc) / n  # one over the distance
-                new = (np.int64(np.float32(z).view(np.int32)) << 32) | np.int64(np.uint32(number))
-                if z > ZERO and z * F(camera.near) <= ONE and new > seen[y, x * SAMPLES + i]:
-                    seen[y, x * SAMPLES + i] = new
+                if z > ZERO and z * F(camera.near) <= ONE and z > seen.nearness[y, x * SAMPLES + i]:
+                    seen.nearness[y, x * SAMPLES + i], seen.numbers[y, x * SAMPLES + i] = z, number
 
 
 @inlined

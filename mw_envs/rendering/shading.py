@@ -11,7 +11,6 @@ from mw_envs.rendering.arrays import (
     DRAWABLE,
     HALF,
     LEVEL,
-    LOWER,
     ONE,
     QUANTITIES,
     SAMPLES,
@@ -37,6 +36,7 @@ _LEAST = np.array([0] * 6 + [-np.inf] * (QUANTITIES - 6), np.float32)
 _MOST = np.array([1] * 6 + [np.inf] * (QUANTITIES - 6), np.float32)
 NO_SHADOW = F(-1e9)
 _FAR = (1 << 31) - 1  # in texels
+_PLACE = (1 << 32) - 1  # the lower half of a slot
 _ALMOST_ONE, _THIRD = F(0.999), F(1 / 3)
 _SHARE, _FULL = F(1 / SAMPLES), F(255)
 _1, _2, _3 = np.uint64(1), np.uint64(2), np.uint64(3)
@@ -70,13 +70,12 @@ def find_visible(top, bottom, spans, seen, frame, count, workspace):
     :param count: how many have been listed in this frame.
     :return: how many are listed now.
     """
-    visible, slots = workspace.visible, workspace.slots
+    visible, slots, numbers = workspace.visible, workspace.slots, seen.numbers
     now = np.int64(frame) << 32
     for y in range(top, bottom):
         for x in range(spans[y, 0], spans[y, 1] + 1):
             k = np.uint64(SAMPLES * x)
-            s0, s1, s2, s3 = seen[y, k], seen[y, k + _1], seen[y, k + _2], seen[y, k + _3]
-            n0, n1, n2, n3 = s0 & LOWER, s1 & LOWER, s2 & LOWER, s3 & LOWER
+            n0, n1, n2, n3 = numbers[y, k], numbers[y, k + _1], numbers[y, k + _2], numbers[y, k + _3]
             if n0 | n1 | n2 | n3 == 0:
                 continue
             # Without branches, which would have to wait for memory.
@@ -84,12 +83,10 @@ def find_visible(top, bottom, spans, seen, frame, count, workspace):
             n1 = n0 if g1 == g0 else n1
             n2 = n0 if g2 == g0 else n1 if g2 == g1 else n2
             n3 = n0 if g3 == g0 else n1 if g3 == g1 else n2 if g3 == g2 else n3
-            p0, count = _listed(n0, now, count, visible, slots)
-            p1, count = _listed(n1, now, count, visible, slots)
-            p2, count = _listed(n2, now, count, visible, slots)
-            p3, count = _listed(n3, now, count, visible, slots)
-            seen[y, k], seen[y, k + _1] = s0 & ~LOWER | p0, s1 & ~LOWER | p1
-            seen[y, k + _2], seen[y, k + _3] = s2 & ~LOWER | p2, s3 & ~LOWER | p3
+            numbers[y, k], count = _listed(n0, now, count, visible, slots)
+            numbers[y, k + _1], count = _listed(n1, now, count, visible, slots)
+            numbers[y, k + _2], count = _listed(n2, now, count, visible, slots)
+            numbers[y, k + _3], count = _listed(n3, now, count, visible, slots)
     return count
 
 
@@ -101,7 +98,7 @@ def _listed(number, now, count, visible, slots):
     fresh = (number != 0) & (slot < now)
     visible[count] = t
     slots[t] = now | count if fresh else slot
-    place = (count if fresh else slot & LOWER) + 1
+    place = (count if fresh else slot & _PLACE) + 1
     return place if number != 0 else 0, count + fresh
 
 
@@ -284,14 +281,13 @@ def _unpacked(shadows):
 
 
 @inlined
-def _different(seen, y, x, numbers, shares):
+def _different(places, y, x, numbers, shares):
     """List the different places that a pixel's samples see, and of how many samples each; how many these are.
 
     Without branches that depend on them.
     """
     k = np.uint64(SAMPLES * x)
-    n0, n1 = seen[y, k] & LOWER, seen[y, k + _1] & LOWER
-    n2, n3 = seen[y, k + _2] & LOWER, seen[y, k + _3] & LOWER
+    n0, n1, n2, n3 = places[y, k], places[y, k + _1], places[y, k + _2], places[y, k + _3]
     same01, same02, same03, same12, same13, same23 = n0 == n1, n0 == n2, n0 == n3, n1 == n2, n1 == n3, n2 == n3
     different = 0
     numbers[different], shares[different] = n0, 1 + same01 + same02 + same03
@@ -316,7 +312,7 @@ def resolve(top, bottom, spans, seen, look, camera, shadows, background, picture
     """
     fx, fy = F(1 / camera.focal_x), F(1 / camera.focal_y)
     ox, oy = F(camera.centre_x), F(camera.centre_y)
-    numbers, shares = np.empty(SAMPLES + 1, np.int64), np.empty(SAMPLES + 1, np.int32)
+    numbers, shares, places = np.empty(SAMPLES + 1, np.int32), np.empty(SAMPLES + 1, np.int32), seen.numbers
     planes, mapping = look.workspace.planes, look.materials.mapping
     pixels, levels = look.textures.pixels, look.textures.levels
     depth0, columns0, u0, v0, slack0 = _unpacked(shadows)
@@ -325,7 +321,7 @@ def resolve(top, bottom, spans, seen, look, camera, shadows, background, picture
     for y in range(top, bottom):
         ray_y = (F(y) + HALF - oy) * fy
         for x in range(spans[y, 0], spans[y, 1] + 1):
-            different = _different(seen, y, x, numbers, shares)
+            different = _different(places, y, x, numbers, shares)
             ray_x = (F(x) + HALF - ox) * fx
             red, green, blue, covered = ZERO, ZERO, ZERO, ZERO
             for i in range(different):
@@ -364,7 +360,7 @@ def resolve_still(top, bottom, spans, seen, look, camera, background):
     light_u, light_v, light_d = background.light_u, background.light_v, background.light_d
     fx, fy = F(1 / camera.focal_x), F(1 / camera.focal_y)
     ox, oy = F(camera.centre_x), F(camera.centre_y)
-    numbers, shares = np.empty(SAMPLES + 1, np.int64), np.empty(SAMPLES + 1, np.int32)
+    numbers, shares, places = np.empty(SAMPLES + 1, np.int32), np.empty(SAMPLES + 1, np.int32), seen.numbers
     planes, mapping = look.workspace.planes, look.materials.mapping
     pixels, levels = look.textures.pixels, look.textures.levels
     depth1, columns1, u1, v1, slack1 = _unpacked(background.shadows)
@@ -373,7 +369,7 @@ def resolve_still(top, bottom, spans, seen, look, camera, background):
     for y in range(top, bottom):
         ray_y = (F(y) + HALF - oy) * fy
         for x in range(spans[y, 0], spans[y, 1] + 1):
-            different = _different(seen, y, x, numbers, shares)
+            different = _different(places, y, x, numbers, shares)
             if different == 0:
                 continue
             ray_x = (F(x) + HALF - ox) * fx
@@ -483,7 +479,7 @@ def blend(top, bottom, spans, seen, alpha, look, camera, picture):
         for x in range(spans[y, 0], spans[y, 1] + 1):
             covered, slot = 0, -1
             for i in range(SAMPLES):
-                place = seen[y, SAMPLES * x + i] & LOWER
+                place = seen.numbers[y, SAMPLES * x + i]
                 if place != 0:
                     covered += 1
                     slot = place - 1

@@ -224,7 +224,7 @@ class SoftwareRenderer:
         size = rows, columns = still.background.light_d.shape
         before, canvas = self._canvases.get(size, (None, None))
         if canvas is None:
-            seen, layer = np.empty((2, *frame.samples(rows, columns)), np.int64)
+            seen, layer = frame.samples(rows, columns), frame.samples(rows, columns)
             canvas = arrays.Canvas(seen, _no_spans(rows), layer, _no_spans(rows))
         if before is not still:
             if before is not None and before.base is still.base:
@@ -248,7 +248,7 @@ def _blank(shot: _Shot) -> _Still:
     bright = np.zeros((rows, columns, 3), np.uint8)
     if shot.scene.sky >= 0:
         draw_sky(shot.look.textures, shot.scene.sky, shot.camera, bright)
-    nearness = np.zeros(frame.samples(rows, columns), np.int32)
+    nearness = frame.samples(rows, columns).nearness
     light_u, light_v = np.zeros((2, rows, columns), np.int32)
     light_d = np.full((rows, columns), shading.NO_SHADOW, np.float32)
     tiles = np.zeros((-(-rows // arrays.TILE), -(-columns // arrays.TILE), 4), np.int32)
