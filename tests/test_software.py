@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import numpy.typing as npt
 import pytest
 
 from mw_envs import Trial
-from mw_envs.rendering import CROPS, Scene, View, get_renderer
+from mw_envs.rendering import CROPS, Scene, View, frame, get_renderer
 from mw_envs.rendering.compiling import CompiledOnce
 from mw_envs.rendering.geometry import (
     Shape,
@@ -318,9 +319,13 @@ def test_what_is_placed_and_what_moves_cast_shadows_on_each_other(plate: str, ba
         model, data = scene_of(CAMERA + LIGHT + FLOOR + text)
         return SoftwareRenderer().render(model, data, view, Scene("plate", background))
 
-    wanted = drawn(NEVER, NEVER)
-    assert difference(drawn(plate, ball), wanted) < 0.05
-    assert difference(drawn(plate, ball, ball_height=-1.0), wanted) > 1.0  # without ball and shadow
+    picture, without = (drawn(plate, ball, height).astype(int) for height in (0.6, -1.0))
+    assert difference(picture, drawn(NEVER, NEVER)) < 0.05
+    focal = 100 / np.tan(np.radians(30))
+    # The light comes at 45 degrees: the ball's shadow meets the plate as far aside as it hangs above it.
+    of_ball, of_plate = (100 + round(x / (2 - z) * focal) for x, z in ((0.38, 0.22), (0.75, 0.0)))
+    assert (without[100, of_ball] - picture[100, of_ball])[1] > 60
+    assert (picture[100, 200 - of_plate] - picture[100, of_plate]).min() > 60
 
 
 def test_what_a_trial_places_is_drawn_once_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -331,13 +336,71 @@ def test_what_a_trial_places_is_drawn_once_for_it(monkeypatch: pytest.MonkeyPatc
     for trial, simulator in simulators.items():
         simulator.place(trial)
     for kept, bytes_kept in ((4, 1 << 28), (2, 250_000)):
-        monkeypatch.setattr("mw_envs.rendering.software._SETTINGS_BYTES", bytes_kept)
+        monkeypatch.setattr("mw_envs.rendering.software._SETTING_BYTES", bytes_kept)
         renderer = SoftwareRenderer()
         for trial in [*trials, *trials[::-1], *trials]:
             simulator = simulators[trial]
             simulator.step(np.array([0.3, -0.5, 0.2, 1.0], np.float32))
             np.testing.assert_array_equal(draw(simulator, view, renderer), draw(simulator, view))
         assert len(renderer._settings) == kept
+
+
+def test_a_camera_that_moves_leaves_nothing_behind() -> None:
+    """A hand's camera sees another background in each frame, whose map of shadows alone takes 130 MB."""
+    simulator, renderer, view = placed("door-open-v3"), SoftwareRenderer(), View("gripperPOV", 48, 48)
+    usual = View("corner2", 48, 48)
+    first = draw(simulator, usual, renderer)
+    for _ in range(3):
+        simulator.step(np.array([0.5, 0.5, -0.5, 1.0], np.float32))
+        np.testing.assert_array_equal(draw(simulator, view, renderer), draw(simulator, view))
+    assert len(renderer._settings) == 0 or renderer._settings._bytes < 2**20
+    kept = renderer._backgrounds._kept.values()
+    assert len(kept) == 1 or sum(still.background.shadows.depth.nbytes for still in kept) < 2**27
+    simulator.place(Trial("door-open-v3", 0, 0))
+    np.testing.assert_array_equal(draw(simulator, usual, renderer), first)
+
+
+def interrupted_after(compiled: Callable[..., Any]) -> Callable[..., None]:
+    def call(*arguments: Any) -> None:
+        compiled(*arguments)
+        raise KeyboardInterrupt
+
+    return call
+
+
+def test_an_interrupt_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever it falls between two compiled functions."""
+    view, here, there = View("corner2", 48, 48), placed("button-press-v3", 1), placed("button-press-v3", 2)
+    for name in ("show_background", "draw_still", "cast_shadows", "draw_moving", "light_window"):
+        renderer = SoftwareRenderer()
+        draw(here, view, renderer)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(frame, name, interrupted_after(getattr(frame, name)))
+            with pytest.raises(KeyboardInterrupt):
+                draw(there, view, renderer)
+        for simulator in (here, there):
+            np.testing.assert_array_equal(draw(simulator, view, renderer), draw(simulator, view))
+
+
+def test_what_the_background_depends_on() -> None:
+    """One renderer draws scenes that differ in the lens, the light, or how many things there are in all."""
+    view, renderer = View("down", 64, 64, rotated=False), SoftwareRenderer()
+    box = '<geom type="box" size=".4 .3 .1" euler="20 30 0" rgba="1 .5 .2 1"/>'
+    others = "".join(f'<body pos="{i} 5 0"><geom type="box" size=".1 .1 .1"/></body>' for i in range(90))
+    scenes = [
+        CAMERA + LIGHT + FLOOR + box,
+        CAMERA.replace("60", "56") + LIGHT + FLOOR + box,
+        CAMERA + LIGHT.replace(".5 .5 .5", ".9 .1 .5") + FLOOR + box,
+        CAMERA + LIGHT + FLOOR + box + others,
+    ]
+    pictures = []
+    for number, text in enumerate(scenes):
+        model, data = scene_of(text)
+        scene = Scene(str(number), frozenset({0}))
+        pictures.append(renderer.render(model, data, view, scene))
+        np.testing.assert_array_equal(pictures[-1], SoftwareRenderer().render(model, data, view, scene))
+    assert difference(pictures[0], pictures[1]) > 1 and difference(pictures[0], pictures[2]) > 1
 
 
 def test_more_than_samples_can_count_is_refused() -> None:

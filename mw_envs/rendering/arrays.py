@@ -144,7 +144,7 @@ class Workspace(NamedTuple):
     :param lit: frame in which a corner's quantities were computed, int64 (C,).
     :param slots: of triangles: in the upper half of a number the frame that showed it last, in the lower half its place
         among the visible ones, int64 (T,).
-    :param visible: triangles that a frame shows, int32 (T,).
+    :param visible: triangles that a frame shows, int32 (T + 1,): what is written first and counted then has room.
     :param planes: of visible triangles: three rows that, times a ray (x, y, 1), are each quantity times its weight, and
         room for the result, float32 (T, 4, 16). Of as many as a frame shows, memory is touched.
     :param fresh: corners to be lit, their vertices and their drawables; int32 (C + 1,).
@@ -228,7 +228,7 @@ class Background(NamedTuple):
     :param light_u: texel of the light's plane that a pixel lies in, int32 (rows, columns); so is light_v.
     :param light_d: its depth there, float32 (rows, columns); -1e9 marks a pixel that a shadow does not change.
     :param tiles: of each square of TILE pixels, the first and last texel across and down that a shadow may change it
-        from, int32 (rows / TILE, columns / TILE, 4).
+        from, int32 (rows / TILE, columns / TILE, 4), both rounded up.
     :param shadows: what the light meets of what never moves, and fixed_shadows of what stays where a trial puts it.
     """
 

@@ -10,7 +10,7 @@ from mw_envs.rendering.arrays import LANES, MARGIN, SAMPLES, Samples, ShadowMap,
 # Side of a shadow map's texels, in pixels; a surface is in shadow if it lies _SLACK texels behind what the light meets
 # first, which itself lies as much deeper as its slope makes of _SLOPE_TEXELS.
 _TEXEL, _SLACK, _SLOPE_TEXELS = 1.25, 0.75, 1.0
-_UNLIMITED = 1 << 30
+UNLIMITED = 1 << 30  # where spans begin that are empty
 _BAND = 16  # rows that are coloured as one, few enough to stay in a core's cache
 
 
@@ -56,7 +56,7 @@ def cast_shadows(geometry, casting, window, pixel, workspace):
 
 @compiled
 def draw_still(look, camera, poses, drawables, shadows, background, seen, spans, changed):
-    """Draw what does not move, over a background that becomes a part of.
+    """Draw what does not move over a background, and make it a part of that.
 
     :param drawables: opaque ones, projected to the light's plane.
     :param shadows: those that they cast on the background; those on themselves are in the background already.
@@ -132,9 +132,8 @@ def draw_moving(look, camera, poses, moving, transparent, casting, lit, pixel, b
         window = _clipped(raster.project(geometry, one, poses, camera, workspace), picture)
         left, top, right, bottom = window
         for y in range(top, bottom):
-            first, end = SAMPLES * left, SAMPLES * (right + MARGIN)
-            for k in range(first, end):
-                layer_nearness[y, k], layer_numbers[y, k] = nearness[y, k], 0
+            for sample in range(SAMPLES * left, SAMPLES * (right + MARGIN)):
+                layer_nearness[y, sample], layer_numbers[y, sample] = nearness[y, sample], 0
         _empty(canvas.layer_spans)
         raster.rasterise(geometry, one, camera, window, workspace, canvas.layer, canvas.layer_spans)
         start = count
@@ -146,7 +145,7 @@ def draw_moving(look, camera, poses, moving, transparent, casting, lit, pixel, b
 
 @compiled
 def _empty(spans):
-    spans[:, 0], spans[:, 1] = _UNLIMITED, -1
+    spans[:, 0], spans[:, 1] = UNLIMITED, -1
 
 
 @compiled

@@ -1,6 +1,6 @@
 """Colours of what the samples see: the software renderer's light and shadows.
 
-A colour is computed once per pixel and triangle, at the pixel's centre, as OpenGL's multisampling does.
+A colour is computed at a pixel's centre, as OpenGL's multisampling does, once for each group of triangles that it sees.
 """
 
 from __future__ import annotations
@@ -312,7 +312,7 @@ def resolve(top, bottom, spans, seen, look, camera, shadows, background, picture
     """
     fx, fy = F(1 / camera.focal_x), F(1 / camera.focal_y)
     ox, oy = F(camera.centre_x), F(camera.centre_y)
-    numbers, shares, places = np.empty(SAMPLES + 1, np.int32), np.empty(SAMPLES + 1, np.int32), seen.numbers
+    numbers, shares, places = np.empty(SAMPLES, np.int32), np.empty(SAMPLES, np.int32), seen.numbers
     planes, mapping = look.workspace.planes, look.materials.mapping
     pixels, levels = look.textures.pixels, look.textures.levels
     depth0, columns0, u0, v0, slack0 = _unpacked(shadows)
@@ -350,8 +350,8 @@ def resolve(top, bottom, spans, seen, look, camera, shadows, background, picture
 
 @compiled
 def resolve_still(top, bottom, spans, seen, look, camera, background):
-    """Colours of what does not move, over a background that becomes a part of: as the lights show them, as they are in
-    shadow, and where they lie in the light's space.
+    """Make the colours of what does not move a part of the background: as the lights show them, as they are in shadow,
+    and where they lie in the light's space.
 
     :param top: first row, and bottom the one after the last.
     :param spans: first and last pixel of each row that may see a triangle.
@@ -360,7 +360,7 @@ def resolve_still(top, bottom, spans, seen, look, camera, background):
     light_u, light_v, light_d = background.light_u, background.light_v, background.light_d
     fx, fy = F(1 / camera.focal_x), F(1 / camera.focal_y)
     ox, oy = F(camera.centre_x), F(camera.centre_y)
-    numbers, shares, places = np.empty(SAMPLES + 1, np.int32), np.empty(SAMPLES + 1, np.int32), seen.numbers
+    numbers, shares, places = np.empty(SAMPLES, np.int32), np.empty(SAMPLES, np.int32), seen.numbers
     planes, mapping = look.workspace.planes, look.materials.mapping
     pixels, levels = look.textures.pixels, look.textures.levels
     depth1, columns1, u1, v1, slack1 = _unpacked(background.shadows)
@@ -394,9 +394,8 @@ def resolve_still(top, bottom, spans, seen, look, camera, background):
                     unlit[j] += weight * min(color, ONE)
                     lit[j] += weight * min(color + planes[slot, 3, 3 + j] if reached else color, ONE)
             for j in range(3):
-                rest = max(rest, ZERO)
-                bright[y, x, j] = np.uint8(min(lit[j] * _FULL + rest * F(bright[y, x, j]) + HALF, _FULL))
-                dark[y, x, j] = np.uint8(min(unlit[j] * _FULL + rest * F(dark[y, x, j]) + HALF, _FULL))
+                bright[y, x, j] = np.uint8(lit[j] * _FULL + rest * F(bright[y, x, j]) + HALF)
+                dark[y, x, j] = np.uint8(unlit[j] * _FULL + rest * F(dark[y, x, j]) + HALF)
 
 
 @compiled

@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mujoco
@@ -43,8 +43,9 @@ _CELL = 1.5  # of coarsened meshes, in pixels
 _FAINTEST = 5e-4  # of a highlight, where 1 is white
 # More opaque than this is opaque, to MuJoCo.
 _OPAQUE = 0.995
-_BACKGROUNDS_KEPT = 8
-_SETTINGS_BYTES = 256 * 2**20  # of what trials have placed, one a view and environment
+# Kept of backgrounds, of which there are few, and of what trials have placed; each view and environment needs one of
+# these, 8 MB at 480x480 pixels, and those of earlier trials stay until the room is used.
+_BACKGROUND_BYTES, _SETTING_BYTES = 128 * 2**20, 256 * 2**20
 _HEADLIGHT = -1
 _NO_COLOUR = np.array([0.5, 0.5, 0.5, 1.0], np.float32)  # what the model's compiler puts where no colour is given
 _GROUPS = 3  # geoms and sites of groups 0 to 2 are visible by default
@@ -70,12 +71,14 @@ class _Drawable:
 class _Shot:
     """A moment of a scene as a camera sees it.
 
+    :param standing: whether the camera is where a trial has put it; for one that moves, nothing is worth keeping.
     :param poses: see :meth:`_Prepared.poses`.
     :param axes: see :func:`_light_axes`.
     """
 
     scene: _Prepared
     view: View
+    standing: bool
     camera: arrays.Camera
     poses: npt.NDArray[np.float32]
     axes: npt.NDArray[np.float32]
@@ -94,14 +97,25 @@ class _Still:
     base: arrays.Background
     spans: npt.NDArray[np.int32]
 
+    @functools.cached_property
+    def nearest(self) -> float:
+        """Distance along the camera's axis of what is nearest to it, metres."""
+        return 1.0 / max(float(self.background.nearness.max()), 1e-9)
+
+    @property
+    def own_bytes(self) -> int:
+        """What it takes beyond its base."""
+        shadows = self.background.shadows if self.background is self.base else self.background.fixed_shadows
+        return shadows.depth.nbytes + sum(getattr(self.background, name).nbytes for name in _PICTURES)
+
 
 class SoftwareRenderer:
     """Draws on the processor; see :class:`mw_envs.rendering.Renderer`."""
 
     def __init__(self) -> None:
         self._scenes: dict[tuple[Scene, float], _Prepared] = {}
-        self._backgrounds: OrderedDict[Any, _Still] = OrderedDict()
-        self._settings: OrderedDict[Any, _Still] = OrderedDict()  # backgrounds with what a trial has placed
+        self._backgrounds = _Stills(_BACKGROUND_BYTES)
+        self._settings = _Stills(_SETTING_BYTES)  # backgrounds with what a trial has placed
         self._canvases: dict[tuple[int, int], tuple[_Still, arrays.Canvas]] = {}
         self._textures = TexturePool()
         self._workspace = _workspace(0, 0, 0)
@@ -129,9 +143,13 @@ class SoftwareRenderer:
         prepared = self._scenes[scene, pixel]
         poses = prepared.poses(data)
         look = self._look(prepared, prepared.lights(data, camera), camera, poses)
-        shot = _Shot(prepared, view, camera, poses, _light_axes(look.lights), look)
+        standing = _is_fixed(model, int(model.cam_bodyid[number]))
+        shot = _Shot(prepared, view, standing, camera, poses, _light_axes(look.lights), look)
         still = self._still(shot)
-        look, window = self._to_light(shot, prepared.casting)
+        moving, casting = prepared.moving, prepared.casting
+        if not standing:
+            moving, casting = prepared.moving_or_fixed, prepared.moving_or_fixed_casting
+        look, window = self._to_light(shot, casting)
         background, canvas = still.background, self._canvas(still)
         transparent = prepared.transparent
         if len(transparent) > 1:
@@ -139,8 +157,7 @@ class SoftwareRenderer:
             transparent = transparent[np.argsort(distance, kind="stable")]
         picture = background.bright.copy()
         frame.draw_moving(
-            look, camera, poses, prepared.moving, transparent, prepared.casting, window, pixel, background, canvas,
-            picture,
+            look, camera, poses, moving, transparent, casting, window, pixel, background, canvas, picture
         )  # fmt: skip
         return picture
 
@@ -173,56 +190,63 @@ class SoftwareRenderer:
 
     def _still(self, shot: _Shot) -> _Still:
         """What does not move in a view, drawn if it is not there yet; scenes that look alike share it."""
-        scene, camera = shot.scene, shot.camera
-        seen_from = camera.rotation, camera.position, shot.look.lights.towards, shot.poses[scene.background]
-        key = (scene.background_digest, shot.view, *(array.tobytes() for array in seen_from))
-        if key not in self._backgrounds:
-            blank = _blank(shot)
-            base = self._drawn(shot, blank, "shadows", scene.background, scene.background_casting)
-            self._backgrounds[key] = _Still(base.background, base.background, blank.spans)
-            while len(self._backgrounds) > _BACKGROUNDS_KEPT:
-                self._backgrounds.popitem(last=False)
-        self._backgrounds.move_to_end(key)
-        base = self._backgrounds[key]
-        if len(scene.fixed) == 0:
+        scene = shot.scene
+        # Models differ a little in their near plane. Where nothing is so near, they share a background.
+        near = 2.0 ** np.floor(np.log2(shot.camera.near))
+        key, base = self._base(replace(shot, camera=shot.camera._replace(near=near)))
+        if base.nearest <= 2 * near:
+            key, base = self._base(shot)
+        if not shot.standing or len(scene.fixed) == 0:
             return base
-        placed = key, scene.fixed_digest, shot.poses[scene.fixed].tobytes()
-        if placed not in self._settings:
-            self._settings[placed] = self._drawn(shot, base, "fixed_shadows", scene.fixed, scene.fixed_casting)
-            size = sum(getattr(base.background, name).nbytes for name in _PICTURES)
-            while len(self._settings) > max(1, _SETTINGS_BYTES // size):
-                self._settings.popitem(last=False)
-        self._settings.move_to_end(placed)
-        return self._settings[placed]
+        placed = key, shot.camera.near, scene.fixed_digest, _hashable(shot.poses[scene.fixed])
+        setting = self._settings.get(placed)
+        if setting is None:
+            setting = self._drawn(shot, base, fixed=True)
+            self._settings.put(placed, setting)
+        return setting
 
-    def _drawn(
-        self,
-        shot: _Shot,
-        over: _Still,
-        shadows: str,
-        drawables: npt.NDArray[np.int32],
-        casting: npt.NDArray[np.int32],
-    ) -> _Still:
-        """A background with more that does not move, and with its shadows under a name."""
-        look, window = self._to_light(shot, casting)
-        cast = frame.cast_shadows(look.geometry, casting, window, shot.scene.pixel, look.workspace)
-        cast = cast._replace(depth=cast.depth.copy())
-        pictures = {name: getattr(over.background, name).copy() for name in _PICTURES}
-        background = over.background._replace(**pictures, **{shadows: cast})
-        canvas = self._canvas(over)
-        # If this is interrupted, the canvas holds neither of both.
-        del self._canvases[shot.view.height, shot.view.width]
-        still = _Still(background, over.base, np.empty_like(over.spans))
-        frame.draw_still(
-            look, shot.camera, shot.poses, drawables, cast, background, canvas.seen, canvas.spans, still.spans
+    def _base(self, shot: _Shot) -> tuple[Any, _Still]:
+        """The background in a view, and what it is known by."""
+        scene = shot.scene
+        seen_from = *shot.camera, *shot.look.lights, shot.poses[scene.background]
+        key = scene.background_digest, shot.view.height, shot.view.width, *map(_hashable, seen_from)
+        base = self._backgrounds.get(key)
+        if base is None:
+            base = self._drawn(shot, _blank(shot), fixed=False)
+            for forgotten in self._backgrounds.put(key, base):
+                self._settings.forget(forgotten.background)
+        return key, base
+
+    def _drawn(self, shot: _Shot, over: _Still, fixed: bool) -> _Still:
+        """What never moves, drawn over the sky, or what a trial places, drawn over that."""
+        scene = shot.scene
+        drawables, casting = (
+            (scene.fixed, scene.fixed_casting) if fixed else (scene.background, scene.background_casting)
         )
+        look, window = self._to_light(shot, casting)
+        shadows = frame.cast_shadows(look.geometry, casting, window, scene.pixel, look.workspace)
+        shadows = shadows._replace(depth=shadows.depth.copy())
+        pictures = {name: getattr(over.background, name).copy() for name in _PICTURES}
+        background = over.background._replace(**pictures, **{"fixed_shadows" if fixed else "shadows": shadows})
+        canvas, changed = self._taken_canvas(over), _no_spans(shot.view.height)
+        frame.draw_still(
+            look, shot.camera, shot.poses, drawables, shadows, background, canvas.seen, canvas.spans, changed
+        )
+        still = _Still(background, over.base, changed) if fixed else _Still(background, background, over.spans)
         self._canvases[shot.view.height, shot.view.width] = still, canvas
         return still
 
     def _canvas(self, still: _Still) -> arrays.Canvas:
         """Samples of a view's size that hold a background."""
-        size = rows, columns = still.background.light_d.shape
-        before, canvas = self._canvases.get(size, (None, None))
+        canvas = self._taken_canvas(still)
+        rows, columns = still.background.light_d.shape
+        self._canvases[rows, columns] = still, canvas
+        return canvas
+
+    def _taken_canvas(self, still: _Still) -> arrays.Canvas:
+        """The same; it is to be put back, so that what an interrupt leaves of it is not taken for a background."""
+        rows, columns = still.background.light_d.shape
+        before, canvas = self._canvases.pop((rows, columns), (None, None))
         if canvas is None:
             seen, layer = frame.samples(rows, columns), frame.samples(rows, columns)
             canvas = arrays.Canvas(seen, _no_spans(rows), layer, _no_spans(rows))
@@ -234,8 +258,42 @@ class SoftwareRenderer:
             else:
                 different = np.tile(np.array([0, columns - 1], np.int32), (rows, 1))
             frame.show_background(still.background.nearness, different, canvas.seen)
-        self._canvases[size] = still, canvas
         return canvas
+
+
+class _Stills:
+    """Those used last, as many as a number of bytes holds, and one in any case."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit, self._bytes = limit, 0
+        self._kept: OrderedDict[Any, _Still] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def get(self, key: Any) -> _Still | None:
+        if key in self._kept:
+            self._kept.move_to_end(key)
+        return self._kept.get(key)
+
+    def put(self, key: Any, still: _Still) -> list[_Still]:
+        """Keep one; those that had to go for it."""
+        self._kept[key] = still
+        self._bytes += still.own_bytes
+        gone = []
+        while self._bytes > self._limit and len(self._kept) > 1:
+            gone.append(self._kept.popitem(last=False)[1])
+            self._bytes -= gone[-1].own_bytes
+        return gone
+
+    def forget(self, base: arrays.Background) -> None:
+        """Let go of those that were drawn over a background."""
+        for key in [key for key, still in self._kept.items() if still.base is base]:
+            self._bytes -= self._kept.pop(key).own_bytes
+
+
+def _hashable(value: Any) -> Any:
+    return value.tobytes() if isinstance(value, np.ndarray) else value
 
 
 _PICTURES = ("bright", "dark", "nearness", "light_u", "light_v", "light_d", "tiles")
@@ -257,7 +315,7 @@ def _blank(shot: _Shot) -> _Still:
 
 
 def _no_spans(rows: int) -> npt.NDArray[np.int32]:
-    return np.tile(np.array([np.iinfo(np.int32).max, -1], np.int32), (rows, 1))
+    return np.tile(np.array([frame.UNLIMITED, -1], np.int32), (rows, 1))
 
 
 def _workspace(vertices: int, corners: int, triangles: int) -> arrays.Workspace:
@@ -282,7 +340,8 @@ class _Prepared:
         _check_lights(model)
         self.pixel = pixel
         drawables = _drawables(model, _CELL * pixel)
-        self.geometry = _geometry(drawables)
+        self._parts = _cube_parts(len(drawables))
+        self.geometry = _geometry(drawables, self._parts)
         pooled = [textures.add(_picture(model, texture)) for texture in range(model.ntex)]
         skies = [pooled[i] for i in range(model.ntex) if model.tex_type[i] == mujoco.mjtTexture.mjTEXTURE_SKYBOX]
         self.sky = skies[0] if skies else -1
@@ -305,6 +364,8 @@ class _Prepared:
         self.background_casting = _numbers(still & opaque & bounded)
         self.fixed_casting = _numbers(fixed & opaque & bounded)
         self.casting = _numbers(~((still | fixed) & opaque) & bounded)
+        self.moving_or_fixed = _numbers(~still & opaque)
+        self.moving_or_fixed_casting = _numbers(~(still & opaque) & bounded)
         self.endless = _numbers(~bounded)
         self.background_digest = self._digest(drawables, self.background)
         self.fixed_digest = self._digest(drawables, self.fixed)
@@ -313,7 +374,7 @@ class _Prepared:
 
     def _digest(self, drawables: list[_Drawable], numbers: npt.NDArray[np.int32]) -> bytes:
         """The same for drawables of scenes that look alike."""
-        found = hashlib.sha256(repr((self.pixel, self.sky)).encode())
+        found = hashlib.sha256(repr((self.pixel, self.sky, self._parts)).encode())
         for d in numbers:
             shape = drawables[d].shape
             for array in (shape.places, shape.triangles, shape.corners, shape.normals, drawables[d].scale):
@@ -518,7 +579,7 @@ def _mapping(
     return 0.0, 0.5 * scale[0], -0.5, -0.5 * scale[1], -0.5, 0.0
 
 
-def _geometry(drawables: list[_Drawable]) -> arrays.Geometry:
+def _geometry(drawables: list[_Drawable], parts: int) -> arrays.Geometry:
     places, normals, triangles, corners, owners, texture_places = [], [], [], [], [], []
     first_vertex, first_triangle, first_corner = [0], [0], 0
     for number, drawable in enumerate(drawables):
@@ -535,7 +596,9 @@ def _geometry(drawables: list[_Drawable]) -> arrays.Geometry:
     return arrays.Geometry._make(
         [
             *np.ascontiguousarray(np.concatenate(places).T, np.float32),
-            np.concatenate([np.concatenate(triangles), _sample_numbers(drawables)[:, None]], axis=1, dtype=np.int32),
+            np.concatenate(
+                [np.concatenate(triangles), _sample_numbers(drawables, parts)[:, None]], axis=1, dtype=np.int32
+            ),
             np.concatenate(corners).astype(np.int32),
             np.concatenate(owners).astype(np.int32),
             np.concatenate(normals).astype(np.float32),
@@ -546,11 +609,17 @@ def _geometry(drawables: list[_Drawable]) -> arrays.Geometry:
     )
 
 
-def _sample_numbers(drawables: list[_Drawable]) -> npt.NDArray[np.int32]:
-    """What samples know the triangles by; see :mod:`mw_envs.rendering.arrays`.
+def _cube_parts(drawables: int) -> int:
+    """In how many parts the edges of a cube are divided, so that there are groups for as many drawables; 0: no cube."""
+    return next((k for k in (3, 2, 1) if 6 * k * k * drawables <= arrays.GROUPS), 0)
 
-    A triangle's group is its drawable and the part of a cube's surface that its normal points to, which is divided as
-    finely as there are groups for.
+
+def _sample_numbers(drawables: list[_Drawable], parts: int) -> npt.NDArray[np.int32]:
+    """What samples know the triangles by; see :class:`mw_envs.rendering.arrays.Samples`.
+
+    A triangle's group is its drawable and the part of a cube's surface that its normal points to.
+
+    :param parts: see :func:`_cube_parts`.
     """
     total = sum(len(d.shape.triangles) for d in drawables)
     if len(drawables) > arrays.GROUPS or total > arrays.TRIANGLES:
@@ -558,7 +627,6 @@ def _sample_numbers(drawables: list[_Drawable]) -> npt.NDArray[np.int32]:
             f"The software renderer draws up to {arrays.GROUPS} geoms and sites of {arrays.TRIANGLES} triangles; the "
             f"model has {len(drawables)} of {total}; use renderer='egl' or 'osmesa'"
         )
-    parts = next((k for k in (3, 2, 1) if 6 * k * k * len(drawables) <= arrays.GROUPS), 0)
     groups = []
     for number, drawable in enumerate(drawables):
         if parts == 0:

@@ -31,7 +31,6 @@ class TexturePool:
         digest.update(picture.tobytes())
         key = digest.digest()
         if key not in self._known:
-            self._known[key] = len(self._known)
             pixels, levels = [self.arrays.pixels], np.zeros((1, _LEVELS, 4), np.int32)
             first, faces = len(self.arrays.pixels), len(picture)
             level = picture.astype(np.float32)
@@ -43,6 +42,7 @@ class TexturePool:
                     break
                 level = _halved(_halved(level, 2), 1)
             self.arrays = Textures(np.concatenate(pixels), np.concatenate([self.arrays.levels, levels]))
+            self._known[key] = len(self.arrays.levels) - 1
         return self._known[key]
 
 
@@ -166,7 +166,7 @@ def sample_texture(pixels, levels, texture, kind, s, t, r, level, blend):
 def draw_sky(textures, texture, camera, picture):
     """The sky where nothing else is, looked up by the direction of each pixel's ray.
 
-    :param texture: a cube map, or -1 for black.
+    :param texture: a cube map.
     """
     rows, columns = picture.shape[:2]
     c, pixels, levels = camera.rotation, textures.pixels, textures.levels
