@@ -492,12 +492,15 @@ def load_recipe(name: str, overrides: Iterable[str] = ()) -> Recipe:
 def given_keys(name: str, overrides: Iterable[str] = ()) -> list[str]:
     """Keys that the command line and the recipe's own file set, and not the files that it builds on.
 
+    Of a section that the command line changes, the file's keys do not count: what it says may turn them off.
+
     :param name: see :func:`find_recipe`.
     """
     _, own = read_layers(find_recipe(name))[-1]
-    paths = leaves(own)
-    paths += [override.partition("=")[0].strip() for override in overrides]
-    return [Recipe.ALIASES.get(path, path) for path in paths]
+    said = [override.partition("=")[0].strip() for override in overrides]
+    changed = {path.rpartition(".")[0] for path in said}
+    paths = [path for path in leaves(own) if path.rpartition(".")[0] not in changed]
+    return [Recipe.ALIASES.get(path, path) for path in [*paths, *said]]
 
 
 def summary(name: str) -> str:

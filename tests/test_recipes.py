@@ -403,6 +403,20 @@ def test_a_broken_file_is_told_in_one_message(
     assert told in " ".join(capsys.readouterr().err.split())
 
 
+def test_the_command_line_may_turn_off_what_the_recipe_says() -> None:
+    """The recipe's bounds of rewards have no effect then; nobody could leave them out."""
+    somewhere = "actor.model.model_path=somewhere"
+    assert (
+        plan_of("metaworld_50_grpo_openpi", [somewhere]).config
+        != plan_of("metaworld_50_grpo_openpi", [somewhere, "algorithm.filter_rewards=false"]).config
+    )
+    with pytest.raises(ConfigError, match=r"^algorithm\.rewards_lower_bound would be without effect"):
+        plan_of(
+            "metaworld_50_grpo_openpi",
+            [somewhere, "algorithm.filter_rewards=false", "algorithm.rewards_lower_bound=0.2"],
+        )
+
+
 def test_only_keys_of_the_own_file_and_the_command_line_must_be_used() -> None:
     name = "metaworld_50_ppo_compact"
     # Imitation's settings stand in the file that the recipe builds on.

@@ -282,40 +282,52 @@ def main() -> None:
     _print_machine(opengl)
     print(f"environment steps/s, {WORKERS} workers, {len(tasks)} tasks; ratio to the best that draws each step [chunk]")
 
-    steps, seconds = options.steps // options.rounds, options.seconds / options.rounds
     for size in options.sizes:
-        public: dict[int, dict[str, Row]] = {every: {} for every in CHUNKS}
-        ours: dict[int, dict[str, Row]] = {chunk: {} for chunk in CHUNKS}
-        for every in CHUNKS if opengl else ():
-            for name, row in (("Gymnasium AsyncVectorEnv", gymnasium_row), ("SB3 SubprocVecEnv", sb3_row)):
-                for changes in (True, False):
-                    how = f"{name}, {'' if changes else 'no '}task changes, a picture every {every}"
-                    public[every][how] = row(tasks, size, changes, steps, every)
-        for chunk in CHUNKS:
-            for kind, envs in ((SubprocVecEnv, 1), (SharedMemoryVecEnv, options.envs)):
-                name = f"ours in {'SB3 ' if kind is SubprocVecEnv else ''}{kind.__name__}, chunk {chunk}"
-                ours[chunk][name] = our_row(kind, tasks, size, chunk, envs, seconds)
+        public, ours = _rows(tasks, size, opengl is not None, options)
         rows = {name: row for some in (*public.values(), *ours.values()) for name, row in some.items()}
-        shares = measured(rows, options.rounds)
-        rates = {name: rate_of(found) for name, found in shares.items()}
-        best = {every: max(public[every], key=rates.__getitem__) for every in CHUNKS if opengl}
-        for chunk in CHUNKS:
-            for name in public[chunk]:
-                print(f"{size:4} px  {name:66}{rates[name]:8.1f}")
-        for chunk in CHUNKS:
-            for name in ours[chunk]:
-                line = f"{size:4} px  {name:66}{rates[name]:8.1f}"
-                if best:
-                    line += f"{rates[name] / rates[best[1]]:8.1f}x [{rates[name] / rates[best[chunk]]:.1f}x]"
-                print(line)
-        if best and size == 480:
-            fastest = max(ours[5], key=rates.__getitem__)
-            ratio = rates[fastest] / rates[best[1]]
-            each = [a / b for a, b in zip(_each(shares[fastest]), _each(shares[best[1]]), strict=True)]
-            print(
-                f"target >= {TARGET:g}x at 480 px, chunk 5: {'met' if ratio >= TARGET else 'MISSED'}, {ratio:.0f}x "
-                f"(rounds: {min(each):.0f}x to {max(each):.0f}x; the baseline's resets are in the last)"
-            )
+        _print_rates(size, public, ours, measured(rows, options.rounds))
+
+
+Rows = dict[int, dict[str, Row]]  # by steps a picture, or actions a chunk, and by name
+
+
+def _rows(tasks: Sequence[str], size: int, opengl: bool, options: argparse.Namespace) -> tuple[Rows, Rows]:
+    """The baselines and ours."""
+    steps, seconds = options.steps // options.rounds, options.seconds / options.rounds
+    public: Rows = {every: {} for every in CHUNKS}
+    ours: Rows = {chunk: {} for chunk in CHUNKS}
+    for every in CHUNKS if opengl else ():
+        for name, row in (("Gymnasium AsyncVectorEnv", gymnasium_row), ("SB3 SubprocVecEnv", sb3_row)):
+            for changes in (True, False):
+                how = f"{name}, {'' if changes else 'no '}task changes, a picture every {every}"
+                public[every][how] = row(tasks, size, changes, steps, every)
+    for chunk in CHUNKS:
+        for kind, envs in ((SubprocVecEnv, 1), (SharedMemoryVecEnv, options.envs)):
+            name = f"ours in {'SB3 ' if kind is SubprocVecEnv else ''}{kind.__name__}, chunk {chunk}"
+            ours[chunk][name] = our_row(kind, tasks, size, chunk, envs, seconds)
+    return public, ours
+
+
+def _print_rates(size: int, public: Rows, ours: Rows, shares: dict[str, list[tuple[int, float]]]) -> None:
+    rates = {name: rate_of(found) for name, found in shares.items()}
+    best = {every: max(rows, key=rates.__getitem__) for every, rows in public.items() if rows}
+    for rows in public.values():
+        for name in rows:
+            print(f"{size:4} px  {name:66}{rates[name]:8.1f}")
+    for chunk, rows in ours.items():
+        for name in rows:
+            line = f"{size:4} px  {name:66}{rates[name]:8.1f}"
+            if best:
+                line += f"{rates[name] / rates[best[1]]:8.1f}x [{rates[name] / rates[best[chunk]]:.1f}x]"
+            print(line)
+    if best and size == 480:
+        fastest = max(ours[5], key=rates.__getitem__)
+        ratio = rates[fastest] / rates[best[1]]
+        each = [a / b for a, b in zip(_each(shares[fastest]), _each(shares[best[1]]), strict=True)]
+        print(
+            f"target >= {TARGET:g}x at 480 px, chunk 5: {'met' if ratio >= TARGET else 'MISSED'}, {ratio:.0f}x "
+            f"(rounds: {min(each):.0f}x to {max(each):.0f}x; the baseline's resets are in the last)"
+        )
 
 
 def _each(shares: list[tuple[int, float]]) -> list[float]:
