@@ -305,6 +305,21 @@ def test_nearer_things_hide_farther_ones_and_shadows_fall_behind(kind: str) -> N
     np.testing.assert_allclose(lit - dark, expected, atol=2)
 
 
+@pytest.mark.parametrize(
+    "kinds", [(NEVER, NEVER), (PLACED, PLACED), (MOVING, MOVING), (NEVER, PLACED), (PLACED, MOVING)]
+)
+def test_of_two_things_in_one_place_the_later_one_is_seen(kinds: tuple[str, str]) -> None:
+    """As in MuJoCo, whose markers of goals lie in one place here and there."""
+    colours = ("1 0 0 1", "0 1 0 1")
+    text, background = bodies_of(
+        *((f'<body pos="0 0 .2"><geom type="box" size=".3 .3 .1" rgba="{c}"/>', k) for c, k in zip(colours, kinds))
+    )
+    model, data = scene_of(CAMERA + text)
+    model.vis.headlight.specular[:] = 0
+    picture = SoftwareRenderer().render(model, data, View("down", 64, 64), Scene("two", background))
+    assert picture[..., 1].max() > 100 and not picture[..., 0].any()
+
+
 @pytest.mark.parametrize("plate", [NEVER, PLACED, MOVING])
 @pytest.mark.parametrize("ball", [PLACED, MOVING])
 def test_what_is_placed_and_what_moves_cast_shadows_on_each_other(plate: str, ball: str) -> None:

@@ -172,8 +172,9 @@ def rasterise(geometry, drawables, camera, window, workspace, seen, spans):
                         c_here = wc + cdx * LANE_X[lane] + cdy * LANE_Y[lane]
                         z_here = z + zdx * LANE_X[lane] + zdy * LANE_Y[lane]
                         old, other = nearness[y, first + lane], numbers[y, first + lane]
-                        # One expression, without a branch, so that all lanes are one vector.
-                        hit = (b_here >= ZERO) & (c_here >= ZERO) & (b_here + c_here <= ONE) & (z_here > old)
+                        # One expression, without a branch, so that all lanes are one vector. What is drawn later hides
+                        # what is as near, as MuJoCo has it.
+                        hit = (b_here >= ZERO) & (c_here >= ZERO) & (b_here + c_here <= ONE) & (z_here >= old)
                         nearness[y, first + lane] = z_here if hit else old
                         numbers[y, first + lane] = number if hit else other
                     wb += bdx * block
@@ -204,7 +205,7 @@ def _rasterise_crossing(number, a, b, c, workspace, camera, window, seen, spans)
                 if wa < ZERO or wb < ZERO or wc < ZERO:
                     continue
                 z = (wa + wb + wc) / n  # one over the distance
-                if z > ZERO and z * F(camera.near) <= ONE and z > seen.nearness[y, x * SAMPLES + i]:
+                if z > ZERO and z * F(camera.near) <= ONE and z >= seen.nearness[y, x * SAMPLES + i]:
                     seen.nearness[y, x * SAMPLES + i], seen.numbers[y, x * SAMPLES + i] = z, number
 
 
