@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections import OrderedDict
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -32,6 +31,7 @@ from mw_envs.rendering.geometry import (
     sphere_shape,
     unit,
 )
+from mw_envs.rendering.stills import PICTURES, Still, Stills
 from mw_envs.rendering.textures import TexturePool, draw_sky
 from mw_envs.rendering.view import Scene, View
 from mw_envs.tasks import did_you_mean
@@ -85,38 +85,14 @@ class _Shot:
     look: arrays.Look
 
 
-@dataclass(frozen=True)
-class _Still:
-    """What does not move, seen in a view.
-
-    :param base: the background that it was drawn over, or itself.
-    :param spans: first and last pixel of each row whose samples may differ from that's, int32 (rows, 2).
-    """
-
-    background: arrays.Background
-    base: arrays.Background
-    spans: npt.NDArray[np.int32]
-
-    @functools.cached_property
-    def nearest(self) -> float:
-        """Distance along the camera's axis of what is nearest to it, metres."""
-        return 1.0 / max(float(self.background.nearness.max()), 1e-9)
-
-    @property
-    def own_bytes(self) -> int:
-        """What it takes beyond its base."""
-        shadows = self.background.shadows if self.background is self.base else self.background.fixed_shadows
-        return shadows.depth.nbytes + sum(getattr(self.background, name).nbytes for name in _PICTURES)
-
-
 class SoftwareRenderer:
     """Draws on the processor; see :class:`mw_envs.rendering.Renderer`."""
 
     def __init__(self) -> None:
         self._scenes: dict[tuple[Scene, float], _Prepared] = {}
-        self._backgrounds = _Stills(_BACKGROUND_BYTES)
-        self._settings = _Stills(_SETTING_BYTES)  # backgrounds with what a trial has placed
-        self._canvases: dict[tuple[int, int], tuple[_Still, arrays.Canvas]] = {}
+        self._backgrounds = Stills(_BACKGROUND_BYTES)
+        self._settings = Stills(_SETTING_BYTES)  # backgrounds with what a trial has placed
+        self._canvases: dict[tuple[int, int], tuple[Still, arrays.Canvas]] = {}
         self._textures = TexturePool()
         self._workspace = _workspace(0, 0, 0)
         self._frame = 0
@@ -188,7 +164,7 @@ class SoftwareRenderer:
         self._frame += 1
         return look._replace(frame=self._frame, workspace=self._workspace), window
 
-    def _still(self, shot: _Shot) -> _Still:
+    def _still(self, shot: _Shot) -> Still:
         """What does not move in a view, drawn if it is not there yet; scenes that look alike share it."""
         scene = shot.scene
         # Models differ a little in their near plane. Where nothing is so near, they share a background.
@@ -205,7 +181,7 @@ class SoftwareRenderer:
             self._settings.put(placed, setting)
         return setting
 
-    def _base(self, shot: _Shot) -> tuple[Any, _Still]:
+    def _base(self, shot: _Shot) -> tuple[Any, Still]:
         """The background in a view, and what it is known by."""
         scene = shot.scene
         seen_from = *shot.camera, *shot.look.lights, shot.poses[scene.background]
@@ -217,7 +193,7 @@ class SoftwareRenderer:
                 self._settings.forget(forgotten.background)
         return key, base
 
-    def _drawn(self, shot: _Shot, over: _Still, fixed: bool) -> _Still:
+    def _drawn(self, shot: _Shot, over: Still, fixed: bool) -> Still:
         """What never moves, drawn over the sky, or what a trial places, drawn over that."""
         scene = shot.scene
         drawables, casting = (
@@ -226,24 +202,24 @@ class SoftwareRenderer:
         look, window = self._to_light(shot, casting)
         shadows = frame.cast_shadows(look.geometry, casting, window, scene.pixel, look.workspace)
         shadows = shadows._replace(depth=shadows.depth.copy())
-        pictures = {name: getattr(over.background, name).copy() for name in _PICTURES}
+        pictures = {name: getattr(over.background, name).copy() for name in PICTURES}
         background = over.background._replace(**pictures, **{"fixed_shadows" if fixed else "shadows": shadows})
         canvas, changed = self._taken_canvas(over), _no_spans(shot.view.height)
         frame.draw_still(
             look, shot.camera, shot.poses, drawables, shadows, background, canvas.seen, canvas.spans, changed
         )
-        still = _Still(background, over.base, changed) if fixed else _Still(background, background, over.spans)
+        still = Still(background, over.base, changed) if fixed else Still(background, background, over.spans)
         self._canvases[shot.view.height, shot.view.width] = still, canvas
         return still
 
-    def _canvas(self, still: _Still) -> arrays.Canvas:
+    def _canvas(self, still: Still) -> arrays.Canvas:
         """Samples of a view's size that hold a background."""
         canvas = self._taken_canvas(still)
         rows, columns = still.background.light_d.shape
         self._canvases[rows, columns] = still, canvas
         return canvas
 
-    def _taken_canvas(self, still: _Still) -> arrays.Canvas:
+    def _taken_canvas(self, still: Still) -> arrays.Canvas:
         """The same; it is to be put back, so that what an interrupt leaves of it is not taken for a background."""
         rows, columns = still.background.light_d.shape
         before, canvas = self._canvases.pop((rows, columns), (None, None))
@@ -261,46 +237,14 @@ class SoftwareRenderer:
         return canvas
 
 
-class _Stills:
-    """Those used last, as many as a number of bytes holds, and one in any case."""
-
-    def __init__(self, limit: int) -> None:
-        self._limit, self._bytes = limit, 0
-        self._kept: OrderedDict[Any, _Still] = OrderedDict()
-
-    def __len__(self) -> int:
-        return len(self._kept)
-
-    def get(self, key: Any) -> _Still | None:
-        if key in self._kept:
-            self._kept.move_to_end(key)
-        return self._kept.get(key)
-
-    def put(self, key: Any, still: _Still) -> list[_Still]:
-        """Keep one; those that had to go for it."""
-        self._kept[key] = still
-        self._bytes += still.own_bytes
-        gone = []
-        while self._bytes > self._limit and len(self._kept) > 1:
-            gone.append(self._kept.popitem(last=False)[1])
-            self._bytes -= gone[-1].own_bytes
-        return gone
-
-    def forget(self, base: arrays.Background) -> None:
-        """Let go of those that were drawn over a background."""
-        for key in [key for key, still in self._kept.items() if still.base is base]:
-            self._bytes -= self._kept.pop(key).own_bytes
-
-
 def _hashable(value: Any) -> Any:
     return value.tobytes() if isinstance(value, np.ndarray) else value
 
 
-_PICTURES = ("bright", "dark", "nearness", "light_u", "light_v", "light_d", "tiles")
 _NO_SHADOWS = arrays.ShadowMap(np.full((1, arrays.LANES), np.inf, np.float32), 0, 0, 0, 0.0)
 
 
-def _blank(shot: _Shot) -> _Still:
+def _blank(shot: _Shot) -> Still:
     """The sky."""
     rows, columns = shot.view.height, shot.view.width
     bright = np.zeros((rows, columns, 3), np.uint8)
@@ -311,7 +255,7 @@ def _blank(shot: _Shot) -> _Still:
     light_d = np.full((rows, columns), shading.NO_SHADOW, np.float32)
     tiles = np.zeros((-(-rows // arrays.TILE), -(-columns // arrays.TILE), 4), np.int32)
     sky = arrays.Background(bright, bright, nearness, light_u, light_v, light_d, tiles, _NO_SHADOWS, _NO_SHADOWS)
-    return _Still(sky, sky, _no_spans(rows))
+    return Still(sky, sky, _no_spans(rows))
 
 
 def _no_spans(rows: int) -> npt.NDArray[np.int32]:
