@@ -45,7 +45,8 @@ def load_config(cls: type[T], yaml_path: str | PathLike[str] | None = None, over
     :param cls: the dataclass; its fields may be dataclasses, ``int``, ``float``, ``bool``, ``str``, ``Path``, ``Enum``,
         ``Literal``, ``X | None``, ``list[X]``, ``tuple[X, ...]`` and ``dict[str, X]``
     :param yaml_path: a YAML file with any part of the configuration
-    :param overrides: ``"a.b=value"`` strings; the value is read as YAML, as in ``"tasks=[reach-v3, push-v3]"``
+    :param overrides: ``"a.b=value"`` strings; the value is read as YAML, as in ``"tasks=[reach-v3, push-v3]"``. A
+        mapping takes the place of a ``dict``, of which ``"a.b.name=value"`` sets one key
     :return: an instance of ``cls`` with every ``${...}`` resolved
     :raises ConfigError: for an unknown key (names the nearest known one), a wrong type, a missing required value, a
         broken ``${...}``, an unreadable file, or a ValueError of a ``__post_init__``
@@ -54,7 +55,7 @@ def load_config(cls: type[T], yaml_path: str | PathLike[str] | None = None, over
     for path, layer in [] if yaml_path is None else read_layers(Path(yaml_path)):
         merged = _merge(cls, merged, layer, f"{path}")
     for override in overrides:
-        merged = _merge(cls, merged, _parse_override(override), f"override {override!r}")
+        merged = _override(cls, merged, override)
     try:
         return OmegaConf.to_object(merged)  # type: ignore[return-value]
     except OmegaConfBaseException as error:
@@ -111,6 +112,17 @@ def _read_yaml(path: Path) -> DictConfig:
     if not isinstance(loaded, DictConfig):
         raise ConfigError(f"{path} holds a {type(loaded).__name__}, expected a mapping of keys to values")
     return loaded
+
+
+def _override(cls: type, merged: Any, override: str) -> Any:
+    addition = _parse_override(override)
+    merged = _merge(cls, merged, addition, f"override {override!r}")
+    key = override.partition("=")[0].strip()
+    key = getattr(cls, "ALIASES", {}).get(key, key)
+    value, hint = _given(addition, key), dict(_known_keys(cls)).get(key)
+    if isinstance(value, dict) and dict in map(get_origin, (hint, *get_args(hint))):
+        OmegaConf.update(merged, key, value, merge=False)
+    return merged
 
 
 def _parse_override(override: str) -> DictConfig:

@@ -55,6 +55,19 @@ def recipe(tmp_path: Path) -> Path:
     return path
 
 
+def test_a_mapping_takes_the_place_of_the_file_s(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("sft:\n  weights: {reach-v3: 2.0, push-v3: 1.0}\n")
+    assert load_config(Train, path, ["sft.weights={reach-v3: 3.0}"]).sft.weights == {"reach-v3": 3.0}
+    assert load_config(Train, path, ["sft.weights={}"]).sft.weights == {}
+    one = load_config(Train, path, ["sft.weights.reach-v3=3.0"]).sft.weights
+    assert one == {"reach-v3": 3.0, "push-v3": 1.0}
+    # A section is not such a mapping.
+    assert load_config(Train, path, ["sft={steps: 5}"]).sft == SFT(steps=5, weights={"reach-v3": 2.0, "push-v3": 1.0})
+    with pytest.raises(ConfigError, match="many"):
+        load_config(Train, path, ["sft.weights={reach-v3: many}"])
+
+
 def test_defaults_then_file_then_overrides(recipe: Path) -> None:
     assert load_config(Train) == Train(output="runs/0")
     assert load_config(Train, recipe) == Train(seed=3, output="runs/3", sft=SFT(steps=20, tasks=["push-v3"]))

@@ -258,7 +258,8 @@ def test_imitation_then_ppo_then_grpo(model: str, environment: dict[str, str], t
     for kind in ("ppo", "grpo") if model != "openvla_oft" else ("grpo",):
         settings = [*EVERY, *LEARNING, *steps, f"actor.model.model_path={start / 'sft'}"]
         settings += ["algorithm.rehearsal_coef=0"] if model == "compact" else []
-        settings += GRPO if kind == "grpo" else ["algorithm.critic_warmup=0"]
+        # Rewards that are not all alike, so that there is something to learn from.
+        settings += GRPO if kind == "grpo" else ["algorithm.critic_warmup=0", "env.train.dense_reward=true"]
         done = shell(environment, tmp_path, f"metaworld_50_{kind}_{name}", *settings)
         assert done.returncode == 0, done.stdout + done.stderr
         run = tmp_path / "runs" / f"metaworld_50_{kind}_{name}"
