@@ -241,7 +241,7 @@ def tiny(model: str) -> tuple[list[str], list[str]]:
     side = 64 if model == "diffusion_policy" else 32
     fresh = [f"actor.model.model_kwargs={json.dumps(sizes[model])}", f"data.image_size={side}", *IMITATION]
     steps = [] if model in ("openvla_oft", "smolvla") else ["actor.model.num_steps=3"]
-    steps += ["actor.model.noise_kwargs={trained_steps: 2}"] if model in ("tinyvla", "diffusion_policy") else []
+    steps += ["actor.model.noise_kwargs={trained_steps: 2}"] if model == "tinyvla" else []
     return fresh, steps
 
 
