@@ -86,10 +86,10 @@ def no_process_left_behind() -> Iterator[None]:
     Those of fixtures with a wider scope are older than this fixture and not counted, nor are multiprocessing's own two
     helpers, which live until the interpreter ends.
     """
-    before = set(_descendants())
+    before = set(descendants())
     yield
     deadline = time.monotonic() + EXIT_SECONDS
-    while (left := {pid: command for pid, command in _descendants().items() if pid not in before}) and (
+    while (left := {pid: command for pid, command in descendants().items() if pid not in before}) and (
         time.monotonic() < deadline
     ):
         time.sleep(0.02)
@@ -101,8 +101,9 @@ def no_process_left_behind() -> Iterator[None]:
         pytest.fail(f"the test left processes behind; close its environments and workers:\n{listing}")
 
 
-def _descendants() -> dict[int, str]:
-    """Process id and command line of every living descendant of this process; empty where there is no /proc."""
+def descendants(of: int | None = None) -> dict[int, str]:
+    """Process id and command line of every living descendant of a process, this one by default; empty where there is no
+    /proc."""
     children: dict[int, list[int]] = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):  # ended meanwhile
@@ -111,7 +112,7 @@ def _descendants() -> dict[int, str]:
             if state != "Z":
                 children.setdefault(int(parent), []).append(int(stat.parent.name))
     found: dict[int, str] = {}
-    pending = [os.getpid()]
+    pending = [of or os.getpid()]
     while pending:
         parent_pid = pending.pop()
         for pid in children.get(parent_pid, []):

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +19,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import _descendants
+from conftest import descendants
 from safetensors.torch import load_file
 from stable_baselines3.common.callbacks import BaseCallback
 from stand_in_ray import StandInRay
@@ -78,7 +78,16 @@ def _simulated_cluster(connect: bool = True) -> Iterator[Any]:
     ray.init(address=simulated.address, runtime_env={"env_vars": {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}})
     # Both nodes have this machine's address, so a process that connects later may become either's.
     second = simulated.add_node(num_cpus=4, object_store_memory=200 * 2**20)
-    ray.kill_node = lambda _: simulated.remove_node(second, allow_graceful=False)
+
+    def kill_node(_: str) -> None:
+        """With all that runs on it: what has lost its node ends by itself, but not at once on a busy machine."""
+        on_it = descendants(second.all_processes["raylet"][0].process.pid)
+        simulated.remove_node(second, allow_graceful=False)
+        for process in on_it:
+            with suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+
+    ray.kill_node = kill_node
     yield ray
     ray.shutdown()
     simulated.shutdown()
@@ -411,6 +420,29 @@ def test_the_workers_are_those_of_the_placement(ray: Any) -> None:
     env.close()
 
 
+class Found:
+    """Says on which node it runs."""
+
+    def __init__(self, slot: Slot) -> None: ...
+
+    def node(self) -> str:
+        import ray
+
+        return str(ray.get_runtime_context().get_node_id())
+
+
+def test_a_process_runs_on_the_node_of_its_slot(ray: Any) -> None:
+    """Also on one that has joined a moment ago."""
+    cluster = Cluster(ClusterOptions(2, {"env": "0-1,4-5", "rollout": "0", "actor": "0"}))
+    names = [node.name for node in cluster.nodes()]
+    actors = [cluster.start(Found, slot) for slot in cluster.placement["env"]]
+    stand_in = isinstance(ray, StandInRay)
+    found = [actor.node if stand_in else ray.get(actor.node.remote()) for actor in actors]
+    assert found == [names[0], names[0], names[1], names[1]]
+    for actor in actors:
+        ray.kill(actor)
+
+
 class SleepyToy(FoundToy):
     """A chunk takes time, but no processor."""
 
@@ -491,7 +523,7 @@ def test_a_learner_that_dies_is_begun_again(
 
 def kin(*names: str) -> list[str]:
     """Command lines of this process's descendants that hold one of these names."""
-    return [command for command in _descendants().values() if any(name in command for name in names)]
+    return [command for command in descendants().values() if any(name in command for name in names)]
 
 
 def recipe(cluster: SimpleNamespace, folder: Path, start: Path) -> subprocess.Popen[str]:

@@ -11,7 +11,7 @@ from typing import Any
 from sb3_vla.cluster.placement import ClusterOptions, Node, Placement, PlacementError, Slot, place
 
 #: what a request raises whose actor, or the node of it, is gone
-LOST = ("RayActorError", "ObjectLostError", "OwnerDiedError", "NodeDiedError")
+LOST = ("RayActorError", "ActorUnschedulableError", "ObjectLostError", "OwnerDiedError", "NodeDiedError")
 _ANSWER_SECONDS = 60.0  # in which a node that lives has begun a process
 
 
@@ -71,16 +71,17 @@ class Cluster:
         nodes = self.nodes()
         return nodes[slot.node % len(nodes)]
 
-    def _start(self, server: type, node: Node, *arguments: Any, soft: bool = True) -> Any:
+    def _start(self, server: type, node: Node, *arguments: Any) -> Any:
         strategies = importlib.import_module("ray.util.scheduling_strategies")
-        affinity = strategies.NodeAffinitySchedulingStrategy(node.name, soft=soft)
+        # A soft affinity would put it on this node while Ray's scheduler has not heard of a node that has just joined.
+        affinity = strategies.NodeAffinitySchedulingStrategy(node.name, soft=False)
         # The placement shares accelerators; Ray's own counting of them would not.
         actor = self.ray.remote(server).options(num_cpus=0, num_gpus=0, scheduling_strategy=affinity)
         return actor.remote(*arguments)
 
     def _answers(self, node: Node) -> bool:
         """Whether a node begins processes; it may be dead and Ray not know."""
-        probe = self._start(_Probe, node, soft=False)
+        probe = self._start(_Probe, node)
         try:
             self.ray.get(probe.answer.remote(), timeout=_ANSWER_SECONDS)
         except self.ray.exceptions.RayError:
