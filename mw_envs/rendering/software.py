@@ -200,7 +200,7 @@ class SoftwareRenderer:
             (scene.fixed, scene.fixed_casting) if fixed else (scene.background, scene.background_casting)
         )
         look, window = self._to_light(shot, casting)
-        shadows = frame.cast_shadows(look.geometry, casting, window, scene.pixel, look.workspace)
+        shadows = frame.cast_shadows(look, casting, window, scene.pixel)
         shadows = shadows._replace(depth=shadows.depth.copy())
         pictures = {name: getattr(over.background, name).copy() for name in PICTURES}
         background = over.background._replace(**pictures, **{"fixed_shadows" if fixed else "shadows": shadows})
@@ -266,6 +266,7 @@ def _workspace(vertices: int, corners: int, triangles: int) -> arrays.Workspace:
     return arrays.Workspace._make(
         [
             *np.empty((9, vertices), np.float32),
+            np.empty(triangles + 1, np.int32),
             np.zeros((corners, arrays.QUANTITIES), np.float32),
             np.zeros(corners, np.int64),
             np.zeros(triangles, np.int64),
@@ -524,11 +525,12 @@ def _mapping(
 
 
 def _geometry(drawables: list[_Drawable], parts: int) -> arrays.Geometry:
-    places, normals, triangles, corners, owners, texture_places = [], [], [], [], [], []
+    places, normals, triangles, corners, facing, owners, texture_places = [], [], [], [], [], [], []
     first_vertex, first_triangle, first_corner = [0], [0], 0
     for number, drawable in enumerate(drawables):
         shape = drawable.shape
         places.append(shape.places * drawable.scale)
+        facing.append(_facing(places[-1][shape.triangles]))
         texture_places.append(shape.places)
         normals.append(unit(shape.normals / drawable.scale))
         triangles.append(shape.triangles + first_vertex[-1])
@@ -544,6 +546,7 @@ def _geometry(drawables: list[_Drawable], parts: int) -> arrays.Geometry:
                 [np.concatenate(triangles), _sample_numbers(drawables, parts)[:, None]], axis=1, dtype=np.int32
             ),
             np.concatenate(corners).astype(np.int32),
+            np.concatenate(facing).astype(np.float32),
             np.concatenate(owners).astype(np.int32),
             np.concatenate(normals).astype(np.float32),
             np.concatenate(texture_places).astype(np.float32),
@@ -551,6 +554,12 @@ def _geometry(drawables: list[_Drawable], parts: int) -> arrays.Geometry:
             np.array(first_triangle, np.int32),
         ]
     )
+
+
+def _facing(places: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Normals of triangles (T, 3, 3), of the length of their area, and the share of their points along those, (T, 4)."""
+    normals = np.cross(places[:, 1] - places[:, 0], places[:, 2] - places[:, 0])
+    return np.concatenate([normals, (normals * places[:, 0]).sum(axis=1, keepdims=True)], axis=1)
 
 
 def _cube_parts(drawables: int) -> int:
