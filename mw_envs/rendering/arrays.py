@@ -234,7 +234,7 @@ class Background(NamedTuple):
     :param light_d: its depth there, float32 (rows, columns); -1e9 marks a pixel that a shadow does not change.
     :param tiles: of each square of TILE pixels, the first and last texel across and down that a shadow may change it
         from, int32 (rows / TILE, columns / TILE, 4), both rounded up.
-    :param shadows: what the light meets of what never moves, and fixed_shadows of what stays where a trial puts it.
+    :param shadows: what the light meets of it.
     """
 
     bright: Array
@@ -245,7 +245,6 @@ class Background(NamedTuple):
     light_d: Array
     tiles: Array
     shadows: ShadowMap
-    fixed_shadows: ShadowMap
 
 
 class Canvas(NamedTuple):

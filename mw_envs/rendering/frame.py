@@ -64,7 +64,7 @@ def draw_still(look, camera, poses, drawables, shadows, background, seen, spans,
     """Draw what does not move over a background, and make it a part of that.
 
     :param drawables: opaque ones, projected to the light's plane.
-    :param shadows: those that they cast on the background; those on themselves are in the background already.
+    :param shadows: those that they cast on the background, which holds them already, for what they cast on themselves.
     :param seen: the background's samples, and what is in the spans is something else's; both become the background's.
     :param changed: first and last pixel of each row whose samples may have changed, int32 (rows, 2); set.
     """

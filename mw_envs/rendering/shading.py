@@ -317,7 +317,6 @@ def resolve(top, bottom, spans, seen, look, camera, shadows, background, picture
     pixels, levels = look.textures.pixels, look.textures.levels
     depth0, columns0, u0, v0, slack0 = _unpacked(shadows)
     depth1, columns1, u1, v1, slack1 = _unpacked(background.shadows)
-    depth2, columns2, u2, v2, slack2 = _unpacked(background.fixed_shadows)
     for y in range(top, bottom):
         ray_y = (F(y) + HALF - oy) * fy
         for x in range(spans[y, 0], spans[y, 1] + 1):
@@ -333,7 +332,6 @@ def resolve(top, bottom, spans, seen, look, camera, shadows, background, picture
                 u, v, distance = planes[slot, 3, U], planes[slot, 3, V], planes[slot, 3, D]
                 dark = _in_shadow(depth0, columns0, u0, v0, slack0, u, v, distance)
                 dark |= _in_shadow(depth1, columns1, u1, v1, slack1, u, v, distance)
-                dark |= _in_shadow(depth2, columns2, u2, v2, slack2, u, v, distance)
                 light = ZERO if dark else ONE
                 r = planes[slot, 3, 0] + light * planes[slot, 3, 3]
                 g = planes[slot, 3, 1] + light * planes[slot, 3, 4]
@@ -364,7 +362,6 @@ def resolve_still(top, bottom, spans, seen, look, camera, background):
     planes, mapping = look.workspace.planes, look.materials.mapping
     pixels, levels = look.textures.pixels, look.textures.levels
     depth1, columns1, u1, v1, slack1 = _unpacked(background.shadows)
-    depth2, columns2, u2, v2, slack2 = _unpacked(background.fixed_shadows)
     lit, unlit = np.empty(3, np.float32), np.empty(3, np.float32)
     for y in range(top, bottom):
         ray_y = (F(y) + HALF - oy) * fy
@@ -385,7 +382,6 @@ def resolve_still(top, bottom, spans, seen, look, camera, background):
                 u, v, distance = planes[slot, 3, U], planes[slot, 3, V], planes[slot, 3, D]
                 reached = planes[slot, 3, 3] + planes[slot, 3, 4] + planes[slot, 3, 5] > ZERO
                 reached = reached and not _in_shadow(depth1, columns1, u1, v1, slack1, u, v, distance)
-                reached = reached and not _in_shadow(depth2, columns2, u2, v2, slack2, u, v, distance)
                 if reached:
                     light_u[y, x], light_v[y, x] = int(np.floor(u)), int(np.floor(v))
                     light_d[y, x] = distance

@@ -203,7 +203,7 @@ class SoftwareRenderer:
         shadows = frame.cast_shadows(look, casting, window, scene.pixel)
         shadows = shadows._replace(depth=shadows.depth.copy())
         pictures = {name: getattr(over.background, name).copy() for name in PICTURES}
-        background = over.background._replace(**pictures, **{"fixed_shadows" if fixed else "shadows": shadows})
+        background = over.background._replace(**pictures, shadows=_both(shadows, over.background.shadows))
         canvas, changed = self._taken_canvas(over), _no_spans(shot.view.height)
         frame.draw_still(
             look, shot.camera, shot.poses, drawables, shadows, background, canvas.seen, canvas.spans, changed
@@ -244,6 +244,20 @@ def _hashable(value: Any) -> Any:
 _NO_SHADOWS = arrays.ShadowMap(np.full((1, arrays.LANES), np.inf, np.float32), 0, 0, 0, 0.0)
 
 
+def _both(one: arrays.ShadowMap, other: arrays.ShadowMap) -> arrays.ShadowMap:
+    """What the light meets first of two maps."""
+    maps = [shadows for shadows in (one, other) if shadows.columns > 0]
+    if len(maps) < 2:
+        return maps[0] if maps else one
+    left, top = min(m.u0 for m in maps), min(m.v0 for m in maps)
+    right, bottom = max(m.u0 + m.columns for m in maps), max(m.v0 + len(m.depth) for m in maps)
+    depth = np.full((bottom - top, right - left + arrays.LANES), np.inf, np.float32)
+    for m in maps:
+        there = depth[m.v0 - top :, m.u0 - left :][: len(m.depth), : m.columns]
+        np.minimum(there, m.depth[:, : m.columns], out=there)
+    return one._replace(depth=depth, columns=right - left, u0=left, v0=top)
+
+
 def _blank(shot: _Shot) -> Still:
     """The sky."""
     rows, columns = shot.view.height, shot.view.width
@@ -254,7 +268,7 @@ def _blank(shot: _Shot) -> Still:
     light_u, light_v = np.zeros((2, rows, columns), np.int32)
     light_d = np.full((rows, columns), shading.NO_SHADOW, np.float32)
     tiles = np.zeros((-(-rows // arrays.TILE), -(-columns // arrays.TILE), 4), np.int32)
-    sky = arrays.Background(bright, bright, nearness, light_u, light_v, light_d, tiles, _NO_SHADOWS, _NO_SHADOWS)
+    sky = arrays.Background(bright, bright, nearness, light_u, light_v, light_d, tiles, _NO_SHADOWS)
     return Still(sky, sky, _no_spans(rows))
 
 
