@@ -79,6 +79,10 @@ def find_visible(top, bottom, spans, seen, frame, count, workspace):
             if n0 | n1 | n2 | n3 == 0:
                 continue
             # Without branches, which would have to wait for memory.
+            if ((n0 ^ n1) | (n0 ^ n2) | (n0 ^ n3)) >> TRIANGLE_BITS == 0:
+                place, count = _listed(n0, now, count, visible, slots)
+                numbers[y, k], numbers[y, k + _1], numbers[y, k + _2], numbers[y, k + _3] = place, place, place, place
+                continue
             g0, g1, g2, g3 = n0 >> TRIANGLE_BITS, n1 >> TRIANGLE_BITS, n2 >> TRIANGLE_BITS, n3 >> TRIANGLE_BITS
             n1 = n0 if g1 == g0 else n1
             n2 = n0 if g2 == g0 else n1 if g2 == g1 else n2
@@ -288,6 +292,9 @@ def _different(places, y, x, numbers, shares):
     """
     k = np.uint64(SAMPLES * x)
     n0, n1, n2, n3 = places[y, k], places[y, k + _1], places[y, k + _2], places[y, k + _3]
+    if n0 == n1 and n0 == n2 and n0 == n3:
+        numbers[0], shares[0] = n0, SAMPLES
+        return int(n0 != 0)
     same01, same02, same03, same12, same13, same23 = n0 == n1, n0 == n2, n0 == n3, n1 == n2, n1 == n3, n2 == n3
     different = 0
     numbers[different], shares[different] = n0, 1 + same01 + same02 + same03
