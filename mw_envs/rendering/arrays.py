@@ -138,10 +138,11 @@ class Camera(NamedTuple):
 class Workspace(NamedTuple):
     """What is computed anew for each frame, in memory that is kept.
 
-    :param camera_x: vertices in camera space, float32 (V,); so are camera_y and camera_w.
-    :param screen_x: vertices on the screen in pixels, float32 (V,); so is screen_y.
-    :param inverse_w: one over the distance, 0 if nearer than the near plane, float32 (V,).
-    :param light_u: vertices in texels of the shadow map, float32 (V,); so are light_v and light_d (metres).
+    :param camera: vertices in camera space, float32 (V, 4): x, y, w; the last column of this and of the next two only
+        makes what belongs to a vertex lie in one line of the cache.
+    :param screen: vertices on the screen in pixels, and one over the distance, 0 if nearer than the near plane, float32
+        (V, 4).
+    :param light: vertices in texels of the shadow map, and their depth in metres, float32 (V, 4).
     :param front: triangles whose front is towards the camera or a light, int32 (T + 1,): what is written first and
         counted then has room.
     :param corners: quantities at the corners, float32 (C, 16).
@@ -155,15 +156,9 @@ class Workspace(NamedTuple):
     :param shadows: room for a shadow map, float32 (n,).
     """
 
-    camera_x: Array
-    camera_y: Array
-    camera_w: Array
-    screen_x: Array
-    screen_y: Array
-    inverse_w: Array
-    light_u: Array
-    light_v: Array
-    light_d: Array
+    camera: Array
+    screen: Array
+    light: Array
     front: Array
     corners: Array
     lit: Array

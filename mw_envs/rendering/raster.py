@@ -34,7 +34,7 @@ def project(geometry, drawables, poses, camera, workspace):
     """
     left, top, right, bottom = F(1e9), F(1e9), F(-1e9), F(-1e9)
     crossing = False
-    c = camera.rotation
+    c, camera_places, screen = camera.rotation, workspace.camera, workspace.screen
     scale_x, scale_y = F(camera.focal_x), F(camera.focal_y)
     shift_x, shift_y = F(camera.centre_x), F(camera.centre_y)
     near = F(camera.near)
@@ -60,9 +60,8 @@ def project(geometry, drawables, poses, camera, workspace):
             cw = m20 * x + m21 * y + m22 * z + m23
             inverse = ONE / max(cw, near)
             sx, sy = shift_x + scale_x * cx * inverse, shift_y + scale_y * cy * inverse
-            workspace.camera_x[v], workspace.camera_y[v], workspace.camera_w[v] = cx, cy, cw
-            workspace.screen_x[v], workspace.screen_y[v] = sx, sy
-            workspace.inverse_w[v] = inverse if cw > near else ZERO
+            camera_places[v, 0], camera_places[v, 1], camera_places[v, 2], camera_places[v, 3] = cx, cy, cw, ZERO
+            screen[v, 0], screen[v, 1], screen[v, 2], screen[v, 3] = sx, sy, inverse if cw > near else ZERO, ZERO
             nearest = min(nearest, cw)
             left, right = min(left, sx), max(right, sx)
             top, bottom = min(top, sy), max(bottom, sy)
@@ -90,7 +89,7 @@ def project_to_light(geometry, drawables, poses, axes, texel, workspace):
     :return: the window of texels that they touch: left, top, right, bottom, the last two exclusive.
     """
     left, top, right, bottom = F(1e9), F(1e9), F(-1e9), F(-1e9)
-    m = np.empty((3, 4), np.float32)
+    m, light = np.empty((3, 4), np.float32), workspace.light
     for d in drawables:
         p = poses[d]
         for i in range(3):
@@ -105,8 +104,7 @@ def project_to_light(geometry, drawables, poses, axes, texel, workspace):
             x, y, z = geometry.x[v], geometry.y[v], geometry.z[v]
             u = m00 * x + m01 * y + m02 * z + m03
             w = m10 * x + m11 * y + m12 * z + m13
-            workspace.light_u[v], workspace.light_v[v] = u, w
-            workspace.light_d[v] = m20 * x + m21 * y + m22 * z + m23
+            light[v, 0], light[v, 1], light[v, 2], light[v, 3] = u, w, m20 * x + m21 * y + m22 * z + m23, ZERO
             left, right = min(left, u), max(right, u)
             top, bottom = min(top, w), max(bottom, w)
     if left > right:
@@ -143,22 +141,21 @@ def rasterise(geometry, drawables, camera, eyes, window, workspace, seen, spans)
     """
     x_first, y_first, x_end, y_end = window
     # Fields of a tuple are counted references each time they are read; local names are not.
-    sx, sy, iw = workspace.screen_x, workspace.screen_y, workspace.inverse_w
-    nearness, numbers = seen.nearness, seen.numbers
+    screen, nearness, numbers = workspace.screen, seen.nearness, seen.numbers
     triangles, front, block = geometry.triangles, workspace.front, F(_BLOCK)
     # A triangle's front is counter-clockwise, on a screen whose rows run downwards.
     sign = F(np.sign(camera.focal_x * camera.focal_y))
     for i in range(_list_front(geometry, drawables, eyes, ONE, front)):
         t = front[i]
         a, b, c = triangles[t, 0], triangles[t, 1], triangles[t, 2]
-        za, zb, zc = iw[a], iw[b], iw[c]
+        za, zb, zc = screen[a, 2], screen[b, 2], screen[c, 2]
         if za == ZERO or zb == ZERO or zc == ZERO:
             if za != ZERO or zb != ZERO or zc != ZERO:
                 _rasterise_crossing(triangles[t, 3], a, b, c, workspace, camera, window, seen, spans)
             continue
-        ax, ay = sx[a], sy[a]
-        bx, by = sx[b] - ax, sy[b] - ay
-        cx, cy = sx[c] - ax, sy[c] - ay
+        ax, ay = screen[a, 0], screen[a, 1]
+        bx, by = screen[b, 0] - ax, screen[b, 1] - ay
+        cx, cy = screen[c, 0] - ax, screen[c, 1] - ay
         area = bx * cy - cx * by
         if area * sign <= ZERO:
             continue
@@ -230,8 +227,8 @@ def _rasterise_crossing(number, a, b, c, workspace, camera, window, seen, spans)
 @inlined
 def ray_weights(workspace, a, b, c):
     """Determinant of a triangle's camera coordinates, and the vectors whose products with a ray are its weights."""
-    x, y, w = workspace.camera_x, workspace.camera_y, workspace.camera_w
-    ax, ay, aw, bx, by, bw, cx, cy, cw = x[a], y[a], w[a], x[b], y[b], w[b], x[c], y[c], w[c]
+    p = workspace.camera
+    ax, ay, aw, bx, by, bw, cx, cy, cw = p[a, 0], p[a, 1], p[a, 2], p[b, 0], p[b, 1], p[b, 2], p[c, 0], p[c, 1], p[c, 2]
     na = (by * cw - bw * cy, bw * cx - bx * cw, bx * cy - by * cx)
     nb = (cy * aw - cw * ay, cw * ax - cx * aw, cx * ay - cy * ax)
     nc = (ay * bw - aw * by, aw * bx - ax * bw, ax * by - ay * bx)
@@ -247,16 +244,15 @@ def rasterise_shadow(geometry, drawables, towards, workspace, columns, u0, v0, s
     :param slope_texels: a triangle lies that many texels' worth of its slope deeper, against shadows on itself.
     :param depth: metres, float32 (rows, columns + margin); updated.
     """
-    lu, lv, ld = workspace.light_u, workspace.light_v, workspace.light_d
-    triangles, front = geometry.triangles, workspace.front
+    light, triangles, front = workspace.light, geometry.triangles, workspace.front
     rows = depth.shape[0]
     shift_u, shift_v, slope, block = F(u0), F(v0), F(slope_texels), F(LANES)
     for i in range(_list_front(geometry, drawables, towards, ZERO, front)):
         t = front[i]
         a, b, c = triangles[t, 0], triangles[t, 1], triangles[t, 2]
-        ax, ay = lu[a], lv[a]
-        bx, by = lu[b] - ax, lv[b] - ay
-        cx, cy = lu[c] - ax, lv[c] - ay
+        ax, ay = light[a, 0], light[a, 1]
+        bx, by = light[b, 0] - ax, light[b, 1] - ay
+        cx, cy = light[c, 0] - ax, light[c, 1] - ay
         area = bx * cy - cx * by
         if area >= ZERO:
             continue
@@ -269,7 +265,7 @@ def rasterise_shadow(geometry, drawables, towards, workspace, columns, u0, v0, s
         if y0 > y1:
             continue
         inverse = ONE / area
-        za, zb, zc = ld[a], ld[b], ld[c]
+        za, zb, zc = light[a, 2], light[b, 2], light[c, 2]
         bdx, bdy = cy * inverse, -cx * inverse
         cdx, cdy = -by * inverse, bx * inverse
         zdx, zdy = bdx * (zb - za) + cdx * (zc - za), bdy * (zb - za) + cdy * (zc - za)

@@ -153,7 +153,6 @@ def prepare_visible(start, count, look, camera, still):
     # Fields of a tuple are counted references each time they are read; local names are not.
     frame, workspace, geometry = look.frame, look.workspace, look.geometry
     texture, mapping, levels = look.materials.texture, look.materials.mapping, look.textures.levels
-    xs, ys, ws = workspace.camera_x, workspace.camera_y, workspace.camera_w
     fx, fy, near = F(1 / camera.focal_x), F(1 / camera.focal_y), F(camera.near)
     triangles, triangle_corners, drawable = geometry.triangles, geometry.corners, geometry.drawable
     corners, lit, planes, visible = workspace.corners, workspace.lit, workspace.planes, workspace.visible
@@ -181,7 +180,9 @@ def prepare_visible(start, count, look, camera, still):
         if texture[d] >= 0:
             planes[i, 0, LEVEL] = -ONE
             if not still:
-                planes[i, 0, LEVEL] = _middle_level(planes, i, triangles[t], xs, ys, ws, near, fx, fy, mapping, levels)
+                planes[i, 0, LEVEL] = _middle_level(
+                    planes, i, triangles[t], workspace.camera, near, fx, fy, mapping, levels
+                )
 
 
 @compiled
@@ -194,7 +195,7 @@ def _light_corners(used, look):
     normals, texture_places = geometry.normals, geometry.texture_places
     rgba, gloss = look.materials.rgba, look.materials.gloss
     xs, ys, zs = geometry.x, geometry.y, geometry.z
-    lu, lv, ld, corners = workspace.light_u, workspace.light_v, workspace.light_d, workspace.corners
+    light, corners = workspace.light, workspace.corners
     eyes, towards = look.eyes, look.towards
     ambient, diffuse, specular, unshadowed = lights.ambient, lights.diffuse, lights.specular, lights.unshadowed
     fresh, fresh_vertices, fresh_drawables = workspace.fresh, workspace.fresh_vertices, workspace.fresh_drawables
@@ -207,7 +208,7 @@ def _light_corners(used, look):
         for j in range(3):
             corners[corner, j], corners[corner, 3 + j] = gloss[d, 0] * rgba[d, j], ZERO
             corners[corner, S + j] = texture_places[v, j]
-        corners[corner, U], corners[corner, V], corners[corner, D] = lu[v], lv[v], ld[v]
+        corners[corner, U], corners[corner, V], corners[corner, D] = light[v, 0], light[v, 1], light[v, 2]
         corners[corner, WEIGHT] = ONE
         for s in range(towards.shape[1]):
             first = 0 if s < unshadowed else 3
@@ -227,7 +228,7 @@ def _light_corners(used, look):
 
 
 @compiled
-def _middle_level(planes, slot, vertices, camera_x, camera_y, camera_w, near, step_x, step_y, mapping, levels):
+def _middle_level(planes, slot, vertices, camera_places, near, step_x, step_y, mapping, levels):
     """How much a triangle's texture is reduced in its middle, see :func:`_level`; -1 if it reaches behind the camera.
 
     :param vertices: the triangle's.
@@ -235,10 +236,10 @@ def _middle_level(planes, slot, vertices, camera_x, camera_y, camera_w, near, st
     x, y, nearest = ZERO, ZERO, near
     for k in range(3):
         v = vertices[k]
-        away = camera_w[v]
+        away = camera_places[v, 2]
         nearest = min(nearest, away)
-        x += camera_x[v] / max(away, near) * _THIRD
-        y += camera_y[v] / max(away, near) * _THIRD
+        x += camera_places[v, 0] / max(away, near) * _THIRD
+        y += camera_places[v, 1] / max(away, near) * _THIRD
     if nearest < near:
         return -ONE
     _evaluate(planes, slot, x, y)

@@ -143,7 +143,7 @@ class SoftwareRenderer:
         """What colours are computed from."""
         geometry, space = scene.geometry, self._workspace
         wanted = len(geometry.x), len(geometry.normals), len(geometry.triangles)
-        there = len(space.camera_x), len(space.corners), len(space.planes)
+        there = len(space.camera), len(space.corners), len(space.planes)
         if any(w > t for w, t in zip(wanted, there, strict=True)):
             self._workspace = space = _workspace(*map(max, wanted, there))
         eyes = np.empty((len(poses), 3), np.float32)
@@ -279,7 +279,7 @@ def _no_spans(rows: int) -> npt.NDArray[np.int32]:
 def _workspace(vertices: int, corners: int, triangles: int) -> arrays.Workspace:
     return arrays.Workspace._make(
         [
-            *np.empty((9, vertices), np.float32),
+            *np.empty((3, vertices, 4), np.float32),
             np.empty(triangles + 1, np.int32),
             np.zeros((corners, arrays.QUANTITIES), np.float32),
             np.zeros(corners, np.int64),
