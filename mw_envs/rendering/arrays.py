@@ -53,6 +53,7 @@ class Geometry(NamedTuple):
     :param x: object coordinates of vertices, float32 (V,); so are y and z.
     :param triangles: vertices of each triangle, and the number by which samples know it, int32 (T, 4).
     :param corners: corners of each triangle, int32 (T, 3).
+    :param facing: normal of each triangle and the share of its points along that, float32 (T, 4).
     :param drawable: drawable of each triangle, int32 (T,).
     :param normals: object coordinates of the corners' normals, float32 (C, 3).
     :param texture_places: object coordinates that textures are mapped by, float32 (V, 3).
@@ -65,6 +66,7 @@ class Geometry(NamedTuple):
     z: Array
     triangles: Array
     corners: Array
+    facing: Array
     drawable: Array
     normals: Array
     texture_places: Array
@@ -136,30 +138,28 @@ class Camera(NamedTuple):
 class Workspace(NamedTuple):
     """What is computed anew for each frame, in memory that is kept.
 
-    :param camera_x: vertices in camera space, float32 (V,); so are camera_y and camera_w.
-    :param screen_x: vertices on the screen in pixels, float32 (V,); so is screen_y.
-    :param inverse_w: one over the distance, 0 if nearer than the near plane, float32 (V,).
-    :param light_u: vertices in texels of the shadow map, float32 (V,); so are light_v and light_d (metres).
+    :param camera: vertices in camera space, float32 (V, 4): x, y, w; the last column of this and of the next two only
+        makes what belongs to a vertex lie in one line of the cache.
+    :param screen: vertices on the screen in pixels, and one over the distance, 0 if nearer than the near plane, float32
+        (V, 4).
+    :param light: vertices in texels of the shadow map, and their depth in metres, float32 (V, 4).
+    :param front: triangles whose front is towards the camera or a light, int32 (T + 1,): what is written first and
+        counted then has room.
     :param corners: quantities at the corners, float32 (C, 16).
     :param lit: frame in which a corner's quantities were computed, int64 (C,).
     :param slots: of triangles: in the upper half of a number the frame that showed it last, in the lower half its place
         among the visible ones, int64 (T,).
-    :param visible: triangles that a frame shows, int32 (T + 1,): what is written first and counted then has room.
+    :param visible: triangles that a frame shows, int32 (T + 1,), see ``front``.
     :param planes: of visible triangles: three rows that, times a ray (x, y, 1), are each quantity times its weight, and
         room for the result, float32 (T, 4, 16). Of as many as a frame shows, memory is touched.
     :param fresh: corners to be lit, their vertices and their drawables; int32 (C + 1,).
     :param shadows: room for a shadow map, float32 (n,).
     """
 
-    camera_x: Array
-    camera_y: Array
-    camera_w: Array
-    screen_x: Array
-    screen_y: Array
-    inverse_w: Array
-    light_u: Array
-    light_v: Array
-    light_d: Array
+    camera: Array
+    screen: Array
+    light: Array
+    front: Array
     corners: Array
     lit: Array
     slots: Array
@@ -229,7 +229,7 @@ class Background(NamedTuple):
     :param light_d: its depth there, float32 (rows, columns); -1e9 marks a pixel that a shadow does not change.
     :param tiles: of each square of TILE pixels, the first and last texel across and down that a shadow may change it
         from, int32 (rows / TILE, columns / TILE, 4), both rounded up.
-    :param shadows: what the light meets of what never moves, and fixed_shadows of what stays where a trial puts it.
+    :param shadows: what the light meets of it.
     """
 
     bright: Array
@@ -240,7 +240,6 @@ class Background(NamedTuple):
     light_d: Array
     tiles: Array
     shadows: ShadowMap
-    fixed_shadows: ShadowMap
 
 
 class Canvas(NamedTuple):

@@ -41,16 +41,21 @@ def texels(window):
 
 
 @compiled
-def cast_shadows(geometry, casting, window, pixel, workspace):
+def cast_shadows(look, casting, window, pixel):
     """What the light meets of drawables that have been projected to its plane, kept in the workspace.
 
     :param window: see :func:`light_window`.
     """
     left, top, right, bottom = window
     rows, columns = bottom - top, right - left + LANES
+    workspace, unshadowed = look.workspace, look.lights.unshadowed
     depth = workspace.shadows[: rows * columns].reshape(rows, columns)
     depth[:] = np.inf
-    raster.rasterise_shadow(geometry, casting, workspace, right - left, left, top, _SLOPE_TEXELS, depth)
+    if unshadowed < look.towards.shape[1]:
+        towards = look.towards[:, unshadowed]
+        raster.rasterise_shadow(
+            look.geometry, casting, towards, workspace, right - left, left, top, _SLOPE_TEXELS, depth
+        )
     return ShadowMap(depth, right - left, left, top, _SLACK * _TEXEL * pixel)
 
 
@@ -59,7 +64,7 @@ def draw_still(look, camera, poses, drawables, shadows, background, seen, spans,
     """Draw what does not move over a background, and make it a part of that.
 
     :param drawables: opaque ones, projected to the light's plane.
-    :param shadows: those that they cast on the background; those on themselves are in the background already.
+    :param shadows: those that they cast on the background, which holds them already, for what they cast on themselves.
     :param seen: the background's samples, and what is in the spans is something else's; both become the background's.
     :param changed: first and last pixel of each row whose samples may have changed, int32 (rows, 2); set.
     """
@@ -68,7 +73,7 @@ def draw_still(look, camera, poses, drawables, shadows, background, seen, spans,
     show_background(background.nearness, spans, seen)
     _empty(spans)
     window = _clipped(raster.project(geometry, drawables, poses, camera, workspace), background.bright)
-    raster.rasterise(geometry, drawables, camera, window, workspace, seen, spans)
+    raster.rasterise(geometry, drawables, camera, look.eyes, window, workspace, seen, spans)
     count = 0
     for y in range(window[1], window[3], _BAND):
         end, start = min(y + _BAND, window[3]), count
@@ -110,13 +115,13 @@ def draw_moving(look, camera, poses, moving, transparent, casting, lit, pixel, b
     :param picture: uint8 (rows, columns, 3); shows the background, updated.
     """
     geometry, workspace, frame = look.geometry, look.workspace, look.frame
-    shadows = cast_shadows(geometry, casting, lit, pixel, workspace)
+    shadows = cast_shadows(look, casting, lit, pixel)
     shading.darken(background, shadows, picture)
     seen, spans = canvas.seen, canvas.spans
     show_background(background.nearness, spans, seen)
     _empty(spans)
     left, top, right, bottom = _clipped(raster.project(geometry, moving, poses, camera, workspace), picture)
-    raster.rasterise(geometry, moving, camera, (left, top, right, bottom), workspace, seen, spans)
+    raster.rasterise(geometry, moving, camera, look.eyes, (left, top, right, bottom), workspace, seen, spans)
     count = 0
     for y in range(top, bottom, _BAND):
         end, start = min(y + _BAND, bottom), count
@@ -135,7 +140,7 @@ def draw_moving(look, camera, poses, moving, transparent, casting, lit, pixel, b
             for sample in range(SAMPLES * left, SAMPLES * (right + MARGIN)):
                 layer_nearness[y, sample], layer_numbers[y, sample] = nearness[y, sample], 0
         _empty(canvas.layer_spans)
-        raster.rasterise(geometry, one, camera, window, workspace, canvas.layer, canvas.layer_spans)
+        raster.rasterise(geometry, one, camera, look.eyes, window, workspace, canvas.layer, canvas.layer_spans)
         start = count
         count = shading.find_visible(top, bottom, canvas.layer_spans, canvas.layer, frame, start, workspace)
         shading.prepare_visible(start, count, look, camera, False)

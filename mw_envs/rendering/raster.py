@@ -34,7 +34,7 @@ def project(geometry, drawables, poses, camera, workspace):
     """
     left, top, right, bottom = F(1e9), F(1e9), F(-1e9), F(-1e9)
     crossing = False
-    c = camera.rotation
+    c, camera_places, screen = camera.rotation, workspace.camera, workspace.screen
     scale_x, scale_y = F(camera.focal_x), F(camera.focal_y)
     shift_x, shift_y = F(camera.centre_x), F(camera.centre_y)
     near = F(camera.near)
@@ -60,9 +60,8 @@ def project(geometry, drawables, poses, camera, workspace):
             cw = m20 * x + m21 * y + m22 * z + m23
             inverse = ONE / max(cw, near)
             sx, sy = shift_x + scale_x * cx * inverse, shift_y + scale_y * cy * inverse
-            workspace.camera_x[v], workspace.camera_y[v], workspace.camera_w[v] = cx, cy, cw
-            workspace.screen_x[v], workspace.screen_y[v] = sx, sy
-            workspace.inverse_w[v] = inverse if cw > near else ZERO
+            camera_places[v, 0], camera_places[v, 1], camera_places[v, 2], camera_places[v, 3] = cx, cy, cw, ZERO
+            screen[v, 0], screen[v, 1], screen[v, 2], screen[v, 3] = sx, sy, inverse if cw > near else ZERO, ZERO
             nearest = min(nearest, cw)
             left, right = min(left, sx), max(right, sx)
             top, bottom = min(top, sy), max(bottom, sy)
@@ -90,7 +89,7 @@ def project_to_light(geometry, drawables, poses, axes, texel, workspace):
     :return: the window of texels that they touch: left, top, right, bottom, the last two exclusive.
     """
     left, top, right, bottom = F(1e9), F(1e9), F(-1e9), F(-1e9)
-    m = np.empty((3, 4), np.float32)
+    m, light = np.empty((3, 4), np.float32), workspace.light
     for d in drawables:
         p = poses[d]
         for i in range(3):
@@ -105,8 +104,7 @@ def project_to_light(geometry, drawables, poses, axes, texel, workspace):
             x, y, z = geometry.x[v], geometry.y[v], geometry.z[v]
             u = m00 * x + m01 * y + m02 * z + m03
             w = m10 * x + m11 * y + m12 * z + m13
-            workspace.light_u[v], workspace.light_v[v] = u, w
-            workspace.light_d[v] = m20 * x + m21 * y + m22 * z + m23
+            light[v, 0], light[v, 1], light[v, 2], light[v, 3] = u, w, m20 * x + m21 * y + m22 * z + m23, ZERO
             left, right = min(left, u), max(right, u)
             top, bottom = min(top, w), max(bottom, w)
     if left > right:
@@ -114,75 +112,92 @@ def project_to_light(geometry, drawables, poses, axes, texel, workspace):
     return int(np.floor(left)), int(np.floor(top)), int(np.ceil(right)) + 1, int(np.ceil(bottom)) + 1
 
 
+@inlined
+def _list_front(geometry, drawables, places, bounded, front):
+    """List the triangles whose front is towards a place, and how many these are.
+
+    :param places: in each drawable's coordinates, float32 (D, 3).
+    :param bounded: 1, or 0 if the places are directions.
+    """
+    facing, first_triangle = geometry.facing, geometry.first_triangle
+    count = 0
+    for d in drawables:
+        x, y, z = places[d, 0], places[d, 1], places[d, 2]
+        for t in range(first_triangle[d], first_triangle[d + 1]):
+            # Without a branch, which could not be foreseen.
+            front[count] = t
+            count += facing[t, 0] * x + facing[t, 1] * y + facing[t, 2] * z > bounded * facing[t, 3]
+    return count
+
+
 @compiled
-def rasterise(geometry, drawables, camera, window, workspace, seen, spans):
+def rasterise(geometry, drawables, camera, eyes, window, workspace, seen, spans):
     """Find the triangle that each sample sees, of drawables that have been projected.
 
+    :param eyes: the camera in each drawable's coordinates, float32 (D, 3).
     :param window: pixels to draw in: left, top, right, bottom.
     :param seen: the samples, updated.
     :param spans: first and last pixel of each row that may see a triangle, int32 (rows, 2); widened.
     """
     x_first, y_first, x_end, y_end = window
     # Fields of a tuple are counted references each time they are read; local names are not.
-    sx, sy, iw = workspace.screen_x, workspace.screen_y, workspace.inverse_w
-    nearness, numbers = seen.nearness, seen.numbers
-    triangles, first_triangle = geometry.triangles, geometry.first_triangle
+    screen, nearness, numbers = workspace.screen, seen.nearness, seen.numbers
+    triangles, front, block = geometry.triangles, workspace.front, F(_BLOCK)
     # A triangle's front is counter-clockwise, on a screen whose rows run downwards.
     sign = F(np.sign(camera.focal_x * camera.focal_y))
-    block = F(_BLOCK)
-    for d in drawables:
-        for t in range(first_triangle[d], first_triangle[d + 1]):
-            a, b, c = triangles[t, 0], triangles[t, 1], triangles[t, 2]
-            za, zb, zc = iw[a], iw[b], iw[c]
-            if za == ZERO or zb == ZERO or zc == ZERO:
-                if za != ZERO or zb != ZERO or zc != ZERO:
-                    _rasterise_crossing(triangles[t, 3], a, b, c, workspace, camera, window, seen, spans)
-                continue
-            ax, ay = sx[a], sy[a]
-            bx, by = sx[b] - ax, sy[b] - ay
-            cx, cy = sx[c] - ax, sy[c] - ay
-            area = bx * cy - cx * by
-            if area * sign <= ZERO:
-                continue
-            low_x, high_x = min(ZERO, bx, cx) + ax, max(ZERO, bx, cx) + ax
-            x0 = max(x_first, int(np.ceil(low_x - _LAST_SAMPLE)))
-            x1 = min(x_end - 1, int(np.floor(high_x - _FIRST_SAMPLE)))
-            if x0 > x1:
-                continue
-            low_y, high_y = min(ZERO, by, cy) + ay, max(ZERO, by, cy) + ay
-            y0 = max(y_first, int(np.ceil(low_y - _LAST_SAMPLE)))
-            y1 = min(y_end - 1, int(np.floor(high_y - _FIRST_SAMPLE)))
-            if y0 > y1:
-                continue
-            inverse = ONE / area
-            # Barycentric weights of b and c, and one over the distance: linear in x and y.
-            bdx, bdy = cy * inverse, -cx * inverse
-            cdx, cdy = -by * inverse, bx * inverse
-            zdx, zdy = bdx * (zb - za) + cdx * (zc - za), bdy * (zb - za) + cdy * (zc - za)
-            dx, dy = F(x0) - ax, F(y0) - ay
-            row_b, row_c, row_z = bdx * dx + bdy * dy, cdx * dx + cdy * dy, za + zdx * dx + zdy * dy
-            number = triangles[t, 3]
-            for y in range(y0, y1 + 1):
-                spans[y, 0], spans[y, 1] = min(spans[y, 0], x0), max(spans[y, 1], x1)
-                wb, wc, z = row_b, row_c, row_z
-                for x in range(x0, x1 + 1, _BLOCK):
-                    first = np.uint64(x * SAMPLES)
-                    for lane in range(np.uint64(LANES)):
-                        b_here = wb + bdx * LANE_X[lane] + bdy * LANE_Y[lane]
-                        c_here = wc + cdx * LANE_X[lane] + cdy * LANE_Y[lane]
-                        z_here = z + zdx * LANE_X[lane] + zdy * LANE_Y[lane]
-                        old, other = nearness[y, first + lane], numbers[y, first + lane]
-                        # One expression, without a branch, so that all lanes are one vector. What is drawn later hides
-                        # what is as near, as MuJoCo has it.
-                        hit = (b_here >= ZERO) & (c_here >= ZERO) & (b_here + c_here <= ONE) & (z_here >= old)
-                        nearness[y, first + lane] = z_here if hit else old
-                        numbers[y, first + lane] = number if hit else other
-                    wb += bdx * block
-                    wc += cdx * block
-                    z += zdx * block
-                row_b += bdy
-                row_c += cdy
-                row_z += zdy
+    for i in range(_list_front(geometry, drawables, eyes, ONE, front)):
+        t = front[i]
+        a, b, c = triangles[t, 0], triangles[t, 1], triangles[t, 2]
+        za, zb, zc = screen[a, 2], screen[b, 2], screen[c, 2]
+        if za == ZERO or zb == ZERO or zc == ZERO:
+            if za != ZERO or zb != ZERO or zc != ZERO:
+                _rasterise_crossing(triangles[t, 3], a, b, c, workspace, camera, window, seen, spans)
+            continue
+        ax, ay = screen[a, 0], screen[a, 1]
+        bx, by = screen[b, 0] - ax, screen[b, 1] - ay
+        cx, cy = screen[c, 0] - ax, screen[c, 1] - ay
+        area = bx * cy - cx * by
+        if area * sign <= ZERO:
+            continue
+        low_x, high_x = min(ZERO, bx, cx) + ax, max(ZERO, bx, cx) + ax
+        x0 = max(x_first, int(np.ceil(low_x - _LAST_SAMPLE)))
+        x1 = min(x_end - 1, int(np.floor(high_x - _FIRST_SAMPLE)))
+        if x0 > x1:
+            continue
+        low_y, high_y = min(ZERO, by, cy) + ay, max(ZERO, by, cy) + ay
+        y0 = max(y_first, int(np.ceil(low_y - _LAST_SAMPLE)))
+        y1 = min(y_end - 1, int(np.floor(high_y - _FIRST_SAMPLE)))
+        if y0 > y1:
+            continue
+        inverse = ONE / area
+        # Barycentric weights of b and c, and one over the distance: linear in x and y.
+        bdx, bdy = cy * inverse, -cx * inverse
+        cdx, cdy = -by * inverse, bx * inverse
+        zdx, zdy = bdx * (zb - za) + cdx * (zc - za), bdy * (zb - za) + cdy * (zc - za)
+        dx, dy = F(x0) - ax, F(y0) - ay
+        row_b, row_c, row_z = bdx * dx + bdy * dy, cdx * dx + cdy * dy, za + zdx * dx + zdy * dy
+        number = triangles[t, 3]
+        for y in range(y0, y1 + 1):
+            spans[y, 0], spans[y, 1] = min(spans[y, 0], x0), max(spans[y, 1], x1)
+            wb, wc, z = row_b, row_c, row_z
+            for x in range(x0, x1 + 1, _BLOCK):
+                first = np.uint64(x * SAMPLES)
+                for lane in range(np.uint64(LANES)):
+                    b_here = wb + bdx * LANE_X[lane] + bdy * LANE_Y[lane]
+                    c_here = wc + cdx * LANE_X[lane] + cdy * LANE_Y[lane]
+                    z_here = z + zdx * LANE_X[lane] + zdy * LANE_Y[lane]
+                    old, other = nearness[y, first + lane], numbers[y, first + lane]
+                    # One expression, without a branch, so that all lanes are one vector. What is drawn later hides
+                    # what is as near, as MuJoCo has it.
+                    hit = (b_here >= ZERO) & (c_here >= ZERO) & (b_here + c_here <= ONE) & (z_here >= old)
+                    nearness[y, first + lane] = z_here if hit else old
+                    numbers[y, first + lane] = number if hit else other
+                wb += bdx * block
+                wc += cdx * block
+                z += zdx * block
+            row_b += bdy
+            row_c += cdy
+            row_z += zdy
 
 
 @compiled
@@ -212,8 +227,8 @@ def _rasterise_crossing(number, a, b, c, workspace, camera, window, seen, spans)
 @inlined
 def ray_weights(workspace, a, b, c):
     """Determinant of a triangle's camera coordinates, and the vectors whose products with a ray are its weights."""
-    x, y, w = workspace.camera_x, workspace.camera_y, workspace.camera_w
-    ax, ay, aw, bx, by, bw, cx, cy, cw = x[a], y[a], w[a], x[b], y[b], w[b], x[c], y[c], w[c]
+    p = workspace.camera
+    ax, ay, aw, bx, by, bw, cx, cy, cw = p[a, 0], p[a, 1], p[a, 2], p[b, 0], p[b, 1], p[b, 2], p[c, 0], p[c, 1], p[c, 2]
     na = (by * cw - bw * cy, bw * cx - bx * cw, bx * cy - by * cx)
     nb = (cy * aw - cw * ay, cw * ax - cx * aw, cx * ay - cy * ax)
     nc = (ay * bw - aw * by, aw * bx - ax * bw, ax * by - ay * bx)
@@ -221,55 +236,55 @@ def ray_weights(workspace, a, b, c):
 
 
 @compiled
-def rasterise_shadow(geometry, drawables, workspace, columns, u0, v0, slope_texels, depth):
+def rasterise_shadow(geometry, drawables, towards, workspace, columns, u0, v0, slope_texels, depth):
     """Distances from the light of what it meets first, by the triangles whose front it sees.
 
+    :param towards: the direction to the light in each drawable's coordinates, float32 (D, 3).
     :param columns: columns of the map that count.
     :param slope_texels: a triangle lies that many texels' worth of its slope deeper, against shadows on itself.
     :param depth: metres, float32 (rows, columns + margin); updated.
     """
-    lu, lv, ld = workspace.light_u, workspace.light_v, workspace.light_d
-    triangles, first_triangle = geometry.triangles, geometry.first_triangle
+    light, triangles, front = workspace.light, geometry.triangles, workspace.front
     rows = depth.shape[0]
     shift_u, shift_v, slope, block = F(u0), F(v0), F(slope_texels), F(LANES)
-    for d in drawables:
-        for t in range(first_triangle[d], first_triangle[d + 1]):
-            a, b, c = triangles[t, 0], triangles[t, 1], triangles[t, 2]
-            ax, ay = lu[a], lv[a]
-            bx, by = lu[b] - ax, lv[b] - ay
-            cx, cy = lu[c] - ax, lv[c] - ay
-            area = bx * cy - cx * by
-            if area >= ZERO:
-                continue
-            low_x, high_x = min(ZERO, bx, cx) + ax - shift_u, max(ZERO, bx, cx) + ax - shift_u
-            x0, x1 = max(0, int(np.ceil(low_x - HALF))), min(columns - 1, int(np.floor(high_x - HALF)))
-            if x0 > x1:
-                continue
-            low_y, high_y = min(ZERO, by, cy) + ay - shift_v, max(ZERO, by, cy) + ay - shift_v
-            y0, y1 = max(0, int(np.ceil(low_y - HALF))), min(rows - 1, int(np.floor(high_y - HALF)))
-            if y0 > y1:
-                continue
-            inverse = ONE / area
-            za, zb, zc = ld[a], ld[b], ld[c]
-            bdx, bdy = cy * inverse, -cx * inverse
-            cdx, cdy = -by * inverse, bx * inverse
-            zdx, zdy = bdx * (zb - za) + cdx * (zc - za), bdy * (zb - za) + cdy * (zc - za)
-            dx, dy = F(x0) + HALF - ax + shift_u, F(y0) + HALF - ay + shift_v
-            row_b, row_c = bdx * dx + bdy * dy, cdx * dx + cdy * dy
-            row_z = za + zdx * dx + zdy * dy + slope * max(abs(zdx), abs(zdy))
-            for y in range(y0, y1 + 1):
-                wb, wc, z = row_b, row_c, row_z
-                for x in range(x0, x1 + 1, LANES):
-                    first = np.uint64(x)
-                    for lane in range(np.uint64(LANES)):
-                        right = F(np.int32(lane))
-                        b_here, c_here, z_here = wb + bdx * right, wc + cdx * right, z + zdx * right
-                        old = depth[y, first + lane]
-                        hit = (b_here >= ZERO) & (c_here >= ZERO) & (b_here + c_here <= ONE) & (z_here < old)
-                        depth[y, first + lane] = z_here if hit else old
-                    wb += bdx * block
-                    wc += cdx * block
-                    z += zdx * block
-                row_b += bdy
-                row_c += cdy
-                row_z += zdy
+    for i in range(_list_front(geometry, drawables, towards, ZERO, front)):
+        t = front[i]
+        a, b, c = triangles[t, 0], triangles[t, 1], triangles[t, 2]
+        ax, ay = light[a, 0], light[a, 1]
+        bx, by = light[b, 0] - ax, light[b, 1] - ay
+        cx, cy = light[c, 0] - ax, light[c, 1] - ay
+        area = bx * cy - cx * by
+        if area >= ZERO:
+            continue
+        low_x, high_x = min(ZERO, bx, cx) + ax - shift_u, max(ZERO, bx, cx) + ax - shift_u
+        x0, x1 = max(0, int(np.ceil(low_x - HALF))), min(columns - 1, int(np.floor(high_x - HALF)))
+        if x0 > x1:
+            continue
+        low_y, high_y = min(ZERO, by, cy) + ay - shift_v, max(ZERO, by, cy) + ay - shift_v
+        y0, y1 = max(0, int(np.ceil(low_y - HALF))), min(rows - 1, int(np.floor(high_y - HALF)))
+        if y0 > y1:
+            continue
+        inverse = ONE / area
+        za, zb, zc = light[a, 2], light[b, 2], light[c, 2]
+        bdx, bdy = cy * inverse, -cx * inverse
+        cdx, cdy = -by * inverse, bx * inverse
+        zdx, zdy = bdx * (zb - za) + cdx * (zc - za), bdy * (zb - za) + cdy * (zc - za)
+        dx, dy = F(x0) + HALF - ax + shift_u, F(y0) + HALF - ay + shift_v
+        row_b, row_c = bdx * dx + bdy * dy, cdx * dx + cdy * dy
+        row_z = za + zdx * dx + zdy * dy + slope * max(abs(zdx), abs(zdy))
+        for y in range(y0, y1 + 1):
+            wb, wc, z = row_b, row_c, row_z
+            for x in range(x0, x1 + 1, LANES):
+                first = np.uint64(x)
+                for lane in range(np.uint64(LANES)):
+                    right = F(np.int32(lane))
+                    b_here, c_here, z_here = wb + bdx * right, wc + cdx * right, z + zdx * right
+                    old = depth[y, first + lane]
+                    hit = (b_here >= ZERO) & (c_here >= ZERO) & (b_here + c_here <= ONE) & (z_here < old)
+                    depth[y, first + lane] = z_here if hit else old
+                wb += bdx * block
+                wc += cdx * block
+                z += zdx * block
+            row_b += bdy
+            row_c += cdy
+            row_z += zdy

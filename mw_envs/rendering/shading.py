@@ -79,6 +79,10 @@ def find_visible(top, bottom, spans, seen, frame, count, workspace):
             if n0 | n1 | n2 | n3 == 0:
                 continue
             # Without branches, which would have to wait for memory.
+            if ((n0 ^ n1) | (n0 ^ n2) | (n0 ^ n3)) >> TRIANGLE_BITS == 0:
+                place, count = _listed(n0, now, count, visible, slots)
+                numbers[y, k], numbers[y, k + _1], numbers[y, k + _2], numbers[y, k + _3] = place, place, place, place
+                continue
             g0, g1, g2, g3 = n0 >> TRIANGLE_BITS, n1 >> TRIANGLE_BITS, n2 >> TRIANGLE_BITS, n3 >> TRIANGLE_BITS
             n1 = n0 if g1 == g0 else n1
             n2 = n0 if g2 == g0 else n1 if g2 == g1 else n2
@@ -149,7 +153,6 @@ def prepare_visible(start, count, look, camera, still):
     # Fields of a tuple are counted references each time they are read; local names are not.
     frame, workspace, geometry = look.frame, look.workspace, look.geometry
     texture, mapping, levels = look.materials.texture, look.materials.mapping, look.textures.levels
-    xs, ys, ws = workspace.camera_x, workspace.camera_y, workspace.camera_w
     fx, fy, near = F(1 / camera.focal_x), F(1 / camera.focal_y), F(camera.near)
     triangles, triangle_corners, drawable = geometry.triangles, geometry.corners, geometry.drawable
     corners, lit, planes, visible = workspace.corners, workspace.lit, workspace.planes, workspace.visible
@@ -177,7 +180,9 @@ def prepare_visible(start, count, look, camera, still):
         if texture[d] >= 0:
             planes[i, 0, LEVEL] = -ONE
             if not still:
-                planes[i, 0, LEVEL] = _middle_level(planes, i, triangles[t], xs, ys, ws, near, fx, fy, mapping, levels)
+                planes[i, 0, LEVEL] = _middle_level(
+                    planes, i, triangles[t], workspace.camera, near, fx, fy, mapping, levels
+                )
 
 
 @compiled
@@ -190,7 +195,7 @@ def _light_corners(used, look):
     normals, texture_places = geometry.normals, geometry.texture_places
     rgba, gloss = look.materials.rgba, look.materials.gloss
     xs, ys, zs = geometry.x, geometry.y, geometry.z
-    lu, lv, ld, corners = workspace.light_u, workspace.light_v, workspace.light_d, workspace.corners
+    light, corners = workspace.light, workspace.corners
     eyes, towards = look.eyes, look.towards
     ambient, diffuse, specular, unshadowed = lights.ambient, lights.diffuse, lights.specular, lights.unshadowed
     fresh, fresh_vertices, fresh_drawables = workspace.fresh, workspace.fresh_vertices, workspace.fresh_drawables
@@ -203,7 +208,7 @@ def _light_corners(used, look):
         for j in range(3):
             corners[corner, j], corners[corner, 3 + j] = gloss[d, 0] * rgba[d, j], ZERO
             corners[corner, S + j] = texture_places[v, j]
-        corners[corner, U], corners[corner, V], corners[corner, D] = lu[v], lv[v], ld[v]
+        corners[corner, U], corners[corner, V], corners[corner, D] = light[v, 0], light[v, 1], light[v, 2]
         corners[corner, WEIGHT] = ONE
         for s in range(towards.shape[1]):
             first = 0 if s < unshadowed else 3
@@ -223,7 +228,7 @@ def _light_corners(used, look):
 
 
 @compiled
-def _middle_level(planes, slot, vertices, camera_x, camera_y, camera_w, near, step_x, step_y, mapping, levels):
+def _middle_level(planes, slot, vertices, camera_places, near, step_x, step_y, mapping, levels):
     """How much a triangle's texture is reduced in its middle, see :func:`_level`; -1 if it reaches behind the camera.
 
     :param vertices: the triangle's.
@@ -231,10 +236,10 @@ def _middle_level(planes, slot, vertices, camera_x, camera_y, camera_w, near, st
     x, y, nearest = ZERO, ZERO, near
     for k in range(3):
         v = vertices[k]
-        away = camera_w[v]
+        away = camera_places[v, 2]
         nearest = min(nearest, away)
-        x += camera_x[v] / max(away, near) * _THIRD
-        y += camera_y[v] / max(away, near) * _THIRD
+        x += camera_places[v, 0] / max(away, near) * _THIRD
+        y += camera_places[v, 1] / max(away, near) * _THIRD
     if nearest < near:
         return -ONE
     _evaluate(planes, slot, x, y)
@@ -288,6 +293,9 @@ def _different(places, y, x, numbers, shares):
     """
     k = np.uint64(SAMPLES * x)
     n0, n1, n2, n3 = places[y, k], places[y, k + _1], places[y, k + _2], places[y, k + _3]
+    if n0 == n1 and n0 == n2 and n0 == n3:
+        numbers[0], shares[0] = n0, SAMPLES
+        return int(n0 != 0)
     same01, same02, same03, same12, same13, same23 = n0 == n1, n0 == n2, n0 == n3, n1 == n2, n1 == n3, n2 == n3
     different = 0
     numbers[different], shares[different] = n0, 1 + same01 + same02 + same03
@@ -317,7 +325,6 @@ def resolve(top, bottom, spans, seen, look, camera, shadows, background, picture
     pixels, levels = look.textures.pixels, look.textures.levels
     depth0, columns0, u0, v0, slack0 = _unpacked(shadows)
     depth1, columns1, u1, v1, slack1 = _unpacked(background.shadows)
-    depth2, columns2, u2, v2, slack2 = _unpacked(background.fixed_shadows)
     for y in range(top, bottom):
         ray_y = (F(y) + HALF - oy) * fy
         for x in range(spans[y, 0], spans[y, 1] + 1):
@@ -333,7 +340,6 @@ def resolve(top, bottom, spans, seen, look, camera, shadows, background, picture
                 u, v, distance = planes[slot, 3, U], planes[slot, 3, V], planes[slot, 3, D]
                 dark = _in_shadow(depth0, columns0, u0, v0, slack0, u, v, distance)
                 dark |= _in_shadow(depth1, columns1, u1, v1, slack1, u, v, distance)
-                dark |= _in_shadow(depth2, columns2, u2, v2, slack2, u, v, distance)
                 light = ZERO if dark else ONE
                 r = planes[slot, 3, 0] + light * planes[slot, 3, 3]
                 g = planes[slot, 3, 1] + light * planes[slot, 3, 4]
@@ -364,7 +370,6 @@ def resolve_still(top, bottom, spans, seen, look, camera, background):
     planes, mapping = look.workspace.planes, look.materials.mapping
     pixels, levels = look.textures.pixels, look.textures.levels
     depth1, columns1, u1, v1, slack1 = _unpacked(background.shadows)
-    depth2, columns2, u2, v2, slack2 = _unpacked(background.fixed_shadows)
     lit, unlit = np.empty(3, np.float32), np.empty(3, np.float32)
     for y in range(top, bottom):
         ray_y = (F(y) + HALF - oy) * fy
@@ -385,7 +390,6 @@ def resolve_still(top, bottom, spans, seen, look, camera, background):
                 u, v, distance = planes[slot, 3, U], planes[slot, 3, V], planes[slot, 3, D]
                 reached = planes[slot, 3, 3] + planes[slot, 3, 4] + planes[slot, 3, 5] > ZERO
                 reached = reached and not _in_shadow(depth1, columns1, u1, v1, slack1, u, v, distance)
-                reached = reached and not _in_shadow(depth2, columns2, u2, v2, slack2, u, v, distance)
                 if reached:
                     light_u[y, x], light_v[y, x] = int(np.floor(u)), int(np.floor(v))
                     light_d[y, x] = distance

@@ -36,8 +36,7 @@ class Still:
     @property
     def own_bytes(self) -> int:
         """What it takes beyond its base."""
-        shadows = self.background.shadows if self.background is self.base else self.background.fixed_shadows
-        return shadows.depth.nbytes + sum(getattr(self.background, name).nbytes for name in PICTURES)
+        return self.background.shadows.depth.nbytes + sum(getattr(self.background, name).nbytes for name in PICTURES)
 
 
 class Stills:
