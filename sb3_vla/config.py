@@ -116,13 +116,12 @@ def _read_yaml(path: Path) -> DictConfig:
 
 def _override(cls: type, merged: Any, override: str) -> Any:
     addition = _parse_override(override)
-    merged = _merge(cls, merged, addition, f"override {override!r}")
-    key = override.partition("=")[0].strip()
-    key = getattr(cls, "ALIASES", {}).get(key, key)
-    value, hint = _given(addition, key), dict(_known_keys(cls)).get(key)
-    if isinstance(value, dict) and dict in map(get_origin, (hint, *get_args(hint))):
-        OmegaConf.update(merged, key, value, merge=False)
-    return merged
+    given = override.partition("=")[0].strip()
+    key = getattr(cls, "ALIASES", {}).get(given, given)
+    hint = dict(_known_keys(cls)).get(key)
+    if isinstance(_given(addition, given), dict) and dict in map(get_origin, (hint, *get_args(hint))):
+        OmegaConf.update(merged, key, {}, merge=False)  # else what was there would stay beside it
+    return _merge(cls, merged, addition, f"override {override!r}")
 
 
 def _parse_override(override: str) -> DictConfig:

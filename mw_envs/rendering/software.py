@@ -30,7 +30,7 @@ from mw_envs.tasks import did_you_mean
 # gripper seen from one that it carries, metres.
 _STANDING_DISTANCE, _CARRIED_DISTANCE = 1.0, 0.1
 # Kept of backgrounds, of which there are few, and of what trials have placed; each view and environment needs one of
-# these, 8 MB at 480x480 pixels, and those of earlier trials stay until the room is used.
+# these, 10 MB at 480x480 pixels, and those of earlier trials stay until the room is used.
 _BACKGROUND_BYTES, _SETTING_BYTES = 128 * 2**20, 256 * 2**20
 
 

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from mw_envs.rendering import arrays
 
-#: the fields of a background that are drawn; the others are maps of shadows
+#: the fields of a background that are drawn; the other one is a map of shadows
 PICTURES = ("bright", "dark", "nearness", "light_u", "light_v", "light_d", "tiles")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +14,7 @@ from sb3_vla.cluster.placement import ClusterOptions, Node, Placement, Placement
 #: what a request raises whose actor, or the node of it, is gone
 LOST = ("RayActorError", "ActorUnschedulableError", "ObjectLostError", "OwnerDiedError", "NodeDiedError")
 _ANSWER_SECONDS = 60.0  # in which a node that lives has begun a process
+_RETRY_SECONDS = 0.2
 
 
 def import_ray() -> Any:
@@ -38,7 +40,10 @@ class Cluster:
     def __init__(self, options: ClusterOptions, first: str | None = None) -> None:
         self.ray = import_ray()
         self.first: str = self.ray.get_runtime_context().get_node_id() if first is None else first
-        self._silent: set[str] = set()  # nodes that began no process when they were last asked to
+        self._heard, self._silent = (
+            {self.first},
+            set[str](),
+        )  # nodes that began a process when last asked to, or did not
         self.placement: Placement = place(options, self.nodes())
         self.num_nodes = options.num_nodes
 
@@ -58,13 +63,16 @@ class Cluster:
 
         :return: Ray's handle.
         """
-        return self._start(server, self._node_of(slot), slot, *arguments)
+        while (node := self._node_of(slot)).name not in self._heard:
+            self._ask(node)
+        return self._start(server, node, slot, *arguments)
 
     def restart(self, server: type, slot: Slot, *arguments: Any) -> Any:
         """As :meth:`start`, for a process that died, perhaps with its node, which Ray notices only seconds later."""
         self._silent.clear()  # one that was only slow may have come round
-        while (node := self._node_of(slot)).name != self.first and not self._answers(node):
-            self._silent.add(node.name)
+        self._heard = {self.first}
+        while (node := self._node_of(slot)).name not in self._heard:
+            self._ask(node)
         return self._start(server, node, slot, *arguments)
 
     def _node_of(self, slot: Slot) -> Node:
@@ -73,22 +81,29 @@ class Cluster:
 
     def _start(self, server: type, node: Node, *arguments: Any) -> Any:
         strategies = importlib.import_module("ray.util.scheduling_strategies")
-        # A soft affinity would put it on this node while Ray's scheduler has not heard of a node that has just joined.
+        # By a soft affinity it would begin elsewhere while Ray's scheduler has not heard of a node that has just joined.
         affinity = strategies.NodeAffinitySchedulingStrategy(node.name, soft=False)
         # The placement shares accelerators; Ray's own counting of them would not.
         actor = self.ray.remote(server).options(num_cpus=0, num_gpus=0, scheduling_strategy=affinity)
         return actor.remote(*arguments)
 
-    def _answers(self, node: Node) -> bool:
-        """Whether a node begins processes; it may be dead and Ray not know."""
-        probe = self._start(_Probe, node)
-        try:
-            self.ray.get(probe.answer.remote(), timeout=_ANSWER_SECONDS)
-        except self.ray.exceptions.RayError:
-            return False
-        finally:
-            self.ray.kill(probe)
-        return True
+    def _ask(self, node: Node) -> None:
+        """Find out whether a node begins processes: it may be dead and Ray not know, or too new for Ray's scheduler."""
+        unknown = getattr(self.ray.exceptions, "ActorUnschedulableError", ())
+        deadline = time.monotonic() + _ANSWER_SECONDS
+        while time.monotonic() < deadline and node.name in [alive.name for alive in self.nodes()]:
+            probe = self._start(_Probe, node)
+            try:
+                self.ray.get(probe.answer.remote(), timeout=_ANSWER_SECONDS)
+                self._heard.add(node.name)
+                return
+            except unknown:
+                time.sleep(_RETRY_SECONDS)
+            except self.ray.exceptions.RayError:
+                break
+            finally:
+                self.ray.kill(probe)
+        self._silent.add(node.name)
 
     def lost(self) -> tuple[type[Exception], ...]:
         """Types of the errors that tell the death of an actor or its node."""
