@@ -119,7 +119,7 @@ def _override(cls: type, merged: Any, override: str) -> Any:
     given = override.partition("=")[0].strip()
     key = getattr(cls, "ALIASES", {}).get(given, given)
     hint = dict(_known_keys(cls)).get(key)
-    if isinstance(_given(addition, given), dict) and dict in map(get_origin, (hint, *get_args(hint))):
+    if isinstance(_given(addition, given), dict) and dict in [get_origin(part) for part in (hint, *get_args(hint))]:
         OmegaConf.update(merged, key, {}, merge=False)  # else what was there would stay beside it
     return _merge(cls, merged, addition, f"override {override!r}")
 

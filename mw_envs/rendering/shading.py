@@ -78,11 +78,11 @@ def find_visible(top, bottom, spans, seen, frame, count, workspace):
             n0, n1, n2, n3 = numbers[y, k], numbers[y, k + _1], numbers[y, k + _2], numbers[y, k + _3]
             if n0 | n1 | n2 | n3 == 0:
                 continue
-            # Without branches, which would have to wait for memory.
             if ((n0 ^ n1) | (n0 ^ n2) | (n0 ^ n3)) >> TRIANGLE_BITS == 0:
                 place, count = _listed(n0, now, count, visible, slots)
                 numbers[y, k], numbers[y, k + _1], numbers[y, k + _2], numbers[y, k + _3] = place, place, place, place
                 continue
+            # Without further branches, which would have to wait for memory.
             g0, g1, g2, g3 = n0 >> TRIANGLE_BITS, n1 >> TRIANGLE_BITS, n2 >> TRIANGLE_BITS, n3 >> TRIANGLE_BITS
             n1 = n0 if g1 == g0 else n1
             n2 = n0 if g2 == g0 else n1 if g2 == g1 else n2
@@ -289,7 +289,7 @@ def _unpacked(shadows):
 def _different(places, y, x, numbers, shares):
     """List the different places that a pixel's samples see, and of how many samples each; how many these are.
 
-    Without branches that depend on them.
+    Where they are not all the same, without branches that depend on them.
     """
     k = np.uint64(SAMPLES * x)
     n0, n1, n2, n3 = places[y, k], places[y, k + _1], places[y, k + _2], places[y, k + _3]

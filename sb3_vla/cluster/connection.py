@@ -40,10 +40,8 @@ class Cluster:
     def __init__(self, options: ClusterOptions, first: str | None = None) -> None:
         self.ray = import_ray()
         self.first: str = self.ray.get_runtime_context().get_node_id() if first is None else first
-        self._heard, self._silent = (
-            {self.first},
-            set[str](),
-        )  # nodes that began a process when last asked to, or did not
+        # Nodes that began a process when they were last asked to, and nodes that did not.
+        self._heard, self._silent = {self.first}, set[str]()
         self.placement: Placement = place(options, self.nodes())
         self.num_nodes = options.num_nodes
 
@@ -69,11 +67,12 @@ class Cluster:
 
     def restart(self, server: type, slot: Slot, *arguments: Any) -> Any:
         """As :meth:`start`, for a process that died, perhaps with its node, which Ray notices only seconds later."""
-        self._silent.clear()  # one that was only slow may have come round
-        self._heard = {self.first}
-        while (node := self._node_of(slot)).name not in self._heard:
-            self._ask(node)
-        return self._start(server, node, slot, *arguments)
+        self.forget()
+        return self.start(server, slot, *arguments)
+
+    def forget(self) -> None:
+        """Ask each node again before something begins on it: one may have died, one that was only slow come round."""
+        self._heard, self._silent = {self.first}, set()
 
     def _node_of(self, slot: Slot) -> Node:
         nodes = self.nodes()
@@ -81,7 +80,7 @@ class Cluster:
 
     def _start(self, server: type, node: Node, *arguments: Any) -> Any:
         strategies = importlib.import_module("ray.util.scheduling_strategies")
-        # By a soft affinity it would begin elsewhere while Ray's scheduler has not heard of a node that has just joined.
+        # A soft one would begin it elsewhere while Ray's scheduler has not heard of a node that has just joined.
         affinity = strategies.NodeAffinitySchedulingStrategy(node.name, soft=False)
         # The placement shares accelerators; Ray's own counting of them would not.
         actor = self.ray.remote(server).options(num_cpus=0, num_gpus=0, scheduling_strategy=affinity)

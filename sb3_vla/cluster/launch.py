@@ -80,6 +80,7 @@ def _train(
 
 def _wait_for_nodes(cluster: Cluster, options: ClusterOptions) -> None:
     deadline = time.monotonic() + _RETURN_SECONDS
+    cluster.forget()
     while True:
         try:
             cluster.placement = place(options, cluster.nodes())
