@@ -6,6 +6,7 @@ in order, results pickled. The same tests run on Ray's own simulated cluster whe
 
 from __future__ import annotations
 
+import gc
 import multiprocessing as mp
 import os
 import signal
@@ -83,6 +84,8 @@ class _Handle:
 def _serve(far: Any, work: bytes) -> None:
     while _NEAR:
         _NEAR.pop().close()
+    # A process group that the parent has left waits for its threads when it is collected, and a fork has none of them.
+    gc.freeze()
     server, arguments = cloudpickle.loads(work)
     made = server(*arguments)
     try:
