@@ -7,6 +7,7 @@ any file system, so the kernel frees it when the last of them ends, in whatever 
 from __future__ import annotations
 
 import functools
+import gc
 import math
 import mmap
 import os
@@ -214,6 +215,9 @@ def work(remote: Connection, inherited: Sequence[Connection], env_fns: Sequence[
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the parent, which closes its workers
     for connection in inherited:
         connection.close()
+    # What a forking parent left uncollected is not this process's: the end of a process group, for one, waits for
+    # threads that a fork lacks.
+    gc.freeze()
     envs: Share | None = None
     try:
         envs, reply = make_share(env_fns)

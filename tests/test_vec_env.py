@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import multiprocessing
 import os
 import signal
@@ -574,6 +575,38 @@ def test_a_worker_that_dies_at_work(five: SharedMemoryVecEnv) -> None:
 
 
 # Replaced workers
+
+
+class Left:
+    """Part of a cycle: ended by the collector, in whichever process that runs."""
+
+    def __init__(self, note: Path) -> None:
+        self.note, self.cycle = note, self
+
+    def __del__(self) -> None:
+        self.note.write_text(str(os.getpid()))
+
+
+class CollectingToy(Toy):
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        gc.collect()
+        return super().reset(seed=seed, options=options)
+
+
+def test_a_forked_worker_leaves_the_parents_garbage_alone(tmp_path: Path) -> None:
+    note = tmp_path / "ended by"
+    gc.collect()
+    gc.disable()
+    try:
+        Left(note)
+        env = SharedMemoryVecEnv([CollectingToy], "fork")
+        env.reset()
+        env.close()
+        assert not note.exists()
+        gc.collect()
+    finally:
+        gc.enable()
+    assert note.read_text() == str(os.getpid())
 
 
 def restarting(start_method: str = "fork", deadly: Path | None = None) -> SharedMemoryVecEnv:
