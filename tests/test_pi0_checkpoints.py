@@ -28,6 +28,7 @@ from toy_pi0 import (
     reference_weights,
     rlinf_heads,
     tiny_tokenizer,
+    transformers_pi0,
     write_json,
     write_layout,
 )
@@ -157,26 +158,7 @@ def test_a_flattened_vision_tower(tmp_path: Path) -> None:
 
 def test_transformers_own_pi0(tmp_path: Path) -> None:
     """Its velocities differ because it embeds the time in float32: by 8e-5 at t = 1 (5.23)."""
-    transformers = pytest.importorskip("transformers")
-    if not hasattr(transformers, "PI0ForConditionalGeneration"):
-        pytest.skip("this transformers has no pi0")
-    heads = {"num_attention_heads": 8, "num_key_value_heads": 1, "head_dim": 16}
-    text = {"model_type": "gemma", "hidden_size": 64, "num_hidden_layers": 3, "intermediate_size": 128, **heads}
-    vision = {"model_type": "siglip_vision_model", "hidden_size": 48, "num_hidden_layers": 2, "intermediate_size": 96}
-    vision |= {"num_attention_heads": 4, "patch_size": 14, "image_size": 56, "vision_use_head": False}
-    config = transformers.PI0Config(
-        vlm_config={
-            "model_type": "paligemma",
-            "text_config": {**text, "vocab_size": 512},
-            "vision_config": vision,
-            "projection_dim": 64,
-            "image_token_id": 511,
-        },
-        dit_config={**text, "hidden_size": 32, "intermediate_size": 64, "vocab_size": 512},
-        chunk_size=5,
-    )
-    torch.manual_seed(0)
-    theirs = transformers.PI0ForConditionalGeneration(config).eval()
+    theirs = transformers_pi0()
     theirs.save_pretrained(tmp_path / "a")
     loaded = load_checkpoint(tmp_path / "a", {**HEADS, "norm_stats": "none"})
     ours = loaded.model

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from toy import toy_observation
-from toy_pi0 import HEADS, LAYOUTS, P, X, tiny_tokenizer, write_layout
+from toy_pi0 import HEADS, LAYOUTS, TRANSFORMERS, P, X, tiny_tokenizer, write_layout
 
 from sb3_vla.checkpoints import load_checkpoint
 from sb3_vla.checkpoints.pi0 import save_lerobot
@@ -47,6 +47,7 @@ CASES = [
     for name in ("pi0", "pi05")
     for layout in LAYOUTS
 ]
+CASES.append(pytest.param("pi0", TRANSFORMERS, marks=pytest.mark.slow))  # which has no pi0.5
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, normalizers
@@ -27,6 +28,7 @@ TINY_PI0: dict[str, Any] = {
 #: what no layout says of a tiny vision tower
 HEADS = {"vision": {"heads": 4}}
 LAYOUTS = ("openpi", "lerobot 0.4", "lerobot", "rlinf sft", "rlinf rl", "sharded")
+TRANSFORMERS = "transformers"
 P, X = "paligemma_with_expert.paligemma.", "paligemma_with_expert.gemma_expert."
 STATISTICS: dict[str, dict[str, list[float]]] = {
     "state": {
@@ -74,7 +76,7 @@ def tiny_tokenizer(folder: Path) -> Path:
 
 
 def write_layout(folder: Path, name: str, layout: str) -> Path:
-    """The reference model as a checkpoint, as others lay it out."""
+    """The reference model as a checkpoint, as others lay it out; transformers' with weights of its own."""
     folder.mkdir(parents=True)
     weights = reference_weights(name)
     tied = {key: tensor for key, tensor in weights.items() if not key.endswith("embed_tokens.weight")}
@@ -98,9 +100,36 @@ def write_layout(folder: Path, name: str, layout: str) -> Path:
         path.parent.mkdir(parents=True)
         torch.save({f"_fsdp_wrapped_module.{k}": t for k, t in {**weights, **rlinf_heads(name)}.items()}, path)
         write_norm_stats(folder / "lerobot" / "metaworld_mt50", padded=True)
+    elif layout == TRANSFORMERS:
+        transformers_pi0().save_pretrained(folder)
+        write_norm_stats(folder / "assets" / "some_dataset", padded=False)
     else:
         write_lerobot(folder, name, weights if layout == "lerobot" else tied, current=layout == "lerobot")
     return folder
+
+
+def transformers_pi0() -> Any:
+    """transformers' own pi0 of the same sizes, with weights of its own; the test is skipped where it has none."""
+    transformers = pytest.importorskip("transformers")
+    if not hasattr(transformers, "PI0ForConditionalGeneration"):
+        pytest.skip("this transformers has no pi0")
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 1, "head_dim": 16}
+    text = {"model_type": "gemma", "hidden_size": 64, "num_hidden_layers": 3, "intermediate_size": 128, **heads}
+    vision = {"model_type": "siglip_vision_model", "hidden_size": 48, "num_hidden_layers": 2, "intermediate_size": 96}
+    vision |= {"num_attention_heads": 4, "patch_size": 14, "image_size": 56, "vision_use_head": False}
+    config = transformers.PI0Config(
+        vlm_config={
+            "model_type": "paligemma",
+            "text_config": {**text, "vocab_size": 512},
+            "vision_config": vision,
+            "projection_dim": 64,
+            "image_token_id": 511,
+        },
+        dit_config={**text, "hidden_size": 32, "intermediate_size": 64, "vocab_size": 512},
+        chunk_size=5,
+    )
+    torch.manual_seed(0)
+    return transformers.PI0ForConditionalGeneration(config).eval()
 
 
 def rlinf_heads(name: str) -> dict[str, Tensor]:
