@@ -74,6 +74,23 @@ class Geometry(NamedTuple):
     first_triangle: Array
 
 
+class Casters(NamedTuple):
+    """What the drawables' shadows are cast by: their shapes again, meshes with less detail.
+
+    :param x: object coordinates of vertices, float32 (V,); so are y and z.
+    :param triangles: vertices of each triangle, int32 (T, 3).
+    :param facing: see :class:`Geometry`; so are first_vertex and first_triangle.
+    """
+
+    x: Array
+    y: Array
+    z: Array
+    triangles: Array
+    facing: Array
+    first_vertex: Array
+    first_triangle: Array
+
+
 class Materials(NamedTuple):
     """Looks of the drawables.
 
@@ -142,7 +159,7 @@ class Workspace(NamedTuple):
         makes what belongs to a vertex lie in one line of the cache.
     :param screen: vertices on the screen in pixels, and one over the distance, 0 if nearer than the near plane, float32
         (V, 4).
-    :param light: vertices in texels of the shadow map, and their depth in metres, float32 (V, 4).
+    :param light: the casters' vertices in texels of the shadow map, and their depth in metres, float32 (V, 4).
     :param front: triangles whose front is towards the camera or a light, int32 (T + 1,): what is written first and
         counted then has room.
     :param corners: quantities at the corners, float32 (C, 16).
@@ -177,16 +194,20 @@ class Look(NamedTuple):
     :param frame: number of the frame, counted from 1.
     :param eyes: the camera in each drawable's coordinates, float32 (D, 3).
     :param towards: the directions to the lights in each drawable's coordinates, float32 (D, S, 3).
+    :param to_light: each drawable's coordinates to those of the light that casts shadows, in texels across and metres
+        along it, three rows of four each, float32 (D, 12); zeros if none does.
     """
 
     frame: int
     geometry: Geometry
+    casters: Casters
     materials: Materials
     textures: Textures
     lights: Lights
     workspace: Workspace
     eyes: Array
     towards: Array
+    to_light: Array
 
 
 class ShadowMap(NamedTuple):

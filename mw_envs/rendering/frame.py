@@ -9,7 +9,7 @@ from mw_envs.rendering.arrays import LANES, MARGIN, SAMPLES, Samples, ShadowMap,
 
 # Side of a shadow map's texels, in pixels; a surface is in shadow if it lies _SLACK texels behind what the light meets
 # first, which itself lies as much deeper as its slope makes of _SLOPE_TEXELS.
-_TEXEL, _SLACK, _SLOPE_TEXELS = 1.25, 0.75, 1.0
+TEXEL, _SLACK, _SLOPE_TEXELS = 1.25, 0.75, 1.0
 UNLIMITED = 1 << 30  # where spans begin that are empty
 _BAND = 16  # rows that are coloured as one, few enough to stay in a core's cache
 
@@ -21,17 +21,11 @@ def samples(rows, columns):
 
 
 @compiled
-def light_window(geometry, casting, unbounded, poses, axes, pixel, workspace):
-    """Where in the plane of the light that casts shadows some drawables are, in texels: left, top, right, bottom.
-
-    :param casting: those that cast shadows, and count; unbounded are others.
-    :param axes: two directions across the light and the one along it, float32 (3, 3); empty if no light casts shadows.
-    :param pixel: side of a pixel, metres.
-    """
-    if len(axes) == 0:
+def light_window(look, casting):
+    """Where in the plane of the light that casts shadows some drawables are, in texels: left, top, right, bottom."""
+    if look.lights.unshadowed == look.towards.shape[1]:
         return 0, 0, 0, 1
-    raster.project_to_light(geometry, unbounded, poses, axes, _TEXEL * pixel, workspace)
-    return raster.project_to_light(geometry, casting, poses, axes, _TEXEL * pixel, workspace)
+    return raster.project_to_light(look.casters, casting, look.to_light, look.workspace)
 
 
 def texels(window):
@@ -54,9 +48,9 @@ def cast_shadows(look, casting, window, pixel):
     if unshadowed < look.towards.shape[1]:
         towards = look.towards[:, unshadowed]
         raster.rasterise_shadow(
-            look.geometry, casting, towards, workspace, right - left, left, top, _SLOPE_TEXELS, depth
+            look.casters, casting, towards, workspace, right - left, left, top, _SLOPE_TEXELS, depth
         )
-    return ShadowMap(depth, right - left, left, top, _SLACK * _TEXEL * pixel)
+    return ShadowMap(depth, right - left, left, top, _SLACK * TEXEL * pixel)
 
 
 @compiled

@@ -24,7 +24,8 @@ from mw_envs.rendering.geometry import (
 )
 from mw_envs.rendering.textures import TexturePool
 
-_CELL = 1.5  # of coarsened meshes, in pixels
+# Of coarsened meshes, in pixels, and of what their shadows are cast by.
+_CELL, _CASTER_CELL = 1.5, 4.0
 _FAINTEST = 5e-4  # of a highlight, where 1 is white
 # More opaque than this is opaque, to MuJoCo.
 _OPAQUE = 0.995
@@ -38,6 +39,7 @@ class _Drawable:
     """One geom or site as it looks in its own coordinates."""
 
     shape: Shape
+    caster: Shape
     scale: npt.NDArray[np.float64]
     is_site: bool
     index: int
@@ -55,9 +57,10 @@ class Prepared:
     def __init__(self, model: mujoco.MjModel, background: frozenset[int], pixel: float, textures: TexturePool) -> None:
         _check_lights(model)
         self.pixel = pixel
-        drawables = _drawables(model, _CELL * pixel)
+        drawables = _drawables(model, pixel)
         self._parts = _cube_parts(len(drawables))
         self.geometry = _geometry(drawables, self._parts)
+        self.casters = _casters(drawables)
         pooled = [textures.add(_picture(model, texture)) for texture in range(model.ntex)]
         skies = [pooled[i] for i in range(model.ntex) if model.tex_type[i] == mujoco.mjtTexture.mjTEXTURE_SKYBOX]
         self.sky = skies[0] if skies else -1
@@ -82,7 +85,6 @@ class Prepared:
         self.casting = _numbers(~((still | fixed) & opaque) & bounded)
         self.moving_or_fixed = _numbers(~still & opaque)
         self.moving_or_fixed_casting = _numbers(~(still & opaque) & bounded)
-        self.endless = _numbers(~bounded)
         self.background_digest = self._digest(drawables, self.background)
         self.fixed_digest = self._digest(drawables, self.fixed)
         self._geoms = np.array([d.index for d in drawables if not d.is_site], dtype=np.int64)
@@ -94,6 +96,8 @@ class Prepared:
         for d in numbers:
             shape = drawables[d].shape
             for array in (shape.places, shape.triangles, shape.corners, shape.normals, drawables[d].scale):
+                found.update(array.tobytes())
+            for array in (drawables[d].caster.places, drawables[d].caster.triangles):
                 found.update(array.tobytes())
             for array in self.materials:
                 found.update(array[d].tobytes())
@@ -155,8 +159,8 @@ def _check_lights(model: mujoco.MjModel) -> None:
         )
 
 
-def _drawables(model: mujoco.MjModel, cell: float) -> list[_Drawable]:
-    """All visible geoms, then all visible sites; meshes with vertices no nearer to each other than a cell, metres."""
+def _drawables(model: mujoco.MjModel, pixel: float) -> list[_Drawable]:
+    """All visible geoms, then all visible sites, fine enough for a size of pixel in metres."""
     found = []
     for prefix, count in (("geom", model.ngeom), ("site", model.nsite)):
         groups, kinds, sizes, colours, materials, bodies = (
@@ -169,14 +173,17 @@ def _drawables(model: mujoco.MjModel, cell: float) -> list[_Drawable]:
                 continue
             kind, size = mujoco.mjtGeom(kinds[i]), np.asarray(sizes[i], dtype=np.float64)
             mesh = int(model.geom_dataid[i]) if prefix == "geom" else -1
-            shape, scale = _shape(model, kind, size, mesh, cell)
+            shape, scale = _shape(model, kind, size, mesh, _CELL * pixel)
+            caster = coarsened(shape, _CASTER_CELL * pixel) if kind == mujoco.mjtGeom.mjGEOM_MESH else shape
             texture = _texture(model, material)
             # A plane and a mesh have their size already; other shapes are scaled to it.
             sized = kind in (mujoco.mjtGeom.mjGEOM_PLANE, mujoco.mjtGeom.mjGEOM_MESH)
             mapping = _mapping(model, texture, material, size, sized) if texture >= 0 else (0.0,) * 6
             unbounded = kind == mujoco.mjtGeom.mjGEOM_PLANE
             found.append(
-                _Drawable(shape, scale, prefix == "site", i, int(bodies[i]), rgba, gloss, texture, mapping, unbounded)
+                _Drawable(
+                    shape, caster, scale, prefix == "site", i, int(bodies[i]), rgba, gloss, texture, mapping, unbounded
+                )
             )
     return found
 
@@ -286,6 +293,24 @@ def _geometry(drawables: list[_Drawable], parts: int) -> arrays.Geometry:
             np.array(first_vertex, np.int32),
             np.array(first_triangle, np.int32),
         ]
+    )
+
+
+def _casters(drawables: list[_Drawable]) -> arrays.Casters:
+    places, triangles, facing, first_vertex, first_triangle = [], [], [], [0], [0]
+    for drawable in drawables:
+        shape = drawable.caster
+        places.append(shape.places * drawable.scale)
+        triangles.append(shape.triangles + first_vertex[-1])
+        facing.append(_facing(places[-1][shape.triangles]))
+        first_vertex.append(first_vertex[-1] + len(shape.places))
+        first_triangle.append(first_triangle[-1] + len(shape.triangles))
+    return arrays.Casters(
+        *np.ascontiguousarray(np.concatenate(places).T, np.float32),
+        triangles=np.concatenate(triangles).astype(np.int32),
+        facing=np.concatenate(facing).astype(np.float32),
+        first_vertex=np.array(first_vertex, np.int32),
+        first_triangle=np.array(first_triangle, np.int32),
     )
 
 

@@ -81,27 +81,21 @@ def project(geometry, drawables, poses, camera, workspace):
 
 
 @compiled
-def project_to_light(geometry, drawables, poses, axes, texel, workspace):
-    """Vertices of some drawables to the plane of the light.
+def project_to_light(casters, drawables, to_light, workspace):
+    """Vertices of what some drawables' shadows are cast by to the plane of the light.
 
-    :param axes: two directions across the light and the one along it, float32 (3, 3).
-    :param texel: side of a texel, metres.
+    :param to_light: see :class:`mw_envs.rendering.arrays.Look`.
     :return: the window of texels that they touch: left, top, right, bottom, the last two exclusive.
     """
     left, top, right, bottom = F(1e9), F(1e9), F(-1e9), F(-1e9)
-    m, light = np.empty((3, 4), np.float32), workspace.light
+    light = workspace.light
     for d in drawables:
-        p = poses[d]
-        for i in range(3):
-            scale = ONE / F(texel) if i < 2 else ONE
-            for j in range(3):
-                m[i, j] = scale * (axes[i, 0] * p[j] + axes[i, 1] * p[3 + j] + axes[i, 2] * p[6 + j])
-            m[i, 3] = scale * (axes[i, 0] * p[9] + axes[i, 1] * p[10] + axes[i, 2] * p[11])
-        m00, m01, m02, m03 = m[0, 0], m[0, 1], m[0, 2], m[0, 3]
-        m10, m11, m12, m13 = m[1, 0], m[1, 1], m[1, 2], m[1, 3]
-        m20, m21, m22, m23 = m[2, 0], m[2, 1], m[2, 2], m[2, 3]
-        for v in range(geometry.first_vertex[d], geometry.first_vertex[d + 1]):
-            x, y, z = geometry.x[v], geometry.y[v], geometry.z[v]
+        m = to_light[d]
+        m00, m01, m02, m03 = m[0], m[1], m[2], m[3]
+        m10, m11, m12, m13 = m[4], m[5], m[6], m[7]
+        m20, m21, m22, m23 = m[8], m[9], m[10], m[11]
+        for v in range(casters.first_vertex[d], casters.first_vertex[d + 1]):
+            x, y, z = casters.x[v], casters.y[v], casters.z[v]
             u = m00 * x + m01 * y + m02 * z + m03
             w = m10 * x + m11 * y + m12 * z + m13
             light[v, 0], light[v, 1], light[v, 2], light[v, 3] = u, w, m20 * x + m21 * y + m22 * z + m23, ZERO
@@ -116,6 +110,7 @@ def project_to_light(geometry, drawables, poses, axes, texel, workspace):
 def _list_front(geometry, drawables, places, bounded, front):
     """List the triangles whose front is towards a place, and how many these are.
 
+    :param geometry: or casters.
     :param places: in each drawable's coordinates, float32 (D, 3).
     :param bounded: 1, or 0 if the places are directions.
     """
@@ -236,7 +231,7 @@ def ray_weights(workspace, a, b, c):
 
 
 @compiled
-def rasterise_shadow(geometry, drawables, towards, workspace, columns, u0, v0, slope_texels, depth):
+def rasterise_shadow(casters, drawables, towards, workspace, columns, u0, v0, slope_texels, depth):
     """Distances from the light of what it meets first, by the triangles whose front it sees.
 
     :param towards: the direction to the light in each drawable's coordinates, float32 (D, 3).
@@ -244,10 +239,10 @@ def rasterise_shadow(geometry, drawables, towards, workspace, columns, u0, v0, s
     :param slope_texels: a triangle lies that many texels' worth of its slope deeper, against shadows on itself.
     :param depth: metres, float32 (rows, columns + margin); updated.
     """
-    light, triangles, front = workspace.light, geometry.triangles, workspace.front
+    light, triangles, front = workspace.light, casters.triangles, workspace.front
     rows = depth.shape[0]
     shift_u, shift_v, slope, block = F(u0), F(v0), F(slope_texels), F(LANES)
-    for i in range(_list_front(geometry, drawables, towards, ZERO, front)):
+    for i in range(_list_front(casters, drawables, towards, ZERO, front)):
         t = front[i]
         a, b, c = triangles[t, 0], triangles[t, 1], triangles[t, 2]
         ax, ay = light[a, 0], light[a, 1]

@@ -43,14 +43,20 @@ _1, _2, _3 = np.uint64(1), np.uint64(2), np.uint64(3)
 
 
 @compiled
-def prepare_lighting(poses, camera, lights, eyes, towards):
-    """The camera and the directions to the lights in each drawable's coordinates.
+def prepare_lighting(poses, camera, lights, axes, texel, eyes, towards, to_light):
+    """The camera and the lights in each drawable's coordinates, see :class:`mw_envs.rendering.arrays.Look`.
 
-    :param eyes: float32 (D, 3); set.
-    :param towards: float32 (D, S, 3); set.
+    :param axes: two directions across the light that casts shadows and the one along it, float32 (3, 3), or empty.
+    :param texel: side of a shadow map's texel, metres.
+    :param eyes: set; so are towards and to_light.
     """
     for d in range(len(poses)):
         p = poses[d]
+        for i in range(len(axes)):
+            scale = ONE / F(texel) if i < 2 else ONE
+            for j in range(3):
+                to_light[d, 4 * i + j] = scale * (axes[i, 0] * p[j] + axes[i, 1] * p[3 + j] + axes[i, 2] * p[6 + j])
+            to_light[d, 4 * i + 3] = scale * (axes[i, 0] * p[9] + axes[i, 1] * p[10] + axes[i, 2] * p[11])
         x, y, z = camera.position[0] - p[9], camera.position[1] - p[10], camera.position[2] - p[11]
         for j in range(3):
             eyes[d, j] = p[j] * x + p[3 + j] * y + p[6 + j] * z
@@ -195,20 +201,24 @@ def _light_corners(used, look):
     normals, texture_places = geometry.normals, geometry.texture_places
     rgba, gloss = look.materials.rgba, look.materials.gloss
     xs, ys, zs = geometry.x, geometry.y, geometry.z
-    light, corners = workspace.light, workspace.corners
-    eyes, towards = look.eyes, look.towards
+    corners = workspace.corners
+    eyes, towards, to_light = look.eyes, look.towards, look.to_light
     ambient, diffuse, specular, unshadowed = lights.ambient, lights.diffuse, lights.specular, lights.unshadowed
     fresh, fresh_vertices, fresh_drawables = workspace.fresh, workspace.fresh_vertices, workspace.fresh_drawables
     for i in range(used):
         corner, v, d = fresh[i], fresh_vertices[i], fresh_drawables[i]
         nx, ny, nz = normals[corner, 0], normals[corner, 1], normals[corner, 2]
-        ex, ey, ez = eyes[d, 0] - xs[v], eyes[d, 1] - ys[v], eyes[d, 2] - zs[v]
+        x, y, z = xs[v], ys[v], zs[v]
+        ex, ey, ez = eyes[d, 0] - x, eyes[d, 1] - y, eyes[d, 2] - z
         length = ONE / np.sqrt(ex * ex + ey * ey + ez * ez)
         ex, ey, ez = ex * length, ey * length, ez * length
         for j in range(3):
             corners[corner, j], corners[corner, 3 + j] = gloss[d, 0] * rgba[d, j], ZERO
             corners[corner, S + j] = texture_places[v, j]
-        corners[corner, U], corners[corner, V], corners[corner, D] = light[v, 0], light[v, 1], light[v, 2]
+        m = to_light[d]
+        corners[corner, U] = m[0] * x + m[1] * y + m[2] * z + m[3]
+        corners[corner, V] = m[4] * x + m[5] * y + m[6] * z + m[7]
+        corners[corner, D] = m[8] * x + m[9] * y + m[10] * z + m[11]
         corners[corner, WEIGHT] = ONE
         for s in range(towards.shape[1]):
             first = 0 if s < unshadowed else 3

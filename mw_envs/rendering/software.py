@@ -40,7 +40,6 @@ class _Shot:
 
     :param standing: whether the camera is where a trial has put it; for one that moves, nothing is worth keeping.
     :param poses: see :meth:`Prepared.poses`.
-    :param axes: see :func:`_light_axes`.
     """
 
     scene: Prepared
@@ -48,7 +47,6 @@ class _Shot:
     standing: bool
     camera: arrays.Camera
     poses: npt.NDArray[np.float32]
-    axes: npt.NDArray[np.float32]
     look: arrays.Look
 
 
@@ -87,7 +85,7 @@ class SoftwareRenderer:
         poses = prepared.poses(data)
         look = self._look(prepared, prepared.lights(data, camera), camera, poses)
         standing = is_fixed(model, int(model.cam_bodyid[number]))
-        shot = _Shot(prepared, view, standing, camera, poses, _light_axes(look.lights), look)
+        shot = _Shot(prepared, view, standing, camera, poses, look)
         still = self._still(shot)
         moving, casting = prepared.moving, prepared.casting
         if not standing:
@@ -115,16 +113,18 @@ class SoftwareRenderer:
             self._workspace = space = _workspace(*map(max, wanted, there))
         eyes = np.empty((len(poses), 3), np.float32)
         towards = np.empty((len(poses), len(lights.towards), 3), np.float32)
-        shading.prepare_lighting(poses, camera, lights, eyes, towards)
+        to_light = np.zeros((len(poses), 12), np.float32)
+        texel = frame.TEXEL * scene.pixel
+        shading.prepare_lighting(poses, camera, lights, _light_axes(lights), texel, eyes, towards, to_light)
         textures = self._textures.arrays
-        return arrays.Look(self._frame, geometry, scene.materials, textures, lights, space, eyes, towards)
+        return arrays.Look(
+            self._frame, geometry, scene.casters, scene.materials, textures, lights, space, eyes, towards, to_light
+        )
 
     def _to_light(self, shot: _Shot, casting: npt.NDArray[np.int32]) -> tuple[arrays.Look, tuple[int, int, int, int]]:
         """Project drawables to the light's plane; a new frame's look, with room for their shadows, and their window."""
-        scene, look = shot.scene, shot.look
-        window = frame.light_window(
-            look.geometry, casting, scene.endless, shot.poses, shot.axes, scene.pixel, look.workspace
-        )
+        look = shot.look
+        window = frame.light_window(look, casting)
         wanted = frame.texels(window)
         if wanted > len(self._workspace.shadows):
             self._workspace = self._workspace._replace(shadows=np.empty(wanted + wanted // 4, np.float32))
