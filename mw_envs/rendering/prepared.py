@@ -305,12 +305,14 @@ def _casters(drawables: list[_Drawable]) -> arrays.Casters:
         facing.append(_facing(places[-1][shape.triangles]))
         first_vertex.append(first_vertex[-1] + len(shape.places))
         first_triangle.append(first_triangle[-1] + len(shape.triangles))
-    return arrays.Casters(
-        *np.ascontiguousarray(np.concatenate(places).T, np.float32),
-        triangles=np.concatenate(triangles).astype(np.int32),
-        facing=np.concatenate(facing).astype(np.float32),
-        first_vertex=np.array(first_vertex, np.int32),
-        first_triangle=np.array(first_triangle, np.int32),
+    return arrays.Casters._make(
+        [
+            *np.ascontiguousarray(np.concatenate(places).T, np.float32),
+            np.concatenate(triangles).astype(np.int32),
+            np.concatenate(facing).astype(np.float32),
+            np.array(first_vertex, np.int32),
+            np.array(first_triangle, np.int32),
+        ]
     )
 
 
