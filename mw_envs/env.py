@@ -240,7 +240,7 @@ class MetaWorldEnv(gym.Env[dict[str, Any], npt.NDArray[np.float32]]):
             self._simulator = acquire_simulator(self._trial.task)
         self._metaworld_observation = self._simulator.place(self._trial)
         for _ in range(self.settle_steps):
-            self._metaworld_observation, _, _ = self._simulator.step(_SETTLE_ACTION)
+            self._metaworld_observation, _, _ = self._simulator.step(_SETTLE_ACTION, reward_wanted=False)
         self._elapsed_steps, self._return = 0, 0.0
         self._success = self._success_once = self._ended = False
         self._actions = []
@@ -283,7 +283,7 @@ class MetaWorldEnv(gym.Env[dict[str, Any], npt.NDArray[np.float32]]):
     def _advance(self, action: npt.NDArray[np.float32]) -> tuple[float, bool, bool]:
         """One environment step: reward, terminated, truncated."""
         assert self._simulator is not None
-        self._metaworld_observation, dense_reward, success = self._simulator.step(action)
+        self._metaworld_observation, dense_reward, success = self._simulator.step(action, self.reward == "dense")
         reward = self._step_reward(dense_reward, success)
         self._success, self._success_once = success, self._success_once or success
         self._elapsed_steps += 1

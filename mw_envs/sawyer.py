@@ -22,18 +22,31 @@ with explained_mujoco_import():
     from metaworld.utils import reward_utils
 
 
+# Tasks in which it is a part of success that the gripper touches something; in others only of the reward.
+_SUCCESS_BY_TOUCH = frozenset({"stick-push-v3"})
+
+
 @functools.cache
 def sawyer_class(task: str) -> type[SawyerXYZEnv]:
-    """MetaWorld's environment of a task with the functions below in place of its own."""
-    base = ALL_V3_ENVIRONMENTS[task]
+    """MetaWorld's environment of a task with the functions below in place of its own.
+
+    Its ``reward_wanted`` may be set to False: then what it says of the reward means nothing, but success, which depends
+    on distances, is the same.
+    """
+    base: Any = ALL_V3_ENVIRONMENTS[task]
     methods: dict[str, Any] = {
         "_initialize_simulation": _given_simulation,
         "_get_curr_obs_combined_no_goal": _hand_and_objects,
         "do_simulation": _simulate,
-        "touching_object": _touching,
+        "_get_obs": _stacked,
+        "_get_quat_objects": _with_replacements(base._get_quat_objects),
+        "_gripper_caging_reward": _if_wanted(_with_replacements(base._gripper_caging_reward), _nothing),
+        "touching_object": _touching if task in _SUCCESS_BY_TOUCH else _if_wanted(_touching, _nothing),
+        "compute_reward": _if_wanted(
+            _with_replacements(base.compute_reward), _with_replacements(base.compute_reward, _NO_REWARD)
+        ),
+        "reward_wanted": True,
     }
-    for name in ("_get_quat_objects", "_gripper_caging_reward", "compute_reward"):
-        methods[name] = _with_replacements(getattr(base, name))
     return type(base.__name__, (base,), methods)
 
 
@@ -65,6 +78,20 @@ def _simulate(self: SawyerXYZEnv, ctrl: npt.ArrayLike, n_frames: int) -> None:
     mujoco.mj_step(self.model, self.data, nstep=n_frames)
 
 
+def _if_wanted(full: Any, short: Any) -> Any:
+    """A method that does less where the reward is not wanted."""
+
+    def method(self: Any, *arguments: Any, **options: Any) -> Any:
+        return (full if self.reward_wanted else short)(self, *arguments, **options)
+
+    return method
+
+
+def _nothing(*_: object, **__: object) -> float:
+    """In the place of a part of the reward."""
+    return 0.0
+
+
 def stand_still(*_: object) -> None:
     """In the place of what moves a simulator."""
 
@@ -88,6 +115,18 @@ def _hand_and_objects(self: Any) -> npt.NDArray[np.float64]:
     return observation
 
 
+def _stacked(self: SawyerXYZEnv) -> npt.NDArray[np.float64]:
+    """This moment, the one before and the goal, float64 (39,)."""
+    current = self._get_curr_obs_combined_no_goal()
+    observation = np.zeros(39)
+    observation[:18] = current
+    observation[18:36] = self._prev_obs
+    if not self._partially_observable:
+        observation[36:] = self._get_pos_goal()
+    self._prev_obs = current
+    return observation
+
+
 def _touching(self: SawyerXYZEnv, object_geom_id: int) -> bool:
     """Whether both pads of the gripper press on a geom."""
     contact, forces = self.data.contact, self.data.efc_force
@@ -100,9 +139,9 @@ def _touching(self: SawyerXYZEnv, object_geom_id: int) -> bool:
     return True
 
 
-def _with_replacements(method: Any) -> types.FunctionType:
+def _with_replacements(method: Any, utils: Any = None) -> types.FunctionType:
     """A copy of a method of MetaWorld's which finds replacements under the names of what it uses."""
-    names = {**method.__globals__, "Rotation": FastRotation, "reward_utils": _REWARD_UTILS}
+    names = {**method.__globals__, "Rotation": FastRotation, "reward_utils": utils or _REWARD_UTILS}
     return types.FunctionType(method.__code__, names, method.__name__, method.__defaults__, method.__closure__)
 
 
@@ -126,6 +165,9 @@ def tolerance(
 
 _LONG_TAIL = np.sqrt(1 / 0.1 - 1)
 _REWARD_UTILS = types.SimpleNamespace(**{**vars(reward_utils), "tolerance": tolerance})
+_NO_REWARD = types.SimpleNamespace(
+    **{**vars(reward_utils), **dict.fromkeys(("tolerance", "hamacher_product", "rect_prism_tolerance"), _nothing)}
+)
 
 
 class FastRotation:

@@ -66,6 +66,8 @@ class Simulator:
             assert predecessor.scene_file == self.scene_file
             predecessor.restore()
             self.model, self.data = predecessor.model, predecessor.data
+        # Views of what each step writes.
+        self._mocap_pos, self._mocap_quat, self._ctrl = self.data.mocap_pos, self.data.mocap_quat, self.data.ctrl
         sawyer = construct(task, self.model, self.data)
         # The goal stays in the privileged state; the observation space is cached by MetaWorld before that is known.
         sawyer._partially_observable = False
@@ -118,26 +120,31 @@ class Simulator:
         attributes.update(kept)
         attributes.update({name: _detached(value) for name, value in self._initial_attributes.items()})
 
-    def step(self, action: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.float64], float, bool]:
+    def step(
+        self, action: npt.NDArray[np.float32], reward_wanted: bool = True
+    ) -> tuple[npt.NDArray[np.float64], float, bool]:
         """Simulate one environment step (1/80 s): what MetaWorld's own ``step`` does, without its limit of 500.
 
         MetaWorld clips the displacement but not the gripper's effort. It also moves goal markers before
         ``mj_forward``, which undoes that, and computes contact forces that nothing reads.
 
         :param action: shape (4,); values outside [-1, 1] are clipped.
-        :return: observation (39,), MetaWorld's own dense reward (0..10), success at this very step.
+        :param reward_wanted: without it a step takes a fifth less time.
+        :return: observation (39,), MetaWorld's own dense reward (0..10), or nan if it is not wanted, success at this
+            very step.
         """
         sawyer, data = self._sawyer, self.data
+        vars(sawyer)["reward_wanted"] = reward_wanted
         action = np.minimum(np.maximum(action, -1.0), 1.0)
-        hand = data.mocap_pos + action[:3] * sawyer.action_scale
-        data.mocap_pos = np.minimum(np.maximum(hand, sawyer.mocap_low), sawyer.mocap_high)
-        data.mocap_quat = _HAND_DOWN
-        data.ctrl[:] = action[3], -action[3]
+        hand = self._mocap_pos + action[:3] * sawyer.action_scale
+        np.minimum(np.maximum(hand, sawyer.mocap_low), sawyer.mocap_high, out=self._mocap_pos)
+        self._mocap_quat[:] = _HAND_DOWN
+        self._ctrl[:] = action[3], -action[3]
         mujoco.mj_step(self.model, data, nstep=sawyer.frame_skip)
         mujoco.mj_forward(self.model, data)
         observation = np.minimum(np.maximum(sawyer._get_obs(), self._lowest), self._highest)
         reward, info = sawyer.evaluate_state(observation, action)
-        return observation, float(reward), bool(info["success"])
+        return observation, float(reward) if reward_wanted else np.nan, bool(info["success"])
 
     def _goal_table(self, seed: int) -> npt.NDArray[np.float64]:
         """The 50 random vectors of ``MT1(task, seed).train_tasks``, shape (50, n), without simulating 50 resets.

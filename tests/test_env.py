@@ -53,10 +53,13 @@ class FakeSimulator:
         self.trials.append(trial)
         return self.observation()
 
-    def step(self, action: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.float64], float, bool]:
+    def step(
+        self, action: npt.NDArray[np.float32], reward_wanted: bool = True
+    ) -> tuple[npt.NDArray[np.float64], float, bool]:
         self.steps += 1
         self.actions.append(action.copy())
-        return self.observation(), float(self.steps), self.steps in self.success_at
+        reward = float(self.steps) if reward_wanted else np.nan
+        return self.observation(), reward, self.steps in self.success_at
 
 
 class Fakes:

@@ -11,7 +11,7 @@ from metaworld.sawyer_xyz_env import SawyerXYZEnv
 from metaworld.utils import reward_utils
 from scipy.spatial.transform import Rotation
 
-from mw_envs import Trial
+from mw_envs import TASKS, Trial
 from mw_envs.experts import ScriptedExpert
 from mw_envs.sawyer import FastRotation, tolerance
 from mw_envs.scene import Simulator
@@ -84,3 +84,23 @@ def test_touching_is_metaworlds() -> None:
         seen.append(sawyer.touching_object(number))
         assert seen[-1] == SawyerXYZEnv.touching_object(sawyer, number)
     assert set(seen) == {True, False}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_success_does_not_depend_on_whether_the_reward_is_wanted(task: str) -> None:
+    simulator, expert, generator = Simulator(task), ScriptedExpert(task), np.random.default_rng(0)
+    seen = set()
+    for goal, noise in ((0, 0.0), (1, 0.0), (2, 0.5)):
+        observation = simulator.place(Trial(task, 0, goal))
+        sawyer = simulator._sawyer
+        for _ in range(150):
+            action = (expert.action(observation) + generator.normal(size=4) * noise).astype(np.float32)
+            observation, reward, success = simulator.step(action, reward_wanted=False)
+            assert np.isnan(reward)
+            action = np.clip(action, -1.0, 1.0)
+            shorter = sawyer.evaluate_state(observation, action)[1]["success"]
+            sawyer.reward_wanted = True
+            full = sawyer.evaluate_state(observation, action)[1]["success"]
+            assert success == bool(shorter) == bool(full)
+            seen.add(success)
+    assert seen == {False, True}
