@@ -187,14 +187,16 @@ def cylinder_shape(slices: int, stacks: int) -> Shape:
     """Cylinder of radius 1 from z = -1 to z = 1, closed."""
     wall = np.stack([np.ones(stacks + 1), np.linspace(-1, 1, stacks + 1)], axis=1)
     normal = np.tile([1.0, 0.0], (stacks + 1, 1))
-    return _joined([_revolve(wall, normal, slices), *_disks(slices, stacks // 2)])
+    return _joined([_revolve(wall, normal, slices), *_disks(slices, max(stacks // 2, 1))])
 
 
 @functools.lru_cache
-def capsule_shape(radius: float, half_length: float, slices: int, stacks: int) -> Shape:
-    """Capsule at its real size."""
-    half = stacks // 2
-    lower, upper = _arc(half, -np.pi / 2, 0.0), _arc(half, 0.0, np.pi / 2)
+def capsule_shape(radius: float, half_length: float, slices: int, stacks: int, cap_stacks: int) -> Shape:
+    """Capsule at its real size.
+
+    :param stacks: parts of the straight wall, and cap_stacks of each cap from its rim to its pole.
+    """
+    lower, upper = _arc(cap_stacks, -np.pi / 2, 0.0), _arc(cap_stacks, 0.0, np.pi / 2)
     wall = np.stack([np.full(stacks + 1, radius), np.linspace(-half_length, half_length, stacks + 1)], axis=1)
     return _joined(
         [

@@ -25,7 +25,9 @@ from mw_envs.rendering.geometry import (
 from mw_envs.rendering.textures import TexturePool
 
 # Of coarsened meshes, in pixels, and of what their shadows are cast by.
-_CELL, _CASTER_CELL = 1.5, 4.0
+_CELL, _CASTER_CELL = 1.5, 6.0
+# Round shapes, in pixels: how far inside a circle its chords may lie, and the length of parts along a straight line.
+_SAGITTA, _STRAIGHT = 0.15, 20.0
 _FAINTEST = 5e-4  # of a highlight, where 1 is white
 # More opaque than this is opaque, to MuJoCo.
 _OPAQUE = 0.995
@@ -173,7 +175,7 @@ def _drawables(model: mujoco.MjModel, pixel: float) -> list[_Drawable]:
                 continue
             kind, size = mujoco.mjtGeom(kinds[i]), np.asarray(sizes[i], dtype=np.float64)
             mesh = int(model.geom_dataid[i]) if prefix == "geom" else -1
-            shape, scale = _shape(model, kind, size, mesh, _CELL * pixel)
+            shape, scale = _shape(model, kind, size, mesh, pixel)
             caster = coarsened(shape, _CASTER_CELL * pixel) if kind == mujoco.mjtGeom.mjGEOM_MESH else shape
             texture = _texture(model, material)
             # A plane and a mesh have their size already; other shapes are scaled to it.
@@ -202,25 +204,28 @@ def _look(
 
 
 def _shape(
-    model: mujoco.MjModel, kind: mujoco.mjtGeom, size: npt.NDArray[np.float64], mesh: int, cell: float
+    model: mujoco.MjModel, kind: mujoco.mjtGeom, size: npt.NDArray[np.float64], mesh: int, pixel: float
 ) -> tuple[Shape, npt.NDArray[np.float64]]:
-    """An object's shape and what it is to be scaled by."""
-    kinds, quality = mujoco.mjtGeom, model.vis.quality
-    slices, stacks, one = int(quality.numslices), int(quality.numstacks), np.ones(3)
+    """An object's shape and what it is to be scaled by; in as many parts as can be seen, MuJoCo's at most."""
+    kinds, quality, one = mujoco.mjtGeom, model.vis.quality, np.ones(3)
+    around = 1 - _SAGITTA * pixel / size[: 3 if kind == kinds.mjGEOM_ELLIPSOID else 1].max()
+    slices = min(int(quality.numslices), int(np.ceil(np.pi / np.arccos(max(around, 0.5)))))
+    along = 2 * size[: 3 if kind == kinds.mjGEOM_BOX else 2].max() / (_STRAIGHT * pixel)
+    stacks, arc_stacks = min(int(quality.numstacks), int(np.ceil(along))), min(int(quality.numstacks), -(-slices // 2))
     if kind == kinds.mjGEOM_PLANE:
         return plane_shape(size[0], size[1], size[2], model.vis.map.zfar * model.stat.extent), one
     if kind == kinds.mjGEOM_SPHERE:
-        return sphere_shape(slices, stacks), size[[0, 0, 0]]
+        return sphere_shape(slices, arc_stacks), size[[0, 0, 0]]
     if kind == kinds.mjGEOM_ELLIPSOID:
-        return sphere_shape(slices, stacks), size
+        return sphere_shape(slices, arc_stacks), size
     if kind == kinds.mjGEOM_CYLINDER:
         return cylinder_shape(slices, stacks), size[[0, 0, 1]]
     if kind == kinds.mjGEOM_CAPSULE:
-        return capsule_shape(size[0], size[1], slices, stacks), one
+        return capsule_shape(size[0], size[1], slices, stacks, max(arc_stacks // 2, 1)), one
     if kind == kinds.mjGEOM_BOX:
-        return box_shape(int(quality.numquads)), size
+        return box_shape(min(int(quality.numquads), stacks)), size
     if kind == kinds.mjGEOM_MESH:
-        return _coarse_mesh(model, mesh, cell), one
+        return _coarse_mesh(model, mesh, _CELL * pixel), one
     name = kind.name.removeprefix("mjGEOM_").lower()
     raise ValueError(f"The software renderer cannot draw a {name}; use renderer='egl' or 'osmesa'")
 
