@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,9 @@ from mw_envs.rendering.geometry import (
     plane_shape,
     sphere_shape,
 )
+from mw_envs.rendering.prepared import Prepared
 from mw_envs.rendering.software import SoftwareRenderer
+from mw_envs.rendering.textures import TexturePool
 from mw_envs.scene import Simulator
 
 Picture = npt.NDArray[np.uint8]
@@ -66,7 +69,7 @@ def volume(shape: Shape) -> float:
     [
         (sphere_shape(28, 16), 4 / 3 * np.pi, 0.02),
         (cylinder_shape(28, 16), 2 * np.pi, 0.01),
-        (capsule_shape(0.1, 0.3, 28, 16), np.pi * 0.1**2 * 0.6 + 4 / 3 * np.pi * 0.1**3, 0.015),
+        (capsule_shape(0.1, 0.3, 28, 16, 8), np.pi * 0.1**2 * 0.6 + 4 / 3 * np.pi * 0.1**3, 0.015),
         (box_shape(4), 8.0, 1e-9),
     ],
     ids=["sphere", "cylinder", "capsule", "box"],
@@ -97,6 +100,43 @@ def test_a_coarse_mesh_stays_where_it_was() -> None:
     assert nearest.max() < np.sqrt(3) * 0.004
     np.testing.assert_array_equal(coarse.corner_places[coarse.corners], coarse.triangles)
     assert coarsened(fine, 10.0) is fine  # nothing would be left
+
+
+def test_round_shapes_have_as_many_parts_as_can_be_seen() -> None:
+    """Chords leave the surface by less than a fifth of a pixel, a quad's diagonal by twice that, or are MuJoCo's."""
+    pixel, radii = 0.002, [0.001, 0.004, 0.01, 0.03, 0.5]
+    geoms = "".join(
+        f'<geom type="sphere" size="{r}"/><geom type="cylinder" size="{r} .02"/><geom type="capsule" size="{r} .02"/>'
+        f'<geom type="box" size="{r} {r} {r}"/>'
+        for r in radii
+    )
+    model = mujoco.MjModel.from_xml_string(f"<mujoco><worldbody>{geoms}</worldbody></mujoco>")
+    geometry = Prepared(model, frozenset(), pixel, TexturePool()).geometry
+    places = np.stack([geometry.x, geometry.y, geometry.z], axis=1)
+    ends = [slice(*ends) for ends in pairwise(geometry.first_triangle)]
+    counts = np.array([end.stop - end.start for end in ends]).reshape(-1, 4)
+    full = [sphere_shape(28, 16), cylinder_shape(28, 16), capsule_shape(0.1, 0.3, 28, 16, 8), box_shape(4)]
+    assert (np.diff(counts, axis=0) >= 0).all() and (counts[0] < 60).all()
+    # Large ones are MuJoCo's own, but a capsule's wall that is so short has fewer stacks.
+    np.testing.assert_array_equal(counts[-1, [0, 1, 3]], [len(full[k].triangles) for k in (0, 1, 3)])
+    assert counts[-1, 2] < len(full[2].triangles)
+    for radius, end in zip(radii[:-1], ends[::4], strict=False):
+        corners = places[geometry.triangles[end, :3]]
+        middles = (corners + np.roll(corners, 1, axis=1)) / 2
+        assert np.linalg.norm(middles, axis=2).min() > max(radius - 2 * 0.2 * pixel, 0.4 * radius)
+
+
+def test_shadows_are_cast_by_coarser_meshes() -> None:
+    simulator = placed("hammer-v3")
+    prepared = Prepared(simulator.model, simulator.scene.background, 0.002, TexturePool())
+    fine, coarse = prepared.geometry, prepared.casters
+    assert len(coarse.triangles) < 0.7 * len(fine.triangles)
+    for d in range(len(fine.first_vertex) - 1):
+        ours, theirs = (
+            np.stack([g.x, g.y, g.z], axis=1)[g.first_vertex[d] : g.first_vertex[d + 1]] for g in (coarse, fine)
+        )
+        assert (ours.min(axis=0) >= theirs.min(axis=0) - 1e-6).all()
+        assert (np.ptp(theirs, axis=0) - np.ptp(ours, axis=0) < 2 * 6 * 0.002).all()  # a cell on either side
 
 
 # --- What a renderer promises -----------------------------------------------------------------------------------------

@@ -208,24 +208,28 @@ def _shape(
 ) -> tuple[Shape, npt.NDArray[np.float64]]:
     """An object's shape and what it is to be scaled by; in as many parts as can be seen, MuJoCo's at most."""
     kinds, quality, one = mujoco.mjtGeom, model.vis.quality, np.ones(3)
-    around = 1 - _SAGITTA * pixel / size[: 3 if kind == kinds.mjGEOM_ELLIPSOID else 1].max()
-    slices = min(int(quality.numslices), int(np.ceil(np.pi / np.arccos(max(around, 0.5)))))
-    along = 2 * size[: 3 if kind == kinds.mjGEOM_BOX else 2].max() / (_STRAIGHT * pixel)
-    stacks, arc_stacks = min(int(quality.numstacks), int(np.ceil(along))), min(int(quality.numstacks), -(-slices // 2))
     if kind == kinds.mjGEOM_PLANE:
         return plane_shape(size[0], size[1], size[2], model.vis.map.zfar * model.stat.extent), one
-    if kind == kinds.mjGEOM_SPHERE:
-        return sphere_shape(slices, arc_stacks), size[[0, 0, 0]]
-    if kind == kinds.mjGEOM_ELLIPSOID:
-        return sphere_shape(slices, arc_stacks), size
-    if kind == kinds.mjGEOM_CYLINDER:
-        return cylinder_shape(slices, stacks), size[[0, 0, 1]]
-    if kind == kinds.mjGEOM_CAPSULE:
-        return capsule_shape(size[0], size[1], slices, stacks, max(arc_stacks // 2, 1)), one
-    if kind == kinds.mjGEOM_BOX:
-        return box_shape(min(int(quality.numquads), stacks)), size
     if kind == kinds.mjGEOM_MESH:
         return _coarse_mesh(model, mesh, _CELL * pixel), one
+
+    def parts(length: float) -> int:
+        return int(np.ceil(length / (_STRAIGHT * pixel)))
+
+    if kind == kinds.mjGEOM_BOX:
+        return box_shape(min(int(quality.numquads), parts(2 * size.max()))), size
+    radius = size.max() if kind == kinds.mjGEOM_ELLIPSOID else size[0]
+    wanted = int(np.ceil(np.pi / np.arccos(max(1 - _SAGITTA * pixel / radius, 0.5))))
+    slices, most = min(int(quality.numslices), wanted), int(quality.numstacks)
+    arc = -(-most * slices // int(quality.numslices))
+    if kind == kinds.mjGEOM_SPHERE:
+        return sphere_shape(slices, arc), size[[0, 0, 0]]
+    if kind == kinds.mjGEOM_ELLIPSOID:
+        return sphere_shape(slices, arc), size
+    if kind == kinds.mjGEOM_CYLINDER:
+        return cylinder_shape(slices, min(most, parts(2 * max(size[0], size[1])))), size[[0, 0, 1]]
+    if kind == kinds.mjGEOM_CAPSULE:
+        return capsule_shape(size[0], size[1], slices, min(most, parts(2 * size[1])), max(arc // 2, 1)), one
     name = kind.name.removeprefix("mjGEOM_").lower()
     raise ValueError(f"The software renderer cannot draw a {name}; use renderer='egl' or 'osmesa'")
 
