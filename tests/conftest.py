@@ -24,6 +24,14 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 EXIT_SECONDS = 3.0  # how long a worker that was told to stop may take
 
 
+# Files that take minutes begin first, or one of them would be running alone at the end.
+LONG = ("test_quickstart", "test_launch", "test_demonstrations", "test_env", "test_recipes", "test_torchrun")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu"):
         import torch  # the tests of mw_envs run without it

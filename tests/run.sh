@@ -24,4 +24,4 @@ step() {
 step "Lint (ruff)" "$python" -m ruff check .
 step "Types (mypy)" "$python" -m mypy sb3_vla mw_envs
 # Two files at a time, not one a core: tests start workers of their own, and some of them measure seconds.
-step "Tests (pytest)" "$python" -m pytest -q -n 2 --dist loadfile
+step "Tests (pytest)" "$python" -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder

@@ -122,6 +122,8 @@ def test_an_interrupt_leaves_no_process_and_the_next_start_goes_on(
         time.sleep(0.1)
     assert not group_is_alive(process.pid)
 
+    if sent == signal.SIGTERM:
+        return  # what is left is the same
     done = len(list((run / "checkpoints" / "ppo").glob("step-*")))
     resumed = quickstart(run, f"ppo.iterations={done + 1}")
     # Other iterations are other settings, so PPO starts afresh; what came before it is kept.

@@ -103,7 +103,7 @@ def test_a_coarse_mesh_stays_where_it_was() -> None:
 
 
 def test_round_shapes_have_as_many_parts_as_can_be_seen() -> None:
-    """Chords leave the surface by less than a fifth of a pixel, a quad's diagonal by twice that, or are MuJoCo's."""
+    """Chords leave the surface by no more than a tenth of a pixel, a quad's diagonal by twice that, or are MuJoCo's."""
     pixel, radii = 0.002, [0.001, 0.004, 0.01, 0.03, 0.5]
     geoms = "".join(
         f'<geom type="sphere" size="{r}"/><geom type="cylinder" size="{r} .02"/><geom type="capsule" size="{r} .02"/>'
@@ -123,7 +123,7 @@ def test_round_shapes_have_as_many_parts_as_can_be_seen() -> None:
     for radius, end in zip(radii[:-1], ends[::4], strict=False):
         corners = places[geometry.triangles[end, :3]]
         middles = (corners + np.roll(corners, 1, axis=1)) / 2
-        assert np.linalg.norm(middles, axis=2).min() > max(radius - 2 * 0.2 * pixel, 0.4 * radius)
+        assert np.linalg.norm(middles, axis=2).min() > max(radius - 2 * 0.12 * pixel, 0.4 * radius)
 
 
 def test_shadows_are_cast_by_coarser_meshes() -> None:
@@ -136,7 +136,7 @@ def test_shadows_are_cast_by_coarser_meshes() -> None:
             np.stack([g.x, g.y, g.z], axis=1)[g.first_vertex[d] : g.first_vertex[d + 1]] for g in (coarse, fine)
         )
         assert (ours.min(axis=0) >= theirs.min(axis=0) - 1e-6).all()
-        assert (np.ptp(theirs, axis=0) - np.ptp(ours, axis=0) < 2 * 6 * 0.002).all()  # a cell on either side
+        assert (np.ptp(theirs, axis=0) - np.ptp(ours, axis=0) < 2 * 4 * 0.002).all()  # a cell on either side
 
 
 # --- What a renderer promises -----------------------------------------------------------------------------------------

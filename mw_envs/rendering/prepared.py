@@ -25,9 +25,9 @@ from mw_envs.rendering.geometry import (
 from mw_envs.rendering.textures import TexturePool
 
 # Of coarsened meshes, in pixels, and of what their shadows are cast by.
-_CELL, _CASTER_CELL = 1.5, 6.0
+_CELL, _CASTER_CELL = 1.5, 4.0
 # Round shapes, in pixels: how far inside a circle its chords may lie, and the length of parts along a straight line.
-_SAGITTA, _STRAIGHT = 0.15, 20.0
+_SAGITTA, _STRAIGHT = 0.1, 20.0
 _FAINTEST = 5e-4  # of a highlight, where 1 is white
 # More opaque than this is opaque, to MuJoCo.
 _OPAQUE = 0.995
