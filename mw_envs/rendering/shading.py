@@ -436,6 +436,19 @@ def _is_darkened(light_u, light_v, light_d, y, x, depth, columns, u0, v0, slack)
 
 
 @compiled
+def _occupied(depth, width):
+    """In which squares of TILE texels a shadow map holds something."""
+    occupied = np.zeros((-(-depth.shape[0] // TILE), -(-width // TILE)), np.bool_)
+    for i in range(depth.shape[0]):
+        for j in range(occupied.shape[1]):
+            nearest = F(np.inf)
+            for k in range(np.uint64(TILE)):
+                nearest = min(nearest, depth[i, np.uint64(j * TILE) + k])
+            occupied[i // TILE, j] |= nearest < F(np.inf)
+    return occupied
+
+
+@compiled
 def darken(background, shadows, picture):
     """Put the shadows of moving drawables on the background.
 
@@ -445,14 +458,14 @@ def darken(background, shadows, picture):
     light_u, light_v, light_d = background.light_u, background.light_v, background.light_d
     dark, tiles = background.dark, background.tiles
     depth, width, u0, v0, slack = _unpacked(shadows)
+    occupied = _occupied(depth, width)
     for i in range(tiles.shape[0]):
         for j in range(tiles.shape[1]):
-            if not (
-                tiles[i, j, 0] < u0 + width
-                and tiles[i, j, 1] >= u0
-                and tiles[i, j, 2] < v0 + depth.shape[0]
-                and tiles[i, j, 3] >= v0
-            ):
+            first_u, last_u = max(tiles[i, j, 0] - u0, 0), min(tiles[i, j, 1] - u0, width - 1)
+            first_v, last_v = max(tiles[i, j, 2] - v0, 0), min(tiles[i, j, 3] - v0, depth.shape[0] - 1)
+            if first_u > last_u or first_v > last_v:
+                continue
+            if not occupied[first_v // TILE : last_v // TILE + 1, first_u // TILE : last_u // TILE + 1].any():
                 continue
             for y in range(i * TILE, min(i * TILE + TILE, rows)):
                 for x in range(j * TILE, min(j * TILE + TILE, columns)):
