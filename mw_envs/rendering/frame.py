@@ -72,7 +72,7 @@ def draw_still(look, camera, poses, drawables, shadows, background, seen, spans,
     for y in range(window[1], window[3], _BAND):
         end, start = min(y + _BAND, window[3]), count
         count = shading.find_visible(y, end, spans, seen, look.frame, start, workspace)
-        shading.prepare_visible(start, count, look, camera, True)
+        shading.prepare_visible(start, count, look)
         shading.resolve_still(y, end, spans, seen, look, camera, background)
     shading.bound_tiles(background)
     kept, shown, numbers = background.nearness, seen.nearness, seen.numbers
@@ -120,7 +120,8 @@ def draw_moving(look, camera, poses, moving, transparent, casting, lit, pixel, b
     for y in range(top, bottom, _BAND):
         end, start = min(y + _BAND, bottom), count
         count = shading.find_visible(y, end, spans, seen, frame, start, workspace)
-        shading.prepare_visible(start, count, look, camera, False)
+        shading.prepare_visible(start, count, look)
+        shading.choose_levels(start, count, look, camera)
         shading.resolve(y, end, spans, seen, look, camera, shadows, background, picture)
     # MuJoCo draws what is transparent twice, from front to back and from back to front.
     layers = len(transparent)
@@ -137,7 +138,8 @@ def draw_moving(look, camera, poses, moving, transparent, casting, lit, pixel, b
         raster.rasterise(geometry, one, camera, look.eyes, window, workspace, canvas.layer, canvas.layer_spans)
         start = count
         count = shading.find_visible(top, bottom, canvas.layer_spans, canvas.layer, frame, start, workspace)
-        shading.prepare_visible(start, count, look, camera, False)
+        shading.prepare_visible(start, count, look)
+        shading.choose_levels(start, count, look, camera)
         alpha = look.materials.rgba[one[0], 3]
         shading.blend(top, bottom, canvas.layer_spans, canvas.layer, alpha, look, camera, picture)
 

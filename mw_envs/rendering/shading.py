@@ -149,17 +149,13 @@ def _level(p, slot, ray_x, ray_y, step_x, step_y, mapping, levels):
 
 
 @compiled
-def prepare_visible(start, count, look, camera, still):
+def prepare_visible(start, count, look):
     """The quantities of visible triangles as functions of the ray.
 
     :param start: the first of them in the list, and count the one after the last.
-    :param still: whether they are the background's, which is drawn once: each pixel asks how much a texture is reduced.
-        Of others a triangle asks once, for its middle, unless it reaches behind the camera.
     """
     # Fields of a tuple are counted references each time they are read; local names are not.
-    frame, workspace, geometry = look.frame, look.workspace, look.geometry
-    texture, mapping, levels = look.materials.texture, look.materials.mapping, look.textures.levels
-    fx, fy, near = F(1 / camera.focal_x), F(1 / camera.focal_y), F(camera.near)
+    frame, workspace, geometry, texture = look.frame, look.workspace, look.geometry, look.materials.texture
     triangles, triangle_corners, drawable = geometry.triangles, geometry.corners, geometry.drawable
     corners, lit, planes, visible = workspace.corners, workspace.lit, workspace.planes, workspace.visible
     fresh, fresh_vertices, fresh_drawables = workspace.fresh, workspace.fresh_vertices, workspace.fresh_drawables
@@ -182,13 +178,25 @@ def prepare_visible(start, count, look, camera, still):
             planes[i, 1, j] = na[1] * a + nb[1] * b + nc[1] * c
             planes[i, 2, j] = na[2] * a + nb[2] * b + nc[2] * c
         d = drawable[t]
-        planes[i, 0, TEXTURE], planes[i, 0, DRAWABLE] = texture[d], d
-        if texture[d] >= 0:
-            planes[i, 0, LEVEL] = -ONE
-            if not still:
-                planes[i, 0, LEVEL] = _middle_level(
-                    planes, i, triangles[t], workspace.camera, near, fx, fy, mapping, levels
-                )
+        planes[i, 0, LEVEL], planes[i, 0, TEXTURE], planes[i, 0, DRAWABLE] = -ONE, texture[d], d
+
+
+@compiled
+def choose_levels(start, count, look, camera):
+    """How much the textures of visible triangles are reduced, once for each triangle: in its middle, unless it reaches
+    behind the camera. Where this is not called, each pixel asks.
+
+    :param start: the first of them in the list, and count the one after the last; they have been prepared.
+    """
+    workspace, triangles = look.workspace, look.geometry.triangles
+    mapping, levels, planes = look.materials.mapping, look.textures.levels, workspace.planes
+    fx, fy, near = F(1 / camera.focal_x), F(1 / camera.focal_y), F(camera.near)
+    for i in range(start, count):
+        if planes[i, 0, TEXTURE] >= ZERO:
+            t = workspace.visible[i]
+            planes[i, 0, LEVEL] = _middle_level(
+                planes, i, triangles[t], workspace.camera, near, fx, fy, mapping, levels
+            )
 
 
 @compiled

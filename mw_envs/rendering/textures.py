@@ -59,7 +59,7 @@ def _halved(pictures: npt.NDArray[np.float32], axis: int) -> npt.NDArray[np.floa
     return np.floor(pictures.take(low, axis) * (1 - weight) + pictures.take(upper, axis) * weight + 0.5)
 
 
-@inlined
+@compiled
 def _bilinear(pixels, levels, texture, level, face, u, v, clamp):
     """Colour at (u, v), in 0..1 of one face, repeated or clamped at its edges; 0..255."""
     width, height = levels[texture, level, 1], levels[texture, level, 2]
@@ -85,7 +85,7 @@ def _bilinear(pixels, levels, texture, level, face, u, v, clamp):
     )
 
 
-@inlined
+@compiled
 def _cube_face(s, t, r):
     """Face of a cube map in OpenGL's order that a direction meets, and its part across, down and towards that face."""
     a, b, c = abs(s), abs(t), abs(r)
@@ -96,7 +96,7 @@ def _cube_face(s, t, r):
     return (4, s, -t, c) if r > ZERO else (5, -s, -t, c)
 
 
-@inlined
+@compiled
 def _on_face(face, s, t, r):
     """The same three parts, for a face that is known."""
     if face < 2:
@@ -106,7 +106,7 @@ def _on_face(face, s, t, r):
     return (s, -t, r) if face == 4 else (-s, -t, -r)
 
 
-@inlined
+@compiled
 def texture_level(levels, texture, kind, s, t, r, sx, tx, rx, sy, ty, ry):
     """The reduction of a texture that has a pixel's size, and how much of the next one is mixed in.
 
