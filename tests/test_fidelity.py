@@ -70,7 +70,7 @@ def assert_close(task: str, own: Picture, reference: npt.NDArray[np.floating | n
 
 @pytest.mark.parametrize("task", every_task(FAST_LIVE))
 def test_pictures_are_mujocos_own(opengl: str, task: str) -> None:
-    """Measured over all: 0.33 to 0.51 for the usual camera (median 0.38), 0.16 to 0.81 for others."""
+    """Measured over all: 0.33 to 0.51 for the usual camera (median 0.39), 0.16 to 0.81 for others."""
     moments, cameras = play(task), cameras_of(task)
     own, theirs = drawn(moments, cameras, SoftwareRenderer()), stock(moments, cameras, opengl)
     differences = np.abs(own.astype(int) - theirs).mean((2, 3, 4))
