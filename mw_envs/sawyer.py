@@ -1,6 +1,7 @@
 """MetaWorld's environments, made to compute the same in less time.
 
-Each function here stands for one of MetaWorld's, SciPy's or Gymnasium's and gives its results to the last bit.
+Each function here stands for one of MetaWorld's, SciPy's or Gymnasium's and gives its results to the last bit, but for
+a reward that is not wanted.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def sawyer_class(task: str) -> type[SawyerXYZEnv]:
     """MetaWorld's environment of a task with the functions below in place of its own.
 
     Its ``reward_wanted`` may be set to False: then what it says of the reward means nothing, but success, which depends
-    on distances, is the same.
+    on no part of that, is the same.
     """
     base: Any = ALL_V3_ENVIRONMENTS[task]
     methods: dict[str, Any] = {

@@ -104,3 +104,17 @@ def test_success_does_not_depend_on_whether_the_reward_is_wanted(task: str) -> N
             assert success == bool(shorter) == bool(full)
             seen.add(success)
     assert seen == {False, True}
+
+
+def test_a_reward_that_was_not_wanted_before_is_the_same() -> None:
+    task, rows = "bin-picking-v3", []
+    for wanted_before in (True, False):
+        simulator, expert = Simulator(task), ScriptedExpert(task)
+        observation = simulator.place(Trial(task, 0, 0))
+        for _ in range(40):
+            observation, _, _ = simulator.step(expert.action(observation), wanted_before)
+        rows.append([])
+        for _ in range(40):
+            observation, reward, success = simulator.step(expert.action(observation))
+            rows[-1].append((*observation, reward, success))
+    assert rows[0] == rows[1]

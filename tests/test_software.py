@@ -18,7 +18,7 @@ import numpy.typing as npt
 import pytest
 
 from mw_envs import Trial
-from mw_envs.rendering import CROPS, Scene, View, frame, get_renderer
+from mw_envs.rendering import CROPS, Scene, View, arrays, frame, get_renderer
 from mw_envs.rendering.compiling import CompiledOnce
 from mw_envs.rendering.geometry import (
     Shape,
@@ -103,7 +103,9 @@ def test_a_coarse_mesh_stays_where_it_was() -> None:
 
 
 def test_round_shapes_have_as_many_parts_as_can_be_seen() -> None:
-    """Chords leave the surface by no more than a tenth of a pixel, a quad's diagonal by twice that, or are MuJoCo's."""
+    """A sphere's chords leave it by no more than a tenth of a pixel, a quad's diagonal by twice that; no more than
+    MuJoCo's of any.
+    """
     pixel, radii = 0.002, [0.001, 0.004, 0.01, 0.03, 0.5]
     geoms = "".join(
         f'<geom type="sphere" size="{r}"/><geom type="cylinder" size="{r} .02"/><geom type="capsule" size="{r} .02"/>'
@@ -126,17 +128,37 @@ def test_round_shapes_have_as_many_parts_as_can_be_seen() -> None:
         assert np.linalg.norm(middles, axis=2).min() > max(radius - 2 * 0.12 * pixel, 0.4 * radius)
 
 
-def test_shadows_are_cast_by_coarser_meshes() -> None:
-    simulator = placed("hammer-v3")
-    prepared = Prepared(simulator.model, simulator.scene.background, 0.002, TexturePool())
+@pytest.mark.parametrize("pixel", [0.002, 0.008])
+@pytest.mark.parametrize("task", ["hammer-v3", "assembly-v3", "coffee-push-v3"])
+def test_shadows_are_cast_by_coarser_meshes_that_keep_their_areas(task: str, pixel: float) -> None:
+    simulator = placed(task)
+    prepared = Prepared(simulator.model, simulator.scene.background, pixel, TexturePool())
     fine, coarse = prepared.geometry, prepared.casters
-    assert len(coarse.triangles) < 0.7 * len(fine.triangles)
+    assert len(coarse.triangles) < 0.8 * len(fine.triangles)
+
+    def seen(g: arrays.Geometry | arrays.Casters, d: int) -> npt.NDArray[np.float64]:
+        """Along x, y and z, of a drawable's triangles."""
+        places = np.stack([g.x, g.y, g.z], axis=1, dtype=np.float64)
+        corners = places[g.triangles[g.first_triangle[d] : g.first_triangle[d + 1], :3]]
+        return np.abs(np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])).sum(axis=0) / 2
+
     for d in range(len(fine.first_vertex) - 1):
         ours, theirs = (
             np.stack([g.x, g.y, g.z], axis=1)[g.first_vertex[d] : g.first_vertex[d + 1]] for g in (coarse, fine)
         )
         assert (ours.min(axis=0) >= theirs.min(axis=0) - 1e-6).all()
-        assert (np.ptp(theirs, axis=0) - np.ptp(ours, axis=0) < 2 * 4 * 0.002).all()  # a cell on either side
+        assert (np.ptp(theirs, axis=0) - np.ptp(ours, axis=0) < 2 * 4 * pixel).all()  # a cell on either side
+        assert (seen(coarse, d) >= 0.84 * seen(fine, d)).all()
+
+
+def test_the_smallest_sphere_is_there_whatever_the_quality() -> None:
+    model = mujoco.MjModel.from_xml_string(
+        '<mujoco><visual><quality numslices="60" numstacks="16"/></visual>'
+        '<worldbody><geom type="sphere" size="1e-4"/><geom type="ellipsoid" size="1e-4 1e-4 1e-4"/></worldbody>'
+        "</mujoco>"
+    )
+    first = Prepared(model, frozenset(), 0.002, TexturePool()).geometry.first_triangle
+    assert (np.diff(first) > 0).all()
 
 
 # --- What a renderer promises -----------------------------------------------------------------------------------------

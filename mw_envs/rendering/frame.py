@@ -57,7 +57,7 @@ def cast_shadows(look, casting, window, pixel):
 def draw_still(look, camera, poses, drawables, shadows, background, seen, spans, changed):
     """Draw what does not move over a background, and make it a part of that.
 
-    :param drawables: opaque ones, projected to the light's plane.
+    :param drawables: opaque ones.
     :param shadows: those that they cast on the background, which holds them already, for what they cast on themselves.
     :param seen: the background's samples, and what is in the spans is something else's; both become the background's.
     :param changed: first and last pixel of each row whose samples may have changed, int32 (rows, 2); set.
@@ -104,7 +104,7 @@ def draw_moving(look, camera, poses, moving, transparent, casting, lit, pixel, b
 
     :param moving: opaque drawables, and transparent ones, nearest first, int32.
     :param casting: those of them that cast shadows, int32.
-    :param lit: their window in the light's plane, to which all have been projected.
+    :param lit: their window in the light's plane, to which they have been projected.
     :param canvas: see :class:`mw_envs.rendering.arrays.Canvas`; left with the frame's own spans.
     :param picture: uint8 (rows, columns, 3); shows the background, updated.
     """

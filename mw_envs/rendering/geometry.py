@@ -94,6 +94,12 @@ def coarsened(shape: Shape, cell: float) -> Shape:
     )
 
 
+def areas(shape: Shape) -> Floats:
+    """What a shape's triangles, of both sides, cover seen along x, y and z, (3,)."""
+    a, b, c = (shape.places[shape.triangles[:, k]] for k in range(3))
+    return np.asarray(np.abs(np.cross(b - a, c - a)).sum(axis=0) / 2)
+
+
 def _unique_rows(rows: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """Different rows in their order, where each is first, and which of them each row is.
 

@@ -13,6 +13,7 @@ import numpy.typing as npt
 from mw_envs.rendering import arrays
 from mw_envs.rendering.geometry import (
     Shape,
+    areas,
     box_shape,
     capsule_shape,
     coarsened,
@@ -25,7 +26,8 @@ from mw_envs.rendering.geometry import (
 from mw_envs.rendering.textures import TexturePool
 
 # Of coarsened meshes, in pixels, and of what their shadows are cast by.
-_CELL, _CASTER_CELL = 1.5, 4.0
+_CELL, _CASTER_CELLS = 1.5, (4.0, 2.0)
+_KEPT_AREA = 0.85  # of what is seen from each side, or a finer cell is taken: thin parts collapse
 # Round shapes, in pixels: how far inside a circle its chords may lie, and the length of parts along a straight line.
 _SAGITTA, _STRAIGHT = 0.1, 20.0
 _FAINTEST = 5e-4  # of a highlight, where 1 is white
@@ -175,8 +177,7 @@ def _drawables(model: mujoco.MjModel, pixel: float) -> list[_Drawable]:
                 continue
             kind, size = mujoco.mjtGeom(kinds[i]), np.asarray(sizes[i], dtype=np.float64)
             mesh = int(model.geom_dataid[i]) if prefix == "geom" else -1
-            shape, scale = _shape(model, kind, size, mesh, pixel)
-            caster = coarsened(shape, _CASTER_CELL * pixel) if kind == mujoco.mjtGeom.mjGEOM_MESH else shape
+            shape, caster, scale = _shape(model, kind, size, mesh, pixel)
             texture = _texture(model, material)
             # A plane and a mesh have their size already; other shapes are scaled to it.
             sized = kind in (mujoco.mjtGeom.mjGEOM_PLANE, mujoco.mjtGeom.mjGEOM_MESH)
@@ -205,13 +206,21 @@ def _look(
 
 def _shape(
     model: mujoco.MjModel, kind: mujoco.mjtGeom, size: npt.NDArray[np.float64], mesh: int, pixel: float
+) -> tuple[Shape, Shape, npt.NDArray[np.float64]]:
+    """An object's shape, what casts its shadow, and what both are to be scaled by."""
+    if kind == mujoco.mjtGeom.mjGEOM_MESH:
+        return *_coarse_mesh(model, mesh, pixel), np.ones(3)
+    shape, scale = _regular_shape(model, kind, size, pixel)
+    return shape, shape, scale
+
+
+def _regular_shape(
+    model: mujoco.MjModel, kind: mujoco.mjtGeom, size: npt.NDArray[np.float64], pixel: float
 ) -> tuple[Shape, npt.NDArray[np.float64]]:
-    """An object's shape and what it is to be scaled by; in as many parts as can be seen, MuJoCo's at most."""
+    """A shape and what it is to be scaled by; in as many parts as can be seen, MuJoCo's at most."""
     kinds, quality, one = mujoco.mjtGeom, model.vis.quality, np.ones(3)
     if kind == kinds.mjGEOM_PLANE:
         return plane_shape(size[0], size[1], size[2], model.vis.map.zfar * model.stat.extent), one
-    if kind == kinds.mjGEOM_MESH:
-        return _coarse_mesh(model, mesh, _CELL * pixel), one
 
     def parts(length: float) -> int:
         return int(np.ceil(length / (_STRAIGHT * pixel)))
@@ -221,7 +230,7 @@ def _shape(
     radius = size.max() if kind == kinds.mjGEOM_ELLIPSOID else size[0]
     wanted = int(np.ceil(np.pi / np.arccos(max(1 - _SAGITTA * pixel / radius, 0.5))))
     slices, most = min(int(quality.numslices), wanted), int(quality.numstacks)
-    arc = -(-most * slices // int(quality.numslices))
+    arc = 2 * max(1, -(-most * slices // (2 * int(quality.numslices))))
     if kind == kinds.mjGEOM_SPHERE:
         return sphere_shape(slices, arc), size[[0, 0, 0]]
     if kind == kinds.mjGEOM_ELLIPSOID:
@@ -235,18 +244,28 @@ def _shape(
 
 
 # A robot's meshes are the same in all scenes.
-_coarse_meshes: dict[tuple[bytes, float], Shape] = {}
+_coarse_meshes: dict[tuple[bytes, float], tuple[Shape, Shape]] = {}
 
 
-def _coarse_mesh(model: mujoco.MjModel, mesh: int, cell: float) -> Shape:
+def _coarse_mesh(model: mujoco.MjModel, mesh: int, pixel: float) -> tuple[Shape, Shape]:
+    """A mesh as fine as can be seen, and what casts its shadow."""
     faces = slice(model.mesh_faceadr[mesh], model.mesh_faceadr[mesh] + model.mesh_facenum[mesh])
     vertices = slice(model.mesh_vertadr[mesh], model.mesh_vertadr[mesh] + model.mesh_vertnum[mesh])
     digest = hashlib.blake2b(model.mesh_vert[vertices].tobytes(), digest_size=16)
     digest.update(model.mesh_face[faces].tobytes())
-    key = digest.digest(), cell
+    key = digest.digest(), pixel
     if key not in _coarse_meshes:
-        _coarse_meshes[key] = coarsened(mesh_shape(model, mesh), cell)
+        shape = coarsened(mesh_shape(model, mesh), _CELL * pixel)
+        _coarse_meshes[key] = shape, _caster(shape, pixel)
     return _coarse_meshes[key]
+
+
+def _caster(shape: Shape, pixel: float) -> Shape:
+    for cell in _CASTER_CELLS:
+        coarse = coarsened(shape, cell * pixel)
+        if (areas(coarse) >= _KEPT_AREA * areas(shape)).all():
+            return coarse
+    return shape
 
 
 def _texture(model: mujoco.MjModel, material: int) -> int:
