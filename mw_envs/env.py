@@ -115,10 +115,10 @@ class MetaWorldEnv(gym.Env[dict[str, Any], npt.NDArray[np.float32]]):
         self.horizon = _positive("horizon", horizon)
         self.settle_steps = _positive("settle_steps", settle_steps, minimum=0)
         self.reward = _one_of("reward", reward, REWARDS)
-        self.reward_coef = float(reward_coef)
-        if not np.isfinite(self.reward_coef):
+        if not isinstance(reward_coef, numbers.Real) or not np.isfinite(reward_coef):
             raise ValueError(f"reward_coef={reward_coef!r}; expected a finite number")
-        self.terminate_on_success = terminate_on_success
+        self.reward_coef = float(reward_coef)
+        self.terminate_on_success = _flag("terminate_on_success", terminate_on_success)
         height, width = _height_and_width(image_size)
         self._view = View(
             _one_of("camera", camera, CAMERAS),
@@ -129,7 +129,7 @@ class MetaWorldEnv(gym.Env[dict[str, Any], npt.NDArray[np.float32]]):
         )
         self._render_view = View(camera, _RENDER_SIZE, _RENDER_SIZE, rotated=self._view.rotated)
         self._renderer = _one_of("renderer", renderer, RENDERERS)
-        self.record_frames = record_frames
+        self.record_frames = _flag("record_frames", record_frames)
         if render_mode not in (None, "rgb_array"):
             raise ValueError(f"render_mode={render_mode!r}; expected None or 'rgb_array'")
         self.render_mode = render_mode
@@ -139,9 +139,9 @@ class MetaWorldEnv(gym.Env[dict[str, Any], npt.NDArray[np.float32]]):
             "state": spaces.Box(_STATE_LOW, _STATE_HIGH, dtype=np.float32),
             "instruction": spaces.Box(0, 255, (INSTRUCTION_BYTES,), np.uint8),
         }
-        if privileged_state:
+        if _flag("privileged_state", privileged_state):
             observation["privileged_state"] = spaces.Box(-_PRIVILEGED_LIMIT, _PRIVILEGED_LIMIT, (39,), np.float32)
-        if elapsed_time:
+        if _flag("elapsed_time", elapsed_time):
             observation["elapsed_time"] = spaces.Box(0.0, 1.0, (1,), np.float32)
         self._observed = frozenset(observation)
         self.observation_space = spaces.Dict(observation)
@@ -408,6 +408,12 @@ def _whole_number(name: str, value: Any, end: int) -> int:
 
 def _is_whole(value: Any) -> bool:
     return isinstance(value, numbers.Real) and not isinstance(value, bool) and float(value).is_integer()
+
+
+def _flag(name: str, value: Any) -> bool:
+    if not isinstance(value, (bool, np.bool_)):  # the string "false" would be true
+        raise ValueError(f"{name}={value!r}; expected True or False")
+    return bool(value)
 
 
 def _one_of(name: str, value: str, known: Sequence[str]) -> str:
