@@ -115,9 +115,7 @@ class MetaWorldEnv(gym.Env[dict[str, Any], npt.NDArray[np.float32]]):
         self.horizon = _positive("horizon", horizon)
         self.settle_steps = _positive("settle_steps", settle_steps, minimum=0)
         self.reward = _one_of("reward", reward, REWARDS)
-        if not isinstance(reward_coef, numbers.Real) or not np.isfinite(reward_coef):
-            raise ValueError(f"reward_coef={reward_coef!r}; expected a finite number")
-        self.reward_coef = float(reward_coef)
+        self.reward_coef = _finite("reward_coef", reward_coef)
         self.terminate_on_success = _flag("terminate_on_success", terminate_on_success)
         height, width = _height_and_width(image_size)
         self._view = View(
@@ -408,6 +406,12 @@ def _whole_number(name: str, value: Any, end: int) -> int:
 
 def _is_whole(value: Any) -> bool:
     return isinstance(value, numbers.Real) and not isinstance(value, bool) and float(value).is_integer()
+
+
+def _finite(name: str, value: Any) -> float:
+    if not isinstance(value, numbers.Real) or not np.isfinite(float(value)):
+        raise ValueError(f"{name}={value!r}; expected a finite number")
+    return float(value)
 
 
 def _flag(name: str, value: Any) -> bool:
