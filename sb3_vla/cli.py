@@ -182,6 +182,7 @@ def run_collect(command: CollectCommand, console: Console) -> None:
 
 def run_sft(command: SFTCommand, console: Console) -> None:
     """``sb3-vla sft``."""
+    from sb3_vla.checkpoints.native import refuse_other_files
     from sb3_vla.demonstrations import Demonstrations
     from sb3_vla.sft import sft
 
@@ -189,6 +190,7 @@ def run_sft(command: SFTCommand, console: Console) -> None:
         command.data, tasks=command.tasks, image_size=command.image_size, rename=command.rename or None
     )
     output = Path(command.output)
+    refuse_other_files(output)  # before the work
     # Until the result is there, what a second start goes on from after an interrupt.
     unfinished = SharedRun(output.parent / f".{output.name}.unfinished", command)
     with unfinished.stage("sft", {"sft": command}) as stage:
@@ -270,14 +272,16 @@ def run_recipe(parsed: argparse.Namespace, settings: list[str], console: Console
 
 def run_eval(command: EvalCommand, console: Console) -> None:
     """``sb3-vla eval``."""
-    from stable_baselines3.common.utils import get_device
-
     from sb3_vla.checkpoints import load_checkpoint
     from sb3_vla.evaluation import VideoOptions, evaluate, find_protocol
     from sb3_vla.policies import load_policy
-    from sb3_vla.precision import autocast
+    from sb3_vla.precision import autocast, get_device
     from sb3_vla.training import view_of
 
+    output = Path(command.output)
+    if output.suffix == ".md" or output.is_dir():
+        raise ConfigError(f"output={command.output}; expected the name of a JSON file, beside which a table is written")
+    output.parent.mkdir(parents=True, exist_ok=True)  # or fail now, not after the work
     options = command.model_kwargs or None
     view = view_of(load_checkpoint(command.checkpoint, options).notes)
     protocol = find_protocol(command.protocol)
@@ -296,8 +300,8 @@ def run_eval(command: EvalCommand, console: Console) -> None:
             videos=VideoOptions(command.videos) if command.videos else None,
         )
     if current_ranks().leads:
-        result.to_json(command.output)
-        result.to_markdown(Path(command.output).with_suffix(".md"))
+        result.to_json(output)
+        result.to_markdown(output.with_suffix(".md"))
     result.print_table(console)
 
 
@@ -380,7 +384,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)
         return 2
     except Stopped as stopped:
-        Console().print(f"\ninterrupted by {stopped}; the same command goes on")
+        then = "goes on" if parsed.command in ("train", "sft") else "starts again"
+        Console().print(f"\ninterrupted by {stopped}; the same command {then}")
         return stopped.exit_code
     except KeyboardInterrupt:
         Console().print("\ninterrupted")

@@ -341,8 +341,9 @@ def _probe_environment() -> dict[str, Any]:
     import gymnasium as gym
     import numpy as np
 
-    from mw_envs.rendering.frame import draw_moving
+    from mw_envs.rendering.warming import compiled_before
 
+    compiled_now = not compiled_before()
     started = time.perf_counter()
     options: dict[str, Any] = {"image_size": 96, "crop": "workspace", "action_chunk": 5, "task": "reach-v3"}
     env = gym.make("mw_envs:MetaWorldMT1-v0", **options)
@@ -354,7 +355,6 @@ def _probe_environment() -> dict[str, Any]:
         steps += 5
         if terminated or truncated:
             env.reset()
-    compiled_now = bool(draw_moving.stats.cache_misses)
     return {"first_seconds": first_seconds, "compiled_now": compiled_now, "steps_per_second": steps / elapsed}
 
 

@@ -925,22 +925,12 @@ class PPO(stable_baselines3.PPO):
     ) -> PPO:
         """Train for at least ``total_timesteps`` decisions; see ``stable_baselines3.PPO.learn``."""
         if isinstance(self.policy, VLAPolicy):
-            self._check_batch_size()
+            check_batch_size(self.batch_size, self.n_steps, self.n_envs * self.ranks.count)
             self.ranks.check_same(dict(self.policy.named_parameters()), "the policy")
             if reset_num_timesteps:
                 self.env_steps = 0
         super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
         return self
-
-    def _check_batch_size(self) -> None:
-        decisions = self.n_steps * self.n_envs * self.ranks.count
-        if decisions % self.batch_size:
-            divisors = [size for size in range(1, decisions + 1) if decisions % size == 0]
-            nearest = min(divisors, key=lambda size: abs(size - self.batch_size))
-            raise ValueError(
-                f"batch_size={self.batch_size} does not divide a rollout of n_steps={self.n_steps} decisions of "
-                f"{self.n_envs * self.ranks.count} environments, {decisions} in all; the nearest that does is {nearest}"
-            )
 
     def _init_callback(self, callback: MaybeCallback, progress_bar: bool = False) -> BaseCallback:
         """As in Stable-Baselines3, but the bar tells the success rate too."""
@@ -970,3 +960,18 @@ class _NoBuffer:
     """Stands in for the stock rollout buffer while VLAPolicy's own is not built yet."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+
+def check_batch_size(batch_size: int, n_steps: int, n_envs: int) -> None:
+    """Find out whether minibatches divide a rollout.
+
+    :raises ValueError: if they do not; the message names the nearest size that does.
+    """
+    decisions = n_steps * n_envs
+    if decisions % batch_size:
+        divisors = [size for size in range(1, decisions + 1) if decisions % size == 0]
+        nearest = min(divisors, key=lambda size: abs(size - batch_size))
+        raise ValueError(
+            f"batch_size={batch_size} does not divide a rollout of n_steps={n_steps} decisions of {n_envs} "
+            f"environments, {decisions} in all; the nearest that does is {nearest}"
+        )

@@ -1,4 +1,4 @@
-"""bfloat16 where the machine computes it faster; weights and log-probabilities stay float32."""
+"""Where and how precisely to compute: bfloat16 where it is faster; weights and log-probabilities stay float32."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
+from stable_baselines3.common import utils
 
 
 def bf16_supported() -> bool:
@@ -31,3 +32,14 @@ def autocast(enabled: bool | None, device_type: str = "cpu") -> AbstractContextM
     :param enabled: see :func:`uses_bf16`.
     """
     return torch.autocast(device_type, dtype=torch.bfloat16, enabled=uses_bf16(enabled, device_type))
+
+
+def get_device(name: str) -> torch.device:
+    """A device by its name; ``auto`` is a GPU where there is one.
+
+    :raises ValueError: for a GPU where PyTorch finds none, for which Stable-Baselines3 would take the processor.
+    """
+    device = utils.get_device(name)
+    if name != "auto" and torch.device(name).type != device.type:
+        raise ValueError(f"device={name!r}, but PyTorch {torch.__version__} finds no such device; use device='auto'")
+    return device

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from stable_baselines3.common.utils import get_device
 from torch import Tensor
 
 from mw_envs.tasks import encode_instruction
@@ -26,7 +25,7 @@ from sb3_vla.distributed import Ranks, current_ranks
 from sb3_vla.models import VLAModel, make_model
 from sb3_vla.models.lora import prepare_training
 from sb3_vla.noise import part_of_batch
-from sb3_vla.precision import autocast
+from sb3_vla.precision import autocast, get_device
 from sb3_vla.sharding import whole_optimizer_state
 from sb3_vla.stopping import Stopped, stop_request
 

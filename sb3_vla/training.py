@@ -20,7 +20,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import KVWriter, Logger
 from stable_baselines3.common.type_aliases import Schedule
-from stable_baselines3.common.utils import get_device
 
 from mw_envs.rendering import get_renderer
 from mw_envs.tasks import did_you_mean, select_tasks
@@ -35,8 +34,8 @@ from sb3_vla.memory import MemoryPlan, plan_memory
 from sb3_vla.models import VLAModel
 from sb3_vla.models.lora import prepare_training
 from sb3_vla.periodic import EvaluatePeriodically, PeriodicEvaluation
-from sb3_vla.ppo import PPO
-from sb3_vla.precision import uses_bf16
+from sb3_vla.ppo import PPO, check_batch_size
+from sb3_vla.precision import get_device, uses_bf16
 from sb3_vla.resume import load_algorithm, save_algorithm
 from sb3_vla.run import RunDirectory
 from sb3_vla.sft import DemonstrationBatches
@@ -219,6 +218,10 @@ class PPOConfig(TrainingConfig):
     critic_warmup: int = 2
     privileged_critic: bool = True
     overlap: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_batch_size(self.batch_size, self.decisions, self.num_envs)  # before a run begins, not in its middle
 
     @property
     def total_decisions(self) -> int:

@@ -56,6 +56,8 @@ def test_eval_writes_a_result_and_a_table(checkpoint: Path, tmp_path: Path) -> N
         ("eval", ["tasks=[hammer-v3]"], "'hammer-v3' is not in the train split of MT10"),
         ("eval", ["protocol=rlinf"], "'rlinf'"),
         ("eval", ["checkpoint=nowhere"], "nowhere does not exist"),
+        ("eval", ["output=result.md"], "output=result.md; expected the name of a JSON file"),
+        ("train", ["ppo.batch_size=60"], "batch_size=60 does not divide a rollout of"),
         ("train", ["data=demonstrations"], "set ppo.rehearsal_coef as well"),
         ("train", ["algorithm=grpo", "data=demonstrations"], "set grpo.rehearsal_coef as well"),
         ("train", ["algorithm=trpo"], "'trpo'"),
@@ -80,6 +82,25 @@ def test_bad_settings_are_told_in_one_message(
     told = capsys.readouterr().err
     assert "error:" in told and message in " ".join(told.split()), told
     assert "Traceback" not in told
+
+
+def test_a_gpu_that_is_not_there_is_no_processor(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    settings = [f"checkpoint={checkpoint}", f"output={tmp_path / 'result.json'}", "tasks=[reach-v3]", "device=cuda"]
+    assert main(["eval", *settings]) == 2
+    assert "device='cuda', but PyTorch" in " ".join(capsys.readouterr().err.split())
+
+
+def test_imitation_refuses_a_folder_of_other_files_before_the_work(
+    demonstrations: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sb3_vla.sft, "sft", lambda *_, **__: pytest.fail("it began"))
+    (tmp_path / "thesis.txt").write_text("mine")
+    assert main(["sft", f"data={demonstrations}", f"output={tmp_path}", *SFT]) == 2
+    assert "holds files that are no checkpoint" in " ".join(capsys.readouterr().err.split())
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
 def test_an_interrupted_imitation_goes_on_to_the_same_weights(
@@ -135,7 +156,9 @@ def test_a_signal_ends_imitation_after_the_step_with_a_checkpoint(
 
 
 @pytest.mark.parametrize("command", ["collect", "eval"])
-def test_sigterm_ends_what_has_no_checkpoint_at_once(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sigterm_ends_what_has_no_checkpoint_at_once(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     kind, _ = COMMANDS[command]
 
     def run(*_: Any) -> None:
@@ -144,3 +167,4 @@ def test_sigterm_ends_what_has_no_checkpoint_at_once(command: str, monkeypatch: 
 
     monkeypatch.setitem(COMMANDS, command, (kind, run))
     assert main([command]) == 143
+    assert "the same command starts again" in " ".join(capsys.readouterr().out.split())

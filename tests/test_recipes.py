@@ -43,10 +43,15 @@ CONTEXTS = {
     "grpo": ("metaworld_50_grpo_compact", ["algorithm.filter_rewards=true", "env.train.use_rel_reward=true", *WANTED]),
     "sft": ("metaworld_50_sft_compact", []),
     "sft of a checkpoint": ("metaworld_50_sft_openpi", ["actor.model.model_path=somewhere", "data.path=data"]),
-    "ppo of a checkpoint": ("metaworld_50_ppo_openpi", ["actor.model.model_path=somewhere", *WANTED]),
+    "ppo of a checkpoint": (
+        "metaworld_50_ppo_openpi",
+        # A size that divides the rollout of longer chunks too.
+        ["actor.model.model_path=somewhere", "actor.global_batch_size=1280", *WANTED],
+    ),
 }
 #: another value where none follows from the type, or not every one is allowed
 OTHERS: dict[str, Any] = {
+    "actor.global_batch_size": 256,  # divides each recipe's rollout
     "runner.logger.logger_backends": ["csv"],
     "runner.val_check_interval": 2,
     "cluster.component_placement": {"actor,env,rollout": "0"},

@@ -75,7 +75,7 @@ class Captured(Exception):
 
 
 SHARED_CHANGES: dict[str, Any] = {
-    "batch_size": 20,
+    "batch_size": 32,
     "clip_range": 0.125,
     "clip_range_high": 0.3,
     "dual_clip": 3.0,

@@ -11,4 +11,5 @@ set -euo pipefail
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
 bash "$root/examples/setup.sh"
+if [ $# = 0 ]; then set -- --list; fi
 exec "${SB3_VLA_VENV:-$root/.venv}/bin/python" -m sb3_vla train "$@"

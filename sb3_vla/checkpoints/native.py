@@ -94,14 +94,24 @@ def save_checkpoint(
         (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
+def refuse_other_files(folder: Path) -> None:
+    """Find out whether a checkpoint may be written to a folder.
+
+    :raises FileExistsError: if it is a file, or holds something else than a checkpoint.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"{folder} is a file; a checkpoint is a folder, choose another name")
+    if folder.exists() and not (folder / "config.json").is_file() and any(folder.iterdir()):
+        raise FileExistsError(f"{folder} holds files that are no checkpoint; choose another folder or empty it")
+
+
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
     """A folder to write a checkpoint to, which takes its name, and the place of what is there, when all is written.
 
-    :raises FileExistsError: if the folder holds something else than a checkpoint.
+    :raises FileExistsError: see :func:`refuse_other_files`.
     """
-    if folder.exists() and not (folder / "config.json").is_file() and any(folder.iterdir()):
-        raise FileExistsError(f"{folder} holds files that are no checkpoint; choose another folder or empty it")
+    refuse_other_files(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:

@@ -55,7 +55,10 @@ def make_distribution(name: str, model: VLAModel, action_chunk: int, **options: 
     try:
         distribution = kind.for_model(model, action_chunk, **options)
     except TypeError as error:
-        raise ValueError(f"Distribution {name!r} does not take these options: {options} ({error})") from error
+        raise ValueError(
+            f"Distribution {name!r} does not take these options: {options} ({error}); distribution_kwargs={{}} leaves "
+            "all at their defaults"
+        ) from error
     distribution.first_action = model.first_action
     return distribution
 
