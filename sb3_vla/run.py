@@ -27,6 +27,7 @@ import shutil
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timezone
@@ -196,8 +197,14 @@ class RunDirectory:
         current = self.path / "checkpoints" / stage
         if current.exists():
             names = (current.with_name(f"{stage}.replaced-{number}") for number in itertools.count(1))
+            aside = next(path for path in names if not path.exists())
             with _clear_errors("rename", current):
-                current.rename(next(path for path in names if not path.exists()))
+                current.rename(aside)
+            warnings.warn(
+                f"{stage} has other settings than before in {self.path}: it starts afresh, and its earlier checkpoints "
+                f"are in {aside}; stages/{stage}.json tells the settings",
+                stacklevel=4,
+            )
 
 
 def _checkpoints_by_step(folder: Path) -> list[Path]:

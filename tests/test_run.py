@@ -228,7 +228,8 @@ def test_an_interrupted_stage_is_resumed_and_a_changed_one_is_not(run: RunDirect
         assert run.latest_checkpoint("ppo") == run.path / "checkpoints" / "ppo" / "step-00000400"
 
     for number in (1, 2):
-        with run.stage("ppo", {"seed": number}) as stage:
+        told = pytest.warns(UserWarning, match=rf"its earlier checkpoints are in .*ppo\.replaced-{number}; stages/ppo")
+        with told, run.stage("ppo", {"seed": number}) as stage:
             assert not stage.resumed and not stage.done
             assert run.latest_checkpoint("ppo") is None  # never goes on from another seed's weights
             aside = run.path / "checkpoints" / f"ppo.replaced-{number}" / "step-00000400" / "model"
