@@ -98,7 +98,7 @@ forget_half_installed() {
 compile_packages() {
     local site
     site="$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
-    "$python" -m compileall -q -j 0 -x '/tests?/' "$site" "$root/mw_envs" "$root/sb3_vla" || true
+    "$python" -m compileall -q -j 0 -x 'site-packages/.*/tests?/' "$site" "$root/mw_envs" "$root/sb3_vla" || true
 }
 
 install_packages() {
