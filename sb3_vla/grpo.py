@@ -125,8 +125,7 @@ class GRPO(PPO):
         self.advantage_type = advantage_type
         self.normalize_length = normalize_length
         #: with the environment steps so far, what the trials of a rollout are drawn from
-        self._trial_entropy = int(np.random.SeedSequence().generate_state(1)[0]) if seed is None else seed
-        self._trial_entropy = current_ranks().from_first(self._trial_entropy)
+        self._trial_entropy = _trial_entropy(seed)
         super().__init__(
             policy,
             env,
@@ -160,6 +159,15 @@ class GRPO(PPO):
             task_sampling=task_sampling,
             sharding=sharding,
         )
+
+    @classmethod
+    def _as_attributes(cls, given: dict[str, Any]) -> dict[str, Any]:
+        attributes = super()._as_attributes(given)
+        if "batch_size" in given:
+            attributes["n_steps"] = given["batch_size"]
+        if "seed" in given:
+            attributes["_trial_entropy"] = _trial_entropy(given["seed"])
+        return attributes
 
     def _setup_model(self) -> None:
         if not issubclass(self.policy_class, VLAPolicy):
@@ -376,3 +384,8 @@ class GRPO(PPO):
         """Train for at least ``total_timesteps`` decisions; see ``stable_baselines3.PPO.learn``."""
         super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
         return self
+
+
+def _trial_entropy(seed: int | None) -> int:
+    """What trials are drawn from: the seed, or, without one, something that no other training has."""
+    return current_ranks().from_first(int(np.random.SeedSequence().generate_state(1)[0]) if seed is None else seed)

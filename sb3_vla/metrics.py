@@ -19,11 +19,11 @@ from sb3_vla.buffers import SharedRollout
 
 
 class EpisodeRecord(NamedTuple):
-    """What is remembered of an episode: success (0 or 1), environment steps, sum of rewards."""
+    """What is remembered of an episode: success (0 or 1), environment steps, sum of rewards; None where not known."""
 
     success: float
-    length: int
-    reward: float
+    length: int | None
+    reward: float | None
 
 
 def ratio_metrics(ratio: Tensor, clipped: Tensor, bounded: Tensor, counted: Tensor) -> dict[str, float]:
@@ -107,6 +107,8 @@ def episode_metrics(
 ) -> dict[str, float]:
     """How the latest episodes went.
 
+    What no episode tells has no metric.
+
     :param episodes: by task; empty where an environment tells of none.
     :param ended: how many ended in this rollout.
     :param group: what names begin with: ``env``, or ``eval`` for those of an evaluation.
@@ -115,13 +117,18 @@ def episode_metrics(
     known = [each for window in episodes.values() for each in window]
     if not known:
         return {}
-    length = float(np.mean([each.length for each in known]))
-    reward = float(np.mean([each.reward for each in known]))
+    lengths = [each.length for each in known if each.length is not None]
+    rewards = [each.reward for each in known if each.reward is not None]
+    told: dict[str, float] = {}
+    if lengths:
+        told[f"{group}/episode_len"] = float(np.mean(lengths))
+    if rewards:
+        told[f"{group}/return"] = float(np.mean(rewards))
+    if lengths and rewards and any(lengths):
+        told[f"{group}/reward"] = told[f"{group}/return"] / told[f"{group}/episode_len"]
     return {
         f"{group}/success_once": float(np.mean(list(success.values()))),
-        f"{group}/episode_len": length,
-        f"{group}/return": reward,
-        f"{group}/reward": reward / length if length else 0.0,
+        **told,
         f"{group}/num_trajectories": float(ended),
         **{f"{group}/success_once/{task}": rate for task, rate in success.items()},
     }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import math
 import re
 from collections import defaultdict
@@ -10,15 +12,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import stable_baselines3
 import torch
 from stable_baselines3.common.callbacks import BaseCallback
-from torch import Tensor
-from toy import TINY, mean_reward, stir, toy_demonstrations, toy_ppo, toy_vec, whole_minibatch
+from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.vec_env import DummyVecEnv, VecMonitor
+from torch import Tensor, nn
+from toy import TINY, ToyEnv, mean_reward, stir, toy_demonstrations, toy_ppo, toy_vec, whole_minibatch
 
-from sb3_vla import PPO
+from sb3_vla import GRPO, PPO
 from sb3_vla.buffers import ChunkRolloutBuffer, DecisionBatch
 from sb3_vla.metrics import EpisodeRecord
 from sb3_vla.policies import Evaluation, VLAPolicy
@@ -466,6 +471,53 @@ def test_noise_scale_follows_its_schedule(distribution: str, options: dict[str, 
     assert metrics(algorithm)["train/ratio_max"] == 1.0
 
 
+class Progress(BaseCallback):
+    """Keeps the factor of the noise of each rollout, and what remains of the training after it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.noise: list[float] = []
+        self.left: list[float] = []
+
+    def _on_step(self) -> bool:
+        return True
+
+    def _on_rollout_end(self) -> None:
+        self.noise.append(self.model.policy.distribution.noise_scale)  # type: ignore[union-attr,arg-type]
+
+    def _on_rollout_start(self) -> None:
+        self.left.append(self.model._current_progress_remaining)
+
+
+def learned(algorithm: PPO, decisions: int, **options: Any) -> Progress:
+    seen = Progress()
+    algorithm.learn(decisions, seen, **options)
+    return seen
+
+
+def test_each_training_begins_at_the_begin_of_its_schedules(tmp_path: Path) -> None:
+    algorithm = toy_ppo(learning_rate=0.0, noise_scale=lambda left: 0.4 + 0.6 * left)
+    for _ in range(2):
+        assert learned(algorithm, 64).noise == pytest.approx([1.0, 0.85, 0.7, 0.55])
+    algorithm.save(tmp_path / "saved")
+    loaded = PPO.load(tmp_path / "saved", toy_vec(), device="cpu")
+    assert learned(loaded, 64).noise == pytest.approx([1.0, 0.85, 0.7, 0.55])
+    # What goes on is half of 128 decisions away from the end.
+    assert learned(loaded, 64, reset_num_timesteps=False).noise == pytest.approx([0.7, 0.625, 0.55, 0.475])
+    # A last rollout that goes beyond the end is of the end, and leaves nothing behind.
+    assert learned(algorithm, 7).noise == pytest.approx([1.0])
+    assert algorithm._current_progress_remaining == 0.0
+    assert learned(algorithm, 24).left == pytest.approx([1.0, 1 - 16 / 24])
+    assert algorithm._current_progress_remaining == 0.0 and algorithm.num_timesteps == 32
+    algorithm.learn(0)
+
+
+def test_noise_that_vanishes_on_the_way_is_told() -> None:
+    algorithm = toy_ppo(noise_scale=lambda left: abs(left - 0.5))
+    with pytest.raises(ValueError, match=r"noise_scale is 0\.0 where 50% of the training is left; expected above 0"):
+        algorithm.learn(64)
+
+
 @pytest.mark.parametrize(("distribution", "options"), [("gaussian", {}), ("flow_sde", {})])
 def test_divergence_penalty_holds_the_policy_at_the_reference(distribution: str, options: dict[str, Any]) -> None:
     drift = {}
@@ -613,6 +665,27 @@ def test_a_loss_that_is_not_finite_skips_the_step() -> None:
         algorithm._optimizer_step(0.0, noted)
         assert same(weights(algorithm.policy), before) == (gradient == math.inf)
     assert noted["skipped_steps"] == [1.0, 0.0]
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+@pytest.mark.parametrize("micro_batch_size", [None, 4])
+def test_a_loss_that_is_not_finite_counts_where_its_gradient_is(number: float, micro_batch_size: int | None) -> None:
+    """A clamp passes what is not a number on, but gives it a gradient of zero."""
+    algorithm = toy_ppo(batch_size=8, n_epochs=2, target_kl=10.0, micro_batch_size=micro_batch_size)
+    calls: list[int] = []
+    plain = algorithm._value_loss
+
+    def broken(values: Tensor, *rest: Any) -> Tensor:
+        calls.append(len(values))
+        loss = plain(values, *rest)
+        return loss if len(calls) > 8 // calls[0] else 0.0 * loss.nan_to_num() + number  # in the first minibatch
+
+    algorithm._value_loss = broken  # type: ignore[method-assign]
+    before = weights(algorithm.policy)
+    algorithm.learn(16)
+    found = metrics(algorithm)
+    assert found["train/skipped_steps"] == 1 and not same(weights(algorithm.policy), before)
+    assert all(math.isfinite(value) for value in found.values()), found
 
 
 def test_the_same_seed_gives_the_same_weights() -> None:
@@ -764,6 +837,33 @@ def test_metric_names() -> None:
     assert found["env/episode_len"] == 4  # two decisions of two steps
 
 
+class Untold(gym.Wrapper):
+    """Tells neither how long an episode was nor what it earned."""
+
+    def step(self, action: Any) -> Any:
+        *outcome, info = self.env.step(action)
+        info.pop("elapsed_steps", None)
+        return *outcome, info
+
+
+def test_returns_of_an_environment_of_one_s_own_are_monitors() -> None:
+    def make() -> gym.Env:
+        return Untold(ToyEnv(horizon=2, reward=0.25))
+
+    algorithm = toy_ppo(DummyVecEnv([lambda: Monitor(make())] * 2))  # type: ignore[list-item]
+    algorithm.learn(16)
+    found = metrics(algorithm)
+    assert (found["env/return"], found["env/episode_len"], found["env/reward"]) == (0.5, 2, 0.25)
+    algorithm = toy_ppo(VecMonitor(DummyVecEnv([make] * 2)))  # type: ignore[arg-type,list-item]
+    algorithm.learn(16)
+    assert metrics(algorithm)["env/return"] == 0.5
+    # What nobody tells is not zero.
+    algorithm = toy_ppo(DummyVecEnv([make] * 2))  # type: ignore[list-item]
+    algorithm.learn(16)
+    assert "env/success_once" in metrics(algorithm)
+    assert not {"env/return", "env/episode_len", "env/reward"} & metrics(algorithm).keys()
+
+
 # --- Learning ---------------------------------------------------------------------------------------------------------
 
 
@@ -844,6 +944,40 @@ def test_tasks_are_drawn_by_the_signal_they_give() -> None:
         toy_ppo(task_sampling="signals")
 
 
+class Unweighted(gym.Wrapper):
+    """An environment whose tasks have no weights."""
+
+    def get_wrapper_attr(self, name: str) -> Any:
+        if name == "set_task_weights":
+            raise AttributeError(name)
+        return super().get_wrapper_attr(name)
+
+
+@pytest.mark.parametrize("algorithm", [PPO, GRPO])
+def test_environments_that_cannot_draw_tasks_are_found_before_a_rollout(algorithm: type[PPO], tmp_path: Path) -> None:
+    def unweighted() -> DummyVecEnv:
+        return DummyVecEnv([lambda: Unweighted(ToyEnv())] * 2)  # type: ignore[list-item]
+
+    options: dict[str, Any] = {"device": "cpu", "policy_kwargs": {"model_kwargs": TINY}, "batch_size": 16}
+    options |= {"group_size": 2} if algorithm is GRPO else {"n_steps": 8}
+    told = pytest.raises(ValueError, match=r"task_sampling='signal' draws tasks by .* use task_sampling='uniform'")
+    with told:
+        algorithm("VLAPolicy", unweighted(), task_sampling="signal", **options)
+    able = algorithm("VLAPolicy", toy_vec(2), task_sampling="signal", **options)
+    with told:
+        able.set_env(unweighted())
+    able.save(tmp_path / "saved")
+    with told:
+        algorithm.load(tmp_path / "saved", unweighted(), device="cpu")
+    assert algorithm.load(tmp_path / "saved", unweighted(), device="cpu", task_sampling="uniform").env is not None
+    assert algorithm.load(tmp_path / "saved", device="cpu").env is None  # to act with
+    plain = algorithm("VLAPolicy", unweighted(), **options)
+    plain.task_sampling = "signal"
+    with told:
+        plain.learn(16)
+    assert plain.num_timesteps == 0
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -911,6 +1045,23 @@ def test_a_stopped_update_counts_as_one_rollout() -> None:
 def test_numbers_out_of_range_are_told(option: str, value: float, expected: str) -> None:
     with pytest.raises(ValueError, match=re.escape(expected)):
         toy_ppo(**{option: value})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("option", ["learning_rate", "clip_range", "clip_range_high", "clip_range_vf", "noise_scale"])
+def test_a_schedule_is_any_number_or_function(option: str) -> None:
+    algorithm = toy_ppo(**{option: np.float32(0.25)})  # type: ignore[arg-type]
+    algorithm.learn(16)
+    with pytest.raises(ValueError, match=f"{option}='0.3'; expected a number"):
+        toy_ppo(**{option: "0.3"})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("wrap", [functools.partial(torch.compile, backend="eager"), nn.DataParallel])
+def test_a_wrapped_policy_is_refused_where_it_is_set(wrap: Callable[[nn.Module], Any]) -> None:
+    algorithm = toy_ppo()
+    with pytest.raises(ValueError, match=r"policy is now of class \w+; expected the VLAPolicy .*dict\(compile={}\)"):
+        algorithm.policy = wrap(algorithm.policy)
+    algorithm.learn(16)
+    algorithm.policy = copy.deepcopy(algorithm.policy)
 
 
 def test_adam_steps_by_one_kernel(tmp_path: Path) -> None:
