@@ -40,7 +40,8 @@ class MemoryPlan:
     """Bytes that a training takes, on each rank.
 
     :param weights: of the model, trained or not.
-    :param copies: of what is trained: averaged weights, or the anchor of a divergence.
+    :param copies: of what is trained: averaged weights, the anchor of a divergence, or what takes the denoising steps
+        that are not trained.
     :param gradients: of what is trained.
     :param optimizer: state of the optimiser.
     :param activations: what an update holds at its worst moment besides, for one micro batch.
@@ -130,6 +131,7 @@ def plan_memory(
     denoisings: int = 1,
     denoising_steps: int = 5,
     copies: int = 0,
+    further: int = 0,
     optimizer_states: int = 2,
 ) -> MemoryPlan:
     """Play an update and a decision through without numbers.
@@ -147,6 +149,8 @@ def plan_memory(
     :param denoisings: denoising steps with a gradient, per decision: one for Flow-SDE, all of them for Flow-Noise.
     :param denoising_steps: of a decision, all of whose stages the rollout keeps.
     :param copies: of what is trained: 1 for imitation's averaged weights, 1 for the anchor of a divergence.
+    :param further: bytes of weights besides the model's, such as the copy of the denoiser that takes the first steps of
+        DDIM.
     :param optimizer_states: numbers that the optimiser keeps per parameter; Adam's two moments.
     :raises ValueError: for a number below its least value, or a part that the model has not.
     """
@@ -178,7 +182,7 @@ def plan_memory(
     counted = sum(p.numel() for p in trained)
     return MemoryPlan(
         weights=ours + sum(map(_bytes, frozen)) + buffers,
-        copies=copies * ours,
+        copies=copies * ours + further,
         gradients=ours,
         optimizer=optimizer_states * numbers * _FLOAT,
         activations=activations,

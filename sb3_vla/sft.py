@@ -236,7 +236,7 @@ def sft(
             loss.backward()
             train_loss = ranks.sum_gradients(model.parameters(), {"loss": loss.item()})["loss"]
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-            if not torch.isfinite(norm):
+            if not (math.isfinite(train_loss) and torch.isfinite(norm)):
                 raise ValueError(
                     f"Imitation diverged at step {step} (loss {train_loss}); lower learning_rate={config.learning_rate}"
                 )

@@ -26,6 +26,7 @@ from mw_envs.tasks import did_you_mean, select_tasks
 from sb3_vla.checkpoints import LoadedCheckpoint, load_checkpoint, save_checkpoint
 from sb3_vla.demonstrations import Demonstrations, available_memory
 from sb3_vla.distributed import current_ranks
+from sb3_vla.distributions import make_distribution
 from sb3_vla.filming import Filmed, FilmEpisodes, TrainingFilms
 from sb3_vla.grpo import GRPO
 from sb3_vla.holding import HoldAtEnd
@@ -430,9 +431,8 @@ def plan_training(
         decisions = -(-played // config.num_envs)
     else:
         decisions = config.decisions
-    options = config.distribution_kwargs
-    steps = int(options.get("denoising_steps") or 4)
-    joint = options.get("joint", config.distribution == "flow_noise")
+    distribution = make_distribution(config.distribution, model, chunk, **config.distribution_kwargs)
+    own = [*distribution.parameters(), *distribution.buffers()]
     cached = model.caches_perception if config.cache_perception is None else config.cache_perception
     return plan_memory(
         model,
@@ -444,9 +444,10 @@ def plan_training(
         num_envs=-(-config.num_envs // ranks),
         decisions=decisions,
         cache_perception=cached and config.trainable != "all" and lora is None,
-        denoisings=steps if joint else 1,
-        denoising_steps=steps,
+        denoisings=distribution.denoisings,
+        denoising_steps=distribution.denoisings,
         copies=int(config.kl_coef > 0),
+        further=sum(tensor.numel() * tensor.element_size() for tensor in own),
     )
 
 

@@ -18,6 +18,7 @@ from toy_pi0 import TINY_PI0, tiny_tokenizer
 
 from sb3_vla.checkpoints import save_checkpoint
 from sb3_vla.cli import main
+from sb3_vla.distributions import make_distribution
 from sb3_vla.footprint import footprint
 from sb3_vla.memory import _SENTENCE, GIB, HEADROOM, MemoryPlan, plan_memory
 from sb3_vla.models import VLAModel, make_model
@@ -25,7 +26,7 @@ from sb3_vla.models.recomputing import Recomputing
 from sb3_vla.plan import make_plan
 from sb3_vla.recipes import load_recipe
 from sb3_vla.run import RunDirectory
-from sb3_vla.training import PPOConfig, train
+from sb3_vla.training import PPOConfig, plan_training, train
 
 #: large enough that activations are far more than what is allocated beside them
 SMALL: dict[str, Any] = {
@@ -106,6 +107,33 @@ def test_other_models(name: str, options: dict[str, Any]) -> None:
     model.set_trainable("all")
     measured(model, 2)
     assert plan.activations == pytest.approx(measured(model, 8), rel=0.25)
+
+
+@pytest.mark.parametrize("name", ["tinyvla", "diffusion_policy"])
+def test_the_copy_that_takes_the_first_steps_is_planned(name: str) -> None:
+    def planned(**options: Any) -> MemoryPlan:
+        config = PPOConfig(
+            batch_size=8,
+            decisions=4,
+            num_envs=4,
+            device="cpu",
+            distribution="ddim",
+            distribution_kwargs={"denoising_steps": 10, **options},
+        )
+        return plan_training(make_model(name, {}), config, action_chunk=5)
+
+    model = make_model(name, {})
+    model.set_trainable("expert")
+    held = make_distribution("ddim", model, 5, trained_steps=3).state_dict().values()
+    plan, whole, single = planned(trained_steps=3), planned(), planned(joint=False)
+    assert whole.copies == single.copies == 0
+    assert plan.copies == pytest.approx(sum(tensor.numel() * 4 for tensor in held), rel=1e-2)
+    assert plan.device - plan.copies - plan.activations == whole.device - whole.activations
+    # An update takes the gradient of each trained step, which is random, or of the one that is.
+    for steps, found in ((3, plan), (10, whole), (1, single)):
+        measured(model, 2, steps)
+        assert found.activations == pytest.approx(measured(model, 8, steps), rel=0.25), steps
+    assert single.activations < whole.activations
 
 
 def test_what_does_not_depend_on_the_batch() -> None:

@@ -35,7 +35,7 @@ from sb3_vla.distributions import make_distribution
 from sb3_vla.models import Context, TinyVLA, make_model
 from sb3_vla.models.diffusion import step_sinusoid
 from sb3_vla.models.tinyvla import bf16_sinusoid, pillow_bicubic
-from sb3_vla.policies import load_policy
+from sb3_vla.policies import VLAPolicy, load_policy
 from sb3_vla.sft import SFTConfig, sft
 
 DATA = Path(__file__).parent / "data" / "tinyvla"
@@ -606,6 +606,54 @@ def test_ppo(distribution: str, options: dict[str, Any], trainable: str) -> None
     assert any(key.startswith(("gpt_neox.", "vision_tower.", "mm_projector.")) for key in moved) != frozen
     stored = algorithm.rollout_buffer.observations
     assert ("perception/pooled" in stored) == frozen and ("image" in stored) != frozen
+
+
+@pytest.mark.parametrize(
+    ("trainable", "lora"), [("expert", None), ("lora", {"part": "expert", "rank": 2})], ids=["expert", "lora"]
+)
+def test_what_the_first_steps_read_is_frozen_with_them(
+    trainable: str, lora: dict[str, Any] | None, tmp_path: Path
+) -> None:
+    """Where the trained steps begin stays, through training and files; what stays is held once."""
+    options = {"denoising_steps": 5, "trained_steps": 2}
+    kwargs = {"distribution": "ddim", "distribution_kwargs": options, "trainable": trainable, "lora": lora}
+    algorithm = toy_ppo(
+        toy_vec(4, action_dim=4),
+        policy_kwargs={"model": "tinyvla", "model_kwargs": TINY, **kwargs},
+        stirred=False,
+        learning_rate=1e-2,
+    )
+
+    def draw(policy: VLAPolicy) -> torch.Tensor:
+        torch.manual_seed(0)
+        with torch.no_grad():
+            return policy.distribution.sample(policy.model, policy.model.encode(toy_observation(3)))[1]["chain"]
+
+    before = draw(algorithm.policy)
+    learned = [name for name, p in algorithm.policy.model.named_parameters() if p.requires_grad]
+    assert any("combine" in name for name in learned)
+    assert any("unet" in name for name in learned)
+    algorithm.learn(32)
+    after = draw(algorithm.policy)
+    assert torch.equal(before[:, 0], after[:, 0]) and not torch.equal(before[:, 1], after[:, 1])
+
+    algorithm.save(tmp_path / "saved")
+    assert torch.equal(draw(PPO.load(tmp_path / "saved", device="cpu").policy), after)
+    policy = algorithm.policy
+    save_checkpoint(tmp_path / "checkpoint", policy.model, None, {}, ("ddim", options), policy.distribution)
+    model = load_checkpoint(tmp_path / "checkpoint").model
+    again = toy_ppo(
+        toy_vec(4, action_dim=4), policy_kwargs={"checkpoint": tmp_path / "checkpoint", **kwargs}, stirred=False
+    )
+    torch.testing.assert_close(draw(again.policy), after, atol=1e-5, rtol=0)
+
+    backbone = {id(p) for p in model.backbone()}
+    expert = sum(p.numel() for p in model.parameters() if id(p) not in backbone)
+    assert sum(p.numel() for p in policy.distribution.parameters()) == expert
+    tensors = load_file(tmp_path / "checkpoint" / "model.safetensors")
+    copied = {name.removeprefix("distribution.pretrained.") for name in tensors if name.startswith("distribution.")}
+    assert copied and not any(name.startswith(("gpt_neox", "vision_tower", "mm_projector")) for name in copied)
+    assert not any("lora" in name for name in copied)
 
 
 def test_ppo_in_metaworld(published: Path) -> None:

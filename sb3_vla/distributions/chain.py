@@ -56,9 +56,14 @@ class DenoisingChain(ActionDistribution):
         :return: mean, standard deviation (broadcastable to it), deterministic next state; float32.
         """
 
-    def model_of_step(self, model: VLAModel, step: int) -> VLAModel:
-        """The model that takes a step."""
-        return model
+    def takers(self, model: VLAModel, context: Context) -> list[tuple[VLAModel, Context]]:
+        """The model that takes each step, and what it reads."""
+        return [(model, context)] * self.denoising_steps
+
+    @property
+    def denoisings(self) -> int:
+        """See :attr:`ActionDistribution.denoisings`."""
+        return len(self.random_steps) if self.joint else 1
 
     def sample(
         self, model: VLAModel, context: Context, generator: torch.Generator | None = None
@@ -67,9 +72,9 @@ class DenoisingChain(ActionDistribution):
         count, device, random = len(x), x.device, self.random_steps
         drawn = noise.integers(random.start, random.stop, (count,), generator, device)
         chain = [x]
-        for step in range(self.denoising_steps):
+        for step, taker in enumerate(self.takers(model, context)):
             index = torch.full((count,), step, device=device)
-            mean, std, deterministic = self.kernel(self.model_of_step(model, step), context, x, index)
+            mean, std, deterministic = self.kernel(*taker, x, index)
             stochastic = mean + std * noise.normal(x.shape, generator, device)
             x = stochastic if self.joint else torch.where((drawn == step)[:, None, None], stochastic, deterministic)
             chain.append(x)
@@ -107,9 +112,9 @@ class DenoisingChain(ActionDistribution):
     def mode(self, model: VLAModel, context: Context) -> Tensor:
         """The chain from zero noise by deterministic steps."""
         x = start_of_mode(model, context)
-        for step in range(self.denoising_steps):
+        for step, taker in enumerate(self.takers(model, context)):
             index = torch.full((len(x),), step, device=x.device)
-            x = self.kernel(self.model_of_step(model, step), context, x, index)[2]
+            x = self.kernel(*taker, x, index)[2]
         return self.executed_actions(model, x)
 
 

@@ -7,10 +7,11 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sb3_vla.distributions.chain import DenoisingChain
 from sb3_vla.models.base import Context, VLAModel
+from sb3_vla.models.lora import adapted_layers
 
 
 class DDIM(DenoisingChain):
@@ -24,8 +25,9 @@ class DDIM(DenoisingChain):
     Deterministic steps are those of eta = 0 without a floor.
 
     With ``trained_steps`` K' < N a copy of the model as it is now takes the first N - K' steps for ever, as in DPPO,
-    so the distribution of states that training starts from stays. The copy reads the context that the trained model's
-    encoder gives, so that encoder must be frozen (``trainable="expert"``).
+    so the distribution of states that training starts from stays. The copy has all but the backbone, what makes a
+    context of perceptions included; it reads what the model's own backbone perceives, which must therefore be frozen
+    (``trainable="expert"``).
 
     :param action_chunk: K.
     :param eta: 0 for the deterministic sampler with the floor's noise alone, 1 for as much noise as DDPM has.
@@ -61,7 +63,7 @@ class DDIM(DenoisingChain):
         self.min_std = min_std
         self.clip_sample = clip_sample
         self.trained_steps = trained_steps or denoising_steps
-        #: takes the steps that are not trained
+        #: takes the steps that are not trained; a model without its backbone
         self.pretrained: VLAModel | None = None
 
     @classmethod
@@ -76,7 +78,7 @@ class DDIM(DenoisingChain):
                 f"denoising_steps={chain.denoising_steps}; the model was trained on {len(model.alphas_cumprod)}"
             )
         if chain.trained_steps < chain.denoising_steps:
-            chain.pretrained = copy.deepcopy(model).requires_grad_(False)
+            chain.pretrained = copy_denoiser(model)
         return chain
 
     @property
@@ -84,12 +86,14 @@ class DDIM(DenoisingChain):
         """See :attr:`DenoisingChain.random_steps`."""
         return range(self.denoising_steps - self.trained_steps, self.denoising_steps)
 
-    def model_of_step(self, model: VLAModel, step: int) -> VLAModel:
-        """See :meth:`DenoisingChain.model_of_step`."""
-        if step in self.random_steps:
-            return model
-        assert self.pretrained is not None, "trained_steps needs for_model"
-        return self.pretrained
+    def takers(self, model: VLAModel, context: Context) -> list[tuple[VLAModel, Context]]:
+        """See :meth:`DenoisingChain.takers`."""
+        first = self.random_steps.start
+        if first == 0:
+            return super().takers(model, context)
+        assert self.pretrained is not None and context.perception is not None, "trained_steps needs for_model"
+        own = self.pretrained.contextualise(context.perception)
+        return [(self.pretrained, own)] * first + [(model, context)] * self.trained_steps
 
     def check_trainable(self, model: VLAModel) -> None:
         """See :meth:`ActionDistribution.check_trainable`."""
@@ -160,6 +164,24 @@ class DDPM(DDIM):
         alpha = now / then
         mean = _float32(then.sqrt() * (1 - alpha) / (1 - now), x0) + _float32(alpha.sqrt() * (1 - then) / (1 - now), x)
         return mean, variance.sqrt()
+
+
+def copy_denoiser(model: VLAModel) -> VLAModel:
+    """A frozen copy of a model without its backbone and without adapters: what they add is in the copy's weights.
+
+    It can contextualise and denoise; parts that only perceive are left out, which are most of a large model.
+    """
+    backbone = {id(parameter) for parameter in model.backbone()}
+    left_out: dict[int, Any] = {}
+    for part in model.children():
+        held = {id(parameter) for parameter in part.parameters()}
+        if held and held <= backbone:
+            left_out[id(part)] = nn.Identity()
+    copied = copy.deepcopy(model, left_out)
+    for name, layer in adapted_layers(copied).items():
+        layer.merge()  # type: ignore[operator]
+        copied.set_submodule(name, layer.get_base_layer())  # type: ignore[operator]
+    return copied.requires_grad_(False)
 
 
 def clean_and_noise(prediction: str, output: Tensor, x: Tensor, alpha_cumprod: Tensor) -> tuple[Tensor, Tensor]:

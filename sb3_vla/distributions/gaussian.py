@@ -73,6 +73,11 @@ class GaussianChunk(ActionDistribution):
         """See :meth:`ActionDistribution.for_model`."""
         return cls(action_chunk, model.action_dim, **options)
 
+    @property
+    def denoisings(self) -> int:
+        """See :attr:`ActionDistribution.denoisings`."""
+        return self.denoising_steps
+
     def sample(
         self, model: VLAModel, context: Context, generator: torch.Generator | None = None
     ) -> tuple[Tensor, Trace]:

@@ -60,10 +60,12 @@ class Context:
 
     :param features: what the critic and other heads may read, float32, shape (N, D).
     :param state: whatever the model's denoiser needs.
+    :param perception: what :meth:`VLAModel.perceive` gave, from which another copy of the model makes its own context.
     """
 
     features: Tensor
     state: Any
+    perception: dict[str, Tensor] | None = None
 
 
 class VLAModel(nn.Module, ABC):
@@ -193,7 +195,9 @@ class VLAModel(nn.Module, ABC):
         """Encode observations, or what :meth:`perceive` made of them."""
         if not is_perceived(observation):
             observation = self.perceive(observation)
-        return self.contextualise(observation)
+        context = self.contextualise(observation)
+        context.perception = observation
+        return context
 
     def denoise(self, context: Context, x: Tensor, t: Tensor) -> Tensor:
         """What :attr:`prediction` says, shape of x; every model but a token model has it.
