@@ -194,6 +194,11 @@ class GRPO(PPO):
         low, high = self.success_bounds
         if not 0 <= low <= high <= 1:
             raise ValueError(f"success_bounds={self.success_bounds}; expected 0 <= least <= greatest <= 1")
+        if not any(low <= successes / self.group_size <= high for successes in range(self.group_size + 1)):
+            raise ValueError(
+                f"success_bounds={self.success_bounds} keep no group of group_size={self.group_size}: no share of its "
+                f"episodes is between them; expected some multiple of 1/{self.group_size} to be"
+            )
         for name, known in (("episode_return", EPISODE_RETURNS), ("advantage_type", ADVANTAGE_TYPES)):
             value = getattr(self, name)
             if value not in known:

@@ -25,6 +25,7 @@ from sb3_vla.filming import TrainingFilms
 from sb3_vla.periodic import PeriodicEvaluation
 from sb3_vla.plan import Plan
 from sb3_vla.policies import load_policy
+from sb3_vla.precision import deciding
 from sb3_vla.recipes import Recipe
 from sb3_vla.report import write_report
 from sb3_vla.sft import sft
@@ -154,7 +155,12 @@ def _measure(
 ) -> None:
     assert plan.evaluate is not None
     output = f"evaluation_{name}.json"
-    inputs = {"evaluate": plan.evaluate, "videos": plan.videos, "checkpoint": _identity(plan.checkpoint)}
+    inputs = {
+        "evaluate": plan.evaluate,
+        "acting": plan.acting,
+        "videos": plan.videos,
+        "checkpoint": _identity(plan.checkpoint),
+    }
     with run.stage(f"evaluate_{name}", inputs, after=after, outputs=[output]) as stage:
         if not stage.done:
             console.rule(f"measurement {name}")
@@ -163,18 +169,20 @@ def _measure(
                 run.ranks.first_does(videos.prepare)
             loaded = load_checkpoint(checkpoint, options)
             how = {key: value for key, value in plan.evaluate.items() if key != "renderer"}
-            result = evaluate(
-                load_policy(
-                    checkpoint, plan.action_chunk, "cuda" if torch.cuda.is_available() else "cpu", options or None
-                ),
-                env_kwargs={
-                    "image_size": loaded.model.image_size[0],
-                    "renderer": plan.evaluate["renderer"],
-                    **view_of(loaded.notes),
-                },
-                videos=videos,
-                **how,
-            )
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            frozen_bf16 = bool(plan.acting["frozen_bf16"])
+            policy = load_policy(checkpoint, plan.action_chunk, device, options or None, frozen_bf16)
+            with deciding(plan.acting["bf16"], device):
+                result = evaluate(
+                    policy,
+                    env_kwargs={
+                        "image_size": loaded.model.image_size[0],
+                        "renderer": plan.evaluate["renderer"],
+                        **view_of(loaded.notes),
+                    },
+                    videos=videos,
+                    **how,
+                )
             if run.ranks.leads:
                 result.to_json(run.path / output)
 

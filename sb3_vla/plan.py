@@ -61,6 +61,8 @@ class Plan:
     :param cluster: where training runs; None for this machine alone.
     :param action_chunk: actions executed per decision.
     :param evaluate: arguments of :func:`sb3_vla.evaluation.evaluate`; None for no evaluation.
+    :param acting: in which precision the policy is evaluated: ``bf16``, see :func:`sb3_vla.precision.deciding`, and
+        ``frozen_bf16``.
     :param videos: how its trials are filmed; None for no films. A relative folder is one of the run's.
     :param periodic: evaluations in the course of training; None for none.
     :param films: films of training; None for none. A relative folder is one of the run's.
@@ -79,6 +81,7 @@ class Plan:
     cluster: ClusterOptions | None
     action_chunk: int
     evaluate: dict[str, Any] | None
+    acting: dict[str, bool | None]
     videos: VideoOptions | None
     periodic: PeriodicEvaluation | None
     films: TrainingFilms | None
@@ -157,6 +160,7 @@ def _resolve(recipe: Recipe) -> Plan:
         cluster=ClusterSection.options(recipe.cluster) if trains else None,  # notes which keys it reads
         action_chunk=model.num_action_chunks,
         evaluate=evaluate,
+        acting={"bf16": _bf16(recipe), "frozen_bf16": trains and model.frozen_bf16},
         videos=videos,
         periodic=_periodic(recipe.runner.val_check_interval, evaluate, videos) if trains else None,
         films=_films(recipe.env.train) if trains else None,
@@ -329,7 +333,14 @@ def _success_bounds(recipe: Recipe) -> tuple[float, float]:
         raise ConfigError("algorithm.filter_rewards=true bounds a reward of success; set env.train.dense_reward=false")
     coefficient = env.reward_coef if env.use_rel_reward else 1.0
     low, high = algorithm.rewards_lower_bound / coefficient, algorithm.rewards_upper_bound / coefficient
-    return min(low, 1.0), min(high, 1.0)
+    if not any(low <= successes / algorithm.group_size <= high for successes in range(1, algorithm.group_size)):
+        raise ConfigError(
+            f"algorithm.rewards_lower_bound={algorithm.rewards_lower_bound} and rewards_upper_bound="
+            f"{algorithm.rewards_upper_bound} keep no group of algorithm.group_size={algorithm.group_size} episodes in "
+            f"which some succeed and some fail: a success earns {coefficient:g}, so they are shares of {low:g} and "
+            f"{high:g}; {0.1 * coefficient:g} and {0.9 * coefficient:g} are usual"
+        )
+    return low, min(high, 1.0)
 
 
 def _train(recipe: Recipe, suite: str, split: str) -> dict[str, Any]:

@@ -541,12 +541,14 @@ def load_policy(
     action_chunk: int | None = None,
     device: torch.device | str = "cpu",
     model_kwargs: Mapping[str, Any] | None = None,
+    frozen_bf16: bool = False,
 ) -> VLAPolicy:
     """A policy to act with, from a checkpoint alone.
 
     :param checkpoint: see :class:`VLAPolicy`.
     :param action_chunk: K, actions executed per decision; None for the whole predicted horizon.
     :param model_kwargs: what a published checkpoint does not say.
+    :param frozen_bf16: keep the backbone's weights in bfloat16, see :class:`VLAPolicy`.
     :raises ValueError: if the model predicts fewer actions than that.
     """
     loaded = load_checkpoint(checkpoint, model_kwargs)
@@ -573,5 +575,6 @@ def load_policy(
         model_kwargs=model_kwargs,
         distribution=name,
         distribution_kwargs=options,
+        frozen_bf16=frozen_bf16,
     )
     return policy.to(device)

@@ -37,7 +37,7 @@ from sb3_vla.metrics import EpisodeRecord, episode_metrics, in_terminal, ratio_m
 from sb3_vla.models.lora import adapted_layers
 from sb3_vla.noise import part_of_batch
 from sb3_vla.policies import Evaluation, VLAPolicy
-from sb3_vla.precision import autocast
+from sb3_vla.precision import autocast, deciding
 from sb3_vla.progress import SuccessBar
 from sb3_vla.sft import DemonstrationBatches, shared_imitation_loss
 from sb3_vla.sharding import (
@@ -534,11 +534,8 @@ class PPO(stable_baselines3.PPO):
         self.logger.record("perf/inference_share", clock.seconds["inference"] / seconds)
 
     def _deciding(self) -> AbstractContextManager[None]:
-        """The precision of a rollout; the update computes log-probabilities anew, in its own.
-
-        On a GPU it is that of the update, where float32 would take several times as long; on a CPU float32.
-        """
-        return autocast(self.bf16 if self.device.type != "cpu" else False, self.device.type)
+        """The precision of a rollout."""
+        return deciding(self.bf16, self.device.type)
 
     @torch.no_grad()
     def _decide(

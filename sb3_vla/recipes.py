@@ -83,7 +83,8 @@ class AlgorithmSection:
     :param task_sampling: ``uniform``, or ``signal`` to draw more often the tasks that are solved now and then.
     :param group_size: episodes of one trial (grpo).
     :param filter_rewards: whether a group counts only between the bounds (grpo).
-    :param rewards_lower_bound: least mean reward of a group's episodes (grpo).
+    :param rewards_lower_bound: least mean reward of a group's episodes (grpo); a success earns
+        ``env.train.reward_coef``.
     :param rewards_upper_bound: greatest one (grpo).
     :param normalize_length: whether each episode weighs the same, instead of each decision (grpo).
     :param rehearsal_coef: weight of the imitation loss on the demonstrations of ``data``; 0 for none.
@@ -251,7 +252,8 @@ class ModelSection:
     :param trainable: ``all``, ``expert`` to freeze the backbone, ``adaptive`` (pi0.5), or ``lora`` for adapters alone.
     :param lora: options of adapters in what ``trainable`` leaves frozen, see :class:`sb3_vla.models.lora.LoRA`; None
         for none, or with ``trainable: lora`` for the defaults.
-    :param frozen_bf16: a frozen backbone's weights in bfloat16 (pi0, pi0.5); not with ``trainable: all``.
+    :param frozen_bf16: a frozen backbone's weights in bfloat16 (pi0, pi0.5), also while it is evaluated; not with
+        ``trainable: all``.
     :param gradient_checkpointing: layers compute again what the backward pass needs, for less memory.
     :param compile: arguments of ``torch.compile``, such as ``{mode: reduce-overhead}``; None for no compilation.
     :param cache_perception: whether a rollout keeps what a frozen backbone perceived, so that an update costs no more
@@ -264,8 +266,8 @@ class ModelSection:
     :param noise_kwargs: the distribution's other options.
     :param final_noise_scale: factor of the exploration noise at the end; it falls linearly from 1.
     :param privileged_critic: whether the critic sees the simulator's state (gae).
-    :param precision: of updates, and on a GPU of rollouts: ``float32``, ``bf16``, or ``auto`` for what the machine
-        computes faster.
+    :param precision: of updates, and on a GPU of rollouts and evaluations: ``float32``, ``bf16``, or ``auto`` for what
+        the machine computes faster.
     """
 
     model_type: str = "pi0"

@@ -212,7 +212,12 @@ def sft(
     history: list[dict[str, float]] = []
     notes = {
         "view": demonstrations.camera,
-        "sft": {"steps": config.steps, "batch_size": config.batch_size, "frames": len(demonstrations)},
+        "sft": {
+            "steps": config.steps,
+            "batch_size": config.batch_size,
+            "frames": len(demonstrations),
+            "shift": config.shift,
+        },
     }
     modules = {"model": model, "averaged": averaged}
     first_step = 1

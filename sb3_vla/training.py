@@ -39,7 +39,7 @@ from sb3_vla.ppo import PPO, check_batch_size
 from sb3_vla.precision import get_device, uses_bf16
 from sb3_vla.resume import load_algorithm, save_algorithm
 from sb3_vla.run import RunDirectory
-from sb3_vla.sft import DemonstrationBatches
+from sb3_vla.sft import DemonstrationBatches, SFTConfig
 from sb3_vla.sharding import whole_weights
 from sb3_vla.stopping import Stopped, StopRequest, stop_request
 from sb3_vla.vec_env import SharedMemoryVecEnv
@@ -301,7 +301,8 @@ def train(
     :param checkpoint: where to start; its notes tell the view that the model was trained on.
     :param output: folder of the resulting checkpoint.
     :param tasks: which of the suite's tasks to practise; None for all.
-    :param demonstrations: for rehearsal.
+    :param demonstrations: for rehearsal; their pictures are shifted as far as the checkpoint's notes say that imitation
+        did, or by the default of :class:`~sb3_vla.sft.SFTConfig`.
     :param resume: go on from the stage's last checkpoint, if there is one, to the same weights and the same metrics
         that a training without an interrupt gives, bit for bit.
     :param env_kwargs: options of the environments that differ, such as ``reward``, or ``action_chunk`` where fewer
@@ -323,7 +324,9 @@ def train(
     if config.rehearsal_coef > 0:
         if demonstrations is None:
             raise ValueError(f"rehearsal_coef={config.rehearsal_coef} needs demonstrations; give data, or set it to 0")
-        rehearsal = DemonstrationBatches(demonstrations, None, start.model.action_horizon, shift=4, seed=config.seed)
+        # What imitation did to the pictures: others would teach what the model has not seen.
+        shift = start.notes.get("sft", {}).get("shift", SFTConfig.shift)
+        rehearsal = DemonstrationBatches(demonstrations, None, start.model.action_horizon, shift, config.seed)
     make = functools.partial(gym.make, f"mw_envs:MetaWorld{suite}-v0", **options)
     if seat is None:
         _refuse_early(make, options["renderer"])

@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import av
 import pytest
 import torch
+from rich.console import Console
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from toy_pi0 import HEADS, write_layout
 
+from sb3_vla import launch
 from sb3_vla.checkpoints import load_checkpoint
 from sb3_vla.cli import main
 from sb3_vla.evaluation import EvaluationResult
+from sb3_vla.plan import make_plan
+from sb3_vla.recipes import load_recipe
 from sb3_vla.run import RunDirectory
+from sb3_vla.shared_run import SharedRun
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "examples" / "embodiment" / "run_embodiment.sh"
@@ -83,6 +90,49 @@ def assert_complete(run: Path, result: str, trials: int = 1) -> None:
     if result != "sft":
         events = EventAccumulator(str(run / "tensorboard" / result)).Reload()
         assert METRICS <= set(events.Tags()["scalars"])
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "expected"),
+    [
+        ("metaworld_50_ppo_openpi", [], (None, True)),
+        ("metaworld_50_ppo_openpi", ["actor.model.precision=float32", "actor.model.frozen_bf16=false"], (False, False)),
+        ("metaworld_50_grpo_openvlaoft", [], (True, False)),
+        ("metaworld_50_sft_tinyvla", [], (True, False)),
+        ("metaworld_50_ppo_compact", [], (False, False)),
+    ],
+)
+@pytest.mark.parametrize("gpu", [False, True])
+def test_an_evaluation_acts_in_the_precision_of_the_recipe(
+    name: str, given: list[str], expected: tuple[bool | None, bool], gpu: bool, tmp_path: Path, monkeypatch: Any
+) -> None:
+    given = [*given, f"runner.logger.log_path={tmp_path}", "actor.model.model_path=somewhere"]
+    recipe = load_recipe(name, given)
+    plan = make_plan(recipe)
+    asked: list[Any] = []
+    within: list[bool] = []
+
+    @contextlib.contextmanager
+    def autocast(device: str, *, dtype: torch.dtype, enabled: bool) -> Iterator[None]:
+        asked.append((device, dtype, enabled))
+        within.append(True)
+        yield
+        within.pop()
+
+    def evaluate(*_: Any, **__: Any) -> Any:
+        assert within == [True]
+        return SimpleNamespace(to_json=lambda path: path.write_text("{}"))
+
+    loaded = SimpleNamespace(model=SimpleNamespace(image_size=(32, 32)), notes={})
+    monkeypatch.setattr("sb3_vla.launch.load_checkpoint", lambda *_: loaded)
+    monkeypatch.setattr("sb3_vla.launch.load_policy", lambda *how: asked.append(how[2:]))
+    monkeypatch.setattr("sb3_vla.launch.evaluate", evaluate)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
+    monkeypatch.setattr("torch.autocast", autocast)
+    launch._measure(SharedRun(plan.run, recipe), plan, "before", "somewhere", {}, [], Console(quiet=True))
+    device = "cuda" if gpu else "cpu"
+    in_bf16 = gpu and expected[0] is not False  # auto is bfloat16 on a GPU; a CPU acts in float32, as in rollouts
+    assert asked == [(device, None, expected[1]), (device, torch.bfloat16, in_bf16)]
 
 
 def moved(before: Path, after: Path) -> set[str]:

@@ -315,7 +315,36 @@ def test_how_a_checkpoint_is_read_makes_no_new_model(kind: str) -> None:
 def test_group_bounds_are_of_the_reward() -> None:
     plan = plan_of("metaworld_50_grpo_openvlaoft", [])
     assert isinstance(plan.config.success_bounds, tuple)  # type: ignore[union-attr]
-    assert plan.config.success_bounds == pytest.approx((0.02, 0.2))  # type: ignore[union-attr]
+    assert plan.config.success_bounds == pytest.approx((0.1, 0.9))  # type: ignore[union-attr]
+    told = r"keep no group of algorithm\.group_size=8 .* a success earns 5, .* 0\.5 and 4\.5"
+    with pytest.raises(ConfigError, match=told):
+        plan_of("metaworld_50_grpo_openvlaoft", ["algorithm.rewards_upper_bound=0.5"])
+    with pytest.raises(ConfigError, match=r"keep no group"):
+        plan_of("metaworld_50_grpo_openpi", ["algorithm.rewards_lower_bound=1.5", "algorithm.rewards_upper_bound=4.5"])
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if "_grpo_" in name])
+def test_a_group_in_which_some_succeed_and_some_fail_counts(name: str) -> None:
+    config: Any = plan_of(name, ["actor.model.model_path=somewhere"]).config
+    low, high = config.success_bounds
+    counted = [successes for successes in range(1, config.group_size) if low <= successes / config.group_size <= high]
+    assert counted == list(range(1, config.group_size))
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if "_ppo_" in name])
+def test_the_clip_of_values_is_of_the_size_of_returns(name: str) -> None:
+    plan = plan_of(name, ["actor.model.model_path=somewhere"])
+    config: Any = plan.config
+    greatest = plan.train["env_kwargs"].get("reward_coef", 1.0)
+    assert config.clip_range_vf is None or config.clip_range_vf >= 0.2 * greatest
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if "_sft_diffusion_policy" in name])
+def test_diffusion_policy_s_random_crop_is_a_shift_before_the_crop(name: str) -> None:
+    plan = plan_of(name, [])
+    assert plan.sft is not None and plan.load is not None
+    size = plan.load["image_size"]
+    assert plan.sft.shift == ((size - plan.model_kwargs["crop_size"]) // 2 if "crop_size" in plan.model_kwargs else 2)
 
 
 def test_the_examples_folder_shows_the_package_s_recipes() -> None:

@@ -18,7 +18,7 @@ from sb3_vla import sft as sft_module
 from sb3_vla.checkpoints import load_checkpoint, save_checkpoint
 from sb3_vla.checkpoints.training_state import load_training_state, save_training_state
 from sb3_vla.distributions import GaussianChunk
-from sb3_vla.models import VLAModel
+from sb3_vla.models import CompactVLA, VLAModel
 from sb3_vla.precision import autocast
 from sb3_vla.sft import DemonstrationBatches, SFTConfig, SFTResult, sft
 from sb3_vla.sharding import whole_optimizer_state
@@ -268,6 +268,14 @@ def test_a_loss_that_is_not_finite_stops_with_advice() -> None:
     data.states[:] = np.nan
     with pytest.raises(ValueError, match=r"diverged at step 1.*lower learning_rate=0\.003"):
         sft(data, config(), progress=False)
+
+
+def test_a_loss_that_is_not_finite_stops_also_where_its_gradient_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = CompactVLA.imitation_loss
+    broken = lambda *given, **options: 0.0 * plain(*given, **options) + math.nan  # noqa: E731
+    monkeypatch.setattr(CompactVLA, "imitation_loss", broken)
+    with pytest.raises(ValueError, match=r"diverged at step 1 \(loss nan\)"):
+        sft(toy_demonstrations(), config(), progress=False)
 
 
 def test_autocast_computes_in_bfloat16_where_asked() -> None:

@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 import torch
 from stable_baselines3.common.vec_env import DummyVecEnv
-from toy import tiny_model, toy_vec
+from toy import TINY, tiny_model, toy_demonstrations, toy_vec
 
 from mw_envs.rendering import RendererUnavailableError
 from sb3_vla import GRPO, PPO, training
 from sb3_vla.checkpoints import load_checkpoint, save_checkpoint
 from sb3_vla.config import ConfigError, load_config
 from sb3_vla.run import RunDirectory
+from sb3_vla.sft import SFTConfig, sft
 from sb3_vla.training import GRPOConfig, PPOConfig, train
 
 
@@ -29,6 +30,24 @@ def start(tmp_path: Path, config: PPOConfig | GRPOConfig, **options: Any) -> Non
 def test_rehearsal_needs_demonstrations(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"rehearsal_coef=0.5 needs demonstrations"):
         start(tmp_path, PPOConfig(rehearsal_coef=0.5), suite="MT10")
+
+
+@pytest.mark.parametrize("shift", [0, 3])
+def test_rehearsal_shifts_pictures_as_imitation_did(
+    shift: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def capture(*given: Any) -> None:
+        raise Captured(given[3])
+
+    monkeypatch.setattr(training, "DemonstrationBatches", capture)
+    config = PPOConfig(rehearsal_coef=0.5)
+    with pytest.raises(Captured, match=str(SFTConfig.shift)):  # of a checkpoint that does not say it
+        start(tmp_path, config, suite="MT10", demonstrations=toy_demonstrations())
+    imitation = SFTConfig(model_kwargs=TINY, steps=1, batch_size=4, shift=shift, bf16=False, device="cpu")
+    sft(toy_demonstrations(), imitation, output=tmp_path / "sft", progress=False)
+    options: dict[str, Any] = {"suite": "MT10", "demonstrations": toy_demonstrations(), "output": tmp_path / "rl"}
+    with pytest.raises(Captured, match=str(shift)):
+        train(RunDirectory(tmp_path / "run", config), "rl", config, checkpoint=tmp_path / "sft", **options)
 
 
 @pytest.mark.parametrize("tasks", [None, ["reach-v3", "push-v3"]])
