@@ -495,9 +495,15 @@ class PPO(stable_baselines3.PPO):
     def _prepare_rollout(self, env: VecEnv) -> None:
         """Which tasks are drawn, and how strongly the policy explores."""
         self.ranks.take_generators()
-        self._ended_episodes = 0
         if self.task_sampling == "signal" and self._episodes:
             env.env_method("set_task_weights", self._task_weights())
+        elif self.task_sampling == "signal" and self._ended_episodes:
+            warnings.warn(
+                'task_sampling="signal" is without effect: no episode has ended with both info["task"] and '
+                'info["is_success"]; let the environments give them, or use task_sampling="uniform"',
+                stacklevel=2,
+            )
+        self._ended_episodes = 0
         self.policy.set_training_mode(False)
         noise_scale = self.noise_scale(self._current_progress_remaining)
         if not 0 < noise_scale < math.inf:

@@ -953,6 +953,21 @@ class Unweighted(gym.Wrapper):
         return super().get_wrapper_attr(name)
 
 
+class Nameless(gym.Wrapper):
+    """An environment that does not say which task it plays."""
+
+    def step(self, action: Any) -> Any:
+        *outcome, info = self.env.step(action)
+        del info["task"]
+        return *outcome, info
+
+
+def test_tasks_that_nobody_tells_cannot_be_drawn_by_their_signal() -> None:
+    algorithm = toy_ppo(DummyVecEnv([lambda: Nameless(ToyEnv())] * 2), task_sampling="signal")  # type: ignore[list-item]
+    with pytest.warns(UserWarning, match=r'"signal" is without effect: no episode has ended with both info\["task"\]'):
+        algorithm.learn(32)
+
+
 @pytest.mark.parametrize("algorithm", [PPO, GRPO])
 def test_environments_that_cannot_draw_tasks_are_found_before_a_rollout(algorithm: type[PPO], tmp_path: Path) -> None:
     def unweighted() -> DummyVecEnv:
