@@ -17,6 +17,7 @@ import gymnasium as gym
 from stable_baselines3.common.callbacks import BaseCallback
 
 from mw_envs import Trial
+from sb3_vla.paths import local_path
 from sb3_vla.run import RunError
 from sb3_vla.videos import Mp4Writer, annotate, enlarge
 
@@ -56,7 +57,7 @@ class FilmOptions:
 
         :raises RunError: if nothing can be written there
         """
-        folder = Path(self.directory)
+        folder = local_path(self.directory)
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -116,7 +117,7 @@ class EpisodeFilm:
         self._trial = Trial(info["task"], info["trial_seed"], info["goal"])
         self._stem = f"{prefix}{self._trial.task}_seed{self._trial.seed}_goal{self._trial.goal:02d}"
         self._succeeded = False
-        self._writer = Mp4Writer(Path(options.directory) / f"{self._stem}.mp4", options.fps)
+        self._writer = Mp4Writer(local_path(options.directory) / f"{self._stem}.mp4", options.fps)
         self.add(info)
 
     def add(self, info: dict[str, Any]) -> None:
@@ -142,7 +143,7 @@ class EpisodeFilm:
         """Give the file its name, after the episode's end, and keep the folder within its limit."""
         for _ in range(round(_STILL_SECONDS * float(self._options.fps))):
             self._writer.append(self._last)
-        folder = Path(self._options.directory)
+        folder = local_path(self._options.directory)
         names = {outcome: folder / f"{self._stem}_{outcome}.mp4" for outcome in _OUTCOMES}
         self._writer.path = names.pop("success" if self._succeeded else "failure")
         self._writer.close()

@@ -14,6 +14,7 @@ from sb3_vla.config import ConfigError
 from sb3_vla.filming import TrainingFilms
 from sb3_vla.loggers import LoggerOptions
 from sb3_vla.models import MODELS
+from sb3_vla.paths import local_path
 from sb3_vla.periodic import PeriodicEvaluation
 from sb3_vla.recipes import (
     ClusterSection,
@@ -144,7 +145,7 @@ def _resolve(recipe: Recipe) -> Plan:
     videos = _videos(recipe.env.eval) if evaluates else None
     suite, split = _suite("train", recipe.env.train)
     return Plan(
-        run=Path(recipe.runner.logger.log_path) / (recipe.runner.logger.experiment_name or ""),
+        run=local_path(recipe.runner.logger.log_path) / (recipe.runner.logger.experiment_name or ""),
         model=model.model_type,
         checkpoint=model.model_path,
         model_kwargs=dict(model.model_kwargs),
@@ -407,4 +408,4 @@ def _film_style(which: str, section: VideoSection) -> dict[str, Any] | None:
         raise ConfigError(f"env.{which}.video_cfg.max_mb={most}; expected more than 0, or null for no limit")
     if not section.save_video:
         return None
-    return {"directory": "videos" if base is None else str(Path(base).absolute()), "info": info, "max_mb": most}
+    return {"directory": "videos" if base is None else str(local_path(base).absolute()), "info": info, "max_mb": most}

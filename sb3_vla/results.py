@@ -22,6 +22,7 @@ from rich.table import Table as RichTable
 
 from mw_envs import DIFFICULTIES, TASKS, Trial
 from mw_envs.tasks import did_you_mean
+from sb3_vla.paths import local_path
 from sb3_vla.statistics import (
     Estimate,
     PairedDifference,
@@ -260,7 +261,7 @@ class EvaluationResult(_Report):
         :raises ValueError: if the file is not one
         """
         try:
-            stored = json.loads(Path(path).read_text(encoding="utf-8"))
+            stored = json.loads(local_path(path).read_text(encoding="utf-8"))
             if stored["format"] != _FORMAT:
                 raise ValueError(f"its format is {stored['format']!r}")
             trials = tuple(
