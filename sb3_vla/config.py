@@ -106,10 +106,11 @@ def read_layers(path: Path, shipped: Path | None = None) -> list[tuple[Path, Dic
     base: str | None = str(path)
     while base is not None:
         places = [path] if not layers else [path.parent / local_path(base)] + ([shipped / base] if shipped else [])
-        new = [place for place in places if all(place.resolve() != seen.resolve() for seen, _ in layers)]
+        found = [place for place in places if place.is_file()] or places[:1]  # whose reading says what is wrong
+        new = [place for place in found if all(place.resolve() != seen.resolve() for seen, _ in layers)]
         if not new:
-            raise ConfigError(f"{layers[-1][0]}: base: {base} leads back to {places[0]}; a file cannot build on itself")
-        path = next((place for place in new if place.is_file()), new[0])
+            raise ConfigError(f"{layers[-1][0]}: base: {base} leads back to {found[0]}; a file cannot build on itself")
+        path = new[0]
         layer = _read_yaml(path)
         base = layer.pop("base", None)
         if not isinstance(base, str | None):

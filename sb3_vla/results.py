@@ -22,6 +22,7 @@ from rich.table import Table as RichTable
 
 from mw_envs import DIFFICULTIES, TASKS, Trial
 from mw_envs.tasks import did_you_mean
+from sb3_vla.errors import NotThereError
 from sb3_vla.paths import local_path
 from sb3_vla.statistics import (
     Estimate,
@@ -258,6 +259,7 @@ class EvaluationResult(_Report):
 
         :param path: the file
         :return: an equal result
+        :raises FileNotFoundError: if there is no such file
         :raises ValueError: if the file is not one
         """
         try:
@@ -270,6 +272,8 @@ class EvaluationResult(_Report):
             )
             protocol = Protocol(**stored["protocol"])
             return cls(protocol, trials, stored["versions"], stored["env_kwargs"], stored["deterministic"])
+        except FileNotFoundError as error:
+            raise NotThereError(f"There is no result {path}; expected a JSON file that sb3-vla eval wrote") from error
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is not a file of the format {_FORMAT!r}: {error!r}.") from error
 
