@@ -316,6 +316,9 @@ def run_eval(command: EvalCommand, console: Console) -> None:
     output = writable_file(command.output, "output")  # before the work
     if output.suffix == ".md":
         raise ConfigError(f"output={command.output}; expected the name of a JSON file, beside which a table is written")
+    videos = VideoOptions(command.videos) if command.videos else None
+    if videos is not None:
+        current_ranks().first_does(videos.prepare)
     options = command.model_kwargs or None
     view = view_of(load_checkpoint(command.checkpoint, options).notes)
     protocol = find_protocol(command.protocol)
@@ -331,7 +334,7 @@ def run_eval(command: EvalCommand, console: Console) -> None:
             trial_seed=command.trial_seed,
             protocol=protocol,
             env_kwargs={"image_size": policy.model.image_size[0], "renderer": command.renderer, **view},
-            videos=VideoOptions(command.videos) if command.videos else None,
+            videos=videos,
         )
     if current_ranks().leads:
         result.to_json(output)

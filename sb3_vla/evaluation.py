@@ -35,7 +35,6 @@ from stable_baselines3.common.vec_env import VecEnv
 from mw_envs import Trial, suite_tasks
 from mw_envs.tasks import GOALS_PER_TASK, select_tasks
 from sb3_vla.distributed import current_ranks
-from sb3_vla.paths import local_path
 from sb3_vla.results import (
     PROTOCOLS,
     TRIAL_SEED,
@@ -276,7 +275,7 @@ def _closing(vec_env: SharedMemoryVecEnv, films: VideoOptions | None) -> Iterato
         vec_env.close()
         if films is not None:
             for process in vec_env.processes:
-                for video in local_path(films.directory).glob(temporary_path(Path("*.mp4"), process.pid).name):
+                for video in Path(films.directory).glob(temporary_path(Path("*.mp4"), process.pid).name):
                     video.unlink(missing_ok=True)
 
 

@@ -46,6 +46,8 @@ class FilmOptions:
     max_mb: float | None = None
 
     def __post_init__(self) -> None:
+        # Here and not where films are written: a worker process may have been started with another environment.
+        object.__setattr__(self, "directory", local_path(self.directory))
         for name in ("fps", "max_mb"):
             value = getattr(self, name)
             if value is not None and not value > 0:
@@ -57,7 +59,7 @@ class FilmOptions:
 
         :raises RunError: if nothing can be written there
         """
-        folder = local_path(self.directory)
+        folder = Path(self.directory)
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -117,7 +119,7 @@ class EpisodeFilm:
         self._trial = Trial(info["task"], info["trial_seed"], info["goal"])
         self._stem = f"{prefix}{self._trial.task}_seed{self._trial.seed}_goal{self._trial.goal:02d}"
         self._succeeded = False
-        self._writer = Mp4Writer(local_path(options.directory) / f"{self._stem}.mp4", options.fps)
+        self._writer = Mp4Writer(Path(options.directory) / f"{self._stem}.mp4", options.fps)
         self.add(info)
 
     def add(self, info: dict[str, Any]) -> None:
@@ -143,7 +145,7 @@ class EpisodeFilm:
         """Give the file its name, after the episode's end, and keep the folder within its limit."""
         for _ in range(round(_STILL_SECONDS * float(self._options.fps))):
             self._writer.append(self._last)
-        folder = local_path(self._options.directory)
+        folder = Path(self._options.directory)
         names = {outcome: folder / f"{self._stem}_{outcome}.mp4" for outcome in _OUTCOMES}
         self._writer.path = names.pop("success" if self._succeeded else "failure")
         self._writer.close()
