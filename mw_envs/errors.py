@@ -24,3 +24,7 @@ class InTheWayError(ExpectedError, FileExistsError):
 
 class NotInstalledError(ExpectedError, ImportError):
     """A package that is not there."""
+
+
+class FailedError(ExpectedError, RuntimeError):
+    """Work that does not go on, for a reason that is none of this software."""

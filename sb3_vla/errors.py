@@ -12,11 +12,12 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from mw_envs.errors import ExpectedError, InputError, InTheWayError, NotInstalledError, NotThereError
+from mw_envs.errors import ExpectedError, FailedError, InputError, InTheWayError, NotInstalledError, NotThereError
 
 __all__ = [
     "DamagedError",
     "ExpectedError",
+    "FailedError",
     "InTheWayError",
     "InputError",
     "NotInstalledError",
