@@ -20,18 +20,18 @@ from typing import Any, Literal
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 from rich.console import Console
-from rich.markup import escape
-from safetensors import SafetensorError
 
 from mw_envs.tasks import select_tasks
 from sb3_vla import doctor
-from sb3_vla.config import ConfigError, load_config, to_yaml
+from sb3_vla.command import run_command
+from sb3_vla.config import ConfigError, deciding_settings, load_config, to_yaml
 from sb3_vla.distributed import current_ranks, torchrun
+from sb3_vla.errors import InTheWayError
+from sb3_vla.paths import finish_exchange, hidden_beside, writable_file
 from sb3_vla.results import TRIAL_SEED
-from sb3_vla.run import RunError
+from sb3_vla.run import fingerprint_of
 from sb3_vla.sft import SFTConfig
 from sb3_vla.shared_run import SharedRun
-from sb3_vla.stopping import Stopped, stopped_by_signals
 from sb3_vla.training import GRPOConfig, PPOConfig
 
 
@@ -74,6 +74,7 @@ class SFTCommand:
     :param output: folder of the checkpoint.
     :param image_size: shrink the pictures to this while loading.
     :param rename: the dataset's feature names to ours.
+    :param overwrite: replace a checkpoint that is there.
     """
 
     data: str = "demonstrations"
@@ -82,6 +83,7 @@ class SFTCommand:
     tasks: list[str] | None = None
     rename: dict[str, str] = field(default_factory=dict)
     sft: SFTConfig = field(default_factory=SFTConfig)
+    overwrite: bool = False
 
 
 @dataclass
@@ -182,46 +184,79 @@ def run_collect(command: CollectCommand, console: Console) -> None:
 
 def run_sft(command: SFTCommand, console: Console) -> None:
     """``sb3-vla sft``."""
+    from sb3_vla.checkpoints.folders import read_json
     from sb3_vla.checkpoints.native import refuse_other_files
+    from sb3_vla.checkpoints.training_state import check_training_state
     from sb3_vla.demonstrations import Demonstrations
+    from sb3_vla.identity import checkpoint_identity, data_identity, deciding_options
     from sb3_vla.sft import sft
 
-    data = Demonstrations.load(
-        command.data, tasks=command.tasks, image_size=command.image_size, rename=command.rename or None
-    )
-    output = Path(command.output)
+    output = finish_exchange(command.output)
     refuse_other_files(output)  # before the work
+    inputs = {
+        "sft": deciding_settings(command.sft),
+        "options": deciding_options(command.sft.model_kwargs),
+        "checkpoint": checkpoint_identity(command.sft.checkpoint),
+        "data": data_identity(command.data),
+        "load": {"tasks": command.tasks, "image_size": command.image_size, "rename": command.rename},
+    }
     # Until the result is there, what a second start goes on from after an interrupt.
-    unfinished = SharedRun(output.parent / f".{output.name}.unfinished", command)
-    with unfinished.stage("sft", {"sft": command}) as stage:
-        result = sft(
-            data,
-            command.sft,
-            output=output,
-            save_state=lambda step: unfinished.checkpoint("sft", step),
-            resume_from=unfinished.latest_checkpoint("sft") if stage.resumed else None,
+    unfinished = hidden_beside(output, "unfinished")
+    made = read_json(output / "config.json").get("notes", {}).get("sft", {}).get("inputs")
+    if made == fingerprint_of(inputs):
+        current_ranks().first_does(lambda: shutil.rmtree(unfinished, ignore_errors=True))  # of a kill at the very end
+        console.print(f"{output} is complete; to repeat it choose another output", highlight=False)
+        return
+    if (output / "config.json").exists() and not command.overwrite:
+        raise InTheWayError(
+            f"{output} holds a checkpoint that was made with other settings; choose another output, or give "
+            "overwrite=true to replace it"
         )
-    unfinished.ranks.first_does(lambda: shutil.rmtree(unfinished.path))
+    with SharedRun(unfinished, command) as run:
+        data = Demonstrations.load(
+            command.data, tasks=command.tasks, image_size=command.image_size, rename=command.rename or None
+        )
+        with run.stage("sft", inputs) as stage:
+            result = sft(
+                data,
+                command.sft,
+                output=output,
+                save_state=lambda step: run.checkpoint("sft", step),
+                resume_from=run.latest_checkpoint("sft", check_training_state) if stage.resumed else None,
+                notes={"inputs": fingerprint_of(inputs)},
+            )
+        run.ranks.first_does(lambda: shutil.rmtree(run.path))
     console.print(f"{output}: {result.seconds:.0f} s, loss {result.history[-1]['train_loss']:.3f}", highlight=False)
 
 
 def run_train(command: TrainCommand, console: Console) -> None:
     """``sb3-vla train``."""
-    from sb3_vla.checkpoints import checkpoint_digest, load_checkpoint
+    from sb3_vla.checkpoints import load_checkpoint
     from sb3_vla.demonstrations import Demonstrations
+    from sb3_vla.identity import checkpoint_identity, data_identity, deciding_options
     from sb3_vla.training import train
 
     name = command.algorithm
     config = command.grpo if name == "grpo" else command.ppo
+    if command.data is not None and config.rehearsal_coef == 0:
+        raise ConfigError(f"data={command.data} is for rehearsal; set {name}.rehearsal_coef as well")
     # The same folder may hold another checkpoint by now; where there is none, no run is begun.
-    inputs = {"train": command, "checkpoint": checkpoint_digest(command.checkpoint)}
-    run = SharedRun(command.run, command)
-    with run.stage(name, inputs, outputs=[name]) as stage:
+    inputs = {
+        "config": deciding_settings(config),
+        "suite": command.suite,
+        "split": command.split,
+        "tasks": command.tasks,
+        "options": deciding_options(command.model_kwargs),
+        "checkpoint": checkpoint_identity(command.checkpoint),
+        "data": data_identity(command.data),
+    }
+    with (
+        SharedRun(command.run, command) as run,
+        run.stage(name, inputs, length=config.total_decisions, outputs=[name]) as stage,
+    ):
         if not stage.done:
             data = None
             if command.data is not None:
-                if config.rehearsal_coef == 0:
-                    raise ConfigError(f"data={command.data} is for rehearsal; set {name}.rehearsal_coef as well")
                 size = load_checkpoint(command.checkpoint, command.model_kwargs).model.image_size[0]
                 data = Demonstrations.load(command.data, image_size=size)
             train(
@@ -278,10 +313,12 @@ def run_eval(command: EvalCommand, console: Console) -> None:
     from sb3_vla.precision import autocast, get_device
     from sb3_vla.training import view_of
 
-    output = Path(command.output)
-    if output.suffix == ".md" or output.is_dir():
+    output = writable_file(command.output, "output")  # before the work
+    if output.suffix == ".md":
         raise ConfigError(f"output={command.output}; expected the name of a JSON file, beside which a table is written")
-    output.parent.mkdir(parents=True, exist_ok=True)  # or fail now, not after the work
+    videos = VideoOptions(command.videos) if command.videos else None
+    if videos is not None:
+        current_ranks().first_does(videos.prepare)
     options = command.model_kwargs or None
     view = view_of(load_checkpoint(command.checkpoint, options).notes)
     protocol = find_protocol(command.protocol)
@@ -297,7 +334,7 @@ def run_eval(command: EvalCommand, console: Console) -> None:
             trial_seed=command.trial_seed,
             protocol=protocol,
             env_kwargs={"image_size": policy.model.image_size[0], "renderer": command.renderer, **view},
-            videos=VideoOptions(command.videos) if command.videos else None,
+            videos=videos,
         )
     if current_ranks().leads:
         result.to_json(output)
@@ -309,6 +346,8 @@ def run_compare(command: CompareCommand, console: Console) -> None:
     """``sb3-vla compare``."""
     from sb3_vla.evaluation import EvaluationResult, compare
 
+    if command.output is not None:
+        writable_file(command.output, "output")
     comparison = compare(EvaluationResult.from_json(command.before), EvaluationResult.from_json(command.after))
     if command.output is not None:
         comparison.to_markdown(command.output)
@@ -341,7 +380,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status: 0, 2 for an error told in one message, 130 for Ctrl-C, 143 for SIGTERM.
 
     After a signal ``train`` finishes the iteration that is under way, ``sft`` the step, and writes a checkpoint; a
-    second signal ends them at once, and the same command then goes on from the checkpoint before.
+    second signal ends them at once, and the same command then goes on from the checkpoint before. The traceback of an
+    error that nobody expected is kept in the run directory, or in a temporary file.
 
     ``doctor`` returns 1 if the quickstart cannot run here.
     """
@@ -356,6 +396,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         sub.add_argument("--config", type=Path, help="YAML file with settings")
+        sub.add_argument("--traceback", action="store_true", help="print the traceback of an error")
         if name == "train":
             sub.add_argument("--list", action="store_true", help="print the recipes")
             sub.add_argument("--dry-run", action="store_true", help="print a recipe's settings, and what they need")
@@ -371,26 +412,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     settings = [*parsed.settings, *rest]  # argparse takes no settings after an option
     if parsed.command == "report" and settings and "=" not in settings[0]:
         settings = [f"run={settings[0]}", *settings[1:]]
-    try:
-        with stopped_by_signals(), torchrun() as ranks:
+
+    def work() -> None:
+        with torchrun() as ranks:
             console = Console(quiet=not ranks.leads)
             if parsed.command == "train" and (parsed.list or parsed.dry_run or (settings and "=" not in settings[0])):
                 run_recipe(parsed, settings, console)
             elif ranks.leads or parsed.command in _SHARED_COMMANDS:
                 run(load_config(kind, parsed.config, settings), console)
-    except (ConfigError, RunError, ValueError, RuntimeError, OSError, SafetensorError) as error:
-        # What every rank finds in the same settings is said once.
-        if os.environ.get("RANK", "0") == "0" or not isinstance(error, (ConfigError, RunError)):
-            Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)
-        return 2
-    except Stopped as stopped:
-        then = "goes on" if parsed.command in ("train", "sft") else "starts again"
-        Console().print(f"\ninterrupted by {stopped}; the same command {then}")
-        return stopped.exit_code
-    except KeyboardInterrupt:
-        Console().print("\ninterrupted")
-        return 130
-    return 0
+
+    again = f"the same command {'goes on' if parsed.command in ('train', 'sft') else 'starts again'}"
+    return run_command(work, again=again, show_traceback=parsed.traceback)
 
 
 if __name__ == "__main__":

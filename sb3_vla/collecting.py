@@ -27,6 +27,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from mw_envs.experts import ScriptedExpert
 from mw_envs.tasks import GOALS_PER_TASK, Trial, get_task, select_tasks
 from sb3_vla.lerobot_writer import DemonstrationWriter, Episode, ImageStorage, encode_png
+from sb3_vla.paths import local_path
 
 # Length of a burst of noise, environment steps: long enough to push the hand off its path, short enough to come back.
 _BURST_STEPS = (3, 10)
@@ -208,7 +209,7 @@ def collect(
                 bar.update(shown, description=f"collecting {outcome.job.task}", advance=outcome.episode is not None)
             for episode in schedule.ready():
                 writer.add_episode(episode)
-    return CollectReport(Path(root), schedule.reports, time.perf_counter() - begin)
+    return CollectReport(local_path(root), schedule.reports, time.perf_counter() - begin)
 
 
 def _check_at_least(*arguments: tuple[str, float, float]) -> None:

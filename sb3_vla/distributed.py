@@ -31,6 +31,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from sb3_vla.errors import ExpectedError
+
 T = TypeVar("T")
 #: longest wait for a rank that lives but does not answer, seconds: such as for rank 0 while experts play; the death of
 #: one is noticed at once
@@ -43,8 +45,8 @@ _LOCAL_VARIABLES = (("RANK", "0"), ("WORLD_SIZE", "1"))
 _ranks_here = 1
 
 
-class RankLostError(RuntimeError):
-    """Another rank has ended, or does not answer. The message is complete: a command prints it and exits."""
+class RankLostError(ExpectedError, RuntimeError):
+    """Another rank has ended, or does not answer."""
 
 
 @dataclass(frozen=True)

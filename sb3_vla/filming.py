@@ -17,6 +17,7 @@ import gymnasium as gym
 from stable_baselines3.common.callbacks import BaseCallback
 
 from mw_envs import Trial
+from sb3_vla.paths import local_path
 from sb3_vla.run import RunError
 from sb3_vla.videos import Mp4Writer, annotate, enlarge
 
@@ -45,6 +46,8 @@ class FilmOptions:
     max_mb: float | None = None
 
     def __post_init__(self) -> None:
+        # Here and not where films are written: a worker process may have been started with another environment.
+        object.__setattr__(self, "directory", local_path(self.directory))
         for name in ("fps", "max_mb"):
             value = getattr(self, name)
             if value is not None and not value > 0:

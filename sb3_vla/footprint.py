@@ -7,7 +7,6 @@ import functools
 import json
 import warnings
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from sb3_vla.memory import MemoryPlan, plan_memory
 from sb3_vla.models import VLAModel, make_model
 from sb3_vla.models.lora import prepare_training
 from sb3_vla.models.sizes import published_options
+from sb3_vla.paths import local_path
 from sb3_vla.plan import Plan, can_begin
 from sb3_vla.precision import uses_bf16
 from sb3_vla.sft import SFTConfig
@@ -74,7 +74,7 @@ def _on_meta(plan: Plan, sizes: Mapping[str, Any] | None) -> VLAModel:
     if plan.begins and plan.sft is not None and plan.load is not None:
         own = {"action_horizon": plan.sft.action_horizon, "image_size": plan.load["image_size"]}
         options = {**_DIMENSIONS, **own, **options}
-    elif sizes is None and plan.checkpoint is not None and Path(plan.checkpoint).expanduser().is_dir():
+    elif sizes is None and plan.checkpoint is not None and local_path(plan.checkpoint).is_dir():
         return _read(plan.checkpoint, options)
     elif sizes is None and _sized(plan.model, options):
         options = {**_DIMENSIONS, "action_horizon": plan.action_chunk, **options}

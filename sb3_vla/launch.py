@@ -15,17 +15,19 @@ from typing import Any, TypeVar
 import torch
 from rich.console import Console
 
-from sb3_vla.checkpoints import checkpoint_digest, load_checkpoint
+from sb3_vla.checkpoints import load_checkpoint
+from sb3_vla.checkpoints.training_state import check_training_state
 from sb3_vla.cluster.launch import train_on_cluster
 from sb3_vla.collecting import collect
-from sb3_vla.config import ConfigError
+from sb3_vla.config import ConfigError, deciding_settings
 from sb3_vla.demonstrations import Demonstrations
 from sb3_vla.evaluation import EvaluationResult, VideoOptions, compare, evaluate
 from sb3_vla.filming import TrainingFilms
+from sb3_vla.identity import checkpoint_identity, data_identity, deciding_options, without
 from sb3_vla.periodic import PeriodicEvaluation
 from sb3_vla.plan import Plan
 from sb3_vla.policies import load_policy
-from sb3_vla.precision import deciding
+from sb3_vla.precision import acting_precision
 from sb3_vla.recipes import Recipe
 from sb3_vla.report import write_report
 from sb3_vla.sft import sft
@@ -43,8 +45,16 @@ def launch(recipe: Recipe, plan: Plan, console: Console) -> Path:
     :return: the run's directory.
     """
     _check_start(plan)
-    run = SharedRun(plan.run, recipe)
-    started = time.monotonic()
+    with SharedRun(plan.run, recipe) as run:
+        started = time.monotonic()
+        _run_stages(run, plan, console)
+        if run.ranks.leads:
+            _tell(run, plan, console)
+        console.print(f"{(time.monotonic() - started) / 60:.1f} minutes for this start", highlight=False)
+    return run.path
+
+
+def _run_stages(run: SharedRun, plan: Plan, console: Console) -> None:
     stages: list[str] = []
     if plan.collect is not None:
         stages.append(_demonstrate(run, plan, console))
@@ -59,10 +69,6 @@ def launch(recipe: Recipe, plan: Plan, console: Console) -> Path:
         after = [_practise(run, plan, start, options, stages, console)]
         if plan.evaluate is not None:
             _measure(run, plan, "after", str(run.path / after[0]), {}, after, console)
-    if run.ranks.leads:
-        _tell(run, plan, console)
-    console.print(f"{(time.monotonic() - started) / 60:.1f} minutes for this start", highlight=False)
-    return run.path
 
 
 def _check_start(plan: Plan) -> None:
@@ -84,7 +90,8 @@ def _check_start(plan: Plan) -> None:
 
 
 def _demonstrate(run: SharedRun, plan: Plan, console: Console) -> str:
-    with run.stage("collect", {"collect": plan.collect}, outputs=["demonstrations"]) as stage:
+    inputs = {"collect": without(plan.collect, "num_workers", "renderer")}
+    with run.stage("collect", inputs, outputs=["demonstrations"]) as stage:
         if not stage.done:
             console.rule("demonstrations by scripted experts")
             assert plan.collect is not None
@@ -102,7 +109,12 @@ def _demonstrations(run: SharedRun, plan: Plan) -> Demonstrations:
 
 def _imitate(run: SharedRun, plan: Plan, after: list[str], console: Console) -> str:
     assert plan.sft is not None
-    inputs = {"sft": plan.sft, "data": plan.load, "checkpoint": _identity(plan.checkpoint)}
+    inputs = {
+        "sft": deciding_settings(plan.sft),
+        "load": without(plan.load, "root"),
+        "options": deciding_options(plan.sft.model_kwargs),
+        **_places(plan),
+    }
     with run.stage("sft", inputs, after=after, outputs=["sft"]) as stage:
         if not stage.done:
             console.rule("imitation")
@@ -111,7 +123,7 @@ def _imitate(run: SharedRun, plan: Plan, after: list[str], console: Console) -> 
                 plan.sft,
                 output=run.path / "sft",
                 save_state=lambda step: run.checkpoint("sft", step),
-                resume_from=run.latest_checkpoint("sft") if stage.resumed else None,
+                resume_from=run.latest_checkpoint("sft", check_training_state) if stage.resumed else None,
             )
             run.write_json("sft_history.json", result.history)
     return "sft"
@@ -122,8 +134,16 @@ def _practise(
 ) -> str:
     assert plan.config is not None and plan.algorithm is not None
     name = plan.algorithm
-    inputs = {"config": plan.config, "train": plan.train, "checkpoint": _identity(plan.checkpoint), "options": options}
-    with run.stage(name, inputs, after=after, outputs=[name]) as stage:
+    rehearses = plan.config.rehearsal_coef > 0
+    inputs = {
+        "config": deciding_settings(plan.config),
+        "train": without(plan.train, "renderer"),
+        "load": without(plan.load, "root") if rehearses else None,
+        "options": deciding_options(options),
+        **_places(plan),
+    }
+    length = plan.config.total_decisions
+    with run.stage(name, inputs, length=length, after=after, outputs=[name]) as stage:
         if not stage.done:
             console.rule("GRPO" if isinstance(plan.config, GRPOConfig) else "PPO")
             begin = train if plan.cluster is None else functools.partial(train_on_cluster, plan.cluster)
@@ -133,7 +153,7 @@ def _practise(
                 plan.config,
                 checkpoint=start,
                 output=run.path / name,
-                demonstrations=_demonstrations(run, plan) if plan.config.rehearsal_coef > 0 else None,
+                demonstrations=_demonstrations(run, plan) if rehearses else None,
                 resume=stage.resumed,
                 model_kwargs=options,
                 loggers=plan.loggers,
@@ -154,17 +174,17 @@ def _measure(
     console: Console,
 ) -> None:
     assert plan.evaluate is not None
-    output = f"evaluation_{name}.json"
+    output, videos = f"evaluation_{name}.json", _into(plan.videos, run, name)
     inputs = {
-        "evaluate": plan.evaluate,
+        "evaluate": without(plan.evaluate, "num_envs", "num_workers", "renderer"),
         "acting": plan.acting,
-        "videos": plan.videos,
-        "checkpoint": _identity(plan.checkpoint),
+        "options": deciding_options(options),
+        "checkpoint": checkpoint_identity(plan.checkpoint),
     }
-    with run.stage(f"evaluate_{name}", inputs, after=after, outputs=[output]) as stage:
+    films = [] if plan.videos is None else [str(Path(plan.videos.directory) / name)]
+    with run.stage(f"evaluate_{name}", inputs, after=after, outputs=[output, *films]) as stage:
         if not stage.done:
             console.rule(f"measurement {name}")
-            videos = _into(plan.videos, run, name)
             if videos is not None:
                 run.ranks.first_does(videos.prepare)
             loaded = load_checkpoint(checkpoint, options)
@@ -172,7 +192,7 @@ def _measure(
             device = "cuda" if torch.cuda.is_available() else "cpu"
             frozen_bf16 = bool(plan.acting["frozen_bf16"])
             policy = load_policy(checkpoint, plan.action_chunk, device, options or None, frozen_bf16)
-            with deciding(plan.acting["bf16"], device):
+            with acting_precision(plan.acting["bf16"], device):
                 result = evaluate(
                     policy,
                     env_kwargs={
@@ -198,11 +218,12 @@ def _with_films(evaluation: PeriodicEvaluation | None, videos: VideoOptions | No
     return None if evaluation is None else dataclasses.replace(evaluation, videos=videos)
 
 
-def _identity(checkpoint: str | None) -> str | None:
-    """What tells a checkpoint from another one in the same place: its files where they are here, else its name."""
-    if checkpoint is None or not (Path(checkpoint) / "config.json").is_file():
-        return checkpoint
-    return checkpoint_digest(checkpoint)
+def _places(plan: Plan) -> dict[str, str | None]:
+    """What lies where a recipe's paths point to; of demonstrations that the run collects itself that stage tells."""
+    return {
+        "checkpoint": checkpoint_identity(plan.checkpoint),
+        "data": None if plan.load is None else data_identity(plan.load["root"]),
+    }
 
 
 def _tell(run: SharedRun, plan: Plan, console: Console) -> None:

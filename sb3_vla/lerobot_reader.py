@@ -21,6 +21,7 @@ from PIL import Image
 
 from mw_envs.tasks import did_you_mean
 from sb3_vla.checkpoints.layout import read_json
+from sb3_vla.paths import local_path
 
 VERSION = "v3.0"
 IMAGE = "observation.image"
@@ -40,7 +41,7 @@ class LeRobotReader:
     """
 
     def __init__(self, root: str | Path, *, rename: Mapping[str, str] | None = None) -> None:
-        self.root = Path(root)
+        self.root = local_path(root)
         self.info = self._read_info()
         features = self.info["features"]
         self._stored_names = {name: name for name in features}

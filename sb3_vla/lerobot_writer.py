@@ -21,7 +21,6 @@ import contextlib
 import io
 import json
 import shutil
-import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
@@ -36,13 +35,17 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from mw_envs.tasks import Trial, get_task
+from sb3_vla.errors import InTheWayError
 from sb3_vla.lerobot_reader import ACTION, ENVIRONMENT_STATE, IMAGE, STATE, VERSION, decode_picture
+from sb3_vla.paths import begin_folder, entries, finish_folder, local_path
 
 ImageStorage = Literal["png", "mp4"]
 
 _DATA_PATH = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
 _VIDEO_PATH = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
 _EPISODES_PATH = "meta/episodes/chunk-000/file-000.parquet"
+#: of a dataset; a folder that holds more is not replaced
+_FOLDERS = ("meta", "data", "videos")
 _FILES_PER_CHUNK = 1000
 _DATA_FILE_MB = 100
 _VIDEO_FILE_MB = 200
@@ -210,7 +213,7 @@ class DemonstrationWriter:
         camera: Mapping[str, Any] | None = None,
         overwrite: bool = False,
     ) -> None:
-        self.root = Path(root).absolute()
+        self.root = local_path(root).resolve()
         self.image_shape = tuple(image_shape)
         self.fps = fps
         self.image_storage = image_storage
@@ -228,10 +231,7 @@ class DemonstrationWriter:
                 f"Video needs an even height and width, got {image_shape[0]}x{image_shape[1]}. "
                 "Choose an even image size, or image_storage='png'."
             )
-        self._check_destination()
-
-        self._directory = self.root.with_name(f".{self.root.name}.{uuid.uuid4().hex[:8]}.partial")
-        self._directory.mkdir(parents=True)
+        self._directory = begin_folder(self.root, self._check_destination)
         self._data_file = _FileNumber(0, 0)
         self._data_writer: pq.ParquetWriter | None = None
         self._video_file = _FileNumber(0, 0)
@@ -316,12 +316,11 @@ class DemonstrationWriter:
                 raise ValueError(f"No episode was added to the dataset {self.root}: a dataset needs at least one.")
             self._close_files()
             self._write_metadata()
-            self._check_destination()
-            self._move_into_place()
         except BaseException:
             self.abort()
             raise
         self._open = False
+        finish_folder(self._directory, self.root, self._check_destination)
 
     def abort(self) -> None:
         """Give up: remove everything written so far. ``root`` stays as it was."""
@@ -332,17 +331,20 @@ class DemonstrationWriter:
             self._close_files()
         shutil.rmtree(self._directory, ignore_errors=True)
 
-    def _check_destination(self) -> None:
-        if not self.root.exists() or (self.root.is_dir() and not any(self.root.iterdir())):
+    def _check_destination(self, root: Path) -> None:
+        found = [path.name for path in entries(root)]
+        if not root.exists() or (root.is_dir() and not found):
             return
-        if not (self.root / "meta" / "info.json").is_file():
-            raise FileExistsError(
-                f"{self.root} exists and is not a LeRobot dataset, so it is left alone. "
+        others = [name for name in found if name not in _FOLDERS]
+        if others or not (root / "meta" / "info.json").is_file():
+            told = f" alone (it holds {', '.join(others[:3])})" if others else ""
+            raise InTheWayError(
+                f"{root} exists and is not a LeRobot dataset{told}, so it is left as it is. "
                 "Choose another folder for the dataset, or move that one away."
             )
         if not self.overwrite:
-            raise FileExistsError(
-                f"{self.root} holds a dataset already. Choose another folder, or pass overwrite=True to replace it."
+            raise InTheWayError(
+                f"{root} holds a dataset already. Choose another folder, or pass overwrite=True to replace it."
             )
 
     def _check_episode(self, episode: Episode) -> None:
@@ -492,15 +494,6 @@ class DemonstrationWriter:
             "features": self._features(),
         }
         _write_json(meta / "info.json", info)
-
-    def _move_into_place(self) -> None:
-        if not self.root.exists():
-            self._directory.rename(self.root)
-            return
-        replaced = self._directory.with_suffix(".replaced")
-        self.root.rename(replaced)
-        self._directory.rename(self.root)
-        shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -20,7 +20,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from sb3_vla.distributed import generators, set_generators
 from sb3_vla.evaluation import check_fit, evaluate
 from sb3_vla.metrics import EpisodeRecord, episode_metrics, in_terminal
-from sb3_vla.precision import deciding
+from sb3_vla.precision import acting_precision
 from sb3_vla.results import TRIAL_SEED, EvaluationResult, Protocol, find_protocol
 from sb3_vla.trial_envs import VideoOptions
 
@@ -125,7 +125,7 @@ class EvaluatePeriodically(BaseCallback):
     def measure(self) -> dict[str, float]:
         """Evaluate the present policy, and keep it if it is the best."""
         started, how = time.monotonic(), self.evaluation
-        with _undisturbed(), deciding(self.model.bf16, self.model.device.type):
+        with _undisturbed(), acting_precision(self.model.bf16, self.model.device.type):
             result = evaluate(
                 self.model.policy,
                 tasks=how.tasks,

@@ -14,6 +14,7 @@ from sb3_vla.config import ConfigError
 from sb3_vla.filming import TrainingFilms
 from sb3_vla.loggers import LoggerOptions
 from sb3_vla.models import MODELS
+from sb3_vla.paths import local_path
 from sb3_vla.periodic import PeriodicEvaluation
 from sb3_vla.recipes import (
     ClusterSection,
@@ -61,7 +62,8 @@ class Plan:
     :param cluster: where training runs; None for this machine alone.
     :param action_chunk: actions executed per decision.
     :param evaluate: arguments of :func:`sb3_vla.evaluation.evaluate`; None for no evaluation.
-    :param acting: in which precision the policy is evaluated: ``bf16``, see :func:`sb3_vla.precision.deciding`, and
+    :param acting: in which precision the policy is evaluated: ``bf16``, for
+        :func:`sb3_vla.precision.acting_precision`, and
         ``frozen_bf16``.
     :param videos: how its trials are filmed; None for no films. A relative folder is one of the run's.
     :param periodic: evaluations in the course of training; None for none.
@@ -147,7 +149,7 @@ def _resolve(recipe: Recipe) -> Plan:
     videos = _videos(recipe.env.eval) if evaluates else None
     suite, split = _suite("train", recipe.env.train)
     return Plan(
-        run=Path(recipe.runner.logger.log_path) / (recipe.runner.logger.experiment_name or ""),
+        run=local_path(recipe.runner.logger.log_path) / (recipe.runner.logger.experiment_name or ""),
         model=model.model_type,
         checkpoint=model.model_path,
         model_kwargs=dict(model.model_kwargs),
@@ -418,4 +420,4 @@ def _film_style(which: str, section: VideoSection) -> dict[str, Any] | None:
         raise ConfigError(f"env.{which}.video_cfg.max_mb={most}; expected more than 0, or null for no limit")
     if not section.save_video:
         return None
-    return {"directory": "videos" if base is None else str(Path(base).absolute()), "info": info, "max_mb": most}
+    return {"directory": "videos" if base is None else str(local_path(base).absolute()), "info": info, "max_mb": most}

@@ -28,6 +28,7 @@ from sb3_vla.models import Context, Pi0, VLAModel, make_model
 from sb3_vla.models.base import is_perceived
 from sb3_vla.models.lora import prepare_training
 from sb3_vla.models.prompts import same_tokenizer
+from sb3_vla.paths import local_path
 from sb3_vla.sharding import as_shards, in_shards, is_sharded
 
 MODEL_KEYS = ("image", "state", "instruction")
@@ -189,7 +190,7 @@ class VLAPolicy(BasePolicy):
         # With the checkpoint's contents in the weights, a saved algorithm needs the checkpoint's folder no more.
         source: dict[str, Any] = {"model": model, "model_kwargs": dict(model_kwargs)}
         if self._frozen is not None and checkpoint is not None:
-            where = Path(checkpoint)  # or a name on the hub
+            where = local_path(checkpoint)  # or a name on the hub
             source = {
                 "model": model,
                 "checkpoint": str(where.resolve() if where.exists() else checkpoint),
@@ -502,7 +503,7 @@ def _check_checkpoint(
 
 def _with_full_paths(options: Mapping[str, Any]) -> dict[str, Any]:
     """Options of pi0 that name a file or folder here, so that they do it from another working directory, too."""
-    paths = {key: Path(options[key]).expanduser() for key in ("tokenizer", "norm_stats") if options.get(key)}
+    paths = {key: local_path(options[key]) for key in ("tokenizer", "norm_stats") if options.get(key)}
     return {**options, **{key: str(path.resolve()) for key, path in paths.items() if path.exists()}}
 
 

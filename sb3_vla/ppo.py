@@ -37,7 +37,7 @@ from sb3_vla.metrics import EpisodeRecord, episode_metrics, in_terminal, ratio_m
 from sb3_vla.models.lora import adapted_layers
 from sb3_vla.noise import part_of_batch
 from sb3_vla.policies import Evaluation, VLAPolicy
-from sb3_vla.precision import autocast, deciding
+from sb3_vla.precision import acting_precision, autocast
 from sb3_vla.progress import SuccessBar
 from sb3_vla.sft import DemonstrationBatches, shared_imitation_loss
 from sb3_vla.sharding import (
@@ -541,7 +541,7 @@ class PPO(stable_baselines3.PPO):
 
     def _deciding(self) -> AbstractContextManager[None]:
         """The precision of a rollout."""
-        return deciding(self.bf16, self.device.type)
+        return acting_precision(self.bf16, self.device.type)
 
     @torch.no_grad()
     def _decide(

@@ -34,7 +34,7 @@ def autocast(enabled: bool | None, device_type: str = "cpu") -> AbstractContextM
     return torch.autocast(device_type, dtype=torch.bfloat16, enabled=uses_bf16(enabled, device_type))
 
 
-def deciding(enabled: bool | None, device_type: str) -> AbstractContextManager[None]:
+def acting_precision(enabled: bool | None, device_type: str) -> AbstractContextManager[None]:
     """The precision in which a policy acts, in rollouts and evaluations; an update computes log-probabilities anew.
 
     On a GPU it is that of the update, where float32 would take several times as long; on a CPU float32.

@@ -1,8 +1,9 @@
 """Recipes: what a training in MetaWorld is made of, as typed YAML with the key paths of RLinf's recipes.
 
 A recipe lies in ``sb3_vla/embodiment/NAME.yaml``, also in an installed package. It says what differs from the defaults
-below, or from the recipe that it names as its ``base``. :mod:`sb3_vla.plan` says what its keys mean to the learner;
-every key that is taken is used. Keys of RLinf's that are not taken are refused with the reason.
+below, or from the recipe that it names as its ``base``: a file beside it, or else one of these. :mod:`sb3_vla.plan`
+says what its keys mean to the learner; every key that is taken is used. Keys of RLinf's that are not taken are refused
+with the reason.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any, ClassVar, Literal
 from mw_envs.tasks import did_you_mean
 from sb3_vla.cluster import ClusterOptions, PlacementError
 from sb3_vla.config import ConfigError, leaves, load_config, read_layers
+from sb3_vla.paths import local_path
 
 RECIPES = Path(__file__).parent / "embodiment"
 
@@ -399,6 +401,8 @@ class Recipe:
     data: DataSection = field(default_factory=DataSection)
     sft: SFTSection = field(default_factory=SFTSection)
 
+    #: what a recipe of one's own can build on
+    BASES: ClassVar[Path] = RECIPES
     #: RLinf's names of the same things
     ALIASES: ClassVar[dict[str, str]] = {
         "actor.model.openpi.noise_level": "actor.model.noise_level",
@@ -468,9 +472,11 @@ def find_recipe(name: str) -> Path:
 
     :raises ConfigError: if there is none; the message offers the nearest.
     """
-    path = Path(name).expanduser()
+    path = local_path(name)
     if path.suffix in (".yaml", ".yml"):
-        return path  # whoever reads it says what is wrong with it
+        shipped = RECIPES / path
+        # Of one that is not there, whoever reads it says so.
+        return shipped if shipped.is_file() and not path.exists() else path
     if name not in recipe_names():
         raise ConfigError(f"Unknown recipe {name!r}; {did_you_mean(name, recipe_names())}. sb3-vla train --list")
     return RECIPES / f"{name}.yaml"
@@ -498,7 +504,7 @@ def given_keys(name: str, overrides: Iterable[str] = ()) -> list[str]:
 
     :param name: see :func:`find_recipe`.
     """
-    _, own = read_layers(find_recipe(name))[-1]
+    _, own = read_layers(find_recipe(name), RECIPES)[-1]
     said = [override.partition("=")[0].strip() for override in overrides]
     changed = {path.rpartition(".")[0] for path in said}
     paths = [path for path in leaves(own) if path.rpartition(".")[0] not in changed]
@@ -511,6 +517,6 @@ def summary(name: str) -> str:
     :param name: see :func:`find_recipe`.
     """
     path = find_recipe(name)
-    read_layers(path)  # for the errors
+    read_layers(path, RECIPES)  # for the errors
     first = path.read_text(encoding="utf-8").splitlines()[0]
     return first.removeprefix("#").strip() if first.startswith("#") else ""

@@ -27,6 +27,7 @@ from mw_envs.tasks import suite_tasks
 from sb3_vla.charts import Line, bars, heat_map, line_chart, trial_map
 from sb3_vla.figures import metric_series, smoothed
 from sb3_vla.page import STYLE, Html, bullets, details, markup, paragraphs, table
+from sb3_vla.paths import local_path
 from sb3_vla.published import PUBLISHED
 from sb3_vla.results import Comparison, EvaluationResult, compare
 from sb3_vla.run import RunDirectory, RunError
@@ -82,7 +83,7 @@ def write_report(run: str | Path, output: str | Path | None = None, *, embed_mb:
     if not embed_mb >= 0:
         raise ValueError(f"embed_mb={embed_mb}; expected 0, to link all videos, or more")
     content = _read(RunDirectory(run))
-    target = Path(output).expanduser() if output is not None else content.path / "report.html"
+    target = local_path(output) if output is not None else content.path / "report.html"
     page = _page(content, target, embed_mb * _MEGABYTE)
     try:
         with atomic_path(target) as temporary:

@@ -22,6 +22,8 @@ from rich.table import Table as RichTable
 
 from mw_envs import DIFFICULTIES, TASKS, Trial
 from mw_envs.tasks import did_you_mean
+from sb3_vla.errors import NotThereError
+from sb3_vla.paths import local_path
 from sb3_vla.statistics import (
     Estimate,
     PairedDifference,
@@ -257,10 +259,11 @@ class EvaluationResult(_Report):
 
         :param path: the file
         :return: an equal result
+        :raises FileNotFoundError: if there is no such file
         :raises ValueError: if the file is not one
         """
         try:
-            stored = json.loads(Path(path).read_text(encoding="utf-8"))
+            stored = json.loads(local_path(path).read_text(encoding="utf-8"))
             if stored["format"] != _FORMAT:
                 raise ValueError(f"its format is {stored['format']!r}")
             trials = tuple(
@@ -269,6 +272,8 @@ class EvaluationResult(_Report):
             )
             protocol = Protocol(**stored["protocol"])
             return cls(protocol, trials, stored["versions"], stored["env_kwargs"], stored["deterministic"])
+        except FileNotFoundError as error:
+            raise NotThereError(f"There is no result {path}; expected a JSON file that sb3-vla eval wrote") from error
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is not a file of the format {_FORMAT!r}: {error!r}.") from error
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -18,13 +18,14 @@ from torch import Tensor
 
 from mw_envs.tasks import encode_instruction
 from sb3_vla.checkpoints import load_checkpoint, save_checkpoint
-from sb3_vla.checkpoints.native import NORMALISED
+from sb3_vla.checkpoints.native import NORMALISED, refuse_other_files
 from sb3_vla.checkpoints.training_state import load_training_state, save_training_state
 from sb3_vla.demonstrations import Demonstrations
 from sb3_vla.distributed import Ranks, current_ranks
 from sb3_vla.models import VLAModel, make_model
 from sb3_vla.models.lora import prepare_training
 from sb3_vla.noise import part_of_batch
+from sb3_vla.paths import local_path
 from sb3_vla.precision import autocast, get_device
 from sb3_vla.sharding import whole_optimizer_state
 from sb3_vla.stopping import Stopped, stop_request
@@ -63,6 +64,9 @@ class SFTConfig:
     :param bf16: bfloat16 autocast; None where the processor has it.
     :param seed: of weights, order and noise.
     """
+
+    #: see :func:`sb3_vla.config.deciding_settings`; of the checkpoint the contents decide
+    INCIDENTAL: ClassVar[tuple[str, ...]] = ("checkpoint", "model_kwargs", "gradient_checkpointing", "device")
 
     model: str = "compact"
     model_kwargs: dict[str, Any] = field(default_factory=dict)
@@ -166,6 +170,7 @@ def sft(
     checkpoint_interval: int = 250,
     save_state: Callable[[int], AbstractContextManager[Path]] | None = None,
     resume_from: Path | None = None,
+    notes: Mapping[str, Any] | None = None,
 ) -> SFTResult:
     """Train a model to imitate. Under ``torchrun`` ranks share each batch, and rank 0 validates and writes.
 
@@ -177,9 +182,12 @@ def sft(
     :param checkpoint_interval: steps between saved states.
     :param save_state: gives the folder for the state at a step, such as ``RunDirectory.checkpoint``.
     :param resume_from: such a folder; training goes on from there to the same result as without the interrupt.
+    :param notes: for the resulting checkpoint, besides steps, batch size and frames.
     :raises ValueError: if data and model do not fit, or the loss stops being finite.
     """
     ranks = current_ranks()
+    if output is not None:
+        refuse_other_files(local_path(output).resolve())  # before the work
     torch.manual_seed(config.seed)
     train_frames, validation_frames = demonstrations.split(config.validation_fraction, config.seed)
     model = _make_model(demonstrations, config)
@@ -210,14 +218,12 @@ def sft(
 
     schedule = get_cosine_schedule_with_warmup(optimizer, config.warmup_steps, config.steps)
     history: list[dict[str, float]] = []
-    notes = {
-        "view": demonstrations.camera,
-        "sft": {
-            "steps": config.steps,
-            "batch_size": config.batch_size,
-            "frames": len(demonstrations),
-            "shift": config.shift,
-        },
+    imitated = {
+        "steps": config.steps,
+        "batch_size": config.batch_size,
+        "frames": len(demonstrations),
+        "shift": config.shift,
+        **(notes or {}),
     }
     modules = {"model": model, "averaged": averaged}
     first_step = 1
@@ -272,7 +278,7 @@ def sft(
                 raise Stopped(stopped_by)
     averaged.cpu()
     if output is not None and ranks.leads:
-        save_checkpoint(output, averaged, notes=notes)
+        save_checkpoint(output, averaged, notes={"view": demonstrations.camera, "sft": imitated})
     return SFTResult(averaged, history, time.perf_counter() - started)
 
 

@@ -24,6 +24,8 @@ from stable_baselines3.common.type_aliases import Schedule
 from mw_envs.rendering import get_renderer
 from mw_envs.tasks import did_you_mean, select_tasks
 from sb3_vla.checkpoints import LoadedCheckpoint, load_checkpoint, save_checkpoint
+from sb3_vla.checkpoints.native import refuse_other_files
+from sb3_vla.checkpoints.training_state import check_training_state
 from sb3_vla.demonstrations import Demonstrations, available_memory
 from sb3_vla.distributed import current_ranks
 from sb3_vla.distributions import make_distribution
@@ -34,6 +36,7 @@ from sb3_vla.loggers import LoggerOptions, Loggers
 from sb3_vla.memory import MemoryPlan, plan_memory
 from sb3_vla.models import VLAModel
 from sb3_vla.models.lora import prepare_training
+from sb3_vla.paths import local_path
 from sb3_vla.periodic import EvaluatePeriodically, PeriodicEvaluation
 from sb3_vla.ppo import PPO, check_batch_size
 from sb3_vla.precision import get_device, uses_bf16
@@ -122,6 +125,11 @@ class TrainingConfig:
 
     algorithm: ClassVar[type[PPO]]
     _at_least_one: ClassVar[tuple[str, ...]] = ("num_envs", "horizon", "batch_size", "epochs", "checkpoint_interval")
+    #: see :func:`sb3_vla.config.deciding_settings`
+    INCIDENTAL: ClassVar[tuple[str, ...]] = (
+        *("num_workers", "device", "gradient_checkpointing", "compile", "cache_perception", "micro_batch_size"),
+        *("sharding", "checkpoint_interval", "keep_checkpoints"),
+    )
 
     num_envs: int = 16
     num_workers: int | None = None
@@ -205,6 +213,7 @@ class PPOConfig(TrainingConfig):
 
     algorithm: ClassVar[type[PPO]] = PPO
     _at_least_one: ClassVar[tuple[str, ...]] = (*TrainingConfig._at_least_one, "iterations", "decisions")
+    INCIDENTAL: ClassVar[tuple[str, ...]] = (*TrainingConfig.INCIDENTAL, "iterations")
 
     iterations: int = 60
     decisions: int = 128
@@ -252,6 +261,7 @@ class GRPOConfig(TrainingConfig):
 
     algorithm: ClassVar[type[PPO]] = GRPO
     _at_least_one: ClassVar[tuple[str, ...]] = (*TrainingConfig._at_least_one, "total_decisions", "groups")
+    INCIDENTAL: ClassVar[tuple[str, ...]] = (*TrainingConfig.INCIDENTAL, "total_decisions")
 
     total_decisions: int = 120_000
     group_size: int = 8
@@ -318,6 +328,7 @@ def train(
     :raises Stopped: after a signal.
     """
     ranks = current_ranks()
+    refuse_other_files(local_path(output).resolve())  # before the work
     start = load_checkpoint(checkpoint, model_kwargs)
     options = _env_options(start, config, suite, split, tasks, {"renderer": renderer, **(env_kwargs or {})})
     rehearsal = None
@@ -358,7 +369,7 @@ def train(
         logger = Logger(str(run.path), [])
         model.set_logger(logger)
         env.seed(1000 * (config.seed + 1) + own.start)
-        latest = run.latest_checkpoint(stage) if resume else None
+        latest = run.latest_checkpoint(stage, check_training_state) if resume else None
         if latest is not None:
             load_algorithm(latest, model)
         done = model.num_timesteps
@@ -388,7 +399,7 @@ def train(
         env.close()
         if seat is not None:
             seat.leave()
-    save(Path(output), {})
+    save(local_path(output), {})
 
 
 def _save_policy(

@@ -14,6 +14,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
+from sb3_vla.paths import local_path
+
 Frame = npt.NDArray[np.uint8]
 
 # The text under a picture of 480 pixels; it grows with the picture.
@@ -43,7 +45,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     :param path: the file wanted; its folder is created
     :return: a context that gives a temporary path, renamed to ``path`` at the end, deleted on an error
     """
-    path = Path(path)
+    path = local_path(path).resolve()  # a link to a file stays one
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_path(path)
     try:
@@ -105,7 +107,7 @@ class Mp4Writer:
     """
 
     def __init__(self, path: str | Path, fps: float) -> None:
-        self.path = Path(path)
+        self.path = local_path(path)
         if self.path.suffix != ".mp4":
             raise ValueError(f"A video is written as MP4, so its name must end in .mp4, got {self.path.name!r}.")
         if not fps > 0:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +111,7 @@ def test_an_interrupted_write_keeps_the_old_checkpoint(
 
 def test_what_a_killed_writer_left_does_not_stop_the_next(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(native.shutil, "rmtree", lambda *_, **__: None)  # killed before it could clear up
+        patch.setattr(shutil, "rmtree", lambda *_, **__: None)  # killed before it could clear up
         save_checkpoint(saved, tiny_model(action_horizon=2))
     for horizon in (3, 4):
         save_checkpoint(saved, tiny_model(action_horizon=horizon))

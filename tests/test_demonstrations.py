@@ -6,6 +6,7 @@ import dataclasses
 import json
 import multiprocessing
 import os
+import subprocess
 import time
 from fractions import Fraction
 from pathlib import Path
@@ -281,6 +282,39 @@ def test_existing_folders(tmp_path: Path) -> None:
     replacement = write(tmp_path / "empty", [make_episode("reach-v3", 4, 9)], overwrite=True)
     np.testing.assert_array_equal(Demonstrations.load(tmp_path / "empty").actions, replacement[0].actions)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "holiday"]
+
+
+@pytest.mark.parametrize("where", ["a link", "the working directory", "a mount"])
+def test_folders_that_cannot_be_renamed(where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Written, read, and replaced, at the end of the work."""
+    folder = tmp_path / "set"
+    (tmp_path / "big disk").mkdir()
+    if where == "a link":
+        folder.symlink_to(tmp_path / "big disk")
+    else:
+        folder.mkdir()
+    if where == "the working directory":
+        monkeypatch.chdir(folder)
+        folder = Path(".")
+    mount = ["mount", "--bind", str(tmp_path / "big disk"), str(folder)]
+    if where == "a mount" and subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting needs the right to")
+    try:
+        write(folder)
+        with pytest.raises(FileExistsError, match="overwrite=True"):
+            write(folder)
+        replacement = write(folder, [make_episode("reach-v3", 4, 9)], overwrite=True)
+        np.testing.assert_array_equal(Demonstrations.load(folder).actions, replacement[0].actions)
+        assert sorted(os.listdir(folder)) == ["data", "meta"]
+        (folder / "meta" / "notes").touch()
+        (folder / "thesis").touch()
+        with pytest.raises(FileExistsError, match=r"is not a LeRobot dataset alone \(it holds thesis\)"):
+            write(folder, overwrite=True)
+        assert sorted(os.listdir(folder)) == ["data", "meta", "thesis"]
+    finally:
+        if where == "a mount":
+            subprocess.run(["umount", "--lazy", str(folder)], check=True)
+    assert sorted(os.listdir(tmp_path)) == ["big disk", "set"]
 
 
 def test_failed_replacement_keeps_the_old_dataset(tmp_path: Path) -> None:

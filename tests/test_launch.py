@@ -363,3 +363,44 @@ def test_a_disk_that_fills_while_weights_are_written_is_told_in_one_message(
     assert main(["train", "metaworld_50_ppo_compact", f"runner.logger.log_path={tmp_path}"]) == 2
     told = capsys.readouterr().err
     assert told.startswith("error:") and "No space left" in told and "Traceback" not in told
+
+
+def test_how_a_recipe_runs_begins_nothing_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each stage once, whatever the workers, the renderer, the paths as written, and how often it saves."""
+    done: list[str] = []
+
+    def making(name: str, *outputs: str) -> Any:
+        def make(*arguments: Any, **options: Any) -> Any:
+            done.append(name)
+            for output in outputs:
+                (tmp_path / "runs" / "r" / output).mkdir(parents=True)
+            return SimpleNamespace(history=[], to_json=lambda path: path.write_text("{}"))
+
+        return make
+
+    for name, outputs in {"collect": ["demonstrations"], "sft": ["sft"], "train": ["ppo"], "evaluate": []}.items():
+        monkeypatch.setattr(launch, name, making(name, *outputs))
+    loaded = SimpleNamespace(model=SimpleNamespace(image_size=(32, 32)), notes={}, model_name="compact")
+    for name, found in {"load_checkpoint": loaded, "load_policy": None, "_tell": None, "_demonstrations": None}.items():
+        monkeypatch.setattr(launch, name, lambda *_, found=found, **__: found)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+    def start(*settings: str, path: str = "runs") -> list[str]:
+        done.clear()
+        given = [f"runner.logger.log_path={path}", "runner.logger.experiment_name=r", *settings]
+        assert main(["train", "metaworld_50_ppo_compact", *given]) == 0, capsys.readouterr().err
+        return done
+
+    assert start() == ["collect", "sft", "evaluate", "train", "evaluate"]
+    for path in ("./runs", "~/runs", str(tmp_path / "runs"), "runs/../runs/"):
+        assert start(path=path) == []
+    assert start("runner.save_interval=3", "runner.keep_checkpoints=null", "runner.val_check_interval=5") == []
+    for which in ("train", "eval"):
+        assert start(f"env.{which}.num_workers=3", f"env.{which}.renderer=software") == []
+    assert start("env.eval.total_num_envs=3", "actor.micro_batch_size=8", "runner.logger.logger_backends=[csv]") == []
+    with pytest.warns(UserWarning, match="evaluate_after has other settings"):
+        assert start("env.eval.trials_per_task=3") == ["evaluate", "evaluate"]
+    assert (tmp_path / "runs" / "r" / "replaced" / "evaluate_after-1" / "evaluation_after.json").is_file()

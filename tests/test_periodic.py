@@ -119,7 +119,7 @@ def test_it_acts_in_the_precision_of_rollouts(tmp_path: Path, monkeypatch: pytes
         asked.append(how)
         return contextlib.nullcontext()
 
-    monkeypatch.setattr(periodic, "deciding", deciding)
+    monkeypatch.setattr(periodic, "acting_precision", deciding)
     evaluating(monkeypatch)
     train(tmp_path / "run", HOW, bf16=True, device="cpu")
     assert asked == [(True, "cpu")] * 4

@@ -362,6 +362,35 @@ def test_a_recipe_of_one_s_own_builds_on_another(tmp_path: Path) -> None:
     assert recipe == packaged
 
 
+def test_the_package_s_recipes_can_be_built_on_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By their names as README has it; one's own file of the same name comes first, and may itself build on it."""
+    name = "metaworld_50_ppo_compact"
+    packaged = load_recipe(name, ["actor.seed=7"])
+    packaged.runner.logger.experiment_name = "mine"
+    (tmp_path / "mine.yaml").write_text(f"base: {name}.yaml\nactor: {{seed: 7}}\n")
+    (tmp_path / "elsewhere").mkdir()
+    for folder in (tmp_path, tmp_path / "elsewhere"):
+        monkeypatch.chdir(folder)
+        assert load_recipe(str(tmp_path / "mine.yaml")) == packaged
+        assert load_recipe(f"{name}.yaml", ["actor.seed=7", "runner.logger.experiment_name=mine"]) == packaged
+    assert given_keys(str(tmp_path / "mine.yaml")) == ["actor.seed"]
+    (tmp_path / f"{name}.yaml").write_text(f"base: {name}.yaml\nactor: {{optim: {{lr: 0.5}}}}\n")
+    mine = load_recipe(str(tmp_path / "mine.yaml"))
+    assert (mine.actor.seed, mine.actor.optim.lr) == (7, 0.5)
+    mine.actor.optim.lr = packaged.actor.optim.lr
+    assert mine == packaged
+
+
+def test_a_base_may_lie_in_a_home_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "base.yaml").write_text("actor: {seed: 7}\n")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "mine.yaml").write_text("base: ~/base.yaml\n")
+    assert load_recipe("~/folder/mine.yaml").actor.seed == 7
+    run = make_plan(load_recipe("metaworld_50_ppo_compact", ["runner.logger.log_path=~/runs"])).run
+    assert run == tmp_path / "runs" / "metaworld_50_ppo_compact"
+
+
 def test_a_dry_run_prints_settings_that_read_back(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     name = "metaworld_50_ppo_openpi_pi05"
     assert main(["train", name, "--dry-run", "actor.seed=7"]) == 0

@@ -14,10 +14,11 @@ from typing import Any
 from torch import Tensor
 
 from sb3_vla.checkpoints.layout import load_weights, read_json, read_tensors, write_json, write_tensors
-from sb3_vla.checkpoints.native import LoadedCheckpoint, whole_folder
+from sb3_vla.checkpoints.native import LoadedCheckpoint, whole_checkpoint
 from sb3_vla.models.diffusion import NORMALISATIONS, SCHEDULES
 from sb3_vla.models.diffusion_policy import RESNETS, DiffusionPolicy
 from sb3_vla.models.lora import merged_state
+from sb3_vla.paths import local_path
 
 _STATE = "observation.state"
 _ACTION = "action"
@@ -36,7 +37,7 @@ def load_diffusion_policy(folder: str | Path) -> LoadedCheckpoint:
     :raises ValueError: if a file is damaged, the weights do not fit, statistics are missing, or the policy needs what
         this model has not: other observations, other networks.
     """
-    folder = Path(folder)
+    folder = local_path(folder)
     config = read_json(folder, "config.json", "the policy's configuration")
     weights = read_tensors(folder, "model.safetensors", "the weights")
     try:
@@ -138,7 +139,7 @@ def save_diffusion_policy(
         },
         device,
     ]
-    with whole_folder(Path(folder)) as partial:
+    with whole_checkpoint(folder) as partial:
         write_json(partial / "config.json", config)
         write_tensors(partial / "model.safetensors", {f"diffusion.{key}": value for key, value in parts.items()})
         for file in (_NORMALIZER, _UNNORMALIZER):

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -14,6 +11,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
+
+from sb3_vla.errors import InTheWayError
+from sb3_vla.paths import entries, local_path, whole_folder
 
 HUB = "hf://"
 #: of RLinf's training, in the order in which it looks for them
@@ -27,7 +27,7 @@ def local_folder(source: str | Path) -> Path:
     :raises FileNotFoundError: if there is none.
     """
     if not str(source).startswith(HUB):
-        folder = Path(source).expanduser()
+        folder = local_path(source)
         if not folder.is_dir():
             raise FileNotFoundError(
                 f"Checkpoint folder {folder} does not exist; write {HUB}owner/name for one on the Hugging Face hub"
@@ -130,22 +130,18 @@ def fit(model: nn.Module, weights: Mapping[str, Tensor], source: Path, hint: str
 
 
 @contextmanager
-def new_folder(folder: Path) -> Iterator[Path]:
+def new_folder(folder: str | Path) -> Iterator[Path]:
     """A folder to write into, which takes its name when it is whole.
 
     :raises FileExistsError: if there is something under that name.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{folder} is there already; choose another folder or empty it")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
+    with whole_folder(folder, _refuse_any) as partial:
         yield partial
-        partial.chmod(0o755)  # mkdtemp makes a private folder
-        os.replace(partial, folder)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+
+
+def _refuse_any(folder: Path) -> None:
+    if entries(folder) or (folder.exists() and not folder.is_dir()):
+        raise InTheWayError(f"{folder} is there already; choose another folder or empty it")
 
 
 def write_json(path: Path, content: Mapping) -> None:

@@ -16,6 +16,7 @@ from sb3_vla.checkpoints.openvla_oft import load_openvla_oft
 from sb3_vla.checkpoints.pi0 import NAMES, is_pi0, load_pi0
 from sb3_vla.checkpoints.smolvla import load_smolvla
 from sb3_vla.checkpoints.tinyvla import load_tinyvla
+from sb3_vla.paths import finish_exchange, local_path
 
 #: readers of published folders, by what the configuration says that it is; pi0's are told by their weights as well
 READERS: dict[str, Callable[..., LoadedCheckpoint]] = {
@@ -37,7 +38,7 @@ def load_checkpoint(source: str | Path, options: Mapping[str, Any] | None = None
     :raises ValueError: if it is damaged or does not fit its own configuration, or its reader has no such option.
     """
     folder = _folder(source)
-    native.restore(folder)
+    finish_exchange(folder)
     kind = native.published_kind(folder)
     published = None if kind is None else READERS.get(kind)
     if published is None:
@@ -65,4 +66,4 @@ def takes_options(source: str | Path) -> bool:
 
 
 def _folder(source: str | Path) -> Path:
-    return local_folder(source) if str(source).startswith(HUB) else Path(source).expanduser()
+    return local_folder(source) if str(source).startswith(HUB) else local_path(source)

@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 
 from sb3_vla.checkpoints.layout import load_weights, read_json, write_json
-from sb3_vla.checkpoints.native import NORMALISED, LoadedCheckpoint, whole_folder
+from sb3_vla.checkpoints.native import NORMALISED, LoadedCheckpoint, whole_checkpoint
 from sb3_vla.checkpoints.shards import read_weights, write_weights
 from sb3_vla.checkpoints.tokenizer_files import find_tokenizer, write_tokenizer
 from sb3_vla.models.lora import merged_state
 from sb3_vla.models.openvla_oft import OFT_SIZES, SPECIAL_TOKENS, OFTSizes, OpenVLAOFT
 from sb3_vla.models.tokenizing import byte_tokenizer
+from sb3_vla.paths import local_path
 
 _STATISTICS = ("action_mean", "action_std", "action_q01", "action_q99", "action_scaled")
 _TIMM_HEADS = {"vit_large_patch14_reg4_dinov2.lvd142m": 16, "vit_so400m_patch14_siglip_224": 16}
@@ -60,7 +61,7 @@ def load_openvla_oft(
     :raises ValueError: if a file is damaged, the weights do not fit, statistics are missing, or it has a head for
         continuous actions instead.
     """
-    folder = Path(folder)
+    folder = local_path(folder)
     config = read_json(folder, "config.json", "the policy's configuration")
     if config.get("model_type") != "openvla":
         raise ValueError(f"{folder} is a model of type {config.get('model_type')!r}; expected 'openvla'")
@@ -173,7 +174,7 @@ def save_openvla_oft(
         "stds": [_IMAGENET[1], _HALF[1]],
     }
     weights = {key: value.to(dtype) for key, value in merged_state(model).items() if key not in _STATISTICS}
-    with whole_folder(Path(folder)) as partial:
+    with whole_checkpoint(folder) as partial:
         write_json(partial / "config.json", config)
         write_json(partial / "dataset_statistics.json", statistics)
         write_json(partial / "preprocessor_config.json", pictures)

@@ -33,6 +33,7 @@ from sb3_vla.models.lora import merged_state
 from sb3_vla.models.normalisation import STATISTICS
 from sb3_vla.models.pi0 import PALIGEMMA
 from sb3_vla.models.prompts import copy_tokenizer, find_tokenizer_file, local_tokenizer_file
+from sb3_vla.paths import local_path
 
 P = "paligemma_with_expert.paligemma."
 X = "paligemma_with_expert.gemma_expert."
@@ -103,7 +104,7 @@ def is_pi0(source: str | Path) -> bool:
     """Whether this is a folder, or a repository on the hub, that :func:`load_pi0` should be asked to read."""
     if str(source).startswith(HUB):
         return True
-    folder = Path(source).expanduser()
+    folder = local_path(source)
     try:
         config = read_json(folder / "config.json")
     except ValueError:  # whoever wrote it, our own reader says best what is wrong
@@ -121,7 +122,7 @@ def save_lerobot(folder: str | Path, model: Pi0) -> None:
     :raises FileExistsError: if the folder is there and not empty.
     """
     name = "pi05" if isinstance(model, Pi05) else "pi0"
-    with new_folder(Path(folder)) as partial:
+    with new_folder(folder) as partial:
         weights = {f"model.{key}": tensor for key, tensor in _openpi_weights(model).items()}
         save_file(weights, partial / "model.safetensors", metadata={"format": "pt"})
         tokenizer = _copy_tokenizer(model, partial / "tokenizer")
@@ -139,7 +140,7 @@ def save_openpi(folder: str | Path, model: Pi0, asset_id: str = "lerobot/metawor
             f"openpi normalises {type(model).__name__} by {model.scheme}; this one has state_scheme="
             f"{model.state_scheme!r} and action_scheme={model.action_scheme!r}. Write LeRobot's layout instead."
         )
-    with new_folder(Path(folder)) as partial:
+    with new_folder(folder) as partial:
         save_file(_openpi_weights(model), partial / "model.safetensors", metadata={"format": "pt"})
         config = {
             "action_dim": model.latent_dim,
@@ -320,7 +321,7 @@ def _norm_stats(folder: Path, given: str | Path | None) -> dict[str, Tensor]:
     """Statistics of a ``norm_stats.json``, by our names; empty for none."""
     if given == UNNORMALISED:
         return {}
-    found = [Path(given).expanduser()] if given is not None else sorted(folder.rglob("norm_stats.json"))
+    found = [local_path(given)] if given is not None else sorted(folder.rglob("norm_stats.json"))
     if len(found) != 1 or not found[0].is_file():
         shown = (
             f"{given} is not there" if given is not None else f"it has {[str(p.relative_to(folder)) for p in found]}"

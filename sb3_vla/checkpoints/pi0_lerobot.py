@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
-from sb3_vla.checkpoints.folders import read_json, write_json
+from sb3_vla.checkpoints.folders import read_json, read_weights, write_json
 from sb3_vla.models import Pi0, Pi05
 from sb3_vla.models.normalisation import STATISTICS
 
@@ -165,7 +165,7 @@ def _statistics(folder: Path, step: Mapping[str, Any]) -> dict[str, Tensor]:
     path = folder / step["state_file"]
     if not path.is_file():
         raise FileNotFoundError(f"{folder} lacks {step['state_file']}, the statistics of its {step['registry_name']}")
-    tensors = load_file(path)
+    tensors = read_weights([path])
     return {
         f"{ours}_{key}": tensors[f"{feature}.{key}"].float().flatten()
         for ours, feature in _FEATURES.items()

@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 
 from sb3_vla.checkpoints.layout import load_weights, read_json, read_tensors, require_file, write_json, write_tensors
-from sb3_vla.checkpoints.native import ENVIRONMENT_DIM, NORMALISED, LoadedCheckpoint, whole_folder
+from sb3_vla.checkpoints.native import ENVIRONMENT_DIM, NORMALISED, LoadedCheckpoint, whole_checkpoint
 from sb3_vla.checkpoints.shards import read_weights, write_weights
 from sb3_vla.checkpoints.tokenizer_files import find_tokenizer, write_tokenizer
 from sb3_vla.models.lora import merged_state
 from sb3_vla.models.smolvla import SPECIAL_TOKENS, SmolVLA
 from sb3_vla.models.tokenizing import byte_tokenizer
+from sb3_vla.paths import local_path
 
 #: the published vision-language models, by their names here
 VLM_NAMES = {
@@ -58,7 +59,7 @@ def load_smolvla(
     :raises ValueError: if a file is damaged, the weights do not fit, statistics or tokenizer are missing, or the policy
         needs what this model has not.
     """
-    folder = Path(folder)
+    folder = local_path(folder)
     config = read_json(folder, "config.json", "the policy's configuration")
     if config.get("type") != "smolvla":
         raise ValueError(f"{folder} is a policy of type {config.get('type')!r}; expected 'smolvla'")
@@ -163,7 +164,7 @@ def save_smolvla(
         {"registry_name": "unnormalizer_processor", "config": unnormaliser, "state_file": _UNNORMALIZER},
         device,
     ]
-    with whole_folder(Path(folder)) as partial:
+    with whole_checkpoint(folder) as partial:
         write_json(partial / "config.json", config)
         write_weights(partial, weights, max_shard_bytes)
         for file in (_NORMALIZER, _UNNORMALIZER):

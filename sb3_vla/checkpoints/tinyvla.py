@@ -31,10 +31,11 @@ from sb3_vla.checkpoints.native import (
     NORMALISED,
     LoadedCheckpoint,
     place_of_configuration,
-    whole_folder,
+    whole_checkpoint,
 )
 from sb3_vla.models.lora import merge_adapter, merged_state
 from sb3_vla.models.tinyvla import PROMPT, TinyVLA
+from sb3_vla.paths import local_path
 
 _STATISTICS = "dataset_stats.pkl"
 _IN_FULL = "non_lora_trainables.bin"
@@ -106,7 +107,7 @@ def load_tinyvla(folder: str | Path, base: bool = False) -> LoadedCheckpoint:
     :raises FileNotFoundError: if a file is missing; the message names it.
     :raises ValueError: if a file is damaged or holds more than it should, or the weights do not fit.
     """
-    folder = Path(folder)
+    folder = local_path(folder)
     config = read_json(place_of_configuration(folder), "config.json", "the model's configuration")
     if (folder / ADAPTER_CONFIG).is_file():
         settings = read_json(folder, ADAPTER_CONFIG, "the adapter's settings")
@@ -171,7 +172,7 @@ def save_tinyvla(folder: str | Path, model: TinyVLA) -> None:
     }
     statistics = {theirs: getattr(model, ours).cpu().numpy() for ours, theirs in (_NAMES | _OPTIONAL).items()}
     statistics["example_qpos"] = np.zeros((1, given["state_dim"]), np.float32)
-    with whole_folder(Path(folder)) as partial:
+    with whole_checkpoint(folder) as partial:
         write_json(partial / "config.json", config)
         write_json(partial / "tokenizer.json", given["tokenizer"] or json.loads(model.tokenizer.to_str()))
         write_tensors(partial / "model.safetensors", weights)
@@ -190,8 +191,8 @@ def _weights(folder: Path) -> dict[str, Tensor]:
 
 def _trained_on(folder: Path, settings: Mapping[str, Any]) -> Path:
     """The folder of the vision-language model that an adapter was trained on."""
-    named = Path(str(settings.get("base_model_name_or_path")))
-    for place in (named.expanduser(), folder / named, folder.parent / named):
+    named = local_path(str(settings.get("base_model_name_or_path")))
+    for place in (named, folder / named, folder.parent / named):
         if place.is_dir():
             return place
     raise FileNotFoundError(

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sb3_vla.checkpoints.layout import write_json
+from sb3_vla.paths import local_path
 
 
 def write_tokenizer(folder: Path, text: str, pad_token: str) -> None:
@@ -24,7 +25,8 @@ def find_tokenizer(folder: Path, places: Sequence[str], given: str | Path | None
     :raises FileNotFoundError: if there is none; the message says where it was looked for.
     """
     if given is not None:
-        path = Path(given) / "tokenizer.json" if Path(given).is_dir() else Path(given)
+        path = local_path(given)
+        path = path / "tokenizer.json" if path.is_dir() else path
         if not path.is_file():
             raise FileNotFoundError(f"There is no tokenizer {path}; expected a tokenizer.json, or a folder with one")
         return path.read_text(encoding="utf-8")

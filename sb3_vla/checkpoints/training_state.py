@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from sb3_vla.errors import DamagedError
 from sb3_vla.sharding import load_optimizer_state
 
 _TENSORS, _VALUES = "training_state.safetensors", "training_state.json"
@@ -53,12 +56,14 @@ def load_training_state(
     """Bring modules, optimiser and the process's generators to a saved state.
 
     :return: the values saved with it.
+    :raises DamagedError: if a file is missing or not whole; nothing was changed then.
     :raises ValueError: if the folder holds the state of other modules, or of an earlier version.
     """
-    contents = json.loads((folder / _VALUES).read_text(encoding="utf-8"))
+    contents = _read_values(folder)
     if "generators" not in contents:
         raise ValueError(f"{folder} is of an earlier version, which kept less; start the training anew")
-    tensors = load_file(folder / _TENSORS)
+    with _damage_told(folder / _TENSORS):
+        tensors = load_file(folder / _TENSORS)
     torch.set_rng_state(tensors.pop("torch_rng"))
     optimizer_state: dict[int, dict[str, Tensor]] = {}
     weights: dict[str, dict[str, Tensor]] = {name: {} for name in modules}
@@ -84,3 +89,31 @@ def load_training_state(
     version, internal, gauss = contents["generators"]["python"]
     random.setstate((version, tuple(internal), gauss))
     return contents["values"]
+
+
+def check_training_state(folder: Path) -> None:
+    """Find out whether a saved state is whole, without reading its tensors.
+
+    :raises DamagedError: if a file is missing, empty or cut; the message names it.
+    """
+    _read_values(folder)
+    with _damage_told(folder / _TENSORS), safe_open(folder / _TENSORS, "pt"):  # which compares the sizes
+        pass
+
+
+def _read_values(folder: Path) -> dict[str, Any]:
+    with _damage_told(folder / _VALUES):
+        contents = json.loads((folder / _VALUES).read_text(encoding="utf-8"))
+        if not isinstance(contents, dict):
+            raise ValueError(f"it holds {type(contents).__name__}, expected an object")
+    return contents
+
+
+@contextmanager
+def _damage_told(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise DamagedError(f"{path} is missing") from error
+    except (SafetensorError, ValueError) as error:  # ValueError: of JSON and of UTF-8
+        raise DamagedError(f"{path} is damaged: {error}") from error

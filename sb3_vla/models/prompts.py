@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from sb3_vla.paths import local_path
+
 BOS = 2
 _REMEMBERED = 4096
 
@@ -67,7 +69,7 @@ def find_tokenizer_file(folder: Path) -> Path | None:
 
 def local_tokenizer_file(source: str) -> Path | None:
     """The file of a tokenizer, see :class:`PromptTokenizer`, if it is on this machine; nothing is fetched."""
-    path = Path(source).expanduser()
+    path = local_path(source)
     return path if path.is_file() else find_tokenizer_file(path)
 
 
@@ -96,7 +98,7 @@ def tokenizer_file(source: str) -> Path:
 
     :raises FileNotFoundError: if there is none.
     """
-    path, found = Path(source).expanduser(), local_tokenizer_file(source)
+    path, found = local_path(source), local_tokenizer_file(source)
     if found is not None:
         return found
     advice = (
