@@ -448,7 +448,7 @@ def test_a_renderer_that_failed_is_tried_again(no_renderers_yet: None, monkeypat
     with pytest.raises(RendererUnavailableError, match="no egl"):
         get_renderer("egl")
     works.add("egl")
-    assert get_renderer("egl").platform == "egl"  # type: ignore[attr-defined]
+    assert get_renderer("egl")._renderer.platform == "egl"  # type: ignore[attr-defined]
 
 
 def test_the_stock_model_has_the_cameras() -> None:
