@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ ANSWERS: dict[str, dict[str, Any]] = {
         "long": {"device": 1e9, "buffer": 1e15, "headroom": 0.1, "begins": False},
         "strange": {"error": "ValueError: no such layer"},
     },
-    "environment": {"first_seconds": 2.5, "compiled_now": False, "steps_per_second": 900.0},
+    "environment": {"first_seconds": 2.5, "compiled_now": False, "folder": "/opt/kept", "steps_per_second": 900.0},
     "egl": {"error": "no library"},
     "osmesa": {},
     "videos": {"version": "18"},
@@ -79,6 +80,39 @@ def test_what_the_quickstart_cannot_do_without(
     assert findings[name]["value"] == "ImportError: libx.so.1" and findings[name]["remedy"]
     assert main(["doctor"]) == 1
     assert f"The quickstart cannot run here. It needs: {name}." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("folder", [None, str(Path(tempfile.gettempdir()) / "mw_envs-compiled-0")])
+def test_where_the_compiled_renderer_is_kept(
+    folder: str | None, answers: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["doctor", "--json"]) == 0
+    found = diagnosis(capsys)[1]["compiled renderer"]
+    assert (found["state"], found["value"]) == ("ok", "kept in /opt/kept")
+    answers["environment"] = {**answers["environment"], "folder": folder}
+    assert main(["doctor", "--json"]) == 0
+    found = diagnosis(capsys)[1]["compiled renderer"]
+    assert found["state"] == "note" and "NUMBA_CACHE_DIR" in found["remedy"]
+    assert found["value"].startswith(f"kept in {folder}" if folder else "kept nowhere")
+
+
+def test_only_what_an_installation_mends_is_installed_again(
+    answers: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    answers["environment"] = {"error": "RuntimeError: cannot cache function"}
+    main(["doctor", "--json"])
+    remedy = diagnosis(capsys)[1]["software renderer"]["remedy"]
+    assert "install" not in remedy and "MetaWorldMT1-v0" in remedy
+
+
+def test_without_a_home(answers: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("XDG_CACHE_HOME", "HF_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as where the user is not known
+    assert main(["doctor", "--json"]) == 0
+    found = diagnosis(capsys)[1]
+    assert found["compiled scenes"]["state"] == found["published models"]["state"] == "note"
+    assert "XDG_CACHE_HOME" in found["compiled scenes"]["remedy"]
 
 
 def test_scarce_memory_and_disk(

@@ -12,6 +12,7 @@ import types
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from stable_baselines3.common.env_checker import check_env as sb3_check_env
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecVideoRecorder
 
 import mw_envs.env
+import mw_envs.scene
 from mw_envs import TASKS, Trial, decode_instruction, suite_tasks
 from mw_envs.env import MetaWorldEnv
 from mw_envs.experts import ScriptedExpert
@@ -876,6 +878,34 @@ def test_gymnasium_vector_envs(in_this_process: list[Any], start_method: str) ->
         assert infos["elapsed_steps"].tolist() == [0, 0]
     finally:
         envs.close()
+
+
+def play_in_thread(task: str) -> list[dict[str, npt.NDArray[Any]]]:
+    """Two episodes of an environment that the thread makes for itself."""
+    env = gym.make("mw_envs:MetaWorldMT1-v0", task=task, image_size=48, horizon=4, privileged_state=True)
+    seen = []
+    for seed in range(2):
+        seen.append(env.reset(seed=seed)[0])
+        seen += [env.step(np.full(4, 0.5, np.float32))[0] for _ in range(4)]
+    env.close()
+    return seen
+
+
+@pytest.mark.parametrize("first", ["alone", "together"])
+def test_threads_with_an_environment_each(monkeypatch: pytest.MonkeyPatch, first: str) -> None:
+    """Simulators, their goals and the renderer are the process's; here it has none of them yet."""
+    for name in ("_idle", "_goal_tables"):
+        monkeypatch.setattr(f"mw_envs.scene.{name}", type(getattr(mw_envs.scene, name))())
+    monkeypatch.setattr("mw_envs.rendering.select._renderers", {})
+    tasks = ["reach-v3", "drawer-open-v3", "push-v3", "reach-v3"]
+    played: dict[str, Any] = {}
+    for how in (first, "together" if first == "alone" else "alone"):
+        if how == "alone":
+            played[how] = list(map(play_in_thread, tasks))
+        else:
+            with ThreadPoolExecutor(len(tasks)) as pool:
+                played[how] = list(pool.map(play_in_thread, tasks))
+    assert data_equivalence(played["together"], played["alone"], exact=True)
 
 
 def test_task_weights_through_a_vector_environment(fakes: Fakes) -> None:
