@@ -139,7 +139,9 @@ def check_packages() -> Iterator[Finding]:
 
 def check_machine() -> Iterator[Finding]:
     """Cores, memory, disk, and the shared memory through which workers send pictures."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    from sb3_vla.machine import memory, usable_cores
+
+    cores = usable_cores()
     workers = min(cores, MOST_WORKERS)
     yield Finding("Machine", "cores", "ok", f"{cores}, so {workers} worker processes in the quickstart")
     free, total = memory()
@@ -261,8 +263,10 @@ def check_recipes() -> Iterator[Finding]:
     if "error" in answer:
         yield Finding("Recipes that fit", "recipes", "note", f"unknown: {answer['error']}")
         return
+    from sb3_vla.machine import available_memory
+
     apart, free, _ = _where_the_learner_is()
-    main = memory()[0]
+    main = available_memory()
     for name, needs in answer.items():
         if "error" in needs:
             yield Finding("Recipes that fit", name, "note", f"unknown: {needs['error']}")
@@ -278,10 +282,12 @@ def check_recipes() -> Iterator[Finding]:
 
 def _where_the_learner_is() -> tuple[bool, int, str]:
     """Whether it has memory of its own, how many bytes of it are free, and whose they are."""
+    from sb3_vla.machine import available_memory
+
     devices = _probe("torch").get("devices") or []
     if devices:
         return True, max(device["free"] for device in devices), "of the GPU"
-    return False, memory()[0], "of the machine"
+    return False, available_memory(), "of the machine"
 
 
 CHECKS = (
@@ -299,17 +305,6 @@ CHECKS = (
 
 
 # What the checks share
-
-
-def memory() -> tuple[int, int]:
-    """Bytes of memory that are free and in all, as far as this process's control group may use them."""
-    lines = (line.split() for line in _read("/proc/meminfo").splitlines())
-    known = {words[0].rstrip(":"): 1024 * int(words[1]) for words in lines if len(words) > 1}
-    total, free = known["MemTotal"], known["MemAvailable"]
-    limit, used = (_read(f"/sys/fs/cgroup/memory.{name}").strip() for name in ("max", "current"))
-    if limit.isdigit() and used.isdigit():  # "max" where there is no limit
-        total, free = min(total, int(limit)), min(free, int(limit) - int(used))
-    return max(free, 0), total
 
 
 def _remedy(error: str, code: str) -> str:

@@ -24,12 +24,13 @@ from stable_baselines3.common.type_aliases import Schedule
 from mw_envs.rendering import get_renderer
 from mw_envs.tasks import did_you_mean, select_tasks
 from sb3_vla.checkpoints import LoadedCheckpoint, load_checkpoint, save_checkpoint
-from sb3_vla.demonstrations import Demonstrations, available_memory
+from sb3_vla.demonstrations import Demonstrations
 from sb3_vla.distributed import current_ranks
 from sb3_vla.filming import Filmed, FilmEpisodes, TrainingFilms
 from sb3_vla.grpo import GRPO
 from sb3_vla.holding import HoldAtEnd
 from sb3_vla.loggers import LoggerOptions, Loggers
+from sb3_vla.machine import available_memory
 from sb3_vla.memory import MemoryPlan, plan_memory
 from sb3_vla.models import VLAModel
 from sb3_vla.models.lora import prepare_training

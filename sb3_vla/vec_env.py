@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import itertools
 import multiprocessing as mp
-import os
 import pickle
 import time
 import warnings
@@ -35,6 +34,7 @@ from stable_baselines3.common.vec_env.util import dict_to_obs
 
 from sb3_vla.distributed import ranks_on_this_machine
 from sb3_vla.env_worker import Arrays, Worker, WorkerDiedError, layout_of
+from sb3_vla.machine import usable_cores
 
 _CLOSE_SECONDS = 5.0  # how long workers may take to finish a step and close their environments
 _TERMINATE_SECONDS = 2.0
@@ -458,8 +458,7 @@ class SharedMemoryVecEnv(SubprocVecEnv):
 
 def available_cores() -> int:
     """The CPU cores that this process may use, at least 1; the ranks of a machine share them."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // ranks_on_this_machine())
+    return max(1, usable_cores() // ranks_on_this_machine())
 
 
 def _request(command: str, argument: Any, indices: Sequence[int]) -> bytes:

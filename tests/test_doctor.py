@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from sb3_vla import doctor
+from sb3_vla import doctor, machine
 from sb3_vla.cli import main
 from sb3_vla.doctor import GIB, Finding, examine
 
@@ -120,13 +120,14 @@ def test_scarce_memory_and_disk(
 ) -> None:
     files = {
         "/proc/meminfo": "MemTotal: 16777216 kB\nMemAvailable: 8388608 kB\n",
+        "/proc/self/cgroup": "0::/\n",
         "/sys/fs/cgroup/memory.max": f"{3 * GIB}\n",
         "/sys/fs/cgroup/memory.current": f"{GIB}\n",
     }
-    monkeypatch.setattr(doctor, "_read", lambda path: files.get(path, ""))
-    assert doctor.memory() == (2 * GIB, 3 * GIB)
+    monkeypatch.setattr(machine, "_read", lambda path: files.get(path, ""))
+    assert machine.memory() == (2 * GIB, 3 * GIB)
     files["/sys/fs/cgroup/memory.max"] = "max\n"
-    assert doctor.memory() == (8 * GIB, 16 * GIB)
+    assert machine.memory() == (8 * GIB, 16 * GIB)
     files["/proc/meminfo"] = "MemTotal: 2097152 kB\nMemAvailable: 1048576 kB\n"
     usage = type("Usage", (), {"free": 1000})
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: usage)  # type: ignore[attr-defined]
@@ -137,7 +138,7 @@ def test_scarce_memory_and_disk(
     assert findings["memory"]["value"].startswith("1.0 GiB free of 2.0")
     # Enough for one worker process, 2.7 GiB, and not for one on each of 64 cores.
     files["/proc/meminfo"] = "MemTotal: 4194304 kB\nMemAvailable: 3145728 kB\n"
-    monkeypatch.setattr(doctor.os, "sched_getaffinity", lambda process: range(64))  # type: ignore[attr-defined]
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(64))
     main(["doctor", "--json"])
     _, findings = diagnosis(capsys)
     assert findings["memory"]["state"] == "note" and "taskset" in findings["memory"]["remedy"]
