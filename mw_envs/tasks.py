@@ -148,3 +148,17 @@ def encode_instruction(
 def decode_instruction(encoded: npt.NDArray[np.uint8]) -> str:
     """Inverse of :func:`encode_instruction`."""
     return bytes(np.asarray(encoded, dtype=np.uint8)).rstrip(b"\0").decode("utf-8")
+
+
+def fit_instruction(encoded: npt.NDArray[np.uint8], length: int) -> npt.NDArray[np.uint8]:
+    """Encoded instructions, (..., L), with as many zeros at their end as makes them (..., length).
+
+    :raises ValueError: if one has more bytes than that; the message shows it.
+    """
+    missing = length - encoded.shape[-1]
+    if missing < 0 and encoded[..., length:].any():
+        longest = next(row for row in encoded.reshape(-1, encoded.shape[-1]) if row[length:].any())
+        raise ValueError(f"The instruction {decode_instruction(longest)!r} is longer than the {length} bytes that are read")
+    if missing <= 0:
+        return encoded[..., :length]
+    return np.concatenate([encoded, np.zeros((*encoded.shape[:-1], missing), encoded.dtype)], axis=-1)

@@ -247,6 +247,8 @@ def _check_spaces(policy: Policy, observation_space: spaces.Space[Any], action_s
     wanted = getattr(policy, "observation_space", None)
     for key, space in wanted.items() if isinstance(wanted, spaces.Dict) else ():
         given = observation_space.spaces.get(key)
+        if key == "instruction" and given is not None:  # of any length
+            continue
         # Sorted, since a model's image may be channels first.
         if given is None or sorted(given.shape or ()) != sorted(space.shape or ()):
             came = "does not have it" if given is None else f"gives {given.shape}"

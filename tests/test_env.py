@@ -420,6 +420,18 @@ def test_options_pin_the_trial(fakes: Fakes) -> None:
     assert len(tasks) > 3
 
 
+def test_the_length_of_instructions(fakes: Fakes) -> None:
+    env = fake_env(instruction_bytes=100)
+    observation, info = env.reset(seed=0)
+    assert env.observation_space["instruction"].shape == observation["instruction"].shape == (100,)
+    assert env.observation_space.contains(observation)
+    assert decode_instruction(observation["instruction"]) == info["instruction"]
+    with pytest.raises(ValueError, match="task drawer-open-v3 must be 1 to 8 bytes .*: 'Open a drawer'; .*=13 or more"):
+        fake_env(tasks=["drawer-open-v3"], instruction_bytes=8)
+    with pytest.raises(ValueError, match="instruction_bytes=0; expected a whole number of at least 1"):
+        fake_env(instruction_bytes=0)
+
+
 def test_a_group_of_pinned_trials_is_one_trial() -> None:
     options = {"task": "push-v3", "goal": 11, "seed": 2}
     envs = [MetaWorldEnv("MT10", image_size=16, privileged_state=True) for _ in range(2)]
