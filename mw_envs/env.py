@@ -44,7 +44,8 @@ class MetaWorldEnv(gym.Env[dict[str, Any], npt.NDArray[np.float32]]):
 
     **Observation** (``Dict``): ``image`` uint8 (H, W, 3); ``state`` float32 (4,), the hand's x, y, z in metres and the
     gripper's opening 0..1; ``instruction`` uint8 (instruction_bytes,), zero-padded UTF-8
-    (:func:`mw_envs.decode_instruction`); with ``privileged_state`` also MetaWorld's own vector with the goal, float32 (39,).
+    (:func:`mw_envs.decode_instruction`); with ``privileged_state`` also MetaWorld's own vector with the goal, float32
+    (39,).
 
     **Action**: ``Box(-1, 1, (4,))``, three displacements of the hand (1 is a centimetre) and the gripper (-1 opens, 1
     closes); with ``action_chunk=k > 1`` ``Box(-1, 1, (k, 4))``, of which a step runs as many as the episode lasts and

@@ -62,11 +62,11 @@ class SharedMemoryVecEnv(SubprocVecEnv):
     had cut them, for the death says nothing about the policy. The reward is 0, the ``terminal_observation`` is the last
     observation that the caller got, and the info holds ``worker_restarted=True``, ``TimeLimit.truncated=True`` and
     ``env_steps=0``: nothing is known to have been executed. All else in it is as the caller last got it, and None where
-    that is known of an episode's end only (``is_success`` is False). ``dropped_episodes`` counts them. The new environments
-    start with a reset without options; where the last reset had seeds, with seeds made from those and the number of
-    deaths, so that no trial is repeated. What :meth:`set_attr` set, and the last call of each method whose name begins
-    with ``set_``, are applied before; any other state of an environment is lost. A request other than a step, also a
-    ``reset``, is made again in the new process.
+    that is known of an episode's end only (``is_success`` is False). ``dropped_episodes`` counts them. The new
+    environments start with a reset without options; where the last reset had seeds, with seeds made from those and the
+    number of deaths, so that no trial is repeated. What :meth:`set_attr` set, and the last call of each method whose
+    name begins with ``set_``, are applied before; any other state of an environment is lost. A request other than a
+    step, also a ``reset``, is made again in the new process.
 
     :ivar shares: numbers of the environments of each worker.
     :ivar dropped_episodes: episodes that ended because their worker died.

@@ -119,6 +119,6 @@ def test_collecting_takes_the_cores_that_it_may_use(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(os, "cpu_count", lambda: 64)
     monkeypatch.setattr(machine, "_read", lambda _: "")
     monkeypatch.setattr(collecting, "_Workers", start)
-    with pytest.raises(Started, match="^3$"):
+    with pytest.raises(Started, match=r"^3$"):
         collecting.collect(tmp_path / "set", tasks=["reach-v3"], episodes_per_task=100)
     assert trial_envs.env_count(None, None) == 8 * 3

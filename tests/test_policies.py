@@ -448,7 +448,7 @@ def test_an_instruction_may_have_any_number_of_zeros_at_its_end(length: int) -> 
     one, _ = algorithm.predict({key: value[1] for key, value in other.items()}, deterministic=True)
     np.testing.assert_allclose(one, expected[1], atol=1e-6)
     longer = np.full((3, 65), ord("x"), np.uint8)
-    with pytest.raises(ValueError, match="'xx*' is longer than the 64 bytes that are read"):
+    with pytest.raises(ValueError, match=r"'xx*' is longer than the 64 bytes that are read"):
         algorithm.predict({**seen, "instruction": longer})
 
 

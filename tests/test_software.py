@@ -323,9 +323,7 @@ def test_where_nothing_can_be_kept_a_temporary_folder_is_told_of_once(tmp_path: 
 
 
 @pytest.mark.parametrize("how", ["no temporary folder", "writable by others", "a link"])
-def test_machine_code_is_kept_in_no_folder_of_others(
-    how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_machine_code_is_kept_in_no_folder_of_others(how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def no_locator(**_: Any) -> Any:
         raise RuntimeError("cannot cache function")
 
@@ -366,7 +364,7 @@ print(sum(sum(entry.stats.cache_misses.values()) for entry in warming._ENTRIES))
 
 @pytest.mark.parametrize("room", [2**27, 1])
 def test_threads_draw_what_one_draws(monkeypatch: pytest.MonkeyPatch, room: int) -> None:
-    """At once, of scenes that nobody has drawn yet, in views of several sizes; with room for all that is kept, or none."""
+    """At once, of scenes that nobody has drawn yet, in views of several sizes; with room for all, or nothing, to keep."""
     for name in ("_BACKGROUND_BYTES", "_SETTING_BYTES"):
         monkeypatch.setattr(f"mw_envs.rendering.software.{name}", room)
     simulators = [placed(task, goal) for task in ("reach-v3", "hammer-v3", "push-v3") for goal in (0, 1)]

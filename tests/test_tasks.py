@@ -133,7 +133,7 @@ def test_instructions_that_do_not_fit_are_refused(instruction: str, size: int) -
 
 def test_instructions_of_another_length() -> None:
     sentence = "引き出しを開けてから、青いブロックを中に入れてください"  # 27 letters, 81 bytes
-    with pytest.raises(ValueError, match="1 to 64 bytes .* got 81 bytes: '引き出し.* instruction_bytes=81"):
+    with pytest.raises(ValueError, match=r"1 to 64 bytes .* got 81 bytes: '引き出し.* instruction_bytes=81"):
         encode_instruction(sentence)
     with pytest.raises(ValueError, match="The instruction of task 7 of my-data must be 1 to 80 bytes"):
         encode_instruction(sentence, 80, "task 7 of my-data")
@@ -141,7 +141,9 @@ def test_instructions_of_another_length() -> None:
         encoded = encode_instruction(sentence, length)
         assert (encoded.shape, encoded.dtype) == ((length,), np.uint8)
         assert decode_instruction(encoded) == sentence
-    np.testing.assert_array_equal(fit_instruction(encode_instruction(sentence, 128), 81), encode_instruction(sentence, 81))
+    np.testing.assert_array_equal(
+        fit_instruction(encode_instruction(sentence, 128), 81), encode_instruction(sentence, 81)
+    )
     both = np.stack([encode_instruction("Push"), encode_instruction("Open")])
     np.testing.assert_array_equal(fit_instruction(both, 70)[1], encode_instruction("Open", 70))
     assert fit_instruction(both, 64).shape == (2, 64) and fit_instruction(both, 4).tobytes() == b"PushOpen"

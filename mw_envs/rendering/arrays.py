@@ -42,11 +42,12 @@ def inlined(function: Callable[..., Any]) -> Any:
 def _compiled(function: Callable[..., Any], **options: Any) -> Any:
     if not _CACHE:
         return numba.njit(cache=_CACHE is None, **_OPTIONS, **options)(function)
-    before, numba.config.CACHE_DIR = numba.config.CACHE_DIR, _CACHE
+    settings: Any = numba.config
+    before, settings.CACHE_DIR = settings.CACHE_DIR, _CACHE
     try:
         return numba.njit(cache=True, **_OPTIONS, **options)(function)
     finally:
-        numba.config.CACHE_DIR = before  # for other packages' functions
+        settings.CACHE_DIR = before  # for other packages' functions
 
 
 def _cache() -> str | None:
@@ -61,7 +62,9 @@ def _cache() -> str | None:
         folder = Path(tempfile.gettempdir()) / f"mw_envs-compiled-{os.getuid()}"
         with suppress(FileExistsError):
             folder.mkdir(mode=0o700)
-            warnings.warn(f"The compiled renderer is kept in {folder} only, until that is cleared. {remedy}", stacklevel=2)
+            warnings.warn(
+                f"The compiled renderer is kept in {folder} only, until that is cleared. {remedy}", stacklevel=2
+            )
         found = folder.lstat()
         # Numba runs what lies there, so only this user may have put it there.
         if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o022:
