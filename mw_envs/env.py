@@ -35,6 +35,7 @@ _STATE_LOW = np.array([-0.525, 0.348, -0.0525, 0.0], dtype=np.float32)
 _STATE_HIGH = np.array([0.525, 1.025, 0.7, 1.0], dtype=np.float32)
 _PRIVILEGED_LIMIT = 10.0
 _RENDER_SIZE = 480
+_STEPS_PER_SECOND = 80  # of the simulated time
 _SETTLE_ACTION = np.zeros(ACTION_DIM, dtype=np.float32)
 
 
@@ -42,8 +43,9 @@ class MetaWorldEnv(gym.Env[dict[str, Any], npt.NDArray[np.float32]]):
     """Manipulation tasks of MetaWorld, seen through a camera and told by a sentence.
 
     **Observation** (``Dict``): ``image`` uint8 (H, W, 3); ``state`` float32 (4,), the hand's x, y, z in metres and the
-    gripper's opening 0..1; ``instruction`` uint8 (64,), zero-padded UTF-8 (:func:`mw_envs.decode_instruction`); with
-    ``privileged_state`` also MetaWorld's own vector with the goal, float32 (39,).
+    gripper's opening 0..1; ``instruction`` uint8 (instruction_bytes,), zero-padded UTF-8
+    (:func:`mw_envs.decode_instruction`); with ``privileged_state`` also MetaWorld's own vector with the goal, float32
+    (39,).
 
     **Action**: ``Box(-1, 1, (4,))``, three displacements of the hand (1 is a centimetre) and the gripper (-1 opens, 1
     closes); with ``action_chunk=k > 1`` ``Box(-1, 1, (k, 4))``, of which a step runs as many as the episode lasts and
@@ -56,8 +58,12 @@ class MetaWorldEnv(gym.Env[dict[str, Any], npt.NDArray[np.float32]]):
     ``task_weights``. ``reset(options={"snapshot": s})`` goes on from :meth:`snapshot` instead.
 
     **Info**: ``task``, ``goal``, ``trial_seed``, ``instruction``, ``success`` (at this step), ``success_once`` (so
-    far), ``env_steps`` (run by this call), ``elapsed_steps`` (run since the reset), ``is_success`` and
-    ``episode_return`` (sum of rewards) when the episode ends, and ``frames`` with ``record_frames``.
+    far), ``is_success`` (the same, under the name that others look for), ``env_steps`` (run by this call),
+    ``elapsed_steps`` (run since the reset), ``episode_return`` (sum of rewards so far), and ``frames`` with
+    ``record_frames``. All are there at every step, because a time limit outside may make any of them the last one.
+
+    ``metadata["render_fps"]`` is the number of pictures that a second of the simulation gives, 80 / ``action_chunk``.
+    ``copy.deepcopy`` and ``pickle`` give an environment that goes on as this one does, with a simulator of its own.
 
     :param suite: ``MT1``, ``MT10``, ``MT50``, ``ML10`` or ``ML45``.
     :param task: the task of ``MT1``.
@@ -72,6 +78,7 @@ class MetaWorldEnv(gym.Env[dict[str, Any], npt.NDArray[np.float32]]):
     :param terminate_on_success: whether success ends the episode.
     :param settle_steps: zero actions after a reset, not counted.
     :param image_size: side of the square picture, or (height, width).
+    :param instruction_bytes: length of the observation's ``instruction``.
     :param camera: a camera of MetaWorld's; ``corner2`` stands where the published data has it.
     :param crop: window of the view, a name in :data:`mw_envs.rendering.CROPS` or (top, left, height, width).
     :param renderer: ``auto``, ``software``, ``egl`` or ``osmesa``; see :func:`mw_envs.rendering.get_renderer`.
@@ -84,7 +91,7 @@ class MetaWorldEnv(gym.Env[dict[str, Any], npt.NDArray[np.float32]]):
     :raises ValueError: for a value that is not among those above; the message names the value and what is expected.
     """
 
-    metadata = {"render_modes": ["rgb_array"], "render_fps": 80}  # noqa: RUF012 (as Gymnasium declares it)
+    metadata = {"render_modes": ["rgb_array"], "render_fps": _STEPS_PER_SECOND}  # noqa: RUF012 (as Gymnasium has it)
 
     def __init__(
         self,
@@ -101,6 +108,7 @@ class MetaWorldEnv(gym.Env[dict[str, Any], npt.NDArray[np.float32]]):
         terminate_on_success: bool = True,
         settle_steps: int = 15,
         image_size: int | tuple[int, int] = 480,
+        instruction_bytes: int = INSTRUCTION_BYTES,
         camera: str = "corner2",
         crop: str | Sequence[float] | None = None,
         renderer: str = "auto",
@@ -112,11 +120,16 @@ class MetaWorldEnv(gym.Env[dict[str, Any], npt.NDArray[np.float32]]):
         self.tasks = _tasks_of(suite, task, split, tasks)
         self.set_task_weights(task_weights or {})
         self.action_chunk = _positive("action_chunk", action_chunk)
+        rate = _STEPS_PER_SECOND / self.action_chunk
+        self.metadata = {**self.metadata, "render_fps": int(rate) if rate.is_integer() else rate}
         self.horizon = _positive("horizon", horizon)
         self.settle_steps = _positive("settle_steps", settle_steps, minimum=0)
         self.reward = _one_of("reward", reward, REWARDS)
         self.reward_coef = _finite("reward_coef", reward_coef)
         self.terminate_on_success = _flag("terminate_on_success", terminate_on_success)
+        self.instruction_bytes = _positive("instruction_bytes", instruction_bytes)
+        for name in self.tasks:
+            encode_instruction(TASKS[name].instruction, self.instruction_bytes, f"task {name}")
         height, width = _height_and_width(image_size)
         self._view = View(
             _one_of("camera", camera, CAMERAS),
@@ -135,7 +148,7 @@ class MetaWorldEnv(gym.Env[dict[str, Any], npt.NDArray[np.float32]]):
         observation: dict[str, spaces.Space[Any]] = {
             "image": spaces.Box(0, 255, (self._view.height, self._view.width, 3), np.uint8),
             "state": spaces.Box(_STATE_LOW, _STATE_HIGH, dtype=np.float32),
-            "instruction": spaces.Box(0, 255, (INSTRUCTION_BYTES,), np.uint8),
+            "instruction": spaces.Box(0, 255, (self.instruction_bytes,), np.uint8),
         }
         if _flag("privileged_state", privileged_state):
             observation["privileged_state"] = spaces.Box(-_PRIVILEGED_LIMIT, _PRIVILEGED_LIMIT, (39,), np.float32)
@@ -233,15 +246,31 @@ class MetaWorldEnv(gym.Env[dict[str, Any], npt.NDArray[np.float32]]):
     def _begin(self, trial: Trial) -> None:
         """Place a trial and let it settle."""
         self._trial = trial
-        if self._simulator is None or self._simulator.task != self._trial.task:
-            self._release()
-            self._simulator = acquire_simulator(self._trial.task)
-        self._metaworld_observation = self._simulator.place(self._trial)
-        for _ in range(self.settle_steps):
-            self._metaworld_observation, _, _ = self._simulator.step(_SETTLE_ACTION, reward_wanted=False)
+        self._place(trial)
         self._elapsed_steps, self._return = 0, 0.0
         self._success = self._success_once = self._ended = False
         self._actions = []
+
+    def _place(self, trial: Trial) -> None:
+        if self._simulator is None or self._simulator.task != trial.task:
+            self._release()
+            self._simulator = acquire_simulator(trial.task)
+        self._metaworld_observation = self._simulator.place(trial)
+        for _ in range(self.settle_steps):
+            self._metaworld_observation, _, _ = self._simulator.step(_SETTLE_ACTION, reward_wanted=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy is made of: all but the simulator."""
+        return {**vars(self), "_simulator": self._simulator is not None, "_actions": list(self._actions)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Become the environment of that state; a simulator of its own runs the episode again."""
+        vars(self).update(state, _simulator=None)
+        if state["_simulator"]:
+            assert self._trial is not None
+            self._place(self._trial)
+            for action in self._actions:
+                self._simulate(np.array(action, dtype=np.float32))
 
     def step(self, action: npt.NDArray[np.float32]) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
         """Run an action, or the chunk's actions until the episode ends.
@@ -271,17 +300,13 @@ class MetaWorldEnv(gym.Env[dict[str, Any], npt.NDArray[np.float32]]):
             if self._ended:
                 break
         info = self._info(env_steps)
-        if self._ended:
-            info["is_success"] = self._success_once
-            info["episode_return"] = self._return
         if self.record_frames:
             info["frames"], info["frame_rewards"] = np.stack(frames), rewards
         return self._observation(), total_reward, terminated, truncated, info
 
     def _advance(self, action: npt.NDArray[np.float32]) -> tuple[float, bool, bool]:
         """One environment step: reward, terminated, truncated."""
-        assert self._simulator is not None
-        self._metaworld_observation, dense_reward, success = self._simulator.step(action, self.reward == "dense")
+        dense_reward, success = self._simulate(action)
         reward = self._step_reward(dense_reward, success)
         self._success, self._success_once = success, self._success_once or success
         self._elapsed_steps += 1
@@ -291,6 +316,12 @@ class MetaWorldEnv(gym.Env[dict[str, Any], npt.NDArray[np.float32]]):
         truncated = not terminated and self._elapsed_steps >= self.horizon
         self._ended = terminated or truncated
         return reward, terminated, truncated
+
+    def _simulate(self, action: npt.NDArray[np.float32]) -> tuple[float, bool]:
+        """MetaWorld's reward, nan where nothing asks for it, and success."""
+        assert self._simulator is not None
+        self._metaworld_observation, dense_reward, success = self._simulator.step(action, self.reward == "dense")
+        return dense_reward, success
 
     def render(self) -> npt.NDArray[np.uint8] | None:  # type: ignore[override]
         """The camera's full view now, uint8 (480, 480, 3), if ``render_mode`` is ``rgb_array``."""
@@ -342,7 +373,7 @@ class MetaWorldEnv(gym.Env[dict[str, Any], npt.NDArray[np.float32]]):
         observation: dict[str, npt.NDArray[Any]] = {
             "image": self._draw(self._view),
             "state": np.clip(metaworld[:4], _STATE_LOW, _STATE_HIGH),
-            "instruction": encode_instruction(TASKS[self._trial.task].instruction),
+            "instruction": encode_instruction(TASKS[self._trial.task].instruction, self.instruction_bytes),
         }
         if "privileged_state" in self._observed:
             observation["privileged_state"] = np.clip(metaworld, -_PRIVILEGED_LIMIT, _PRIVILEGED_LIMIT)
@@ -364,8 +395,10 @@ class MetaWorldEnv(gym.Env[dict[str, Any], npt.NDArray[np.float32]]):
             "instruction": TASKS[self._trial.task].instruction,
             "success": self._success,
             "success_once": self._success_once,
+            "is_success": self._success_once,
             "env_steps": env_steps,
             "elapsed_steps": self._elapsed_steps,
+            "episode_return": self._return,
         }
 
 

@@ -88,14 +88,14 @@ def cache_directory() -> Path:
     :raises OSError: if the assets cannot be read.
     :raises RuntimeError: if the user has no home.
     """
+    given = os.environ.get("XDG_CACHE_HOME", "")
+    root = Path(given) if os.path.isabs(given) else Path.home() / ".cache"
     assets = Path(metaworld.__file__).parent / "assets"
     digest = hashlib.sha256(f"{mujoco.__version__} {platform.machine()}".encode())
     for path in sorted(path for path in assets.rglob("*") if path.is_file()):
         content = path.read_bytes()
         digest.update(f"\0{path.relative_to(assets)}\0{len(content)}\0".encode())
         digest.update(content)
-    given = os.environ.get("XDG_CACHE_HOME", "")
-    root = Path(given) if os.path.isabs(given) else Path.home() / ".cache"
     return root / "mw_envs" / f"models-{digest.hexdigest()[:24]}"
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
-import os
 import pickle
 import signal
 import time
@@ -28,6 +27,7 @@ from mw_envs.experts import ScriptedExpert
 from mw_envs.tasks import GOALS_PER_TASK, Trial, get_task, select_tasks
 from sb3_vla.lerobot_writer import DemonstrationWriter, Episode, ImageStorage, encode_png
 from sb3_vla.paths import local_path
+from sb3_vla.vec_env import available_cores
 
 # Length of a burst of noise, environment steps: long enough to push the hand off its path, short enough to come back.
 _BURST_STEPS = (3, 10)
@@ -143,7 +143,7 @@ def collect(
     :param noise_std: Standard deviation of the bursts' displacement, in action units; 0 for none.
     :param noise_probability: Probability that a burst begins at a step outside a burst.
     :param seed: Seed of the trials' goals and of the noise.
-    :param num_workers: Worker processes; None for one a CPU.
+    :param num_workers: Worker processes; None for one a core that this process may use.
     :param image_storage: ``png`` (exact) or ``mp4`` (smaller).
     :param renderer: ``auto``, ``software``, ``egl`` or ``osmesa``.
     :param camera: A camera of MetaWorld's.
@@ -159,7 +159,7 @@ def collect(
     """
     names = select_tasks(suite, split, tasks)
     if num_workers is None:
-        num_workers = os.cpu_count() or 1
+        num_workers = available_cores()
     _check_at_least(
         ("episodes_per_task", episodes_per_task, 1),
         ("num_workers", num_workers, 1),

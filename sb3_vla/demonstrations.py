@@ -12,9 +12,7 @@ Letters: N frames, E episodes, B frames of a batch, H x W pixels, S state and A 
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +24,7 @@ from mw_envs.tasks import TASKS, Trial, did_you_mean
 from sb3_vla.collecting import CollectReport, TaskReport, collect
 from sb3_vla.lerobot_reader import ACTION, IMAGE, STATE, LeRobotReader
 from sb3_vla.lerobot_writer import DemonstrationWriter, Episode
+from sb3_vla.machine import available_memory
 
 __all__ = ["CollectReport", "DemonstrationWriter", "Demonstrations", "Episode", "TaskReport", "collect"]
 
@@ -238,15 +237,3 @@ def _check_memory(root: str | Path, reader: LeRobotReader, frames: int, image_si
         f"{frames} frames of {height}x{width} pixels of {root} need {needed / 1e9:.1f} GB of memory and "
         f"{free / 1e9:.1f} GB are free. Pass {advice}fewer tasks (tasks=[...])."
     )
-
-
-def available_memory() -> int:
-    """Bytes that this process may still take: of the machine, and of the control group where there is a limit."""
-    limits = []
-    with contextlib.suppress(OSError, ValueError):
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        limits += [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")]
-    with contextlib.suppress(OSError, ValueError):
-        group = Path("/sys/fs/cgroup")
-        limits.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
-    return min(limits, default=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))

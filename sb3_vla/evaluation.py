@@ -159,7 +159,7 @@ def evaluate(
     :param protocol: a name in :data:`PROTOCOLS`, or a protocol of your own
     :param num_envs: number of environments, and size of the policy's batch; ``None`` takes eight per worker process, at
         most one per trial
-    :param num_workers: number of worker processes; ``None`` takes one per CPU core, at most one per environment
+    :param num_workers: number of worker processes; ``None`` takes one per usable core, at most one per environment
     :param env_kwargs: what the policy sees: ``image_size``, ``crop``, ``camera``, ``renderer``, ``privileged_state``
     :param deterministic: passed to ``predict``
     :param videos: films the first trials of each task
@@ -247,6 +247,8 @@ def _check_spaces(policy: Policy, observation_space: spaces.Space[Any], action_s
     wanted = getattr(policy, "observation_space", None)
     for key, space in wanted.items() if isinstance(wanted, spaces.Dict) else ():
         given = observation_space.spaces.get(key)
+        if key == "instruction" and given is not None:  # of any length
+            continue
         # Sorted, since a model's image may be channels first.
         if given is None or sorted(given.shape or ()) != sorted(space.shape or ()):
             came = "does not have it" if given is None else f"gives {given.shape}"

@@ -320,6 +320,9 @@ class GRPO(PPO):
         :param number: its own among the groups of all ranks in this rollout.
         """
         group = [episode for episode in group if not episode.lost]
+        if any(episode.success is not None for episode in group):
+            for episode in group:  # one that a limit cut without a word has not succeeded
+                episode.success = bool(episode.success)
         returns = [self._return_of(episode) for episode in group]
         if len(set(returns)) < 2:
             return False

@@ -21,7 +21,7 @@ from sb3_vla.buffers import SharedRollout
 class EpisodeRecord(NamedTuple):
     """What is remembered of an episode: success (0 or 1), environment steps, sum of rewards; None where not known."""
 
-    success: float
+    success: float | None
     length: int | None
     reward: float | None
 
@@ -109,14 +109,14 @@ def episode_metrics(
 
     What no episode tells has no metric.
 
-    :param episodes: by task; empty where an environment tells of none.
+    :param episodes: by task.
     :param ended: how many ended in this rollout.
     :param group: what names begin with: ``env``, or ``eval`` for those of an evaluation.
     """
-    success = {task: float(np.mean([each.success for each in known])) for task, known in sorted(episodes.items())}
-    known = [each for window in episodes.values() for each in window]
-    if not known:
+    success = success_rates(episodes)
+    if not success:
         return {}
+    known = [each for window in episodes.values() for each in window]
     lengths = [each.length for each in known if each.length is not None]
     rewards = [each.reward for each in known if each.reward is not None]
     told: dict[str, float] = {}
@@ -131,6 +131,19 @@ def episode_metrics(
         **told,
         f"{group}/num_trajectories": float(ended),
         **{f"{group}/success_once/{task}": rate for task, rate in success.items()},
+    }
+
+
+def success_rates(episodes: Mapping[str, Iterable[EpisodeRecord]]) -> dict[str, float]:
+    """Share of successes of each task, 0..1; empty where no episode told of success.
+
+    One that ended without a word, where others tell, was cut before its end: it has not succeeded.
+    """
+    told = any(each.success is not None for window in episodes.values() for each in window)
+    return {
+        task: float(np.mean([each.success or 0.0 for each in window]))
+        for task, window in sorted(episodes.items())
+        if told
     }
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import register_dataclass
 
-from mw_envs.tasks import INSTRUCTION_BYTES
+from mw_envs.tasks import INSTRUCTION_BYTES, fit_instruction
 from sb3_vla.checkpoints import LoadedCheckpoint, load_checkpoint
 from sb3_vla.checkpoints.loading import takes_options
 from sb3_vla.distributions import Trace, default_distribution, make_distribution
@@ -372,10 +372,14 @@ class VLAPolicy(BasePolicy):
         episode_start: np.ndarray | None = None,
         deterministic: bool = False,
     ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
-        """As in Stable-Baselines3.
+        """As in Stable-Baselines3; an instruction may have any number of zeros at its end.
 
-        :raises ValueError: for a state that is not finite, from which no action would be either.
+        :raises ValueError: for a state that is not finite, from which no action would be either; for an instruction of
+            more bytes than the observation space has.
         """
+        if isinstance(observation, dict) and "instruction" in observation:
+            (length,) = self.observation_space["instruction"].shape  # type: ignore[index]
+            observation = {**observation, "instruction": fit_instruction(observation["instruction"], length)}
         if isinstance(observation, dict) and not np.isfinite(observation.get("state", 0)).all():
             raise ValueError(f"The observation's state is {observation['state']}; expected finite numbers")
         return super().predict(observation, state, episode_start, deterministic)

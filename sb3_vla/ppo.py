@@ -33,7 +33,14 @@ from mw_envs.tasks import did_you_mean
 from sb3_vla.buffers import ChunkRolloutBuffer, DecisionBatch, DecisionBuffer, Minibatch, SharedRollout
 from sb3_vla.distributed import Ranks, current_ranks
 from sb3_vla.distributions.base import logprob_mask
-from sb3_vla.metrics import EpisodeRecord, episode_metrics, in_terminal, ratio_metrics, update_metrics
+from sb3_vla.metrics import (
+    EpisodeRecord,
+    episode_metrics,
+    in_terminal,
+    ratio_metrics,
+    success_rates,
+    update_metrics,
+)
 from sb3_vla.models.lora import adapted_layers
 from sb3_vla.noise import part_of_batch
 from sb3_vla.policies import Evaluation, VLAPolicy
@@ -856,7 +863,9 @@ class PPO(stable_baselines3.PPO):
         """
         first = self.ranks.rank * len(infos)
         for i in np.flatnonzero(dones):
-            info = {key: infos[i][key] for key in _EPISODE_KEYS if key in infos[i]}
+            # The death of a worker says nothing about the policy's success.
+            keys = ("episode",) if infos[i].get("worker_restarted") else _EPISODE_KEYS
+            info = {key: infos[i][key] for key in keys if key in infos[i]}
             if self.ranks.count == 1:
                 self._remember_episode(info)
             else:
@@ -865,23 +874,24 @@ class PPO(stable_baselines3.PPO):
     def _remember_episode(self, info: dict[str, Any]) -> None:
         self._ended_episodes += 1
         self._update_info_buffer([info], np.ones(1, dtype=bool))
-        if "is_success" in info and "task" in info:
+        if "task" in info:
+            success = info.get("is_success")
             monitored = info.get("episode", {})  # by Monitor, for environments that do not tell it themselves
             length = info.get("elapsed_steps", monitored.get("l"))
             reward = info.get("episode_return", monitored.get("r"))
-            self._episodes[info["task"]].append(EpisodeRecord(float(info["is_success"]), length, reward))
+            record = EpisodeRecord(None if success is None else float(success), length, reward)
+            self._episodes[info["task"]].append(record)
 
     def task_success(self) -> dict[str, float]:
         """Share of successes among each task's last ``stats_window_size`` training episodes."""
-        known = sorted(self._episodes.items())
-        return {task: float(np.mean([each.success for each in episodes])) for task, episodes in known}
+        return success_rates(self._episodes)
 
     def _task_weights(self) -> dict[str, float]:
         weights = {}
         for task, episodes in self._episodes.items():
             # Laplace's rule: a task without a success among a few episodes is not yet hopeless.
             recent = list(episodes)[-_RECENT_EPISODES:]
-            rate = (sum(each.success for each in recent) + 1) / (len(recent) + 2)
+            rate = (sum(each.success or 0.0 for each in recent) + 1) / (len(recent) + 2)
             weights[task] = max(_LEAST_TASK_WEIGHT, 4 * rate * (1 - rate))
         return weights
 

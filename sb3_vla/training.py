@@ -26,13 +26,14 @@ from mw_envs.tasks import did_you_mean, select_tasks
 from sb3_vla.checkpoints import LoadedCheckpoint, load_checkpoint, save_checkpoint
 from sb3_vla.checkpoints.native import refuse_other_files
 from sb3_vla.checkpoints.training_state import check_training_state
-from sb3_vla.demonstrations import Demonstrations, available_memory
+from sb3_vla.demonstrations import Demonstrations
 from sb3_vla.distributed import current_ranks
 from sb3_vla.distributions import make_distribution
 from sb3_vla.filming import Filmed, FilmEpisodes, TrainingFilms
 from sb3_vla.grpo import GRPO
 from sb3_vla.holding import HoldAtEnd
 from sb3_vla.loggers import LoggerOptions, Loggers
+from sb3_vla.machine import available_memory
 from sb3_vla.memory import MemoryPlan, plan_memory
 from sb3_vla.models import VLAModel
 from sb3_vla.models.lora import prepare_training

@@ -163,7 +163,7 @@ def make_trial_vec_env(
     :param protocol: a protocol with a chunk
     :param env_kwargs: as for :func:`make_trial_env`
     :param num_envs: number of environments, and size of the policy's batch; ``None`` takes eight per worker
-    :param num_workers: number of processes; ``None`` takes one per CPU core, at most one per environment
+    :param num_workers: number of processes; ``None`` takes one per usable core, at most one per environment
     :param start_method: how processes start: ``forkserver``, ``spawn`` or ``fork``; ``None`` as for
         :class:`~sb3_vla.vec_env.SharedMemoryVecEnv`
     :return: the vector environment

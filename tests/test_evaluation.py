@@ -25,9 +25,11 @@ from gymnasium import spaces
 from rich.console import Console
 from stable_baselines3 import PPO
 from stable_baselines3.common.vec_env import DummyVecEnv
+from toy import tiny_model
 
 from mw_envs import TASKS, Trial, decode_instruction, suite_tasks
 from mw_envs.experts import ScriptedExpert
+from sb3_vla.checkpoints import save_checkpoint
 from sb3_vla.evaluation import (
     PROTOCOLS,
     TRIAL_SEED,
@@ -45,6 +47,7 @@ from sb3_vla.evaluation import (
 )
 from sb3_vla.figures import before_after_bars, learning_curve
 from sb3_vla.filming import captions
+from sb3_vla.policies import load_policy
 from sb3_vla.videos import annotate
 
 EASY = ["coffee-button-v3", "door-unlock-v3"]
@@ -260,6 +263,18 @@ def test_stable_baselines3_model(small_env: DummyVecEnv) -> None:
         evaluate(model, tasks=EASY, trials_per_task=1, vec_env=small_env, progress=False)
     with pytest.raises(ValueError, match=r"decides actions of shape \(5, 4\).*executes \(4,\)"):
         evaluate(model, tasks=EASY, protocol=EXPERT_PROTOCOL, env_kwargs={"image_size": 36})
+
+
+def test_a_policy_reads_instructions_of_another_length(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "checkpoint", tiny_model(action_dim=4, action_horizon=5))
+    policy = load_policy(tmp_path / "checkpoint")
+    protocol = dataclasses.replace(PROTOCOLS["rlinf-160"], horizon=10)
+
+    def outcome(**options: Any) -> EvaluationResult:
+        env = DummyVecEnv([functools.partial(make_trial_env, protocol, {"image_size": 32, **options})])
+        return evaluate(policy, tasks=EASY[:1], trials_per_task=1, protocol=protocol, vec_env=env, progress=False)
+
+    assert outcome(instruction_bytes=90).trials == outcome().trials
 
 
 def test_videos_show_every_step(tmp_path: Path) -> None:

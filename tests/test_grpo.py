@@ -589,6 +589,18 @@ def test_success_that_the_environment_does_not_tell(options: dict[str, Any]) -> 
         toy_grpo(scripted(*silent), n_groups=1, **options).learn(1)
 
 
+def test_an_episode_that_ends_without_a_word_has_not_succeeded() -> None:
+    """A limit outside the environment may cut one of a group before it tells of success."""
+    script = [HALF[0], HALF[1], *((decisions, None, True) for decisions, _, _ in HALF[2:])]
+    successes = [float(success or 0.0) for _, success, _ in script]
+    assert 0 < sum(successes) < 4
+    algorithm = toy_grpo(scripted(*script), n_groups=1, normalize_length=False, episode_return="success")
+    learn(algorithm, 1)
+    expected = group_advantages(successes, "standardised").tolist()
+    by_decision = [a for a, (decisions, *_) in zip(expected, script, strict=True) for _ in decisions]
+    assert kept(algorithm).advantages.tolist() == pytest.approx(by_decision)
+
+
 def test_a_reward_that_is_not_finite() -> None:
     with pytest.raises(ValueError, match="rewards sum to nan; expected a finite number"):
         toy_grpo(toy_vec(4, reward=math.nan)).learn(1)

@@ -21,7 +21,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 from torch import Tensor
 from toy import TINY, ToyEnv, stir, tiny_model, toy_ppo, toy_vec
 
-from mw_envs import encode_instruction
+from mw_envs import encode_instruction, fit_instruction
 from sb3_vla import PPO, VLAPolicy
 from sb3_vla.checkpoints import save_checkpoint
 from sb3_vla.policies import load_policy
@@ -435,6 +435,43 @@ def test_trains_and_acts_in_metaworld() -> None:
         assert np.array_equal(observation["instruction"], encode_instruction("Reach a goal position"))
     finally:
         env.close()
+
+
+@pytest.mark.parametrize("length", [40, 64, 200])
+def test_an_instruction_may_have_any_number_of_zeros_at_its_end(length: int) -> None:
+    algorithm, seen = toy_ppo(), observations(3)
+    expected, _ = algorithm.predict(seen, deterministic=True)
+    other = {**seen, "instruction": fit_instruction(seen["instruction"], length)}
+    assert other["instruction"].shape == (3, length)
+    found, _ = algorithm.predict(other, deterministic=True)
+    np.testing.assert_array_equal(found, expected)
+    one, _ = algorithm.predict({key: value[1] for key, value in other.items()}, deterministic=True)
+    np.testing.assert_allclose(one, expected[1], atol=1e-6)
+    longer = np.full((3, 65), ord("x"), np.uint8)
+    with pytest.raises(ValueError, match=r"'xx*' is longer than the 64 bytes that are read"):
+        algorithm.predict({**seen, "instruction": longer})
+
+
+def test_training_where_instructions_are_longer(tmp_path: Path) -> None:
+    """A checkpoint goes on where they have another length: its model reads any."""
+    save_checkpoint(tmp_path / "checkpoint", tiny_model(action_dim=4, action_horizon=2))
+    options = {"image_size": 32, "action_chunk": 2, "horizon": 4, "instruction_bytes": 150}
+    env = gym.make("mw_envs:MetaWorldMT1-v0", task="reach-v3", **options)
+    algorithm = PPO(
+        "VLAPolicy",
+        env,
+        n_steps=4,
+        batch_size=4,
+        n_epochs=1,
+        device="cpu",
+        policy_kwargs={"checkpoint": str(tmp_path / "checkpoint")},
+    )
+    algorithm.learn(4)
+    algorithm.save(tmp_path / "trained.zip")
+    observation, _ = env.reset(seed=0)
+    action, _ = PPO.load(tmp_path / "trained.zip", env=env).predict(observation, deterministic=True)
+    assert action.shape == (2, 4)
+    env.close()
 
 
 def test_a_state_that_is_not_finite_has_no_action() -> None:

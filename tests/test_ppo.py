@@ -9,6 +9,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from toy import TINY, ToyEnv, mean_reward, stir, toy_demonstrations, toy_ppo, to
 
 from sb3_vla import GRPO, PPO
 from sb3_vla.buffers import ChunkRolloutBuffer, DecisionBatch
-from sb3_vla.metrics import EpisodeRecord
+from sb3_vla.metrics import EpisodeRecord, episode_metrics
 from sb3_vla.policies import Evaluation, VLAPolicy
 from sb3_vla.ppo import _OldPolicy
 from sb3_vla.sft import DemonstrationBatches
@@ -920,6 +921,62 @@ def test_diffusion_and_tokens_learn_it_too(
     )
     algorithm.learn(16 * 256)
     assert mean_reward(algorithm) > -0.3
+
+
+def ended(*told: tuple[str, bool | None], **more: Any) -> list[dict[str, Any]]:
+    """Infos of episodes that ended, of which some say nothing of success."""
+    return [{"task": task, **({} if success is None else {"is_success": success}), **more} for task, success in told]
+
+
+def test_an_episode_that_ends_without_a_word_has_not_succeeded() -> None:
+    """As where a time limit outside cuts an environment that tells of success at its own end only."""
+    algorithm = toy_ppo()
+    algorithm._setup_learn(1)
+    infos = ended(("a", True), ("a", None), ("a", None), ("a", False), ("b", None), elapsed_steps=4, episode_return=2.0)
+    algorithm._record_episodes(infos, np.ones(5, dtype=bool))
+    assert algorithm.task_success() == {"a": 0.25, "b": 0.0}
+    found = episode_metrics(algorithm._episodes, 5)
+    assert (found["env/success_once"], found["env/success_once/a"], found["env/success_once/b"]) == (0.125, 0.25, 0.0)
+    assert (found["env/episode_len"], found["env/return"]) == (4.0, 2.0)
+    weights = algorithm._task_weights()
+    assert weights["a"] == pytest.approx(4 * 2 / 6 * 4 / 6) and weights["b"] == pytest.approx(4 * 1 / 3 * 2 / 3)
+
+
+def test_success_that_nothing_tells_of_is_unknown() -> None:
+    algorithm = toy_ppo()
+    algorithm._setup_learn(1)
+    algorithm._record_episodes(ended(("a", None), ("b", None)), np.ones(2, dtype=bool))
+    assert algorithm.task_success() == {} and episode_metrics(algorithm._episodes, 2) == {}
+
+
+def test_the_death_of_a_worker_says_nothing_about_the_policy() -> None:
+    algorithm = toy_ppo()
+    algorithm._setup_learn(1)
+    infos = ended(("a", True)) + ended(("a", False), ("b", False), worker_restarted=True, episode={"r": 1.0, "l": 2})
+    algorithm._record_episodes(infos, np.ones(3, dtype=bool))
+    assert algorithm.task_success() == {"a": 1.0} and list(algorithm.ep_success_buffer) == [True]  # type: ignore[arg-type]
+    assert len(algorithm.ep_info_buffer) == 2  # type: ignore[arg-type]
+
+
+def test_episodes_that_a_limit_outside_cuts_count() -> None:
+    """Of four episodes each one that is cut failed; the others succeed, or not, by themselves."""
+    from gymnasium.wrappers import TimeLimit
+    from stable_baselines3.common.vec_env import DummyVecEnv
+
+    makers = [partial(ToyEnv, horizon=1)] * 2 + [lambda: TimeLimit(ToyEnv(horizon=3), 1)] * 2
+    algorithm = toy_ppo(DummyVecEnv(makers), n_steps=6, batch_size=24)
+    told: list[float] = []
+
+    class Count(BaseCallback):
+        def _on_step(self) -> bool:
+            told.extend(float(info.get("is_success", 0.0)) for info in self.locals["infos"])
+            return True
+
+    algorithm.learn(24, callback=Count())
+    assert len(told) == 24  # each step ends an episode
+    assert sum(len(episodes) for episodes in algorithm._episodes.values()) == 24
+    successes = sum(each.success or 0.0 for episodes in algorithm._episodes.values() for each in episodes)
+    assert successes == sum(told)
 
 
 def test_tasks_are_drawn_by_the_signal_they_give() -> None:

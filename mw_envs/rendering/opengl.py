@@ -1,7 +1,7 @@
 """MuJoCo's OpenGL renderer without a window, with settings that are quick where no GPU is.
 
 Shadows, reflections and multisampling are off: with software OpenGL they cost ten times the rest of the frame.
-One OpenGL context serves a whole process, and one upload of a scene's meshes all environments that show it.
+One OpenGL context serves a whole thread, and one upload of a scene's meshes all environments that show it.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 import atexit
 import os
 import sys
+import threading
+import weakref
 from importlib import import_module
 from typing import Any
 
@@ -24,6 +26,7 @@ from mw_envs.tasks import did_you_mean
 # stands beside the table, and the gripper seen from one that it carries.
 _STANDING_DISTANCE, _CARRIED_DISTANCE = 1.0, 0.1
 _MAX_GEOMS = 2000
+_opening = threading.Lock()
 
 
 class OpenGLRenderer:
@@ -36,13 +39,17 @@ class OpenGLRenderer:
     def __init__(self, platform: str) -> None:
         # Mesa's own threads would compete with the other workers, and do not survive a fork.
         os.environ.setdefault("LP_NUM_THREADS", "0")
-        self._gl = _open_context(platform)
+        with _opening:
+            self._gl = _open_context(platform)
         self._scenes: dict[tuple[str, float], mujoco.MjrContext] = {}
         self._graph: dict[str, mujoco.MjvScene] = {}
         self._camera = mujoco.MjvCamera()
         self._camera.type = mujoco.mjtCamera.mjCAMERA_FIXED
         self._options = mujoco.MjvOption()
-        atexit.register(self._free)
+        free = weakref.finalize(self, _free, self._scenes, self._gl)  # as the thread ends, whose context it is
+        free.atexit = False
+        if threading.current_thread() is threading.main_thread():
+            atexit.register(free)  # after MuJoCo's end of EGL was, so before it
 
     def render(self, model: mujoco.MjModel, data: mujoco.MjData, view: View, scene: Scene) -> npt.NDArray[np.uint8]:
         """Draw a view; see :meth:`mw_envs.rendering.Renderer.render`.
@@ -89,11 +96,12 @@ class OpenGLRenderer:
         mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN.value, context)
         return context
 
-    def _free(self) -> None:
-        for context in self._scenes.values():
-            context.free()
-        self._scenes.clear()
-        self._gl.free()
+
+def _free(contexts: dict[Any, mujoco.MjrContext], gl: Any) -> None:
+    for context in contexts.values():
+        context.free()
+    contexts.clear()
+    gl.free()
 
 
 def _open_context(platform: str) -> Any:
