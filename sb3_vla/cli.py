@@ -222,8 +222,8 @@ def run_train(command: TrainCommand, console: Console) -> None:
             if command.data is not None:
                 if config.rehearsal_coef == 0:
                     raise ConfigError(f"data={command.data} is for rehearsal; set {name}.rehearsal_coef as well")
-                size = load_checkpoint(command.checkpoint, command.model_kwargs).model.image_size[0]
-                data = Demonstrations.load(command.data, image_size=size)
+                start = load_checkpoint(command.checkpoint, command.model_kwargs, weights=False)
+                data = Demonstrations.load(command.data, image_size=start.model.image_size[0])
             train(
                 run,
                 name,
@@ -283,7 +283,7 @@ def run_eval(command: EvalCommand, console: Console) -> None:
         raise ConfigError(f"output={command.output}; expected the name of a JSON file, beside which a table is written")
     output.parent.mkdir(parents=True, exist_ok=True)  # or fail now, not after the work
     options = command.model_kwargs or None
-    view = view_of(load_checkpoint(command.checkpoint, options).notes)
+    view = view_of(load_checkpoint(command.checkpoint, options, weights=False).notes)
     protocol = find_protocol(command.protocol)
     if command.action_chunk is not None and command.action_chunk != protocol.action_chunk:
         chunk = command.action_chunk

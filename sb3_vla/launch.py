@@ -44,20 +44,22 @@ def launch(recipe: Recipe, plan: Plan, console: Console) -> Path:
     _check_start(plan)
     run = SharedRun(plan.run, recipe)
     started = time.monotonic()
+    # All files are read for it, so once, and on one rank.
+    identity = run.ranks.first_does(lambda: _identity(plan.checkpoint))
     stages: list[str] = []
     if plan.collect is not None:
         stages.append(_demonstrate(run, plan, console))
     if plan.sft is not None:
-        stages.append(_imitate(run, plan, stages, console))
+        stages.append(_imitate(run, plan, identity, stages, console))
     start = str(run.path / "sft") if plan.sft is not None else str(plan.checkpoint)
     options = {} if plan.sft is not None else plan.model_kwargs
     trained = plan.config is not None
     if plan.evaluate is not None:
-        _measure(run, plan, "before" if trained else "after", start, options, stages, console)
+        _measure(run, plan, identity, "before" if trained else "after", start, options, stages, console)
     if plan.config is not None:
-        after = [_practise(run, plan, start, options, stages, console)]
+        after = [_practise(run, plan, identity, start, options, stages, console)]
         if plan.evaluate is not None:
-            _measure(run, plan, "after", str(run.path / after[0]), {}, after, console)
+            _measure(run, plan, identity, "after", str(run.path / after[0]), {}, after, console)
     if run.ranks.leads:
         _tell(run, plan, console)
     console.print(f"{(time.monotonic() - started) / 60:.1f} minutes for this start", highlight=False)
@@ -74,7 +76,7 @@ def _check_start(plan: Plan) -> None:
                 "new model as actor.model.model_kwargs; the recipes with compact or laptop in their names need neither"
             )
         return
-    found = load_checkpoint(plan.checkpoint, plan.model_kwargs).model_name
+    found = load_checkpoint(plan.checkpoint, plan.model_kwargs, weights=False).model_name
     if found != plan.model:
         raise ValueError(
             f"actor.model.model_path={plan.checkpoint} is a checkpoint of {found}, but actor.model.model_type="
@@ -99,9 +101,9 @@ def _demonstrations(run: SharedRun, plan: Plan) -> Demonstrations:
     return Demonstrations.load(**{**plan.load, "root": root})
 
 
-def _imitate(run: SharedRun, plan: Plan, after: list[str], console: Console) -> str:
+def _imitate(run: SharedRun, plan: Plan, identity: str | None, after: list[str], console: Console) -> str:
     assert plan.sft is not None
-    inputs = {"sft": plan.sft, "data": plan.load, "checkpoint": _identity(plan.checkpoint)}
+    inputs = {"sft": plan.sft, "data": plan.load, "checkpoint": identity}
     with run.stage("sft", inputs, after=after, outputs=["sft"]) as stage:
         if not stage.done:
             console.rule("imitation")
@@ -117,11 +119,17 @@ def _imitate(run: SharedRun, plan: Plan, after: list[str], console: Console) -> 
 
 
 def _practise(
-    run: SharedRun, plan: Plan, start: str, options: dict[str, Any], after: list[str], console: Console
+    run: SharedRun,
+    plan: Plan,
+    identity: str | None,
+    start: str,
+    options: dict[str, Any],
+    after: list[str],
+    console: Console,
 ) -> str:
     assert plan.config is not None and plan.algorithm is not None
     name = plan.algorithm
-    inputs = {"config": plan.config, "train": plan.train, "checkpoint": _identity(plan.checkpoint), "options": options}
+    inputs = {"config": plan.config, "train": plan.train, "checkpoint": identity, "options": options}
     with run.stage(name, inputs, after=after, outputs=[name]) as stage:
         if not stage.done:
             console.rule("GRPO" if isinstance(plan.config, GRPOConfig) else "PPO")
@@ -146,6 +154,7 @@ def _practise(
 def _measure(
     run: SharedRun,
     plan: Plan,
+    identity: str | None,
     name: str,
     checkpoint: str,
     options: dict[str, Any],
@@ -154,14 +163,14 @@ def _measure(
 ) -> None:
     assert plan.evaluate is not None
     output = f"evaluation_{name}.json"
-    inputs = {"evaluate": plan.evaluate, "videos": plan.videos, "checkpoint": _identity(plan.checkpoint)}
+    inputs = {"evaluate": plan.evaluate, "videos": plan.videos, "checkpoint": identity}
     with run.stage(f"evaluate_{name}", inputs, after=after, outputs=[output]) as stage:
         if not stage.done:
             console.rule(f"measurement {name}")
             videos = _into(plan.videos, run, name)
             if videos is not None:
                 run.ranks.first_does(videos.prepare)
-            loaded = load_checkpoint(checkpoint, options)
+            loaded = load_checkpoint(checkpoint, options, weights=False)
             how = {key: value for key, value in plan.evaluate.items() if key != "renderer"}
             result = evaluate(
                 load_policy(

@@ -13,14 +13,20 @@ from typing import Any
 import av
 import pytest
 import torch
+from rich.console import Console
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from toy import tiny_model
 from toy_pi0 import HEADS, write_layout
 
-from sb3_vla.checkpoints import load_checkpoint
+from sb3_vla import launch as launching
+from sb3_vla.checkpoints import LoadedCheckpoint, load_checkpoint, native, save_checkpoint
 from sb3_vla.cli import main
 from sb3_vla.evaluation import EvaluationResult
+from sb3_vla.plan import make_plan
+from sb3_vla.policies import load_policy
+from sb3_vla.recipes import load_recipe
 from sb3_vla.run import RunDirectory
 
 ROOT = Path(__file__).parents[1]
@@ -109,6 +115,41 @@ def test_compact_from_nothing(algorithm: str, environment: dict[str, str], tmp_p
     again = shell(environment, tmp_path, name, *settings)
     assert again.returncode == 0, again.stdout + again.stderr
     assert (run / algorithm / "model.safetensors").read_bytes() == weights
+
+
+def test_each_stage_reads_its_checkpoint_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights are read by the policy that acts, and nowhere else; and their digest is computed once."""
+    save_checkpoint(tmp_path / "start", tiny_model(action_horizon=5))
+    read: list[str] = []
+    native_reader, digest = native.load_checkpoint, launching.checkpoint_digest
+
+    def reading(folder: Path) -> LoadedCheckpoint:
+        found = native_reader(folder)
+        if not next(found.model.parameters()).is_meta:
+            read.append(folder.name)
+        return found
+
+    def digesting(folder: str) -> str:
+        read.append("digest")
+        return digest(folder)
+
+    def train(run: RunDirectory, stage: str, config: Any, *, checkpoint: str, output: Path, **_: Any) -> None:
+        save_checkpoint(output, load_policy(checkpoint).model)
+
+    class Measured:
+        def to_json(self, path: Path) -> None:
+            path.write_text("{}")
+
+    monkeypatch.setattr(native, "load_checkpoint", reading)
+    monkeypatch.setattr(launching, "checkpoint_digest", digesting)
+    monkeypatch.setattr(launching, "train", train)
+    monkeypatch.setattr(launching, "evaluate", lambda policy, **_: Measured())
+    monkeypatch.setattr(launching, "_tell", lambda *_: None)
+    settings = [f"actor.model.model_path={tmp_path / 'start'}", f"runner.logger.log_path={tmp_path}"]
+    settings += ["algorithm.rehearsal_coef=0"]
+    recipe = load_recipe("metaworld_50_ppo_compact", settings)
+    launching.launch(recipe, make_plan(recipe), Console(quiet=True))
+    assert read == ["digest", "start", "start", "ppo"]  # evaluated, trained, and the result evaluated
 
 
 @pytest.mark.slow
