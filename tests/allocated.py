@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import weakref
 from typing import Any
 
@@ -40,3 +41,11 @@ class Allocated(TorchDispatchMode):
     @staticmethod
     def _tensors(tree: Any) -> list[Tensor]:
         return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor) and leaf.device.type == "cpu"]
+
+
+def alive(shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    """Bytes of all tensors of this shape and type that somebody still holds, each memory counted once."""
+    gc.collect()
+    tensors = [each for each in gc.get_objects() if isinstance(each, Tensor)]
+    found = {t.untyped_storage().data_ptr(): t.nbytes for t in tensors if t.shape == shape and t.dtype == dtype}
+    return sum(found.values())
