@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from allocated import Allocated
 from ranks import run_ranks
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import DummyVecEnv
@@ -122,6 +123,41 @@ def test_other_weights_are_refused() -> None:
         return str(caught.value)
 
     assert all("(b); give all ranks the same checkpoint" in message for message in run_ranks(2, work))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.uint8, torch.bool])
+def test_weights_are_compared_bit_by_bit(dtype: torch.dtype) -> None:
+    """Also those that are not finite, that lie in memory in another order, and that two places exchanged."""
+
+    def work(rank: int) -> list[bool]:
+        rows = (torch.rand(600, 1000, generator=torch.Generator().manual_seed(0)) * 3).to(dtype)
+        exchanged = rows.clone()
+        exchanged[1, 2], exchanged[500, 3] = 0, 1
+        if rank:
+            exchanged[1, 2], exchanged[500, 3] = 1, 0
+        turned = rows.T.contiguous().T if rank else rows
+        missing = torch.full((3,), torch.nan) if dtype.is_floating_point else torch.zeros(0)
+        found = []
+        for weights in ({"a": rows}, {"a": turned}, {"a": missing.to(dtype)}, {"a": exchanged}):
+            try:
+                current_ranks().check_same(weights, "the policy")
+                found.append(True)
+            except ValueError:
+                found.append(False)
+        return found
+
+    assert run_ranks(2, work) == [[True, True, True, False]] * 2
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_comparing_weights_takes_little_memory(transposed: bool) -> None:
+    def work(_: int) -> int:
+        weights = torch.ones(4, 2**20)  # 16 MiB
+        with Allocated() as memory:
+            current_ranks().check_same({"a": weights.T if transposed else weights}, "the policy")
+        return memory.most
+
+    assert max(run_ranks(2, work)) < 8 * 2**20
 
 
 def test_a_rank_that_ends_does_not_let_others_wait() -> None:
