@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,10 @@ from sb3_vla.lerobot_writer import DemonstrationWriter, Episode
 __all__ = ["CollectReport", "DemonstrationWriter", "Demonstrations", "Episode", "TaskReport", "collect"]
 
 _log = logging.getLogger(__name__)
+# Where the system tells of memory; and by the version of control groups the names of limit, use and counters.
+_SYSTEM = Path("/")
+_FIRST_VERSION = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
+_SECOND_VERSION = ("memory.max", "memory.current", "")
 
 
 @dataclass
@@ -241,12 +245,41 @@ def _check_memory(root: str | Path, reader: LeRobotReader, frames: int, image_si
 
 
 def available_memory() -> int:
-    """Bytes that this process may still take: of the machine, and of the control group where there is a limit."""
+    """Bytes that this process may still take: of the machine, and of each control group around it that has a limit.
+
+    Files that the system keeps in memory count as free, since it gives them up when memory is asked for.
+    """
     limits = []
     with contextlib.suppress(OSError, ValueError):
-        lines = Path("/proc/meminfo").read_text().splitlines()
+        lines = (_SYSTEM / "proc/meminfo").read_text().splitlines()
         limits += [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")]
-    with contextlib.suppress(OSError, ValueError):
-        group = Path("/sys/fs/cgroup")
-        limits.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+    for folder, (most, used, prefix) in _control_groups():
+        with contextlib.suppress(OSError, ValueError):  # no number where there is no limit
+            limit, taken = (int((folder / name).read_text()) for name in (most, used))
+            with contextlib.suppress(OSError):
+                counts = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+                taken -= sum(int(counts.get(f"{prefix}{kind}_file", 0)) for kind in ("inactive", "active"))
+            limits.append(max(limit - max(taken, 0), 0))
     return min(limits, default=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+
+
+def _control_groups() -> Iterator[tuple[Path, tuple[str, str, str]]]:
+    """Folders of the groups around this process, each with its version's names of limit, use and counters."""
+    lines = ["0::/"]
+    with contextlib.suppress(OSError):
+        lines = (_SYSTEM / "proc/self/cgroup").read_text().splitlines()
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        root = _SYSTEM / "sys/fs/cgroup"
+        if "memory" in controllers.split(","):
+            root, names = root / "memory", _FIRST_VERSION
+        elif controllers == "":
+            names = _SECOND_VERSION
+        else:
+            continue
+        # In a container the path may be the machine's, of which the root is what is seen here.
+        group = root / path.lstrip("/")
+        for folder in (group, *group.parents):
+            yield folder, names
+            if folder == root:
+                break

@@ -542,6 +542,79 @@ def test_memory_is_checked_before_loading(tmp_path: Path, monkeypatch: pytest.Mo
     assert 2**20 < demonstrations.available_memory() < 2**50
 
 
+GIB = 2**30
+NO_LIMIT = 9223372036854771712  # as the first version says it
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        # The second version in a container: 6 of 8 GiB are taken, of which 5 are files that were read.
+        (
+            {
+                "proc/self/cgroup": "0::/",
+                "sys/fs/cgroup/memory.max": f"{8 * GIB}",
+                "sys/fs/cgroup/memory.current": f"{6 * GIB}",
+                "sys/fs/cgroup/memory.stat": f"file {5 * GIB}\ninactive_file {3 * GIB}\nactive_file {2 * GIB}\n",
+            },
+            7,
+        ),
+        # Shared memory is in "file" and is not given up.
+        (
+            {
+                "proc/self/cgroup": "0::/",
+                "sys/fs/cgroup/memory.max": f"{8 * GIB}",
+                "sys/fs/cgroup/memory.current": f"{6 * GIB}",
+                "sys/fs/cgroup/memory.stat": f"file {5 * GIB}\nshmem {4 * GIB}\ninactive_file {GIB}\nactive_file 0\n",
+            },
+            3,
+        ),
+        # A limit further up, as of a service or a job, and none on the group itself.
+        (
+            {
+                "proc/self/cgroup": "0::/job/step\n",
+                "sys/fs/cgroup/job/step/memory.max": "max",
+                "sys/fs/cgroup/job/step/memory.current": f"{GIB}",
+                "sys/fs/cgroup/job/memory.max": f"{4 * GIB}",
+                "sys/fs/cgroup/job/memory.current": f"{3 * GIB}",
+                "sys/fs/cgroup/job/memory.stat": f"inactive_file {GIB}\n",
+            },
+            2,
+        ),
+        # The first version, whose path in a container is the machine's.
+        (
+            {
+                "proc/self/cgroup": "5:cpuset:/x\n4:memory:/docker/x\n0::/\n",
+                "sys/fs/cgroup/memory/memory.limit_in_bytes": f"{4 * GIB}",
+                "sys/fs/cgroup/memory/memory.usage_in_bytes": f"{4 * GIB}",
+                "sys/fs/cgroup/memory/memory.stat": f"active_file 0\ntotal_inactive_file {GIB}\ntotal_active_file {GIB}",
+            },
+            2,
+        ),
+        (
+            {
+                "proc/self/cgroup": "4:memory:/\n",
+                "sys/fs/cgroup/memory/memory.limit_in_bytes": f"{NO_LIMIT}",
+                "sys/fs/cgroup/memory/memory.usage_in_bytes": f"{4 * GIB}",
+                "sys/fs/cgroup/memory/memory.stat": "",
+            },
+            32,
+        ),
+        # The limit was lowered below what is taken.
+        ({"sys/fs/cgroup/memory.max": f"{GIB}", "sys/fs/cgroup/memory.current": f"{2 * GIB}"}, 0),
+        ({}, 32),
+    ],
+)
+def test_what_is_cached_of_files_is_free_in_a_container(
+    files: dict[str, str], expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, content in {"proc/meminfo": f"MemAvailable: {32 * 2**20} kB\n", **files}.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(content)
+    monkeypatch.setattr(demonstrations, "_SYSTEM", tmp_path)
+    assert demonstrations.available_memory() == expected * GIB
+
+
 # --- what is loaded --------------------------------------------------------------------------------------------------
 
 
