@@ -265,7 +265,7 @@ def sft(
                     "schedule": schedule.state_dict(),
                 }
                 with save_state(step) as folder:
-                    save_training_state(folder, modules, whole_optimizer_state(optimizer), values)
+                    save_training_state(folder, modules, whole_optimizer_state(optimizer, model), values)
             if stopped_by is not None and step < config.steps:
                 raise Stopped(stopped_by)
     averaged.cpu()

@@ -587,7 +587,7 @@ NO_LIMIT = 9223372036854771712  # as the first version says it
                 "proc/self/cgroup": "5:cpuset:/x\n4:memory:/docker/x\n0::/\n",
                 "sys/fs/cgroup/memory/memory.limit_in_bytes": f"{4 * GIB}",
                 "sys/fs/cgroup/memory/memory.usage_in_bytes": f"{4 * GIB}",
-                "sys/fs/cgroup/memory/memory.stat": f"active_file 0\ntotal_inactive_file {GIB}\ntotal_active_file {GIB}",
+                "sys/fs/cgroup/memory/memory.stat": f"rss 0\ntotal_inactive_file {GIB}\ntotal_active_file {GIB}",
             },
             2,
         ),

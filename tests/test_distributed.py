@@ -26,6 +26,7 @@ from sb3_vla.distributed import RankLostError, Ranks, current_ranks, torchrun
 from sb3_vla.evaluation import evaluate
 from sb3_vla.resume import load_algorithm, save_algorithm
 from sb3_vla.sft import DemonstrationBatches, SFTConfig, sft
+from sb3_vla.sharding import whole_optimizer_state
 
 #: gradients summed in another order differ by a few units in the last place, and so do weights after steps of SGD
 ROUNDING = 2e-6
@@ -512,6 +513,42 @@ def test_shards_learn_what_replicas_learn(tmp_path: Path, trainable: str) -> Non
     alone = go_on(1, 0)
     for found in run_ranks(2, functools.partial(go_on, 2)):
         assert_alike(found, alone, 4e-6)
+
+
+def test_a_state_of_shards_is_gathered_by_the_first_rank_alone(tmp_path: Path) -> None:
+    """Adam's moments are twice the weights; a rank that does not write has its own part of them and no more."""
+
+    def moments(algorithm: PPO) -> list[np.ndarray]:
+        state = [
+            algorithm.policy.optimizer.state[p] for g in algorithm.policy.optimizer.param_groups for p in g["params"]
+        ]
+        local = [each[name] for each in state for name in ("step", "exp_avg", "exp_avg_sq")]
+        return [(part.to_local() if distributed.is_shard(part) else part).numpy().copy() for part in local]  # type: ignore[operator]
+
+    def work(rank: int) -> tuple[int, int, int, list[bool]]:
+        algorithm = _sharded(2, {"n_epochs": 2})
+        algorithm.learn(32, log_interval=1000)
+        weights = sum(p.numel() * 4 for p in algorithm.policy.parameters() if p.requires_grad)
+        with Allocated() as memory:
+            state = whole_optimizer_state(algorithm.policy.optimizer, algorithm.policy)
+        held = sum(value.nbytes for values in state.values() for value in values.values())
+        del state
+        save_algorithm(tmp_path if rank == 0 else None, algorithm)
+        again = _sharded(2, {"n_epochs": 2})
+        again._setup_learn(0)
+        load_algorithm(tmp_path, again)
+        other = _sharded(2, {"n_epochs": 2})
+        other.set_parameters(algorithm.get_parameters())
+        same = [
+            all(np.array_equal(*pair) for pair in zip(moments(algorithm), moments(each), strict=True))
+            for each in (again, other)
+        ]
+        return weights, held, memory.most, same
+
+    (weights, held, _, same), (_, nothing, most, same_there) = run_ranks(2, work)
+    assert held == pytest.approx(2 * weights, rel=0.01) and nothing == 0
+    assert most < 1.5 * weights  # the whole weights that a rollout needs, which come back afterwards
+    assert same == same_there == [True, True]
 
 
 def test_shards_of_a_rank_without_a_group() -> None:

@@ -286,7 +286,7 @@ def test_writing_a_state_copies_nothing(tmp_path: Path) -> None:
     tied.again = tied.weight
     modules = {"model": model, "tied": tied}
     with Allocated() as memory:
-        save_training_state(tmp_path, modules, whole_optimizer_state(optimizer), {"step": 1})
+        save_training_state(tmp_path, modules, whole_optimizer_state(optimizer, model), {"step": 1})
     allowed = torch.get_rng_state().nbytes + tied.weight.nbytes + 4096
     assert memory.most < allowed < 0.2 * sum(p.nbytes for p in model.parameters())
     expected = [parameter.detach().clone() for parameter in (*model.parameters(), *tied.parameters())]
@@ -301,7 +301,7 @@ def test_writing_a_state_copies_nothing(tmp_path: Path) -> None:
 def test_a_state_of_other_modules_is_refused(tmp_path: Path) -> None:
     model = tiny_model()
     optimizer = torch.optim.AdamW(model.parameters())
-    save_training_state(tmp_path, {"model": model}, whole_optimizer_state(optimizer), {"step": 1})
+    save_training_state(tmp_path, {"model": model}, whole_optimizer_state(optimizer, model), {"step": 1})
     assert load_training_state(tmp_path, {"model": model}, optimizer) == {"step": 1}
     with pytest.raises(ValueError, match="state of 'model'; expected averaged"):
         load_training_state(tmp_path, {"averaged": model}, optimizer)

@@ -53,6 +53,7 @@ def load_training_state(
 ) -> dict[str, Any]:
     """Bring modules, optimiser and the process's generators to a saved state.
 
+    :param modules: of which the first has the optimiser's parameters.
     :return: the values saved with it.
     :raises ValueError: if the folder holds the state of other modules, or of an earlier version.
     """
@@ -80,7 +81,8 @@ def load_training_state(
             module.load_state_dict(weights[name])
         except RuntimeError as error:
             raise ValueError(f"{folder} does not hold the state of this {name}: {error}") from error
-    load_optimizer_state(optimizer, optimizer_state)
+    trained: Any = next(iter(modules.values()))
+    load_optimizer_state(optimizer, trained, optimizer_state)
     np.random.set_state(contents["generators"]["numpy"])
     version, internal, gauss = contents["generators"]["python"]
     random.setstate((version, tuple(internal), gauss))
