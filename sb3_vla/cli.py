@@ -257,8 +257,8 @@ def run_train(command: TrainCommand, console: Console) -> None:
         if not stage.done:
             data = None
             if command.data is not None:
-                size = load_checkpoint(command.checkpoint, command.model_kwargs).model.image_size[0]
-                data = Demonstrations.load(command.data, image_size=size)
+                start = load_checkpoint(command.checkpoint, command.model_kwargs, weights=False)
+                data = Demonstrations.load(command.data, image_size=start.model.image_size[0])
             train(
                 run,
                 name,
@@ -320,7 +320,7 @@ def run_eval(command: EvalCommand, console: Console) -> None:
     if videos is not None:
         current_ranks().first_does(videos.prepare)
     options = command.model_kwargs or None
-    view = view_of(load_checkpoint(command.checkpoint, options).notes)
+    view = view_of(load_checkpoint(command.checkpoint, options, weights=False).notes)
     protocol = find_protocol(command.protocol)
     if command.action_chunk is not None and command.action_chunk != protocol.action_chunk:
         chunk = command.action_chunk

@@ -29,6 +29,7 @@ from sb3_vla.machine import available_memory
 __all__ = ["CollectReport", "DemonstrationWriter", "Demonstrations", "Episode", "TaskReport", "collect"]
 
 _log = logging.getLogger(__name__)
+# Where the system tells of memory; and by the version of control groups the names of limit, use and counters.
 
 
 @dataclass

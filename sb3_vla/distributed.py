@@ -39,6 +39,9 @@ T = TypeVar("T")
 TIMEOUT_SECONDS = 7200.0
 # Gradients that travel at a time: enough to fill a network, little beside a model.
 _BUCKET_NUMBERS = 8 * 2**20
+# Numbers that a checksum looks at at a time, and what their bits are read as, by their size in bytes.
+_CHECKED_NUMBERS = 2**18
+_WHOLE_NUMBERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 _TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _LOCAL_VARIABLES = (("RANK", "0"), ("WORLD_SIZE", "1"))
 # How many of the ranks are on this machine.
@@ -335,9 +338,25 @@ def set_generators(state: Mapping[str, Any]) -> None:
         torch.cuda.set_rng_state(state["cuda"])
 
 
-def _checksum(tensor: Tensor) -> tuple[float, float]:
+def _checksum(tensor: Tensor) -> tuple[int, int]:
+    """Of all bits, as whole numbers: their sum, and their sum by place, so that an exchange shows; no rounding."""
     if is_shard(tensor):
         tensor = tensor.full_tensor()  # type: ignore[attr-defined]
-    values = tensor.detach().flatten().double()
-    places = torch.arange(1, len(values) + 1, dtype=torch.float64, device=values.device)
-    return values.sum().item(), (values / places).sum().item()
+    total = by_place = torch.zeros((), dtype=torch.int64, device=tensor.device)
+    first = 1
+    for part in _in_parts(tensor.detach()):
+        bits = part.flatten().contiguous().view(_WHOLE_NUMBERS.get(part.element_size(), torch.int64)).long()
+        places = torch.arange(first, first + len(bits), device=bits.device)
+        total, by_place = total + bits.sum(), by_place + (bits * places).sum()
+        first += len(bits)
+    return int(total), int(by_place)
+
+
+def _in_parts(tensor: Tensor) -> Iterator[Tensor]:
+    """A tensor's numbers in their order, not too many at a time, whatever their order in memory is."""
+    if tensor.numel() <= _CHECKED_NUMBERS:
+        yield tensor
+        return
+    rows = _CHECKED_NUMBERS * len(tensor) // tensor.numel()
+    for part in tensor.split(max(rows, 1)):
+        yield from [part] if rows else _in_parts(part[0])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import json
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -75,7 +74,7 @@ def _on_meta(plan: Plan, sizes: Mapping[str, Any] | None) -> VLAModel:
         own = {"action_horizon": plan.sft.action_horizon, "image_size": plan.load["image_size"]}
         options = {**_DIMENSIONS, **own, **options}
     elif sizes is None and plan.checkpoint is not None and local_path(plan.checkpoint).is_dir():
-        return _read(plan.checkpoint, options)
+        return load_checkpoint(plan.checkpoint, options, weights=False).model
     elif sizes is None and _sized(plan.model, options):
         options = {**_DIMENSIONS, "action_horizon": plan.action_chunk, **options}
     else:  # what else it says may be no option of the model itself
@@ -87,13 +86,6 @@ def _on_meta(plan: Plan, sizes: Mapping[str, Any] | None) -> VLAModel:
 def _sized(model: str, options: Mapping[str, Any]) -> bool:
     """Whether options describe a new model, whose checkpoint is yet to come, and not how a published one is read."""
     return "base" not in options and can_begin(model, {k: v for k, v in options.items() if k not in _OF_READING})
-
-
-def _read(checkpoint: str, options: Mapping[str, Any]) -> VLAModel:
-    """A checkpoint's model without its weights: files are mapped into memory, and not copied."""
-    with torch.device("meta"), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".* is a no-op")
-        return load_checkpoint(checkpoint, options).model
 
 
 @functools.cache

@@ -105,6 +105,11 @@ class Episode:
         self.rewards.append(float(reward))
         self.executed.append(int(executed))
 
+    def forget(self) -> None:
+        """Let go of what was seen and drawn; how it ended is still known."""
+        self._observations.clear()
+        self._traces.clear()
+
     def decision(self, step: int) -> tuple[dict[str, Tensor], Trace]:
         """What one decision saw, and its trace."""
         return self._observations[step], self._traces[step]
@@ -118,6 +123,7 @@ class GroupBuffer(DecisionBuffer):
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self._places: list[tuple[Episode, int]] = []
         self.reset()
 
     def __len__(self) -> int:
@@ -125,8 +131,10 @@ class GroupBuffer(DecisionBuffer):
         return len(self._places)
 
     def reset(self) -> None:
-        """Forget all episodes."""
-        self._places: list[tuple[Episode, int]] = []
+        """Forget all episodes, whoever else still holds them, such as a callback the last rollout's locals."""
+        for episode, _ in self._places:
+            episode.forget()
+        self._places = []
         self._keys: list[int] = []
         self._lengths: list[int] = []
         self._episode_advantages: list[float] = []

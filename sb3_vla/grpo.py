@@ -315,24 +315,30 @@ class GRPO(PPO):
         )
 
     def _keep(self, group: list[Episode], buffer: GroupBuffer, number: int) -> bool:
-        """Store a group that can teach something.
+        """Store a group that can teach something; of others, and of lost episodes, what was seen is let go.
 
         :param number: its own among the groups of all ranks in this rollout.
         """
-        group = [episode for episode in group if not episode.lost]
-        if any(episode.success is not None for episode in group):
-            for episode in group:  # one that a limit cut without a word has not succeeded
+        whole = [episode for episode in group if not episode.lost]
+        if any(episode.success is not None for episode in whole):
+            for episode in whole:  # one that a limit cut without a word has not succeeded
                 episode.success = bool(episode.success)
-        returns = [self._return_of(episode) for episode in group]
+        returns = [self._return_of(episode) for episode in whole]
+        taught = self._teaches(whole, returns)
+        for episode in group:
+            if episode.lost or not taught:
+                episode.forget()
+        if taught:
+            buffer.add(whole, returns, group_advantages(returns, self.advantage_type), number)
+        return taught
+
+    def _teaches(self, group: list[Episode], returns: list[float]) -> bool:
         if len(set(returns)) < 2:
             return False
-        if tuple(self.success_bounds) != (0.0, 1.0):
-            low, high = self.success_bounds
-            success = np.mean([self._success_of(episode) for episode in group])
-            if not low <= success <= high:
-                return False
-        buffer.add(group, returns, group_advantages(returns, self.advantage_type), number)
-        return True
+        if tuple(self.success_bounds) == (0.0, 1.0):
+            return True
+        low, high = self.success_bounds
+        return bool(low <= np.mean([self._success_of(episode) for episode in group]) <= high)
 
     def _return_of(self, episode: Episode) -> float:
         if self.episode_return == "success":

@@ -34,6 +34,7 @@ from sb3_vla.sft import sft
 from sb3_vla.shared_run import SharedRun
 from sb3_vla.training import GRPOConfig, train, view_of
 
+Places = dict[str, str | None]
 Films = TypeVar("Films", VideoOptions | None, TrainingFilms | None)
 
 
@@ -55,20 +56,21 @@ def launch(recipe: Recipe, plan: Plan, console: Console) -> Path:
 
 
 def _run_stages(run: SharedRun, plan: Plan, console: Console) -> None:
+    places = run.ranks.first_does(lambda: _places(plan))  # all files are read for it, so once, and by one rank
     stages: list[str] = []
     if plan.collect is not None:
         stages.append(_demonstrate(run, plan, console))
     if plan.sft is not None:
-        stages.append(_imitate(run, plan, stages, console))
+        stages.append(_imitate(run, plan, places, stages, console))
     start = str(run.path / "sft") if plan.sft is not None else str(plan.checkpoint)
     options = {} if plan.sft is not None else plan.model_kwargs
     trained = plan.config is not None
     if plan.evaluate is not None:
-        _measure(run, plan, "before" if trained else "after", start, options, stages, console)
+        _measure(run, plan, places, "before" if trained else "after", start, options, stages, console)
     if plan.config is not None:
-        after = [_practise(run, plan, start, options, stages, console)]
+        after = [_practise(run, plan, places, start, options, stages, console)]
         if plan.evaluate is not None:
-            _measure(run, plan, "after", str(run.path / after[0]), {}, after, console)
+            _measure(run, plan, places, "after", str(run.path / after[0]), {}, after, console)
 
 
 def _check_start(plan: Plan) -> None:
@@ -81,7 +83,7 @@ def _check_start(plan: Plan) -> None:
                 "new model as actor.model.model_kwargs; the recipes with compact or laptop in their names need neither"
             )
         return
-    found = load_checkpoint(plan.checkpoint, plan.model_kwargs).model_name
+    found = load_checkpoint(plan.checkpoint, plan.model_kwargs, weights=False).model_name
     if found != plan.model:
         raise ValueError(
             f"actor.model.model_path={plan.checkpoint} is a checkpoint of {found}, but actor.model.model_type="
@@ -107,13 +109,13 @@ def _demonstrations(run: SharedRun, plan: Plan) -> Demonstrations:
     return Demonstrations.load(**{**plan.load, "root": root})
 
 
-def _imitate(run: SharedRun, plan: Plan, after: list[str], console: Console) -> str:
+def _imitate(run: SharedRun, plan: Plan, places: Places, after: list[str], console: Console) -> str:
     assert plan.sft is not None
     inputs = {
         "sft": deciding_settings(plan.sft),
         "load": without(plan.load, "root"),
         "options": deciding_options(plan.sft.model_kwargs),
-        **_places(plan),
+        **places,
     }
     with run.stage("sft", inputs, after=after, outputs=["sft"]) as stage:
         if not stage.done:
@@ -130,7 +132,13 @@ def _imitate(run: SharedRun, plan: Plan, after: list[str], console: Console) -> 
 
 
 def _practise(
-    run: SharedRun, plan: Plan, start: str, options: dict[str, Any], after: list[str], console: Console
+    run: SharedRun,
+    plan: Plan,
+    places: Places,
+    start: str,
+    options: dict[str, Any],
+    after: list[str],
+    console: Console,
 ) -> str:
     assert plan.config is not None and plan.algorithm is not None
     name = plan.algorithm
@@ -140,7 +148,7 @@ def _practise(
         "train": without(plan.train, "renderer"),
         "load": without(plan.load, "root") if rehearses else None,
         "options": deciding_options(options),
-        **_places(plan),
+        **places,
     }
     length = plan.config.total_decisions
     with run.stage(name, inputs, length=length, after=after, outputs=[name]) as stage:
@@ -167,6 +175,7 @@ def _practise(
 def _measure(
     run: SharedRun,
     plan: Plan,
+    places: Places,
     name: str,
     checkpoint: str,
     options: dict[str, Any],
@@ -179,7 +188,7 @@ def _measure(
         "evaluate": without(plan.evaluate, "num_envs", "num_workers", "renderer"),
         "acting": plan.acting,
         "options": deciding_options(options),
-        "checkpoint": checkpoint_identity(plan.checkpoint),
+        "checkpoint": places["checkpoint"],
     }
     films = [] if plan.videos is None else [str(Path(plan.videos.directory) / name)]
     with run.stage(f"evaluate_{name}", inputs, after=after, outputs=[output, *films]) as stage:
@@ -187,7 +196,7 @@ def _measure(
             console.rule(f"measurement {name}")
             if videos is not None:
                 run.ranks.first_does(videos.prepare)
-            loaded = load_checkpoint(checkpoint, options)
+            loaded = load_checkpoint(checkpoint, options, weights=False)
             how = {key: value for key, value in plan.evaluate.items() if key != "renderer"}
             device = "cuda" if torch.cuda.is_available() else "cpu"
             frozen_bf16 = bool(plan.acting["frozen_bf16"])
@@ -218,7 +227,7 @@ def _with_films(evaluation: PeriodicEvaluation | None, videos: VideoOptions | No
     return None if evaluation is None else dataclasses.replace(evaluation, videos=videos)
 
 
-def _places(plan: Plan) -> dict[str, str | None]:
+def _places(plan: Plan) -> Places:
     """What lies where a recipe's paths point to; of demonstrations that the run collects itself that stage tells."""
     return {
         "checkpoint": checkpoint_identity(plan.checkpoint),

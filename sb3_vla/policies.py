@@ -556,7 +556,7 @@ def load_policy(
     :param frozen_bf16: keep the backbone's weights in bfloat16, see :class:`VLAPolicy`.
     :raises ValueError: if the model predicts fewer actions than that.
     """
-    loaded = load_checkpoint(checkpoint, model_kwargs)
+    loaded = load_checkpoint(checkpoint, model_kwargs, weights=False)
     model = loaded.model
     name, options = loaded.distribution or (default_distribution(model), {})
     state_dim = int(model.config.get("state_dim", 4))
@@ -571,7 +571,6 @@ def load_policy(
     )
     chunk = model.action_horizon - model.first_action if action_chunk is None else action_chunk
     shape = (model.action_dim,) if chunk == 1 else (chunk, model.action_dim)
-    del loaded, model  # one of billions of weights need not be in memory twice
     policy = VLAPolicy(
         observation_space,
         spaces.Box(-1.0, 1.0, shape, np.float32),

@@ -948,12 +948,16 @@ class PPO(stable_baselines3.PPO):
         ]
 
     def get_parameters(self) -> dict[str, dict[str, Any]]:
-        """As in Stable-Baselines3; of shards the whole, for which all ranks must call it."""
+        """As in Stable-Baselines3; of shards the whole, for which all ranks must call it. The optimiser's state, which
+        is twice as large, the first rank gets alone."""
         if not is_sharded(self.policy):
             return super().get_parameters()
-        with whole_weights(self.policy):
+        with whole_weights(self.policy, everywhere=True):
             weights = {name: tensor.clone() for name, tensor in self.policy.state_dict().items()}
-        optimizer = {**self.policy.optimizer.state_dict(), "state": whole_optimizer_state(self.policy.optimizer)}
+        optimizer = {
+            **self.policy.optimizer.state_dict(),
+            "state": whole_optimizer_state(self.policy.optimizer, self.policy),
+        }
         return {"policy": weights, "policy.optimizer": optimizer}
 
     def set_parameters(
@@ -968,7 +972,7 @@ class PPO(stable_baselines3.PPO):
         else:
             for group in self.policy.optimizer.param_groups:
                 group["fused"] = None  # that of an archive of one process
-            load_optimizer_state(self.policy.optimizer, self.policy.optimizer.state_dict()["state"])
+            load_optimizer_state(self.policy.optimizer, self.policy, self.policy.optimizer.state_dict()["state"])
 
     def save(self, path: Any, exclude: Any = None, include: Any = None) -> None:
         """As in Stable-Baselines3; of several ranks, all of which must call it, the first writes."""

@@ -372,6 +372,7 @@ class SFTSection:
     :param shift: pictures are shifted by up to this many pixels.
     :param validation_fraction: share of episodes kept out, for the validation loss.
     :param validation_interval: steps between validations.
+    :param checkpoint_interval: steps between the states from which an interrupted imitation goes on.
     """
 
     steps: int = 20_000
@@ -386,6 +387,7 @@ class SFTSection:
     shift: int = 2
     validation_fraction: float = 0.05
     validation_interval: int = 250
+    checkpoint_interval: int = 250
 
 
 @dataclass

@@ -60,7 +60,7 @@ def save_algorithm(folder: Path | None, algorithm: PPO) -> None:
         # An update's metrics are written with the next rollout's.
         "log": [[key, value, log.name_to_excluded[key]] for key, value in log.name_to_value.items()],
     }
-    optimizer_state = whole_optimizer_state(algorithm.policy.optimizer)
+    optimizer_state = whole_optimizer_state(algorithm.policy.optimizer, algorithm.policy)
     with whole_weights(algorithm.policy):
         if folder is not None:
             save_training_state(folder, {"policy": algorithm.policy}, optimizer_state, values)

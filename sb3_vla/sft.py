@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from torch import Tensor
+from torch import Tensor, nn
 
 from mw_envs.tasks import encode_instruction
 from sb3_vla.checkpoints import load_checkpoint, save_checkpoint
@@ -22,6 +22,7 @@ from sb3_vla.checkpoints.native import NORMALISED, refuse_other_files
 from sb3_vla.checkpoints.training_state import load_training_state, save_training_state
 from sb3_vla.demonstrations import Demonstrations
 from sb3_vla.distributed import Ranks, current_ranks
+from sb3_vla.frozen import FrozenWeights, Unfrozen
 from sb3_vla.models import VLAModel, make_model
 from sb3_vla.models.lora import prepare_training
 from sb3_vla.noise import part_of_batch
@@ -61,6 +62,7 @@ class SFTConfig:
     :param shift: pictures are shifted by up to this many pixels.
     :param validation_fraction: share of episodes kept out, for the validation loss.
     :param validation_interval: steps between validations.
+    :param checkpoint_interval: steps between the states from which an interrupted training goes on.
     :param bf16: bfloat16 autocast; None where the processor has it.
     :param seed: of weights, order and noise.
     """
@@ -88,11 +90,12 @@ class SFTConfig:
     shift: int = 2
     validation_fraction: float = 0.05
     validation_interval: int = 250
+    checkpoint_interval: int = 250
     bf16: bool | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "draws", "action_horizon", "validation_interval"):
+        for name in ("steps", "batch_size", "draws", "action_horizon", "validation_interval", "checkpoint_interval"):
             if getattr(self, name) < 1:
                 raise ValueError(f"sft.{name}={getattr(self, name)}; expected at least 1")
 
@@ -167,7 +170,6 @@ def sft(
     output: str | Path | None = None,
     progress: bool = True,
     on_step: Callable[[dict[str, float]], None] | None = None,
-    checkpoint_interval: int = 250,
     save_state: Callable[[int], AbstractContextManager[Path]] | None = None,
     resume_from: Path | None = None,
     notes: Mapping[str, Any] | None = None,
@@ -179,7 +181,6 @@ def sft(
     :param output: folder for the resulting checkpoint.
     :param progress: show a progress bar with losses.
     :param on_step: called with each row of the history.
-    :param checkpoint_interval: steps between saved states.
     :param save_state: gives the folder for the state at a step, such as ``RunDirectory.checkpoint``.
     :param resume_from: such a folder; training goes on from there to the same result as without the interrupt.
     :param notes: for the resulting checkpoint, besides steps, batch size and frames.
@@ -192,7 +193,9 @@ def sft(
     train_frames, validation_frames = demonstrations.split(config.validation_fraction, config.seed)
     model = _make_model(demonstrations, config)
     batches = DemonstrationBatches(demonstrations, train_frames, model.action_horizon, config.shift, config.seed)
-    validation = _validation_batches(demonstrations, validation_frames, model.action_horizon, config.seed)
+    validation = []
+    if ranks.leads:  # the others do not validate, and need no copy of the pictures
+        validation = _validation_batches(demonstrations, validation_frames, model.action_horizon, config.seed)
     trainable = config.trainable or model.default_trainable
     prepare_training(
         model,
@@ -225,7 +228,7 @@ def sft(
         "shift": config.shift,
         **(notes or {}),
     }
-    modules = {"model": model, "averaged": averaged}
+    modules = _saved(model, averaged, config)
     first_step = 1
     if resume_from is not None:
         state = load_training_state(resume_from, modules, optimizer)
@@ -255,7 +258,7 @@ def sft(
             schedule.step()
             _average(averaged, model, min(config.ema_decay, step / (step + 10)))
             row = {"step": step, "seconds": time.perf_counter() - started, "train_loss": train_loss}
-            if validation and ranks.leads and (step % config.validation_interval == 0 or step == config.steps):
+            if validation and (step % config.validation_interval == 0 or step == config.steps):
                 row["validation_loss"] = _validation_loss(averaged, validation, config)
             history.append(row)
             if on_step is not None and ranks.leads:
@@ -264,7 +267,7 @@ def sft(
             shown = next((r["validation_loss"] for r in reversed(history) if "validation_loss" in r), math.nan)
             bar.update(task, advance=1, losses=f"loss {recent:.3f}  validation {shown:.3f}")
             stopped_by = stop.common(ranks)
-            due = step < config.steps and (step % checkpoint_interval == 0 or stopped_by is not None)
+            due = step < config.steps and (step % config.checkpoint_interval == 0 or stopped_by is not None)
             if save_state is not None and ranks.leads and due:
                 values = {
                     "step": step,
@@ -273,7 +276,7 @@ def sft(
                     "schedule": schedule.state_dict(),
                 }
                 with save_state(step) as folder:
-                    save_training_state(folder, modules, whole_optimizer_state(optimizer), values)
+                    save_training_state(folder, modules, whole_optimizer_state(optimizer, model), values)
             if stopped_by is not None and step < config.steps:
                 raise Stopped(stopped_by)
     averaged.cpu()
@@ -308,6 +311,16 @@ def shared_imitation_loss(
             draws=draws,
         )
     return weight / sum(ranks.gather(weight)) * loss
+
+
+def _saved(model: VLAModel, averaged: VLAModel, config: SFTConfig) -> dict[str, nn.Module | Unfrozen]:
+    """What a state holds: frozen weights, which both models share, once, and not at all where a checkpoint has them."""
+    names = [name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad]
+    if not names:
+        return {"model": model, "averaged": averaged}
+    frozen = FrozenWeights(names)
+    whole = model if config.checkpoint is None else Unfrozen(model, frozen)
+    return {"model": whole, "averaged": Unfrozen(averaged, frozen)}
 
 
 def _make_model(demonstrations: Demonstrations, config: SFTConfig) -> VLAModel:

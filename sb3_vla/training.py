@@ -330,7 +330,7 @@ def train(
     """
     ranks = current_ranks()
     refuse_other_files(local_path(output).resolve())  # before the work
-    start = load_checkpoint(checkpoint, model_kwargs)
+    start = load_checkpoint(checkpoint, model_kwargs, weights=False)  # the policy reads them
     options = _env_options(start, config, suite, split, tasks, {"renderer": renderer, **(env_kwargs or {})})
     rehearsal = None
     if config.rehearsal_coef > 0:
@@ -350,6 +350,8 @@ def train(
         free, _ = torch.cuda.mem_get_info(device)
         plan = plan_training(start.model, config, action_chunk=options["action_chunk"], ranks=ranks.count)
         plan.check(free, available_memory())
+    notes = start.notes
+    del start  # of its model the sizes are known now, and the plan has changed it
     own = ranks.share(config.num_envs, "num_envs")
     makers: list[Callable[[], gym.Env]] = [make] * len(own)
     if ranks.leads:
@@ -366,7 +368,7 @@ def train(
             model.replicas = seat.replicas(model.policy)
         if config.kl_coef > 0:  # also after an interrupt it is the policy at the start
             model.anchor()
-        save = functools.partial(_save_policy, model, config, start.notes, tasks)
+        save = functools.partial(_save_policy, model, config, notes, tasks)
         logger = Logger(str(run.path), [])
         model.set_logger(logger)
         env.seed(1000 * (config.seed + 1) + own.start)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from published import assert_told_without_weights
 from safetensors.torch import load_file, save_file
 from toy import ToyEnv, tiny_model, toy_observation
 
@@ -182,6 +185,31 @@ def test_a_digest_tells_checkpoints_apart(saved: Path) -> None:
     assert checkpoint_digest(saved) != first
     with pytest.raises(FileNotFoundError, match=r"has no config.json"):
         checkpoint_digest(saved.parent)
+
+
+def test_a_digest_reads_a_little_at_a_time(saved: Path) -> None:
+    save_file({"weights": torch.rand(8 * 2**20)}, saved / "model.safetensors")  # 32 MiB
+    whole = (saved / "config.json").read_bytes() + (saved / "model.safetensors").read_bytes()
+    expected = hashlib.sha256(whole).hexdigest()
+    del whole
+    tracemalloc.start()
+    try:
+        assert checkpoint_digest(saved) == expected
+        assert tracemalloc.get_traced_memory()[1] < 4 * 2**20
+    finally:
+        tracemalloc.stop()
+
+
+def test_what_it_tells_needs_no_weights(tmp_path: Path) -> None:
+    notes = {"sft": {"steps": 3}, "view": {"crop": "workspace"}}
+    save_checkpoint(
+        tmp_path / "own", tiny_model(action_horizon=3), notes=notes, distribution=("flow_sde", {"joint": True})
+    )
+    before = torch.get_rng_state()
+    assert_told_without_weights(tmp_path / "own")
+    torch.set_rng_state(before)
+    load_checkpoint(tmp_path / "own", weights=False)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_a_writer_killed_between_its_two_renames_loses_nothing(saved: Path) -> None:

@@ -112,7 +112,7 @@ def test_an_interrupted_imitation_goes_on_to_the_same_weights(
     demonstrations: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def command(name: str) -> list[str]:
-        return ["sft", f"data={demonstrations}", f"output={tmp_path / name}", *SFT]
+        return ["sft", f"data={demonstrations}", f"output={tmp_path / name}", "sft.checkpoint_interval=8", *SFT]
 
     assert main(command("whole")) == 0
     steps: list[int] = []
@@ -124,7 +124,7 @@ def test_an_interrupted_imitation_goes_on_to_the_same_weights(
             if interrupt and row["step"] == 20:
                 raise KeyboardInterrupt
 
-        return imitate(*arguments, checkpoint_interval=8, on_step=on_step, **options)
+        return imitate(*arguments, on_step=on_step, **options)
 
     for interrupt, status in ((True, 130), (False, 0)):
         monkeypatch.setattr(sb3_vla.sft, "sft", lambda *a, i=interrupt, **o: in_small_stretches(*a, interrupt=i, **o))

@@ -576,6 +576,8 @@ def test_memory_is_checked_before_loading(tmp_path: Path, monkeypatch: pytest.Mo
     assert 2**20 < demonstrations.available_memory() < 2**50
 
 
+
+
 # --- what is loaded --------------------------------------------------------------------------------------------------
 
 

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from published import assert_told_without_weights
 from reference_weights import reference_weight
 from safetensors.torch import load_file, save_file
 from toy import SENTENCES, TARGETS, changed_by_an_update, probability_of, stir, toy_demonstrations, toy_ppo, toy_vec
@@ -217,6 +218,7 @@ def test_round_trip_through_lerobots_folder(published: Path, tmp_path: Path) -> 
     """Every tensor to the bit, every setting of the original, and the same files."""
     loaded = load_checkpoint(published)
     assert loaded.distribution == ("ddpm", {"denoising_steps": 100, "clip_sample": 1.0})
+    assert_told_without_weights(published)
     save_diffusion_policy(tmp_path / "again", loaded.model, loaded.distribution)  # type: ignore[arg-type]
     assert files(tmp_path / "again") == files(published)
     for name in sorted(files(published)):

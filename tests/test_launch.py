@@ -19,13 +19,15 @@ from rich.console import Console
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from toy import tiny_model
 from toy_pi0 import HEADS, write_layout
 
-from sb3_vla import launch
-from sb3_vla.checkpoints import load_checkpoint
+from sb3_vla import identity, launch
+from sb3_vla.checkpoints import LoadedCheckpoint, load_checkpoint, native, save_checkpoint
 from sb3_vla.cli import main
 from sb3_vla.evaluation import EvaluationResult
 from sb3_vla.plan import make_plan
+from sb3_vla.policies import load_policy
 from sb3_vla.recipes import load_recipe
 from sb3_vla.run import RunDirectory
 from sb3_vla.shared_run import SharedRun
@@ -124,12 +126,14 @@ def test_an_evaluation_acts_in_the_precision_of_the_recipe(
         return SimpleNamespace(to_json=lambda path: path.write_text("{}"))
 
     loaded = SimpleNamespace(model=SimpleNamespace(image_size=(32, 32)), notes={})
-    monkeypatch.setattr("sb3_vla.launch.load_checkpoint", lambda *_: loaded)
+    monkeypatch.setattr("sb3_vla.launch.load_checkpoint", lambda *_, **__: loaded)
     monkeypatch.setattr("sb3_vla.launch.load_policy", lambda *how: asked.append(how[2:]))
     monkeypatch.setattr("sb3_vla.launch.evaluate", evaluate)
     monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
     monkeypatch.setattr("torch.autocast", autocast)
-    launch._measure(SharedRun(plan.run, recipe), plan, "before", "somewhere", {}, [], Console(quiet=True))
+    launch._measure(
+        SharedRun(plan.run, recipe), plan, {"checkpoint": None}, "before", "somewhere", {}, [], Console(quiet=True)
+    )
     device = "cuda" if gpu else "cpu"
     in_bf16 = gpu and expected[0] is not False  # auto is bfloat16 on a GPU; a CPU acts in float32, as in rollouts
     assert asked == [(device, None, expected[1]), (device, torch.bfloat16, in_bf16)]
@@ -159,6 +163,41 @@ def test_compact_from_nothing(algorithm: str, environment: dict[str, str], tmp_p
     again = shell(environment, tmp_path, name, *settings)
     assert again.returncode == 0, again.stdout + again.stderr
     assert (run / algorithm / "model.safetensors").read_bytes() == weights
+
+
+def test_each_stage_reads_its_checkpoint_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights are read by the policy that acts, and nowhere else; and their digest is computed once."""
+    save_checkpoint(tmp_path / "start", tiny_model(action_horizon=5))
+    read: list[str] = []
+    native_reader, digest = native.load_checkpoint, identity.checkpoint_digest
+
+    def reading(folder: Path) -> LoadedCheckpoint:
+        found = native_reader(folder)
+        if not next(found.model.parameters()).is_meta:
+            read.append(folder.name)
+        return found
+
+    def digesting(folder: str) -> str:
+        read.append("digest")
+        return digest(folder)
+
+    def train(run: RunDirectory, stage: str, config: Any, *, checkpoint: str, output: Path, **_: Any) -> None:
+        save_checkpoint(output, load_policy(checkpoint).model)
+
+    class Measured:
+        def to_json(self, path: Path) -> None:
+            path.write_text("{}")
+
+    monkeypatch.setattr(native, "load_checkpoint", reading)
+    monkeypatch.setattr(identity, "checkpoint_digest", digesting)
+    monkeypatch.setattr(launch, "train", train)
+    monkeypatch.setattr(launch, "evaluate", lambda policy, **_: Measured())
+    monkeypatch.setattr(launch, "_tell", lambda *_: None)
+    settings = [f"actor.model.model_path={tmp_path / 'start'}", f"runner.logger.log_path={tmp_path}"]
+    settings += ["algorithm.rehearsal_coef=0"]
+    recipe = load_recipe("metaworld_50_ppo_compact", settings)
+    launch.launch(recipe, make_plan(recipe), Console(quiet=True))
+    assert read == ["digest", "start", "start", "ppo"]  # evaluated, trained, and the result evaluated
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from published import (
+    assert_told_without_weights,
     digest,
     edit_json,
     edit_tensors,
@@ -241,6 +242,7 @@ def test_round_trip_through_the_published_layout_is_exact(published: Path, tmp_p
     loaded = load_checkpoint(tmp_path / "again")
     assert loaded.model_name == "openvla_oft" and loaded.distribution == ("tokens", {})
     assert loaded.model.config == model.config
+    assert_told_without_weights(tmp_path / "again")
     assert same_tensors(loaded.model.state_dict(), model.state_dict())
     save_checkpoint(tmp_path / "own", model)
     assert same_tensors(load_checkpoint(tmp_path / "own").model.state_dict(), model.state_dict())

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from published import assert_told_without_weights
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from toy import ToyEnv, toy_demonstrations, toy_observation, toy_vec
@@ -104,6 +105,12 @@ def test_every_layout_is_the_same_model(tmp_path: Path, name: str, layout: str) 
         positions = torch.arange(suffix.shape[1])[None] + shown.sum(1, keepdim=True)
         velocities.append(one.expert(suffix, positions, None, keys_values, condition)[0])
     assert torch.equal(*velocities)  # also what is no weight, such as the vision tower's positions, is in place
+
+
+@both
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_tells_without_its_weights(tmp_path: Path, name: str, layout: str) -> None:
+    assert_told_without_weights(write_layout(tmp_path / "a", name, layout), HEADS)
 
 
 @both

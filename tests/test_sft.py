@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from allocated import Allocated
+from safetensors.torch import load_file
 from torch import Tensor
 from toy import SENTENCES, TARGETS, TINY, tiny_model, toy_demonstrations, toy_observation
 
@@ -212,8 +214,8 @@ def test_a_resumed_training_ends_as_an_uninterrupted_one(tmp_path: Path) -> None
         folder.mkdir()
         yield folder
 
-    options = {"steps": 8, "validation_fraction": 0.34, "validation_interval": 4}
-    whole = run(options, save_state=save_state, checkpoint_interval=3)
+    options = {"steps": 8, "validation_fraction": 0.34, "validation_interval": 4, "checkpoint_interval": 3}
+    whole = run(options, save_state=save_state)
     assert states == [3, 6]
     for step in states:
         rows: list[float] = []
@@ -227,10 +229,79 @@ def test_a_resumed_training_ends_as_an_uninterrupted_one(tmp_path: Path) -> None
             assert losses(resumed, name) == losses(whole, name)
 
 
+@pytest.mark.parametrize(
+    ("options", "copies"),
+    [
+        ({"trainable": "expert"}, 1),
+        ({"trainable": "expert", "checkpoint": True}, 0),
+        ({"trainable": "lora", "lora": {"rank": 2, "layers": ["action_out"]}, "checkpoint": True}, 0),
+        ({"trainable": "all", "checkpoint": True}, 0),
+    ],
+)
+def test_a_state_holds_frozen_weights_once_or_not_at_all(options: dict[str, Any], copies: int, tmp_path: Path) -> None:
+    """Not where a checkpoint has them; what is trained it holds with its average and Adam's two moments."""
+    save_checkpoint(tmp_path / "start", tiny_model(action_horizon=2))
+    if options.get("checkpoint"):
+        options = {**options, "checkpoint": str(tmp_path / "start")}
+    options = {**options, "steps": 4, "checkpoint_interval": 2}
+    (tmp_path / "state").mkdir()
+    whole = run(options, save_state=lambda _: contextlib.nullcontext(tmp_path / "state"))
+    made: list[VLAModel] = []
+    prepare = sft_module.prepare_training
+
+    def noted(model: VLAModel, *arguments: Any, **settings: Any) -> None:
+        prepare(model, *arguments, **settings)
+        made.append(model)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sft_module, "prepare_training", noted)
+        resumed = run(options, resume_from=tmp_path / "state")
+    assert same(resumed.model, whole.model) and losses(resumed) == losses(whole)
+    trained = sum(p.nbytes for p in made[0].parameters() if p.requires_grad)
+    frozen = sum(p.nbytes for p in made[0].parameters() if not p.requires_grad)
+    assert trained > 0 and (frozen > 0) == (options["trainable"] != "all")
+    buffers = sum(b.nbytes for b in made[0].buffers())
+    saved = sum(tensor.nbytes for tensor in load_file(tmp_path / "state" / "training_state.safetensors").values())
+    assert saved - torch.get_rng_state().nbytes == pytest.approx(copies * frozen + 4 * trained + 2 * buffers, abs=512)
+
+
+def test_a_state_on_another_frozen_backbone_is_refused(tmp_path: Path) -> None:
+    for seed, name in enumerate(("one", "other")):
+        torch.manual_seed(seed)
+        save_checkpoint(tmp_path / name, tiny_model(action_horizon=2))
+    (tmp_path / "state").mkdir()
+    options = {"trainable": "expert", "steps": 4, "checkpoint_interval": 2}
+    state = contextlib.nullcontext(tmp_path / "state")
+    run({**options, "checkpoint": str(tmp_path / "one")}, save_state=lambda _: state)
+    with pytest.raises(ValueError, match="trained on top of another frozen backbone"):
+        run({**options, "checkpoint": str(tmp_path / "other")}, resume_from=tmp_path / "state")
+
+
+def test_writing_a_state_copies_nothing(tmp_path: Path) -> None:
+    model = tiny_model()
+    optimizer = torch.optim.AdamW(model.parameters())
+    model.imitation_loss(toy_observation(2), torch.zeros(2, 5, 4), torch.ones(2, 5, dtype=torch.bool)).backward()
+    optimizer.step()
+    tied = torch.nn.Linear(8, 8)
+    tied.again = tied.weight
+    modules = {"model": model, "tied": tied}
+    with Allocated() as memory:
+        save_training_state(tmp_path, modules, whole_optimizer_state(optimizer, model), {"step": 1})
+    allowed = torch.get_rng_state().nbytes + tied.weight.nbytes + 4096
+    assert memory.most < allowed < 0.2 * sum(p.nbytes for p in model.parameters())
+    expected = [parameter.detach().clone() for parameter in (*model.parameters(), *tied.parameters())]
+    with torch.no_grad():
+        for parameter in (*model.parameters(), *tied.parameters()):
+            parameter.zero_()
+    load_training_state(tmp_path, modules, optimizer)
+    for found, value in zip((*model.parameters(), *tied.parameters()), expected, strict=True):
+        assert torch.equal(found, value)
+
+
 def test_a_state_of_other_modules_is_refused(tmp_path: Path) -> None:
     model = tiny_model()
     optimizer = torch.optim.AdamW(model.parameters())
-    save_training_state(tmp_path, {"model": model}, whole_optimizer_state(optimizer), {"step": 1})
+    save_training_state(tmp_path, {"model": model}, whole_optimizer_state(optimizer, model), {"step": 1})
     assert load_training_state(tmp_path, {"model": model}, optimizer) == {"step": 1}
     with pytest.raises(ValueError, match="state of 'model'; expected averaged"):
         load_training_state(tmp_path, {"averaged": model}, optimizer)

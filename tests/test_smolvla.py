@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from published import (
+    assert_told_without_weights,
     digest,
     edit_json,
     edit_tensors,
@@ -294,6 +295,7 @@ def test_round_trip_through_lerobots_layout_is_exact(published: Path, tmp_path: 
     loaded = load_checkpoint(published)
     assert loaded.model_name == "smolvla" and loaded.distribution == ("flow_ode", {"denoising_steps": 10})
     assert isinstance(loaded.model, SmolVLA)
+    assert_told_without_weights(published)
     save_smolvla(tmp_path / "again", loaded.model)
     assert same_tensors(load_file(tmp_path / "again" / MODEL_FILE), load_file(published / MODEL_FILE))
     for name, feature in ((STATE_FILE, "observation.state"), (ACTION_FILE, "action")):

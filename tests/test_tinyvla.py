@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from published import edit_json, edit_tensors
+from published import assert_told_without_weights, edit_json, edit_tensors
 from reference_weights import reference_weight
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -404,6 +404,7 @@ def test_a_folder_of_an_adapter(
     before = load_file(published.parent / tower / "model.safetensors")[key]
     assert (found[key] - before).abs().max() > 0.01
     assert torch.equal(model.action_mean, models[tower].action_mean)
+    assert_told_without_weights(folder)
     digest = checkpoint_digest(folder)
     name = "adapter_model.safetensors"
     edit_tensors(folder / name, {key: value + 1 for key, value in load_file(folder / name).items()})

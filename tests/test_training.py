@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from mw_envs.rendering import RendererUnavailableError
 from sb3_vla import GRPO, PPO, training
 from sb3_vla.checkpoints import load_checkpoint, save_checkpoint
 from sb3_vla.config import ConfigError, load_config
+from sb3_vla.models import CompactVLA
 from sb3_vla.run import RunDirectory
 from sb3_vla.sft import SFTConfig, sft
 from sb3_vla.training import GRPOConfig, PPOConfig, train
@@ -181,6 +183,22 @@ def test_settings_reach_environments_and_algorithm(
     assert arguments["privileged_state"] is True and arguments["elapsed_time"] is True
     # A field that is new is in one of these lists.
     assert {item.name for item in fields(config)} == {*expected, *OTHERWISE} & {item.name for item in fields(config)}
+
+
+def test_the_model_at_the_start_is_in_memory_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the algorithm learns there are as many models, and bytes of parameters, as its policy has."""
+
+    def learn(algorithm: PPO, *_: Any, **__: Any) -> None:
+        gc.collect()
+        alive = [each for each in gc.get_objects() if isinstance(each, CompactVLA)]
+        assert [each is algorithm.policy.model for each in alive] == [True]
+        raise Captured
+
+    monkeypatch.setattr(training, "SharedMemoryVecEnv", lambda makers, num_workers: toy_vec(4, chunk=5, action_dim=4))
+    monkeypatch.setattr(PPO, "learn", learn)
+    gc.collect()
+    with pytest.raises(Captured):
+        start(tmp_path, PPOConfig(num_envs=4, decisions=4, batch_size=16, device="cpu"), suite="MT10")
 
 
 @pytest.mark.parametrize("kind", ["constant", "linear", "cosine"])

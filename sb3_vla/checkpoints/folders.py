@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -93,7 +94,7 @@ def read_weights(files: Iterable[Path]) -> dict[str, Tensor]:
             raise FileNotFoundError(f"{path.parent} lacks {path.name}, which its index names")
         try:
             if path.suffix in (".pt", ".bin"):
-                tensors |= torch.load(path, map_location="cpu", weights_only=True)
+                tensors |= torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
             else:
                 tensors |= load_file(path)
         except (SafetensorError, RuntimeError, OSError, EOFError, TypeError) as error:

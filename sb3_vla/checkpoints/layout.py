@@ -63,8 +63,25 @@ def read_tensors(folder: Path, name: str, purpose: str) -> dict[str, Tensor]:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a safetensors file, each tensor with its own memory."""
-    save_file({key: value.detach().cpu().clone().contiguous() for key, value in tensors.items()}, path)
+    """Write a safetensors file; tensors may be on any device and share memory."""
+    save_file(apart(tensors), path)
+
+
+def apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors as safetensors takes them: on the CPU, contiguous, and each with a memory of its own.
+
+    Those that are so already, which is most of a model on the CPU, are not copied.
+    """
+    found: dict[str, Tensor] = {}
+    taken: set[int] = set()
+    for key, value in tensors.items():
+        value = value.detach().cpu().contiguous()
+        memory = value.untyped_storage()
+        if memory.data_ptr() in taken or memory.nbytes() != value.nbytes:
+            value = value.clone()
+        taken.add(value.untyped_storage().data_ptr())
+        found[key] = value
+    return found
 
 
 def load_weights(

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from mw_envs.tasks import did_you_mean
 from sb3_vla.checkpoints import native
@@ -27,16 +30,24 @@ READERS: dict[str, Callable[..., LoadedCheckpoint]] = {
 }
 
 
-def load_checkpoint(source: str | Path, options: Mapping[str, Any] | None = None) -> LoadedCheckpoint:
+def load_checkpoint(
+    source: str | Path, options: Mapping[str, Any] | None = None, *, weights: bool = True
+) -> LoadedCheckpoint:
     """Read a checkpoint: our own, or one as others publish it.
 
     :param source: folder; of a published one also ``hf://owner/name`` or ``hf://owner/name@revision`` on the
         Hugging Face hub.
     :param options: of a published one, those of its reader, such as :func:`sb3_vla.checkpoints.pi0.load_pi0` or
         :func:`sb3_vla.checkpoints.openvla_oft.load_openvla_oft`; ours says everything itself.
+    :param weights: False for what it tells besides: the model is on the meta device, where it has sizes alone. Files
+        are mapped into memory then, and not read.
     :raises FileNotFoundError: if it is not there or incomplete; the message says what is missing.
     :raises ValueError: if it is damaged or does not fit its own configuration, or its reader has no such option.
     """
+    if not weights:
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".* is a no-op")
+            return load_checkpoint(source, options)
     folder = _folder(source)
     finish_exchange(folder)
     kind = native.published_kind(folder)

@@ -38,6 +38,8 @@ OF_A_CHECKPOINT = (
 )
 #: numbers of a state and of an action in the environment
 ENVIRONMENT_DIM = 4
+# Read at a time for a digest: weights need not fit into memory for it.
+_BLOCK_BYTES = 2**20
 
 
 @dataclass
@@ -210,7 +212,9 @@ def checkpoint_digest(folder: str | Path) -> str:
     for path in (place_of_configuration(folder) / "config.json", *tensors, *tokenizer):
         if not path.is_file():
             raise FileNotFoundError(f"Checkpoint {folder} has no {path.name}")
-        digest.update(path.read_bytes())
+        with path.open("rb") as file:
+            while block := file.read(_BLOCK_BYTES):
+                digest.update(block)
     return digest.hexdigest()
 
 

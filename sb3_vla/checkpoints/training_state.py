@@ -18,7 +18,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from sb3_vla.checkpoints.layout import apart
 from sb3_vla.errors import DamagedError
+from sb3_vla.frozen import Unfrozen
 from sb3_vla.sharding import load_optimizer_state
 
 _TENSORS, _VALUES = "training_state.safetensors", "training_state.json"
@@ -26,13 +28,13 @@ _TENSORS, _VALUES = "training_state.safetensors", "training_state.json"
 
 def save_training_state(
     folder: Path,
-    modules: Mapping[str, nn.Module],
+    modules: Mapping[str, nn.Module | Unfrozen],
     optimizer_state: Mapping[int, Mapping[str, Any]],
     values: Mapping[str, Any],
 ) -> None:
     """Write the state of a training: what is given, and the process's generators (torch, CUDA, NumPy, Python).
 
-    :param modules: modules by name.
+    :param modules: modules by name, or those parts of them that are not elsewhere.
     :param optimizer_state: as ``whole_optimizer_state`` gives it.
     :param values: JSON values to get back, such as counters.
     """
@@ -43,18 +45,18 @@ def save_training_state(
         tensors.update({f"{name}.{key}": tensor for key, tensor in module.state_dict().items()})
     for index, state in optimizer_state.items():
         tensors.update({f"optimizer.{index}.{key}": torch.as_tensor(value) for key, value in state.items()})
-    # Each tensor its own memory: safetensors refuses tensors that share some.
-    save_file({key: tensor.detach().cpu().clone().contiguous() for key, tensor in tensors.items()}, folder / _TENSORS)
+    save_file(apart(tensors), folder / _TENSORS)
     generators = {"numpy": np.random.get_state(legacy=False), "python": random.getstate()}
     contents = json.dumps({"generators": generators, "values": dict(values)}, default=lambda value: value.tolist())
     (folder / _VALUES).write_text(contents, encoding="utf-8")
 
 
 def load_training_state(
-    folder: Path, modules: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer
+    folder: Path, modules: Mapping[str, nn.Module | Unfrozen], optimizer: torch.optim.Optimizer
 ) -> dict[str, Any]:
     """Bring modules, optimiser and the process's generators to a saved state.
 
+    :param modules: of which the first has the optimiser's parameters.
     :return: the values saved with it.
     :raises DamagedError: if a file is missing or not whole; nothing was changed then.
     :raises ValueError: if the folder holds the state of other modules, or of an earlier version.
@@ -84,7 +86,8 @@ def load_training_state(
             module.load_state_dict(weights[name])
         except RuntimeError as error:
             raise ValueError(f"{folder} does not hold the state of this {name}: {error}") from error
-    load_optimizer_state(optimizer, optimizer_state)
+    trained: Any = next(iter(modules.values()))
+    load_optimizer_state(optimizer, trained, optimizer_state)
     np.random.set_state(contents["generators"]["numpy"])
     version, internal, gauss = contents["generators"]["python"]
     random.setstate((version, tuple(internal), gauss))

@@ -168,6 +168,8 @@ def merge_adapter(
         if settings.get(name):
             raise ValueError(f"The adapter has {name}={settings[name]!r}, which is not read; merge it by peft first")
     parts = {key.removeprefix(_SAVED).replace(f".{_ADAPTER}.", "."): value for key, value in adapter.items()}
+    device = torch.get_default_device()  # meta where a model is only described: nothing is added up then
+    weights, parts = ({key: value.to(device) for key, value in some.items()} for some in (weights, parts))
     merged = dict(weights)
     for key, down in parts.items():
         layer, _, part = key.rpartition(".lora_")
