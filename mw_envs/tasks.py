@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 DIFFICULTIES = ("easy", "medium", "hard", "very_hard")
 GOALS_PER_TASK = 50
-INSTRUCTION_BYTES = 64
+INSTRUCTION_BYTES = 64  # of an observation, where nothing else is said
 
 
 @dataclass(frozen=True)
@@ -124,18 +124,23 @@ def select_tasks(suite: str, split: str = "train", tasks: Sequence[str] | None =
     return tuple(tasks)
 
 
-def encode_instruction(instruction: str) -> npt.NDArray[np.uint8]:
-    """UTF-8 bytes of an instruction, zero padded: uint8, shape (64,).
+def encode_instruction(
+    instruction: str, length: int = INSTRUCTION_BYTES, owner: str = "an observation"
+) -> npt.NDArray[np.uint8]:
+    """UTF-8 bytes of an instruction, zero padded: uint8, shape (length,).
 
-    :raises ValueError: if the sentence is longer than 64 bytes, is empty or holds a zero byte.
+    :param length: what the environment's ``instruction_bytes`` says.
+    :param owner: whose instruction it is, for the message.
+    :raises ValueError: if the sentence is longer than that, is empty or holds a zero byte.
     """
     encoded = instruction.encode("utf-8")
-    if not 0 < len(encoded) <= INSTRUCTION_BYTES or 0 in encoded:
+    if not 0 < len(encoded) <= length or 0 in encoded:
+        advice = f"; make the environment with instruction_bytes={len(encoded)} or more" if len(encoded) > length else ""
         raise ValueError(
-            f"An instruction must be 1 to {INSTRUCTION_BYTES} bytes of UTF-8 without zeros; "
-            f"got {len(encoded)} bytes: {instruction!r}"
+            f"The instruction of {owner} must be 1 to {length} bytes of UTF-8 without zeros; "
+            f"got {len(encoded)} bytes: {instruction!r}{advice}"
         )
-    padded = np.zeros(INSTRUCTION_BYTES, dtype=np.uint8)
+    padded = np.zeros(length, dtype=np.uint8)
     padded[: len(encoded)] = np.frombuffer(encoded, dtype=np.uint8)
     return padded
 

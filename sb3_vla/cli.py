@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.markup import escape
 from safetensors import SafetensorError
 
-from mw_envs.tasks import select_tasks
+from mw_envs.tasks import INSTRUCTION_BYTES, select_tasks
 from sb3_vla import doctor
 from sb3_vla.config import ConfigError, load_config, to_yaml
 from sb3_vla.distributed import current_ranks, torchrun
@@ -74,6 +74,7 @@ class SFTCommand:
     :param output: folder of the checkpoint.
     :param image_size: shrink the pictures to this while loading.
     :param rename: the dataset's feature names to ours.
+    :param instruction_bytes: bytes of UTF-8 that a sentence may have.
     """
 
     data: str = "demonstrations"
@@ -81,6 +82,7 @@ class SFTCommand:
     image_size: int | None = None
     tasks: list[str] | None = None
     rename: dict[str, str] = field(default_factory=dict)
+    instruction_bytes: int = INSTRUCTION_BYTES
     sft: SFTConfig = field(default_factory=SFTConfig)
 
 
@@ -187,7 +189,11 @@ def run_sft(command: SFTCommand, console: Console) -> None:
     from sb3_vla.sft import sft
 
     data = Demonstrations.load(
-        command.data, tasks=command.tasks, image_size=command.image_size, rename=command.rename or None
+        command.data,
+        tasks=command.tasks,
+        image_size=command.image_size,
+        rename=command.rename or None,
+        instruction_bytes=command.instruction_bytes,
     )
     output = Path(command.output)
     refuse_other_files(output)  # before the work
@@ -209,7 +215,7 @@ def run_train(command: TrainCommand, console: Console) -> None:
     """``sb3-vla train``."""
     from sb3_vla.checkpoints import checkpoint_digest, load_checkpoint
     from sb3_vla.demonstrations import Demonstrations
-    from sb3_vla.training import train
+    from sb3_vla.training import train, view_of
 
     name = command.algorithm
     config = command.grpo if name == "grpo" else command.ppo
@@ -222,8 +228,12 @@ def run_train(command: TrainCommand, console: Console) -> None:
             if command.data is not None:
                 if config.rehearsal_coef == 0:
                     raise ConfigError(f"data={command.data} is for rehearsal; set {name}.rehearsal_coef as well")
-                size = load_checkpoint(command.checkpoint, command.model_kwargs).model.image_size[0]
-                data = Demonstrations.load(command.data, image_size=size)
+                start = load_checkpoint(command.checkpoint, command.model_kwargs)
+                data = Demonstrations.load(
+                    command.data,
+                    image_size=start.model.image_size[0],
+                    instruction_bytes=view_of(start.notes).get("instruction_bytes", INSTRUCTION_BYTES),
+                )
             train(
                 run,
                 name,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -16,7 +15,7 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
-from mw_envs.tasks import encode_instruction
+from mw_envs.tasks import INSTRUCTION_BYTES, encode_instruction
 from sb3_vla.checkpoints import load_checkpoint, save_checkpoint
 from sb3_vla.checkpoints.native import NORMALISED
 from sb3_vla.checkpoints.training_state import load_training_state, save_training_state
@@ -29,8 +28,6 @@ from sb3_vla.precision import autocast, get_device
 from sb3_vla.sharding import whole_optimizer_state
 from sb3_vla.stopping import Stopped, stop_request
 
-# A deviation of nothing (a gripper that never moves) must not blow up what is divided by it.
-_SMALLEST_STD = 1e-2
 _VALIDATION_SAMPLES = 1024
 
 
@@ -124,7 +121,8 @@ class DemonstrationBatches:
         self.horizon = horizon
         self.shift = shift
         self.generator = np.random.default_rng(seed)
-        self._instructions = np.stack([encode_instruction(text) for text in demonstrations.instructions])
+        length = demonstrations.instruction_bytes
+        self._instructions = np.stack([encode_instruction(text, length) for text in demonstrations.instructions])
 
     def sample(self, size: int, rows: np.ndarray | None = None) -> tuple[dict[str, Tensor], Tensor, Tensor]:
         """A batch with replacement: observation, actions (N, H, A), mask (N, H).
@@ -210,8 +208,9 @@ def sft(
 
     schedule = get_cosine_schedule_with_warmup(optimizer, config.warmup_steps, config.steps)
     history: list[dict[str, float]] = []
+    length = demonstrations.instruction_bytes
     notes = {
-        "view": demonstrations.camera,
+        "view": demonstrations.camera | ({} if length == INSTRUCTION_BYTES else {"instruction_bytes": length}),
         "sft": {"steps": config.steps, "batch_size": config.batch_size, "frames": len(demonstrations)},
     }
     modules = {"model": model, "averaged": averaged}
@@ -250,8 +249,9 @@ def sft(
             if on_step is not None and ranks.leads:
                 on_step(row)
             recent = np.mean([r["train_loss"] for r in history[-50:]])
-            shown = next((r["validation_loss"] for r in reversed(history) if "validation_loss" in r), math.nan)
-            bar.update(task, advance=1, losses=f"loss {recent:.3f}  validation {shown:.3f}")
+            validated = next((r["validation_loss"] for r in reversed(history) if "validation_loss" in r), None)
+            shown = "" if validated is None else f"  validation {validated:.3f}"
+            bar.update(task, advance=1, losses=f"loss {recent:.3f}{shown}")
             stopped_by = stop.common(ranks)
             due = step < config.steps and (step % checkpoint_interval == 0 or stopped_by is not None)
             if save_state is not None and ranks.leads and due:
@@ -326,14 +326,14 @@ def _make_model(demonstrations: Demonstrations, config: SFTConfig) -> VLAModel:
 
 
 def _statistics(demonstrations: Demonstrations, model: VLAModel) -> dict[str, Tensor]:
-    """Statistics of the data, those that the model has a place for, none of them a range of next to nothing."""
-    found: dict[str, Tensor] = {}
-    for name, values in demonstrations.statistics().items():
-        values["std"] = np.maximum(values["std"], _SMALLEST_STD)
-        values["q99"] = np.maximum(values["q99"], values["q01"] + 2 * _SMALLEST_STD)
-        found |= {f"{name}_{statistic}": torch.from_numpy(value) for statistic, value in values.items()}
+    """Statistics of the data, those that the model has a place for."""
     places = dict(model.named_buffers())
-    return {name: value for name, value in found.items() if name in places}
+    return {
+        f"{name}_{statistic}": torch.from_numpy(value)
+        for name, values in demonstrations.statistics().items()
+        for statistic, value in values.items()
+        if f"{name}_{statistic}" in places
+    }
 
 
 def _validation_batches(
