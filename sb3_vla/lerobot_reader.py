@@ -154,10 +154,13 @@ class LeRobotReader:
         if np.array_equal(episodes, expected) and (np.diff(frames)[within] >= 0).all():
             return np.arange(len(frames))
         order = np.lexsort((frames, episodes))
-        if not np.array_equal(episodes[order], expected) or not (np.diff(frames[order])[within] > 0).all():
+        fits = episodes[order] == expected
+        fits[1:] &= (np.diff(frames[order]) > 0) | ~within
+        if not fits.all():
+            number = expected[np.argmin(fits)]
             raise ValueError(
-                f"The data files of {self.root} do not hold the episodes of meta/episodes, each with its frames by "
-                "episode_index and frame_index. Download it again."
+                f"The data files of {self.root} do not hold the episodes of meta/episodes: by episode_index and "
+                f"frame_index, frames of episode {number} are missing or there twice. Download it again."
             )
         return order
 

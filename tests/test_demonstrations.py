@@ -696,7 +696,7 @@ def test_damaged_and_empty_datasets(tmp_path: Path) -> None:
     again = table.take(pa.array([5, 5, *range(2, 20)]))  # a frame twice, and not in order
     for damaged in (twice, again):
         pq.write_table(damaged, data)
-        with pytest.raises(ValueError, match="do not hold the episodes of meta/episodes"):
+        with pytest.raises(ValueError, match=r"do not hold the episodes of meta/episodes: .*frames of episode 0 are"):
             Demonstrations.load(tmp_path / "set")
     episodes = tmp_path / "set/meta/episodes/chunk-000/file-000.parquet"
     pq.write_table(pq.read_table(episodes).slice(0, 0), episodes)
