@@ -135,7 +135,9 @@ def encode_instruction(
     """
     encoded = instruction.encode("utf-8")
     if not 0 < len(encoded) <= length or 0 in encoded:
-        advice = f"; make the environment with instruction_bytes={len(encoded)} or more" if len(encoded) > length else ""
+        advice = (
+            f"; make the environment with instruction_bytes={len(encoded)} or more" if len(encoded) > length else ""
+        )
         raise ValueError(
             f"The instruction of {owner} must be 1 to {length} bytes of UTF-8 without zeros; "
             f"got {len(encoded)} bytes: {instruction!r}{advice}"
@@ -148,3 +150,19 @@ def encode_instruction(
 def decode_instruction(encoded: npt.NDArray[np.uint8]) -> str:
     """Inverse of :func:`encode_instruction`."""
     return bytes(np.asarray(encoded, dtype=np.uint8)).rstrip(b"\0").decode("utf-8")
+
+
+def fit_instruction(encoded: npt.NDArray[np.uint8], length: int) -> npt.NDArray[np.uint8]:
+    """Encoded instructions, (..., L), with as many zeros at their end as makes them (..., length).
+
+    :raises ValueError: if one has more bytes than that; the message shows it.
+    """
+    missing = length - encoded.shape[-1]
+    if missing < 0 and encoded[..., length:].any():
+        longest = next(row for row in encoded.reshape(-1, encoded.shape[-1]) if row[length:].any())
+        raise ValueError(
+            f"The instruction {decode_instruction(longest)!r} is longer than the {length} bytes that are read"
+        )
+    if missing <= 0:
+        return encoded[..., :length]
+    return np.concatenate([encoded, np.zeros((*encoded.shape[:-1], missing), encoded.dtype)], axis=-1)

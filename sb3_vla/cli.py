@@ -215,7 +215,7 @@ def run_train(command: TrainCommand, console: Console) -> None:
     """``sb3-vla train``."""
     from sb3_vla.checkpoints import checkpoint_digest, load_checkpoint
     from sb3_vla.demonstrations import Demonstrations
-    from sb3_vla.training import train, view_of
+    from sb3_vla.training import train
 
     name = command.algorithm
     config = command.grpo if name == "grpo" else command.ppo
@@ -232,7 +232,7 @@ def run_train(command: TrainCommand, console: Console) -> None:
                 data = Demonstrations.load(
                     command.data,
                     image_size=start.model.image_size[0],
-                    instruction_bytes=view_of(start.notes).get("instruction_bytes", INSTRUCTION_BYTES),
+                    instruction_bytes=start.notes.get("view", {}).get("instruction_bytes", INSTRUCTION_BYTES),
                 )
             train(
                 run,

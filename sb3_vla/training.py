@@ -487,7 +487,7 @@ def _refuse_early(make: Callable[[], gym.Env], renderer: str) -> None:
 
 def _seen(options: Mapping[str, Any]) -> dict[str, Any]:
     """Of the options of environments those that say what a policy sees."""
-    names = ("image_size", "camera", "crop", "instruction_bytes", "privileged_state", "elapsed_time")
+    names = ("image_size", "camera", "crop", "privileged_state", "elapsed_time")
     return {name: options[name] for name in names if name in options}
 
 
@@ -540,13 +540,11 @@ def _policy_kwargs(
 def view_of(notes: dict[str, Any]) -> dict[str, Any]:
     """Camera and crop that a checkpoint's model was trained on; the full default view if it does not say.
 
-    Where pictures were drawn at another size than the model reads them, also that size; where sentences were longer
-    than the environment's, also their length.
+    Where pictures were drawn larger than the model reads them, also the size.
     """
     camera = notes.get("view", {})
-    named = {"image_size": "render_size", "instruction_bytes": "instruction_bytes"}
-    further = {option: camera[note] for option, note in named.items() if note in camera}
-    return {"camera": camera.get("camera", "corner2"), "crop": camera.get("crop"), **further}
+    drawn = {"image_size": camera["render_size"]} if "render_size" in camera else {}
+    return {"camera": camera.get("camera", "corner2"), "crop": camera.get("crop"), **drawn}
 
 
 class _RunMetrics(KVWriter):
