@@ -122,7 +122,9 @@ class DemonstrationBatches:
         self.shift = shift
         self.generator = np.random.default_rng(seed)
         length = demonstrations.instruction_bytes
-        self._instructions = np.stack([encode_instruction(text, length) for text in demonstrations.instructions])
+        self._instructions = np.stack(
+            [encode_instruction(text, length, "the demonstrations") for text in demonstrations.instructions]
+        )
 
     def sample(self, size: int, rows: np.ndarray | None = None) -> tuple[dict[str, Tensor], Tensor, Tensor]:
         """A batch with replacement: observation, actions (N, H, A), mask (N, H).
