@@ -21,7 +21,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 from rich.console import Console
 
-from mw_envs.tasks import select_tasks
+from mw_envs.tasks import INSTRUCTION_BYTES, select_tasks
 from sb3_vla import doctor
 from sb3_vla.command import run_command
 from sb3_vla.config import ConfigError, deciding_settings, load_config, to_yaml
@@ -74,6 +74,7 @@ class SFTCommand:
     :param output: folder of the checkpoint.
     :param image_size: shrink the pictures to this while loading.
     :param rename: the dataset's feature names to ours.
+    :param instruction_bytes: bytes of UTF-8 that a sentence may have.
     :param overwrite: replace a checkpoint that is there.
     """
 
@@ -82,6 +83,7 @@ class SFTCommand:
     image_size: int | None = None
     tasks: list[str] | None = None
     rename: dict[str, str] = field(default_factory=dict)
+    instruction_bytes: int = INSTRUCTION_BYTES
     sft: SFTConfig = field(default_factory=SFTConfig)
     overwrite: bool = False
 
@@ -193,12 +195,18 @@ def run_sft(command: SFTCommand, console: Console) -> None:
 
     output = finish_exchange(command.output)
     refuse_other_files(output)  # before the work
-    inputs = {
+    load: dict[str, Any] = {
+        "tasks": command.tasks,
+        "image_size": command.image_size,
+        "rename": command.rename or None,
+        "instruction_bytes": command.instruction_bytes,
+    }
+    inputs: dict[str, Any] = {
         "sft": deciding_settings(command.sft),
         "options": deciding_options(command.sft.model_kwargs),
         "checkpoint": checkpoint_identity(command.sft.checkpoint),
         "data": data_identity(command.data),
-        "load": {"tasks": command.tasks, "image_size": command.image_size, "rename": command.rename},
+        "load": load,
     }
     # Until the result is there, what a second start goes on from after an interrupt.
     unfinished = hidden_beside(output, "unfinished")
@@ -213,9 +221,7 @@ def run_sft(command: SFTCommand, console: Console) -> None:
             "overwrite=true to replace it"
         )
     with SharedRun(unfinished, command) as run:
-        data = Demonstrations.load(
-            command.data, tasks=command.tasks, image_size=command.image_size, rename=command.rename or None
-        )
+        data = Demonstrations.load(command.data, **load)
         with run.stage("sft", inputs) as stage:
             result = sft(
                 data,
@@ -258,7 +264,11 @@ def run_train(command: TrainCommand, console: Console) -> None:
             data = None
             if command.data is not None:
                 start = load_checkpoint(command.checkpoint, command.model_kwargs, weights=False)
-                data = Demonstrations.load(command.data, image_size=start.model.image_size[0])
+                data = Demonstrations.load(
+                    command.data,
+                    image_size=start.model.image_size[0],
+                    instruction_bytes=start.notes.get("view", {}).get("instruction_bytes", INSTRUCTION_BYTES),
+                )
             train(
                 run,
                 name,

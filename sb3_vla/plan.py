@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from mw_envs.tasks import did_you_mean, select_tasks
+from mw_envs.tasks import INSTRUCTION_BYTES, did_you_mean, select_tasks
 from sb3_vla.cluster import ClusterOptions
 from sb3_vla.config import ConfigError
 from sb3_vla.filming import TrainingFilms
@@ -214,6 +214,7 @@ def _load(recipe: Recipe, suite: str, split: str) -> dict[str, Any]:
         "rename": None if own else dict(recipe.data.rename) or None,
         "tasks": tasks,
         "image_size": recipe.data.image_size,
+        "instruction_bytes": INSTRUCTION_BYTES if own else recipe.data.instruction_bytes,
     }
 
 

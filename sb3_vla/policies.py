@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import register_dataclass
 
-from mw_envs.tasks import INSTRUCTION_BYTES, fit_instruction
+from mw_envs.tasks import INSTRUCTION_BYTES, did_you_mean, fit_instruction
 from sb3_vla.checkpoints import LoadedCheckpoint, load_checkpoint
 from sb3_vla.checkpoints.loading import takes_options
 from sb3_vla.distributions import Trace, default_distribution, make_distribution
@@ -28,12 +29,14 @@ from sb3_vla.models import Context, Pi0, VLAModel, make_model
 from sb3_vla.models.base import is_perceived
 from sb3_vla.models.lora import prepare_training
 from sb3_vla.models.prompts import same_tokenizer
+from sb3_vla.models.resizing import resize_by_area
 from sb3_vla.paths import local_path
 from sb3_vla.sharding import as_shards, in_shards, is_sharded
 
 MODEL_KEYS = ("image", "state", "instruction")
 #: observations that only the critic reads, where an environment gives them
 CRITIC_KEYS = ("privileged_state", "elapsed_time")
+RESIZES = ("model", "area")
 _LARGEST_NATIVE_IMAGE = 128
 _DEFAULT_IMAGE = 96
 
@@ -86,6 +89,8 @@ class VLAPolicy(BasePolicy):
     :param frozen_bf16: keep a frozen backbone's weights in bfloat16, which halves their memory; what is trained, and
         adapters, stay float32. pi0 and pi0.5 alone.
     :param gradient_checkpointing: see :meth:`sb3_vla.models.VLAModel.set_gradient_checkpointing`.
+    :param resize: how pictures of another size than the model reads are brought to it: ``model`` for the model's own
+        way, or ``area`` for that of demonstrations that are shrunk while they are loaded; None for the checkpoint's.
     :param compile: arguments of ``torch.compile``, such as ``{"mode": "reduce-overhead"}``, for the towers of pi0 and
         pi0.5; ``{}`` for its defaults, None to run them as they are.
     :param cache_perception: whether a rollout keeps what a frozen backbone perceived instead of the picture, so that an
@@ -114,6 +119,7 @@ class VLAPolicy(BasePolicy):
         lora: Mapping[str, Any] | None = None,
         frozen_bf16: bool = False,
         gradient_checkpointing: bool = False,
+        resize: str | None = None,
         compile: Mapping[str, Any] | None = None,
         cache_perception: bool | None = None,
         optimizer_class: type[torch.optim.Optimizer] = torch.optim.Adam,
@@ -141,6 +147,9 @@ class VLAPolicy(BasePolicy):
             _check_checkpoint(checkpoint, loaded, model, asked)
             self.model: VLAModel = loaded.model
             model, model_kwargs = loaded.model_name, loaded.model_kwargs
+            view = loaded.notes.get("view", {})
+            resize = view.get("resize") if resize is None else resize
+            _check_size(checkpoint, view, observation_space["image"], self._channels_first)
         else:
             model = "compact" if model is None else model
             model_kwargs = {
@@ -152,6 +161,9 @@ class VLAPolicy(BasePolicy):
             }
             self.model = make_model(model, model_kwargs)
         self._check_model(action_dim)
+        self._resize = "model" if resize is None else resize
+        if self._resize not in RESIZES:
+            raise ValueError(f"Unknown resize={self._resize!r}; {did_you_mean(self._resize, RESIZES)}")
         trainable = self.model.default_trainable if trainable is None else trainable
         if lora is None and trainable == "lora":
             lora = {}
@@ -207,6 +219,7 @@ class VLAPolicy(BasePolicy):
             "lora": None if lora is None else dict(lora),
             "frozen_bf16": frozen_bf16,
             "gradient_checkpointing": gradient_checkpointing,
+            "resize": self._resize,
             "compile": None if compile is None else dict(compile),
             "cache_perception": cache_perception,
             "optimizer_class": optimizer_class,
@@ -358,6 +371,8 @@ class VLAPolicy(BasePolicy):
         image = prepared["image"]
         if not self._channels_first and image.shape[1] != 3:
             image = image.permute(0, 3, 1, 2)
+        if self._resize == "area":
+            image = resize_by_area(image, self.model.image_size)
         prepared["image"] = self.model.fit_image(image)
         if not self._caches_perception:
             return prepared
@@ -521,9 +536,27 @@ def _channels_first(image: spaces.Space) -> bool:
     return shape[2] != 3
 
 
+def _height_and_width(image: spaces.Space, channels_first: bool) -> list[int]:
+    shape = list(image.shape or ())
+    return shape[1:] if channels_first else shape[:2]
+
+
+def _check_size(checkpoint: str | Path, view: Mapping[str, Any], image: spaces.Space, channels_first: bool) -> None:
+    """Warn of pictures that are not drawn at the size at which those were that the model has learned from."""
+    found = _height_and_width(image, channels_first)
+    drawn = np.broadcast_to(view.get("render_size", found), 2).tolist()
+    if found != drawn:
+        warnings.warn(
+            f"The model of {checkpoint} was trained on pictures that were drawn with {drawn[0]}x{drawn[1]} pixels and "
+            f"brought to its size; the environment's have {found[0]}x{found[1]} and look different. Make it with "
+            f"image_size={view['render_size']}",
+            stacklevel=3,
+        )
+
+
 def _native_image_size(image: spaces.Space, channels_first: bool) -> int:
     """The observation's own size where a small model can read it as it is."""
-    height, width = (image.shape or ())[1:] if channels_first else (image.shape or ())[:2]
+    height, width = _height_and_width(image, channels_first)
     if height == width and height % 16 == 0 and 32 <= height <= _LARGEST_NATIVE_IMAGE:
         return height
     return _DEFAULT_IMAGE
@@ -560,13 +593,13 @@ def load_policy(
     model = loaded.model
     name, options = loaded.distribution or (default_distribution(model), {})
     state_dim = int(model.config.get("state_dim", 4))
-    size = loaded.notes.get("view", {}).get("render_size")
-    picture = (size, size) if size else model.image_size
+    view = loaded.notes.get("view", {})
+    picture = np.broadcast_to(view.get("render_size", model.image_size), 2).tolist()
     observation_space = spaces.Dict(
         {
             "image": spaces.Box(0, 255, (*picture, 3), np.uint8),
             "state": spaces.Box(-np.inf, np.inf, (state_dim,), np.float32),
-            "instruction": spaces.Box(0, 255, (INSTRUCTION_BYTES,), np.uint8),
+            "instruction": spaces.Box(0, 255, (view.get("instruction_bytes", INSTRUCTION_BYTES),), np.uint8),
         }
     )
     chunk = model.action_horizon - model.first_action if action_chunk is None else action_chunk

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from mw_envs.tasks import did_you_mean
+from mw_envs.tasks import INSTRUCTION_BYTES, did_you_mean
 from sb3_vla.cluster import ClusterOptions, PlacementError
 from sb3_vla.config import ConfigError, leaves, load_config, read_layers
 from sb3_vla.paths import local_path
@@ -346,6 +346,7 @@ class DataSection:
     :param noise_std: of the pushes that lead an expert off its path.
     :param image_size: side of the pictures that are kept, which is what the model reads.
     :param crop: window of the view that experts are shown in: ``workspace``, or ``full``.
+    :param instruction_bytes: bytes of UTF-8 that a sentence may have.
     """
 
     path: str | None = None
@@ -354,6 +355,7 @@ class DataSection:
     noise_std: float = 0.5
     image_size: int = 96
     crop: str = "full"
+    instruction_bytes: int = INSTRUCTION_BYTES
 
 
 @dataclass

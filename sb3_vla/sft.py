@@ -16,7 +16,7 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from mw_envs.tasks import encode_instruction
+from mw_envs.tasks import INSTRUCTION_BYTES, encode_instruction
 from sb3_vla.checkpoints import load_checkpoint, save_checkpoint
 from sb3_vla.checkpoints.native import NORMALISED, refuse_other_files
 from sb3_vla.checkpoints.training_state import load_training_state, save_training_state
@@ -31,8 +31,6 @@ from sb3_vla.precision import autocast, get_device
 from sb3_vla.sharding import whole_optimizer_state
 from sb3_vla.stopping import Stopped, stop_request
 
-# A deviation of nothing (a gripper that never moves) must not blow up what is divided by it.
-_SMALLEST_STD = 1e-2
 _VALIDATION_SAMPLES = 1024
 
 
@@ -131,7 +129,10 @@ class DemonstrationBatches:
         self.horizon = horizon
         self.shift = shift
         self.generator = np.random.default_rng(seed)
-        self._instructions = np.stack([encode_instruction(text) for text in demonstrations.instructions])
+        length = demonstrations.instruction_bytes
+        self._instructions = np.stack(
+            [encode_instruction(text, length, "the demonstrations") for text in demonstrations.instructions]
+        )
 
     def sample(self, size: int, rows: np.ndarray | None = None) -> tuple[dict[str, Tensor], Tensor, Tensor]:
         """A batch with replacement: observation, actions (N, H, A), mask (N, H).
@@ -221,6 +222,8 @@ def sft(
 
     schedule = get_cosine_schedule_with_warmup(optimizer, config.warmup_steps, config.steps)
     history: list[dict[str, float]] = []
+    length = demonstrations.instruction_bytes
+    view = demonstrations.camera | ({} if length == INSTRUCTION_BYTES else {"instruction_bytes": length})
     imitated = {
         "steps": config.steps,
         "batch_size": config.batch_size,
@@ -264,8 +267,9 @@ def sft(
             if on_step is not None and ranks.leads:
                 on_step(row)
             recent = np.mean([r["train_loss"] for r in history[-50:]])
-            shown = next((r["validation_loss"] for r in reversed(history) if "validation_loss" in r), math.nan)
-            bar.update(task, advance=1, losses=f"loss {recent:.3f}  validation {shown:.3f}")
+            validated = next((r["validation_loss"] for r in reversed(history) if "validation_loss" in r), None)
+            shown = "" if validated is None else f"  validation {validated:.3f}"
+            bar.update(task, advance=1, losses=f"loss {recent:.3f}{shown}")
             stopped_by = stop.common(ranks)
             due = step < config.steps and (step % config.checkpoint_interval == 0 or stopped_by is not None)
             if save_state is not None and ranks.leads and due:
@@ -281,7 +285,7 @@ def sft(
                 raise Stopped(stopped_by)
     averaged.cpu()
     if output is not None and ranks.leads:
-        save_checkpoint(output, averaged, notes={"view": demonstrations.camera, "sft": imitated})
+        save_checkpoint(output, averaged, notes={"view": view, "sft": imitated})
     return SFTResult(averaged, history, time.perf_counter() - started)
 
 
@@ -350,14 +354,14 @@ def _make_model(demonstrations: Demonstrations, config: SFTConfig) -> VLAModel:
 
 
 def _statistics(demonstrations: Demonstrations, model: VLAModel) -> dict[str, Tensor]:
-    """Statistics of the data, those that the model has a place for, none of them a range of next to nothing."""
-    found: dict[str, Tensor] = {}
-    for name, values in demonstrations.statistics().items():
-        values["std"] = np.maximum(values["std"], _SMALLEST_STD)
-        values["q99"] = np.maximum(values["q99"], values["q01"] + 2 * _SMALLEST_STD)
-        found |= {f"{name}_{statistic}": torch.from_numpy(value) for statistic, value in values.items()}
+    """Statistics of the data, those that the model has a place for."""
     places = dict(model.named_buffers())
-    return {name: value for name, value in found.items() if name in places}
+    return {
+        f"{name}_{statistic}": torch.from_numpy(value)
+        for name, values in demonstrations.statistics().items()
+        for statistic, value in values.items()
+        if f"{name}_{statistic}" in places
+    }
 
 
 def _validation_batches(

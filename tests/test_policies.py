@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ import stable_baselines3
 import torch
 import torch.nn.functional as F
 from gymnasium import spaces
+from PIL import Image
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import DummyVecEnv
 from torch import Tensor
@@ -24,6 +27,7 @@ from toy import TINY, ToyEnv, stir, tiny_model, toy_ppo, toy_vec
 from mw_envs import encode_instruction, fit_instruction
 from sb3_vla import PPO, VLAPolicy
 from sb3_vla.checkpoints import save_checkpoint
+from sb3_vla.lerobot_reader import decode_picture
 from sb3_vla.policies import load_policy
 
 
@@ -71,8 +75,6 @@ def test_both_orders_of_the_pictures_axes_give_the_same_action() -> None:
 
 
 def test_large_pictures_are_shrunk_as_pillow_does() -> None:
-    from PIL import Image
-
     policy = policy_for(ToyEnv(image_size=480))
     assert policy.model.image_size == (96, 96)
     generator = np.random.default_rng(0)
@@ -416,6 +418,49 @@ def test_a_policy_to_act_with_from_a_checkpoint_alone(
     np.testing.assert_array_equal(action.reshape(2, -1, 4), whole[:, : action.reshape(2, -1, 4).shape[1]])
     with pytest.raises(ValueError, match="action_chunk <= 3"):
         load_policy(tmp_path / "sft", 4)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (48, 80), (20, 40)])
+def test_a_policy_brings_pictures_to_its_size_as_loading_did(tmp_path: Path, size: tuple[int, int]) -> None:
+    image = np.random.default_rng(0).integers(0, 256, (1, *size, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(image[0]).save(buffer, "PNG")
+    view = {"render_size": size[0] if size[0] == size[1] else list(size), "resize": "area"}
+    model = tiny_model()
+    save_checkpoint(tmp_path / "sft", model, notes={"view": view})
+    policy = load_policy(tmp_path / "sft")
+    assert policy.observation_space["image"].shape == (*size, 3)  # type: ignore[index]
+    observation = {**observations(1), "image": image}
+    prepared = policy.prepare(tensors(observation))["image"][0].permute(1, 2, 0).numpy()
+    np.testing.assert_array_equal(prepared, decode_picture(buffer.getvalue(), 32))
+    save_checkpoint(tmp_path / "small", model)
+    expected = load_policy(tmp_path / "small").predict({**observation, "image": prepared[None]}, deterministic=True)[0]
+    np.testing.assert_array_equal(policy.predict(observation, deterministic=True)[0], expected)
+
+
+def test_an_environment_of_another_size_than_the_data_is_told(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "sft", tiny_model(), notes={"view": {"render_size": 64, "resize": "area"}})
+    options = {"policy_kwargs": {"checkpoint": str(tmp_path / "sft")}}
+    with pytest.warns(UserWarning, match=r"sft was trained on .* 64x64 .* environment's have 32x32.*image_size=64"):
+        PPO("VLAPolicy", toy_vec(action_dim=4), **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        drawn = PPO("VLAPolicy", toy_vec(action_dim=4, image_size=64), device="cpu", **options)
+    drawn.save(tmp_path / "algorithm")
+    assert PPO.load(tmp_path / "algorithm").policy.portable_kwargs["resize"] == "area"
+    with pytest.raises(ValueError, match="Unknown resize='aera'; did you mean 'area'"):
+        policy_for(ToyEnv(), resize="aera")
+
+
+def test_a_policy_reads_sentences_as_long_as_its_data_had(tmp_path: Path) -> None:
+    model = tiny_model()
+    save_checkpoint(tmp_path / "long", model, notes={"view": {"instruction_bytes": 96}})
+    save_checkpoint(tmp_path / "short", model)
+    seen = observations(1)
+    padded = {**seen, "instruction": np.pad(seen["instruction"], ((0, 0), (0, 32)))}
+    action, _ = load_policy(tmp_path / "long").predict(padded, deterministic=True)
+    expected, _ = load_policy(tmp_path / "short").predict(seen, deterministic=True)
+    np.testing.assert_allclose(action, expected, atol=1e-6)
 
 
 # --- The simulator ----------------------------------------------------------------------------------------------------

@@ -67,6 +67,7 @@ OTHERS: dict[str, Any] = {
     "actor.model.noise_kwargs": {"std": 0.7},
     "actor.model.compile": {"mode": "reduce-overhead"},
     "data.rename": {"observation.images.top": "observation.image"},
+    "data.instruction_bytes": 128,
 }
 
 
@@ -146,6 +147,7 @@ def expected_keys(context: str) -> set[str]:
     data = {key for key in keys if key.startswith("data.")}
     sft = {key for key in keys if key.startswith("sft.")}
     by_experts = {"data.episodes_per_task", "data.noise_std", "data.crop"}
+    of_others = {"data.rename", "data.instruction_bytes"}
     learning = {key for key in keys if key.startswith(("algorithm.", "rollout.", "actor.optim."))}
     learning |= {f"actor.model.{name}" for name in ("trainable", "noise_method", "num_steps", "noise_level")}
     learning |= {f"actor.model.{name}" for name in ("joint_logprob", "noise_kwargs", "final_noise_scale")}
@@ -172,9 +174,9 @@ def expected_keys(context: str) -> set[str]:
         "env.train.ignore_terminations",
     }
     return {
-        "ppo": keys - of_grpo - {"data.rename"},
-        "grpo": keys - of_gae - {"data.rename", "env.train.dense_reward"},
-        "sft": (keys - learning - {"data.rename"}) | both,
+        "ppo": keys - of_grpo - of_others,
+        "grpo": keys - of_gae - of_others - {"env.train.dense_reward"},
+        "sft": (keys - learning - of_others) | both,
         "sft of a checkpoint": (keys - learning - by_experts - {"env.train.num_workers", "env.train.renderer"}) | both,
         "ppo of a checkpoint": keys - of_grpo - data - sft - {"algorithm.rehearsal_batch_size"},
     }[context]

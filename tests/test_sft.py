@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +12,22 @@ import numpy as np
 import pytest
 import torch
 from allocated import Allocated
+from rich.progress import Progress
 from safetensors.torch import load_file
 from torch import Tensor
 from toy import SENTENCES, TARGETS, TINY, tiny_model, toy_demonstrations, toy_observation
+from toy_pi0 import TINY_PI0
 
 from sb3_vla import sft as sft_module
 from sb3_vla.checkpoints import load_checkpoint, save_checkpoint
 from sb3_vla.checkpoints.training_state import load_training_state, save_training_state
 from sb3_vla.distributions import GaussianChunk
-from sb3_vla.models import CompactVLA, VLAModel
+from sb3_vla.models import CompactVLA, DiffusionPolicy, Pi0, VLAModel
+from sb3_vla.models.normalisation import CONVENTIONS
 from sb3_vla.precision import autocast
 from sb3_vla.sft import DemonstrationBatches, SFTConfig, SFTResult, sft
 from sb3_vla.sharding import whole_optimizer_state
+from sb3_vla.training import view_of
 
 
 def config(**options: Any) -> SFTConfig:
@@ -89,6 +93,48 @@ def test_statistics_of_the_data_are_in_the_model() -> None:
     np.testing.assert_allclose(buffers["state_std"].numpy(), data.states.std(0), rtol=1e-5)
 
 
+@pytest.mark.parametrize("low", [1.0, float(np.float32(1.0 - 1e-6))], ids=["never", "hardly"])
+@pytest.mark.parametrize(
+    ("make", "read"),
+    [
+        (lambda: tiny_model(), -10.0),
+        (lambda: DiffusionPolicy(image_size=64), -11.0),
+        (lambda: DiffusionPolicy(image_size=64, normalisation={"state": "mean_std"}), -10.0),
+        *((lambda scheme=s, c=c: _pi0(scheme, c), -11.0) for s in ("min_max", "quantiles") for c in CONVENTIONS),
+    ],
+)
+def test_what_does_not_move_in_the_data_is_not_magnified(make: Callable[[], Any], read: float, low: float) -> None:
+    """A gripper that is open in all demonstrations, and closed a little afterwards."""
+    data, model = toy_demonstrations(), make()
+    data.states[:, 3], data.states[0, 3] = 1.0, low
+    model.set_statistics(sft_module._statistics(data, model))
+    state = torch.tensor([[0.0, 0.0, 0.0, 0.9]])
+    if isinstance(model, DiffusionPolicy):
+        found = model._normalise("state", state)
+    elif isinstance(model, Pi0):
+        found = model.normalise_state(state)
+    else:
+        found = (state - model.state_mean) / model.state_std
+    assert found[0, 3].item() == pytest.approx(read, abs=2e-3)
+
+
+def _pi0(scheme: str, convention: str) -> Pi0:
+    return Pi0(**TINY_PI0, state_scheme=scheme, convention=convention)
+
+
+def test_a_constant_action_is_unnormalised_to_itself() -> None:
+    data = toy_demonstrations()
+    data.actions[:, 3] = 1.0
+    for model in (tiny_model(), DiffusionPolicy(image_size=64), _pi0("mean_std", "openpi")):
+        model.set_statistics(sft_module._statistics(data, model))
+        action = torch.from_numpy(data.actions[:1])
+        again = model.unnormalise_action(model.normalise_action(action))
+        torch.testing.assert_close(again, action, atol=1e-6, rtol=0)
+        # Where the model's number moves by one, the action's moves by a hundredth: not by nothing, and not without end.
+        moved = model.unnormalise_action(model.normalise_action(action) + 1) - action
+        assert moved[0, 3].item() == pytest.approx(0.01, abs=1e-5)
+
+
 def test_the_result_has_averaged_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     """By the recursion averaged <- decay averaged + (1 - decay) weights, decay = min(0.9, step / (step + 10))."""
     path: list[list[Tensor]] = []
@@ -150,6 +196,26 @@ def test_no_validation_without_episodes_for_it() -> None:
     assert losses(run({"validation_interval": 1}), "validation_loss") == []
 
 
+@pytest.mark.parametrize(("fraction", "interval"), [(0.0, 1), (0.34, 1), (0.34, 2)])
+def test_the_bar_shows_a_validation_that_there_was(
+    monkeypatch: pytest.MonkeyPatch, fraction: float, interval: int
+) -> None:
+    shown: list[str] = []
+    real = Progress.update
+
+    def update(self: Progress, task: Any, **fields: Any) -> None:
+        shown.append(fields["losses"])
+        real(self, task, **fields)
+
+    monkeypatch.setattr(Progress, "update", update)
+    result = run({"steps": 2, "validation_fraction": fraction, "validation_interval": interval})
+    assert all(text.startswith("loss ") and "nan" not in text for text in shown)
+    validated = [fraction > 0 and step >= interval for step in (1, 2)]
+    assert ["validation" in text for text in shown] == validated
+    if fraction:
+        assert shown[-1].endswith(f"validation {losses(result, 'validation_loss')[-1]:.3f}")
+
+
 def test_batches_hold_what_they_say() -> None:
     data = toy_demonstrations()
     batches = DemonstrationBatches(data, None, 3, 0, 0)
@@ -183,6 +249,17 @@ def test_the_checkpoint_is_the_result(tmp_path: Path) -> None:
     assert same(loaded.model, result.model)
     assert loaded.notes["sft"]["steps"] == 6 and loaded.notes["view"] == {"image_size": 32}
     assert [p.name for p in tmp_path.iterdir()] == ["sft"]
+
+
+def test_a_checkpoint_says_what_its_data_showed(tmp_path: Path) -> None:
+    data = toy_demonstrations()
+    data.camera = {"crop": "workspace", "render_size": 480, "resize": "area"}
+    for length, further in ((64, {}), (96, {"instruction_bytes": 96})):
+        data.instruction_bytes = length
+        sft(data, config(steps=1), output=tmp_path / "sft", progress=False)
+        notes = load_checkpoint(tmp_path / "sft").notes
+        assert notes["view"] == {**data.camera, **further}
+        assert view_of(notes) == {"camera": "corner2", "crop": "workspace", "image_size": 480}
 
 
 def test_an_interrupted_training_leaves_the_checkpoint_before_it(tmp_path: Path) -> None:
