@@ -364,7 +364,7 @@ print(sum(sum(entry.stats.cache_misses.values()) for entry in warming._ENTRIES))
 
 @pytest.mark.parametrize("room", [2**27, 1])
 def test_threads_draw_what_one_draws(monkeypatch: pytest.MonkeyPatch, room: int) -> None:
-    """At once, of scenes that nobody has drawn yet, in views of several sizes; with room for all, or nothing, to keep."""
+    """At once, of scenes that nobody has drawn yet, in views of several sizes, with much room to keep them or none."""
     for name in ("_BACKGROUND_BYTES", "_SETTING_BYTES"):
         monkeypatch.setattr(f"mw_envs.rendering.software.{name}", room)
     simulators = [placed(task, goal) for task in ("reach-v3", "hammer-v3", "push-v3") for goal in (0, 1)]
