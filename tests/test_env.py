@@ -426,8 +426,7 @@ def test_the_length_of_instructions(fakes: Fakes) -> None:
     assert env.observation_space["instruction"].shape == observation["instruction"].shape == (100,)
     assert env.observation_space.contains(observation)
     assert decode_instruction(observation["instruction"]) == info["instruction"]
-    message = r"task drawer-open-v3 must be 1 to 8 bytes .*: 'Open a drawer'; .*=13 or more"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=r"task drawer-open-v3 must be 1 to 8 .*: 'Open a drawer'; .*=13 or more"):
         fake_env(tasks=["drawer-open-v3"], instruction_bytes=8)
     with pytest.raises(ValueError, match="instruction_bytes=0; expected a whole number of at least 1"):
         fake_env(instruction_bytes=0)
