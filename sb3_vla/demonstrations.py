@@ -199,7 +199,8 @@ class Demonstrations:
 
         What a model divides by is never next to nothing, or a number that hardly moves in the data would be magnified
         without bound where it does move: a deviation is at least 0.01, and the upper end of a range at least 0.02 above
-        the lower one.
+        the lower one. Alone the ``max`` of an action that is always the same is its ``min``: what a model gives lies
+        between the two, so it gives that action.
 
         :return: ``{"state": {...}, "action": {...}}``, each with ``mean``, ``std``, ``min``, ``max`` and the
             quantiles ``q01`` and ``q99``, float32 ``(S,)`` or ``(A,)``.
@@ -207,12 +208,13 @@ class Demonstrations:
         found = {}
         for name, values in (("state", self.states), ("action", self.actions)):
             low, high = values.min(axis=0), values.max(axis=0)
+            always = (low == high) & (name == "action")
             q01, q99 = (np.quantile(values, share, axis=0).astype(np.float32) for share in (0.01, 0.99))
             found[name] = {
                 "mean": values.mean(axis=0, dtype=np.float64).astype(np.float32),
                 "std": np.maximum(values.std(axis=0, dtype=np.float64).astype(np.float32), _SMALLEST_STD),
                 "min": low,
-                "max": np.maximum(high, low + 2 * _SMALLEST_STD),
+                "max": np.where(always, high, np.maximum(high, low + 2 * _SMALLEST_STD)),
                 "q01": q01,
                 "q99": np.maximum(q99, q01 + 2 * _SMALLEST_STD),
             }

@@ -428,6 +428,18 @@ def test_loss_by_hand(prediction: str, mask_padding: bool) -> None:
     assert found.item() == pytest.approx(total / count, rel=1e-5)
 
 
+def test_a_number_that_never_changed_is_read_as_lerobot_does() -> None:
+    """LeRobot's 2 (x - min) / width - 1, with 1e-8 in place of a width of nothing."""
+    policy = make_model("diffusion_policy", dict(TINY))
+    bounds = torch.tensor([0.0, 0.3, 1.0, -0.5])
+    policy.set_statistics({"state_min": bounds, "state_max": bounds + torch.tensor([0.0, 0.0, 0.0, 1.0])})
+    policy.set_statistics({"action_min": bounds, "action_max": bounds})
+    state = torch.tensor([[0.0, 0.3, 1.0, 0.25]])
+    torch.testing.assert_close(policy._normalise("state", state), torch.tensor([[-1.0, -1, -1, 0.5]]))  # type: ignore[operator]
+    chunk = torch.linspace(-1, 1, 5)[:, None].expand(5, 4)
+    torch.testing.assert_close(policy.unnormalise_action(chunk), bounds.expand(5, 4), atol=2e-8, rtol=0)
+
+
 def test_imitates_and_acts(tmp_path: Path) -> None:
     """SFT on toy data, what the sentences mean; the saved policy acts by them."""
     config = SFTConfig(

@@ -22,7 +22,7 @@ from sb3_vla import sft as sft_module
 from sb3_vla.checkpoints import load_checkpoint, save_checkpoint
 from sb3_vla.checkpoints.training_state import load_training_state, save_training_state
 from sb3_vla.distributions import GaussianChunk
-from sb3_vla.models import CompactVLA, DiffusionPolicy, Pi0, VLAModel
+from sb3_vla.models import CompactVLA, DiffusionPolicy, Pi0, TinyVLA, VLAModel
 from sb3_vla.models.normalisation import CONVENTIONS
 from sb3_vla.precision import autocast
 from sb3_vla.sft import DemonstrationBatches, SFTConfig, SFTResult, sft
@@ -122,17 +122,20 @@ def _pi0(scheme: str, convention: str) -> Pi0:
     return Pi0(**TINY_PI0, state_scheme=scheme, convention=convention)
 
 
-def test_a_constant_action_is_unnormalised_to_itself() -> None:
-    data = toy_demonstrations()
-    data.actions[:, 3] = 1.0
-    for model in (tiny_model(), DiffusionPolicy(image_size=64), _pi0("mean_std", "openpi")):
-        model.set_statistics(sft_module._statistics(data, model))
-        action = torch.from_numpy(data.actions[:1])
-        again = model.unnormalise_action(model.normalise_action(action))
-        torch.testing.assert_close(again, action, atol=1e-6, rtol=0)
-        # Where the model's number moves by one, the action's moves by a hundredth: not by nothing, and not without end.
-        moved = model.unnormalise_action(model.normalise_action(action) + 1) - action
-        assert moved[0, 3].item() == pytest.approx(0.01, abs=1e-5)
+@pytest.mark.parametrize("low", [1.0, float(np.float32(1.0 - 1e-6))], ids=["never", "hardly"])
+@pytest.mark.parametrize("model", [tiny_model, lambda: DiffusionPolicy(image_size=64), TinyVLA], ids=str)
+def test_actions_that_do_not_move_in_the_data(model: Callable[[], Any], low: float) -> None:
+    data, made = toy_demonstrations(), model()
+    data.actions[:, 3], data.actions[0, 3] = 1.0, low
+    made.set_statistics(sft_module._statistics(data, made))
+    action = torch.from_numpy(data.actions[1:2])
+    normalised = made.normalise_action(action)
+    assert normalised[0, 3].abs() <= 1.001
+    torch.testing.assert_close(made.unnormalise_action(normalised), action, atol=1e-6, rtol=0)
+    # Where the model's number moves by one, the action's moves by a hundredth. What a min-max model gives is clipped
+    # to the range of the data, so that one that never moved stays.
+    moved = (made.unnormalise_action(normalised + 1) - action)[0, 3].item()
+    assert moved == pytest.approx(0.0 if low == 1.0 and hasattr(made, "action_min") else 0.01, abs=1e-5)
 
 
 def test_the_result_has_averaged_weights(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,13 +17,12 @@ from torch import Tensor, nn
 from mw_envs.tasks import did_you_mean
 from sb3_vla import noise as draw
 from sb3_vla.models.base import VLAModel
+from sb3_vla.models.normalisation import normalise, unnormalise
 
 SCHEDULES = ("squaredcos_cap_v2", "linear")
 NORMALISATIONS = ("identity", "mean_std", "min_max")
 DIFFUSION_PREDICTIONS = ("epsilon", "sample", "v_prediction")
 _MOMENTS = ("mean", "std", "min", "max")
-# LeRobot's guard of a division; a number that never changes is normalised to 0 or -1.
-_EPSILON = 1e-8
 
 
 class DiffusionModel(VLAModel):
@@ -72,19 +71,10 @@ class DiffusionModel(VLAModel):
             self.register_buffer(f"{name}_{moment}", torch.full(shape, value))
 
     def _normalise(self, name: str, value: Tensor) -> Tensor:
-        offset, scale = self._offset_and_scale(name)
-        return value if offset is None or scale is None else (value - offset) / scale
+        return normalise(value, self._statistics(name), self.normalisation[name], "lerobot")
 
-    def _offset_and_scale(self, name: str) -> tuple[Tensor, Tensor] | tuple[None, None]:
-        kind = self.normalisation[name]
-        mean, std, low, high = (getattr(self, f"{name}_{moment}") for moment in _MOMENTS)
-        if kind == "identity":
-            return None, None
-        if kind == "mean_std":
-            return mean, std + _EPSILON
-        width = high - low
-        half = torch.where(width == 0, torch.full_like(width, _EPSILON), width) / 2
-        return low + half, half
+    def _statistics(self, name: str) -> dict[str, Tensor]:
+        return {moment: getattr(self, f"{name}_{moment}") for moment in _MOMENTS}
 
     def normalise_action(self, action: Tensor) -> Tensor:
         """See :meth:`VLAModel.normalise_action`."""
@@ -92,8 +82,7 @@ class DiffusionModel(VLAModel):
 
     def unnormalise_action(self, action: Tensor) -> Tensor:
         """See :meth:`VLAModel.unnormalise_action`."""
-        offset, scale = self._offset_and_scale("action")
-        return action if offset is None or scale is None else action * scale + offset
+        return unnormalise(action, self._statistics("action"), self.normalisation["action"], "lerobot")
 
     def imitation_loss(
         self,
