@@ -52,6 +52,11 @@ class ActionDistribution(nn.Module, ABC):
         """Build the distribution with what it takes from the model, such as sizes."""
         return cls(action_chunk, **options)
 
+    @property
+    def passes(self) -> int:
+        """How often an update runs the denoiser for a decision."""
+        return 1
+
     def check_trainable(self, model: VLAModel) -> None:
         """Whether an algorithm can improve the model through this distribution; for before the first rollout.
 

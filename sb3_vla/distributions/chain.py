@@ -49,6 +49,11 @@ class DenoisingChain(ActionDistribution):
         """The steps whose noise the trace accounts for."""
         return range(self.denoising_steps)
 
+    @property
+    def passes(self) -> int:
+        """See :attr:`ActionDistribution.passes`."""
+        return len(self.random_steps) if self.joint else 1
+
     @abstractmethod
     def kernel(self, model: VLAModel, context: Context, x: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The stochastic step ``index`` (R * N,) from x (R * N, H, L), and the deterministic one.

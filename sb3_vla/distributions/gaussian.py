@@ -68,6 +68,11 @@ class GaussianChunk(ActionDistribution):
         else:  # no parameter: sb3-contrib's TRPO wants a gradient of every one
             self.register_buffer("log_std", values.log().clone())
 
+    @property
+    def passes(self) -> int:
+        """See :attr:`ActionDistribution.passes`."""
+        return self.denoising_steps
+
     @classmethod
     def for_model(cls, model: VLAModel, action_chunk: int, **options: Any) -> GaussianChunk:
         """See :meth:`ActionDistribution.for_model`."""
