@@ -104,15 +104,16 @@ class LeRobotReader:
             )
         return {name: _to_numpy(table.column(column)) for name, column in zip(names, stored, strict=True)}
 
-    def images(self, rows: np.ndarray, size: int | None = None) -> np.ndarray:
+    def images(self, rows: np.ndarray, size: int | None = None, out: np.ndarray | None = None) -> np.ndarray:
         """Decode pictures.
 
         :param rows: Row numbers of the frames, ascending.
         :param size: Shrink or stretch every picture to ``size x size`` while decoding; None keeps them.
+        :param out: array to decode into, of what is returned; None for a new one.
         :return: uint8 ``(len(rows), H, W, 3)``.
         """
         height, width = (size, size) if size is not None else self.image_shape()
-        images = np.empty((len(rows), height, width, 3), dtype=np.uint8)
+        images = np.empty((len(rows), height, width, 3), dtype=np.uint8) if out is None else out
         decode = self._decode_videos if self.features[IMAGE]["dtype"] == "video" else self._decode_images
         for position, image in decode(rows, size):
             if image.shape != images.shape[1:]:

@@ -363,7 +363,7 @@ class _LiveBytes(TorchDispatchMode):
 
 @contextmanager
 def _one_of_alike(model: nn.Module, counted: _LiveBytes) -> Iterator[None]:
-    """Run one frozen layer of each kind; the others hold what it held and give what it gave, without contents."""
+    """Run one layer of each kind, of those without a gradient; the others hold what it held and give what it gave, without contents."""
     layers = [module for module in model.modules() if isinstance(module, Recomputing)]
     run: dict[Hashable, tuple[int, list[Any], Any]] = {}
     for layer in layers:
@@ -387,7 +387,7 @@ def _run_once(
         given, spec = tree_flatten((args, kwargs))
         own = [*layer.named_parameters(), *layer.named_buffers()]
         read = [*given, *(tensor for _, tensor in own)]
-        if any(isinstance(value, Tensor) and value.requires_grad for value in read):
+        if torch.is_grad_enabled() and any(isinstance(value, Tensor) and value.requires_grad for value in read):
             return forward(*args, **kwargs)
         told = tuple(_shape(value) if isinstance(value, Tensor) else repr(value) for value in read)
         key = told_layer, tuple(name for name, _ in own), str(spec), told, torch.is_autocast_enabled("cpu")

@@ -26,7 +26,7 @@ from mw_envs.tasks import did_you_mean, select_tasks
 from sb3_vla.buffers import ChunkRolloutBuffer
 from sb3_vla.checkpoints import LoadedCheckpoint, load_checkpoint, save_checkpoint
 from sb3_vla.demonstrations import Demonstrations, available_memory
-from sb3_vla.distributed import current_ranks
+from sb3_vla.distributed import current_ranks, ranks_on_this_machine
 from sb3_vla.distributions import make_distribution
 from sb3_vla.filming import Filmed, FilmEpisodes, TrainingFilms
 from sb3_vla.grpo import GRPO, groups_held
@@ -338,7 +338,7 @@ def train(
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         plan = plan_training(start.model, config, action_chunk=options["action_chunk"], ranks=ranks.count)
-        plan.check(free, available_memory())
+        plan.check(free, available_memory() // ranks_on_this_machine())
     notes = start.notes
     del start  # of its model the sizes are known now, and the plan has changed it
     own = ranks.share(config.num_envs, "num_envs")
