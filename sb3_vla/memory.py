@@ -50,6 +50,8 @@ class MemoryPlan:
     :param buffer: the rollout, which lies in the machine's own memory, not on the device.
     :param settings: what was planned, for the table.
     :param released: of the weights those that an update gives back, where they are in shards.
+    :param compared: what an update compares each decision with, and keeps in main memory beside the rollout: the
+        rollout's log-probability, mean and deviation, which are a vocabulary wide for tokens, and a reference's.
     """
 
     weights: int
@@ -62,6 +64,7 @@ class MemoryPlan:
     buffer: int
     settings: str
     released: int = 0
+    compared: int = 0
 
     @property
     def device(self) -> int:
@@ -81,6 +84,7 @@ class MemoryPlan:
             ("device, at most", self.device),
             ("perception kept per decision", self.prefix_per_decision),
             ("rollout buffer, in main memory", self.buffer),
+            ("compared with, in main memory", self.compared),
         ]
 
     def __str__(self) -> str:
@@ -91,7 +95,7 @@ class MemoryPlan:
         """Refuse what does not fit.
 
         :param available: bytes of the device; a tenth of it is left to what is not counted.
-        :param main_memory: bytes of the machine, for the rollout buffer; None where it is not known.
+        :param main_memory: bytes of the machine, for the rollout; None where it is not known.
         :raises ValueError: with the table, and what to change, what helps most first.
         """
         usable = int(available * (1 - HEADROOM))
@@ -100,9 +104,10 @@ class MemoryPlan:
                 f"This training needs {self.device / GIB:.1f} GiB on the device; {usable / GIB:.1f} GiB of its "
                 f"{available / GIB:.1f} GiB are to be had. {self._advice(usable)}\n{self}"
             )
-        if main_memory is not None and self.buffer > main_memory:
+        rollout = self.buffer + self.compared
+        if main_memory is not None and rollout > main_memory:
             raise ValueError(
-                f"The rollout buffer needs {self.buffer / GIB:.1f} GiB of main memory; {main_memory / GIB:.1f} GiB are "
+                f"The rollout buffer needs {rollout / GIB:.1f} GiB of main memory; {main_memory / GIB:.1f} GiB are "
                 f"free. Take fewer decisions or environments a rollout, or cache_perception=False\n{self}"
             )
 
@@ -205,6 +210,7 @@ def plan_memory(
             f"{world_size} rank{'s' if world_size > 1 else ''}"
         ),
         released=max(whole - gathered, 0) if world_size > 1 else 0,
+        compared=num_envs * decisions * played.compared * (1 + copies),
     )
 
 
@@ -231,13 +237,14 @@ def _gathered(model: VLAModel, whole: int) -> int:
 
 @dataclass(frozen=True)
 class _Played:
-    """Bytes of an update and of a decision at their worst moments; and of what is perceived, and drawn, for one
-    environment."""
+    """Bytes of an update and of a decision at their worst moments; and of what is perceived, drawn, and compared with
+    later, for one environment."""
 
     activations: int
     rollout: int
     prefix: int
     drawn: int
+    compared: int
 
 
 #: what was played already: recipes differ in much that it does not depend on
@@ -264,7 +271,7 @@ def _play(
     stand_in = _StandIn(model, distribution)
     fake = stand_in.fake
     activations = stand_in.run(lambda: _update(model, _observation(model, batch_size, fake), bf16, denoisings))
-    prefix = drawn = 0
+    prefix = drawn = compared = 0
 
     def decide() -> None:
         nonlocal prefix, drawn
@@ -278,9 +285,19 @@ def _play(
             _, trace = distribution.sample(model, model.encode(perceived))
         drawn = sum(map(_bytes, trace.values())) // num_envs
 
+    def compare() -> None:
+        nonlocal compared
+        assert distribution is not None
+        with autocast(bf16):
+            context = model.encode(_observation(model, 1, fake))
+            kept = distribution.transition(model, context, distribution.sample(model, context)[1])
+        compared = sum(map(_bytes, kept)) + _FLOAT  # and the log-probability
+
     with torch.no_grad():
         rollout = stand_in.run(decide)
-    return _Played(activations, rollout, prefix, drawn)
+        if distribution is not None:
+            stand_in.run(compare)
+    return _Played(activations, rollout, prefix, drawn, compared)
 
 
 class _StandIn:
@@ -363,7 +380,8 @@ class _LiveBytes(TorchDispatchMode):
 
 @contextmanager
 def _one_of_alike(model: nn.Module, counted: _LiveBytes) -> Iterator[None]:
-    """Run one layer of each kind, of those without a gradient; the others hold what it held and give what it gave, without contents."""
+    """Run one layer of each kind, of those that keep nothing for a gradient; the others hold what it held and give what
+    it gave, without contents."""
     layers = [module for module in model.modules() if isinstance(module, Recomputing)]
     run: dict[Hashable, tuple[int, list[Any], Any]] = {}
     for layer in layers:

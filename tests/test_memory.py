@@ -379,10 +379,18 @@ def test_a_plan_is_what_a_training_holds(case: str, tmp_path: Path, monkeypatch:
         for layer in algorithm.policy.modules():
             if isinstance(layer, torch.nn.Linear):  # so that episodes end otherwise
                 torch.nn.init.normal_(layer.weight, std=0.05)
+        compare = algorithm._old_policy
+
+        def comparing(*arguments: Any, **options: Any) -> Any:
+            compared.append(compare(*arguments, **options))
+            return compared[-1]
+
+        algorithm._old_policy = comparing  # type: ignore[method-assign]
         real(algorithm, 1, log_interval=1000)
         raise Captured
 
     trained: Any = None
+    compared: list[Any] = []
     real = PPO.learn
     monkeypatch.setattr(training, "SharedMemoryVecEnv", environments)
     monkeypatch.setattr(PPO, "learn", learn)
@@ -411,3 +419,6 @@ def test_a_plan_is_what_a_training_holds(case: str, tmp_path: Path, monkeypatch:
         stored = [*buffer.observations.values(), *buffer.traces.values()]
         stored += [value for value in vars(buffer).values() if isinstance(value, Tensor)]
     assert plan.buffer == pytest.approx(held(stored), rel=0.1)
+    (old,) = compared
+    numbers = [getattr(each, name) for each in (old, old.reference) if each for name in ("log_prob", "mean", "std")]
+    assert plan.compared == pytest.approx(held(numbers), rel=0.1)
