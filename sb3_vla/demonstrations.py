@@ -12,7 +12,12 @@ Letters: N frames, E episodes, B frames of a batch, H x W pixels, S state and A 
 
 from __future__ import annotations
 
+import hashlib
 import logging
+import math
+import os
+import socket
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,6 +89,10 @@ class Demonstrations:
     ) -> Demonstrations:
         """Load a LeRobot dataset v3.0 with pictures as PNG or as video.
 
+        Ranks (:mod:`sb3_vla.distributed`) must all call it. Those on one machine that load the same pictures have them
+        in memory once: the first one decodes them to a file without a name in the folder for temporary files, which all
+        of them map, read-only.
+
         :param root: Folder of the dataset.
         :param tasks: Only the episodes of these tasks; MetaWorld names, or sentences that are said in them.
         :param image_size: Bring the pictures to ``image_size x image_size`` while decoding (area average). A model that
@@ -92,7 +101,7 @@ class Demonstrations:
         :param instruction_bytes: Bytes of UTF-8 that a sentence may have.
         :raises FileNotFoundError: If the folder or one of its files is missing.
         :raises ValueError: If the dataset has another version, lacks a feature, is empty or damaged, does not have a
-            requested task, has a longer sentence, or does not fit in memory.
+            requested task, has a longer sentence, or does not fit in memory, or ranks have no room for their file.
         """
         if image_size is not None and image_size < 1:
             raise ValueError(f"image_size must be at least 1 pixel, got {image_size}")
@@ -136,7 +145,7 @@ class Demonstrations:
         index = {number: instructions.index(sentence) for number, sentence in spoken.items()}
         ends = np.cumsum(lengths[kept])
         return cls(
-            images=reader.images(rows, image_size),
+            images=_images(reader, rows, image_size),
             states=states,
             actions=np.clip(actions, -1.0, 1.0),
             instructions=instructions,
@@ -273,6 +282,62 @@ def _trial(episode: Mapping[str, Any]) -> Trial | None:
     """The trial; in a merged dataset, of which not all name it, numbers come as floats and nothing as None or NaN."""
     task = episode.get("trial/task")
     return Trial(task, int(episode["trial/seed"]), int(episode["trial/goal"])) if isinstance(task, str) else None
+
+
+def _images(reader: LeRobotReader, rows: np.ndarray, size: int | None) -> np.ndarray:
+    """Pictures of frames, once for all ranks of a machine that ask for the same."""
+    from sb3_vla.distributed import current_ranks  # imports torch, which takes seconds and which reading needs not
+
+    ranks = current_ranks()
+    wanted = (socket.gethostname(), str(reader.root.resolve()), size, hashlib.sha256(rows.tobytes()).hexdigest())
+    asked = ranks.gather(wanted)
+    first = asked.index(wanted)
+    file: Path | None = None
+    images: np.ndarray | None = None
+    error: Exception | None = None
+    shape = (len(rows), *((size, size) if size is not None else reader.image_shape()), 3)
+    try:
+        if ranks.rank == first:
+            try:
+                if asked.count(wanted) > 1:
+                    file, images = _shared_array(shape)
+                images = reader.images(rows, size, images)
+                images.setflags(write=file is None)  # what is shared nobody may change
+            except Exception as raised:  # the others shall not wait for pictures that do not come
+                error = raised
+        place, error = ranks.gather((file, error))[first]
+        if error is not None:
+            raise error
+        if images is None:
+            assert place is not None
+            images = np.memmap(place, np.uint8, "r", shape=shape)
+        ranks.wait()  # until all have opened the file, which then needs no name
+    finally:
+        if file is not None:
+            file.unlink()
+    return np.asarray(images)
+
+
+def _shared_array(shape: tuple[int, ...]) -> tuple[Path, np.ndarray]:
+    """A new file in the folder for temporary files, and its content, uint8, as an array.
+
+    :raises ValueError: if there is no room for it.
+    """
+    handle, name = tempfile.mkstemp(prefix="sb3_vla_pictures.")
+    needed = math.prod(shape)
+    try:
+        if hasattr(os, "posix_fallocate"):  # a write to a mapped file that finds the disk full ends the process
+            os.posix_fallocate(handle, 0, needed)
+        os.ftruncate(handle, needed)
+        return Path(name), np.memmap(name, np.uint8, "r+", shape=shape)
+    except OSError as error:
+        os.unlink(name)
+        raise ValueError(
+            f"The pictures that ranks of this machine share need {needed / 1e9:.1f} GB in {tempfile.gettempdir()}: "
+            f"{error.strerror}. Set the variable TMPDIR to a folder with more room, or pass fewer tasks or image_size"
+        ) from error
+    finally:
+        os.close(handle)
 
 
 def _check_memory(root: str | Path, reader: LeRobotReader, frames: int, image_size: int | None) -> None:

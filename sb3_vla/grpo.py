@@ -44,6 +44,21 @@ _ATTEMPTS = 4
 _MOST_DECISIONS = 10_000
 
 
+def groups_begun(n_groups: int, max_groups: int | None) -> int:
+    """How many groups a rollout plays at most, but for the rest of a turn; see :class:`GRPO`."""
+    return _ATTEMPTS * n_groups if max_groups is None else max_groups
+
+
+def groups_held(n_groups: int, max_groups: int | None, group_size: int, num_envs: int, ranks: int = 1) -> int:
+    """How many groups' decisions a rank holds at most: one less than are wanted, and a turn, which may all be kept.
+
+    :param num_envs: of this rank.
+    """
+    at_once = max(1, num_envs // group_size)
+    turns = -(-groups_begun(n_groups, max_groups) // (at_once * ranks))
+    return min(n_groups - 1 + at_once, turns * at_once)
+
+
 class GRPO(PPO):
     """GRPO for chunks; the arguments of PPO that make sense without a critic, and those below.
 
@@ -212,7 +227,7 @@ class GRPO(PPO):
         callback.on_rollout_start()
         decisions_before, env_steps_before, clock = self.num_timesteps, self.env_steps, Clock()
         generator = np.random.default_rng([self._trial_entropy, self.env_steps])
-        most = _ATTEMPTS * self.n_groups if self.max_groups is None else self.max_groups
+        most = groups_begun(self.n_groups, self.max_groups)
         at_once = max(1, self.n_envs // self.group_size)
         played: list[list[Episode]] = []
         kept, begun, ranks = 0, 0, self.ranks

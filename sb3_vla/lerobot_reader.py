@@ -100,16 +100,17 @@ class LeRobotReader:
         """
         return {name: values[self._stored_rows] for name, values in self._stored_columns(names).items()}
 
-    def images(self, frames: np.ndarray, size: int | None = None) -> np.ndarray:
+    def images(self, frames: np.ndarray, size: int | None = None, out: np.ndarray | None = None) -> np.ndarray:
         """Decode pictures.
 
         :param frames: Numbers of the frames, as :meth:`columns` has them.
         :param size: Shrink or stretch every picture to ``size x size`` while decoding; None keeps them.
+        :param out: array to decode into, of what is returned; None for a new one.
         :return: uint8 ``(len(frames), H, W, 3)``; see :func:`decode_picture`.
         :raises ValueError: If a file is damaged or lacks a picture; the message names it.
         """
         height, width = (size, size) if size is not None else self.image_shape()
-        images = np.empty((len(frames), height, width, 3), dtype=np.uint8)
+        images = np.empty((len(frames), height, width, 3), dtype=np.uint8) if out is None else out
         decode = self._decode_videos if self.features[IMAGE]["dtype"] == "video" else self._decode_images
         for position, image in decode(frames, size):
             if image.shape != images.shape[1:]:

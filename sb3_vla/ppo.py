@@ -389,7 +389,9 @@ class PPO(stable_baselines3.PPO):
 
     def anchor(self) -> None:
         """Take the present policy as the reference of ``kl_coef``; the first update does so if nobody did."""
-        self._reference = copy.deepcopy(self.policy).requires_grad_(False)
+        # What is frozen is shared: it is most of a large model. The reference needs no optimiser, nor its state.
+        shared = [self.policy.optimizer, *(p for p in self.policy.parameters() if not p.requires_grad)]
+        self._reference = copy.deepcopy(self.policy, {id(each): each for each in shared}).requires_grad_(False)
 
     def _check_numbers(self) -> None:
         rate, clip_range = FloatSchedule(self.learning_rate), FloatSchedule(self.clip_range)

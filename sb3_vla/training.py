@@ -23,14 +23,15 @@ from stable_baselines3.common.type_aliases import Schedule
 
 from mw_envs.rendering import get_renderer
 from mw_envs.tasks import did_you_mean, select_tasks
+from sb3_vla.buffers import ChunkRolloutBuffer
 from sb3_vla.checkpoints import LoadedCheckpoint, load_checkpoint, save_checkpoint
 from sb3_vla.checkpoints.native import refuse_other_files
 from sb3_vla.checkpoints.training_state import check_training_state
 from sb3_vla.demonstrations import Demonstrations
-from sb3_vla.distributed import current_ranks
+from sb3_vla.distributed import current_ranks, ranks_on_this_machine
 from sb3_vla.distributions import make_distribution
 from sb3_vla.filming import Filmed, FilmEpisodes, TrainingFilms
-from sb3_vla.grpo import GRPO
+from sb3_vla.grpo import GRPO, groups_held
 from sb3_vla.holding import HoldAtEnd
 from sb3_vla.loggers import LoggerOptions, Loggers
 from sb3_vla.machine import available_memory
@@ -39,6 +40,7 @@ from sb3_vla.models import VLAModel
 from sb3_vla.models.lora import prepare_training
 from sb3_vla.paths import local_path
 from sb3_vla.periodic import EvaluatePeriodically, PeriodicEvaluation
+from sb3_vla.policies import ValueHead
 from sb3_vla.ppo import PPO, check_batch_size
 from sb3_vla.precision import get_device, uses_bf16
 from sb3_vla.resume import load_algorithm, save_algorithm
@@ -53,6 +55,8 @@ if TYPE_CHECKING:
 
 # Of progress where it is not drawn as a bar.
 _SECONDS_BETWEEN_LINES = 30.0
+# What the environments show to the critic alone, in numbers; and the width of that critic.
+_PRIVILEGED, _ELAPSED, _VALUE_WIDTH = 39, 1, 256
 
 
 def _constant(first: float, _: float) -> Schedule:
@@ -349,7 +353,7 @@ def train(
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         plan = plan_training(start.model, config, action_chunk=options["action_chunk"], ranks=ranks.count)
-        plan.check(free, available_memory())
+        plan.check(free, available_memory() // ranks_on_this_machine())
     notes = start.notes
     del start  # of its model the sizes are known now, and the plan has changed it
     own = ranks.share(config.num_envs, "num_envs")
@@ -443,13 +447,18 @@ def plan_training(
     lora = {} if config.lora is None and config.trainable == "lora" else config.lora
     prepare_training(model, config.trainable, lora=lora, frozen_bf16=config.frozen_bf16)
     chunk = action_chunk or model.action_horizon - model.first_action
+    envs = -(-config.num_envs // ranks)
+    with torch.device("meta"):
+        distribution = make_distribution(config.distribution, model, chunk, **config.distribution_kwargs)
+        critic_only = _ELAPSED + (_PRIVILEGED if _sees_state(config) else 0)
+        critic = ValueHead(model.feature_dim, critic_only, _VALUE_WIDTH).requires_grad_(config.algorithm.has_critic)
+    noted = critic_only * torch.float32.itemsize
     if isinstance(config, GRPOConfig):
-        played = config.groups * config.group_size * -(-config.horizon // chunk)
-        decisions = -(-played // config.num_envs)
+        held = groups_held(config.groups, config.max_groups, config.group_size, envs, ranks)
+        decisions = -(-held * config.group_size * -(-config.horizon // chunk) // envs)
     else:
         decisions = config.decisions
-    distribution = make_distribution(config.distribution, model, chunk, **config.distribution_kwargs)
-    own = [*distribution.parameters(), *distribution.buffers()]
+        noted += ChunkRolloutBuffer.bytes_of_numbers
     cached = model.caches_perception if config.cache_perception is None else config.cache_perception
     return plan_memory(
         model,
@@ -458,14 +467,19 @@ def plan_training(
         bf16=uses_bf16(config.bf16, "cpu" if config.device == "cpu" else "cuda"),
         gradient_checkpointing=config.gradient_checkpointing,
         world_size=ranks if config.sharding == "fsdp" else 1,
-        num_envs=-(-config.num_envs // ranks),
+        num_envs=envs,
         decisions=decisions,
         cache_perception=cached and config.trainable != "all" and lora is None,
         denoisings=distribution.denoisings,
-        denoising_steps=distribution.denoisings,
+        distribution=distribution,
+        critic=critic,
+        noted=noted,
         copies=int(config.kl_coef > 0),
-        further=sum(tensor.numel() * tensor.element_size() for tensor in own),
     )
+
+
+def _sees_state(config: PPOConfig | GRPOConfig) -> bool:
+    return isinstance(config, GRPOConfig) or config.privileged_critic
 
 
 def _env_options(
@@ -483,7 +497,7 @@ def _env_options(
         "horizon": config.horizon,
         "tasks": tasks,
         # With GRPO it tells that a group's episodes begin alike.
-        "privileged_state": isinstance(config, GRPOConfig) or config.privileged_critic,
+        "privileged_state": _sees_state(config),
         "elapsed_time": True,
         **view_of(start.notes),
         **further,

@@ -19,11 +19,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from ranks import run_ranks
 from toy import TINY
 
 from mw_envs import TASKS, Trial, decode_instruction
 from mw_envs.rendering import RendererUnavailableError
-from sb3_vla import collecting, demonstrations, lerobot_writer
+from sb3_vla import collecting, demonstrations, lerobot_reader, lerobot_writer
 from sb3_vla.demonstrations import Demonstrations, DemonstrationWriter, Episode, collect
 from sb3_vla.lerobot_writer import encode_png
 from sb3_vla.sft import DemonstrationBatches, SFTConfig, sft
@@ -844,6 +845,71 @@ def test_memory_is_checked_before_loading(tmp_path: Path, monkeypatch: pytest.Mo
     assert 2**20 < demonstrations.available_memory() < 2**50
 
 
+
+
+# --- shared by ranks --------------------------------------------------------------------------------------------------
+
+
+def own_bytes() -> int:
+    """Memory of this process that it shares with nobody and no file."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon:"))
+
+
+@pytest.fixture
+def two_tasks(tmp_path: Path) -> Path:
+    with DemonstrationWriter(tmp_path / "set", image_shape=(32, 32, 3)) as writer:
+        for name in ("reach-v3", "push-back-v3"):
+            writer.add_episode(make_episode(name, 24, 0))
+    return tmp_path / "set"
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads what Linux tells of a process")
+def test_ranks_of_a_machine_hold_pictures_once(two_tasks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a file that they map and that has no name; a rank that asks for others has its own."""
+    place = two_tasks.parent / "temporary"
+    place.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(place))
+    expected = Demonstrations.load(two_tasks, image_size=512)  # 36 MB
+    few = Demonstrations.load(two_tasks, image_size=32, tasks=["reach-v3"])
+
+    def work(rank: int) -> tuple[int, bool, bool]:
+        before = own_bytes()
+        loaded = Demonstrations.load(two_tasks, image_size=512)
+        grown = own_bytes() - before
+        frames = np.arange(0, 48, 5)
+        same = np.array_equal(loaded.images, expected.images) and loaded.images[frames].flags.writeable
+        other = Demonstrations.load(two_tasks, image_size=32, tasks=["reach-v3"] if rank == 2 else None)
+        alike = np.array_equal(other.images[: len(few)], few.images) and len(other) == (24 if rank == 2 else 48)
+        return grown, same, alike
+
+    for grown, same, alike in run_ranks(3, work):
+        assert grown < expected.images.nbytes // 3
+        assert same and alike
+    assert os.listdir(place) == []
+
+
+def test_ranks_are_told_what_the_one_that_decodes_found(two_tasks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = two_tasks.parent / "temporary"
+    place.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(place))
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    def work(_: int) -> list[str]:
+        messages = []
+        for owner, name in ((os, "posix_fallocate"), (lerobot_reader, "decode_picture")):
+            with pytest.MonkeyPatch.context() as patch, pytest.raises((ValueError, OSError)) as caught:
+                patch.setattr(owner, name, full)
+                Demonstrations.load(two_tasks)
+            messages.append(str(caught.value))
+        return messages
+
+    for no_room, damaged in run_ranks(2, work):
+        assert "share need 0.0 GB" in no_room and "Set the variable TMPDIR to a folder with more room" in no_room
+        assert "No space left" in damaged
+    assert os.listdir(place) == []
 
 
 # --- what is loaded --------------------------------------------------------------------------------------------------

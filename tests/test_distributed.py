@@ -19,11 +19,12 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import DummyVecEnv
 from test_evaluation import EASY, EXPERT_PROTOCOL, ExpertPolicy, expert_env
 from test_grpo import toy_grpo
-from toy import TINY, ToyEnv, toy_demonstrations, toy_ppo, toy_vec
+from toy import TINY, ToyEnv, tiny_model, toy_demonstrations, toy_ppo, toy_vec
 
 from sb3_vla import PPO, HoldAtEnd, distributed
 from sb3_vla.distributed import RankLostError, Ranks, current_ranks, torchrun
 from sb3_vla.evaluation import evaluate
+from sb3_vla.memory import MemoryPlan, plan_memory
 from sb3_vla.resume import load_algorithm, save_algorithm
 from sb3_vla.sft import DemonstrationBatches, SFTConfig, sft
 from sb3_vla.sharding import whole_optimizer_state
@@ -549,6 +550,37 @@ def test_a_state_of_shards_is_gathered_by_the_first_rank_alone(tmp_path: Path) -
     assert held == pytest.approx(2 * weights, rel=0.01) and nothing == 0
     assert most < 1.5 * weights  # the whole weights that a rollout needs, which come back afterwards
     assert same == same_there == [True, True]
+
+
+def test_a_plan_for_shards_is_what_a_rank_holds() -> None:
+    """Between updates all weights beside the rank's own part of them, of gradients and of Adam's moments its part."""
+
+    def work(rank: int) -> tuple[MemoryPlan, int, int, int]:
+        algorithm, parts = _sharded(2, {}), [0]
+        step = algorithm._optimizer_step
+
+        def stepping(*arguments: Any) -> None:
+            parameters = [p for group in algorithm.policy.optimizer.param_groups for p in group["params"]]
+            local = [p.grad.to_local() if distributed.is_shard(p) else p.grad for p in parameters]
+            parts.append(sum(gradient.nbytes for gradient in local))
+            step(*arguments)
+
+        algorithm._optimizer_step = stepping  # type: ignore[method-assign]
+        algorithm.learn(32, log_interval=1000)
+        policy = algorithm.policy
+        shards = [p.to_local() for group in policy.optimizer.param_groups for p in group["params"]]
+        weights = sum(tensor.nbytes for tensor in (*policy.parameters(), *policy.buffers(), *shards))
+        state = [value for state in policy.optimizer.state.values() for value in state.values()]
+        moments = sum((each.to_local() if distributed.is_shard(each) else each).nbytes for each in state)
+        plan = plan_memory(
+            tiny_model(action_horizon=2), trainable="all", batch_size=4, world_size=2, critic=policy.value_head,
+        )  # fmt: skip
+        return plan, weights, moments, max(parts)
+
+    for plan, weights, moments, gradients in run_ranks(2, work):
+        assert plan.weights == pytest.approx(weights, rel=0.1)
+        assert plan.optimizer == pytest.approx(moments, rel=0.1)
+        assert plan.gradients >= gradients and plan.device >= weights + moments
 
 
 def test_shards_of_a_rank_without_a_group() -> None:

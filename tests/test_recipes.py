@@ -507,15 +507,16 @@ def test_find_recipe_takes_names_and_paths() -> None:
 
 def test_a_dry_run_tells_the_memory(capsys: pytest.CaptureFixture[str]) -> None:
     """By hand, of pi0 at full size: the backbone's 2.9 B weights in bfloat16, and in float32 weights, gradients and two
-    moments of the expert's; a rollout of 64 x 8 x 20 decisions, each a picture of 224 x 224 and a chain of six stages
-    of five actions of 32 numbers."""
+    moments of the expert's; a rollout of 64 x 8 x 20 decisions, each a picture of 224 x 224, four numbers of a state,
+    64 bytes of a sentence, the time, the random step of five actions of 32 numbers from and to, which step that is, and
+    28 bytes of rewards, values and the like."""
     name = "metaworld_50_ppo_openpi"
     found = footprint(plan_of(name, []))["ppo"]
     assert (
         2 * 2.9e9 < found.weights - found.gradients < 2 * 3.0e9 and 4 * 3.0e8 < found.gradients < 4 * 3.3e8
     )  # 311 M in the expert
     assert (found.optimizer, found.copies) == (2 * found.gradients, 0)
-    assert found.buffer == 10_240 * (224 * 224 * 3 + 6 * 5 * 32 * 4)
+    assert found.buffer == 10_240 * (224 * 224 * 3 + 4 * 4 + 64 + 4 + 2 * 5 * 32 * 4 + 8 + 28)
     assert main(["train", name, "--dry-run"]) == 0
     assert f"Memory that ppo takes of each rank\n{found}\n" in capsys.readouterr().out
 
