@@ -18,7 +18,7 @@ from torch import Tensor
 from sb3_vla.checkpoints.layout import load_weights, read_json, read_tensors, require_file, write_json, write_tensors
 from sb3_vla.checkpoints.native import ENVIRONMENT_DIM, NORMALISED, LoadedCheckpoint, whole_folder
 from sb3_vla.checkpoints.shards import read_weights, write_weights
-from sb3_vla.checkpoints.tokenizer_files import find_tokenizer, write_tokenizer
+from sb3_vla.checkpoints.tokenizer_files import TOKENIZER, find_tokenizer, lerobot_step, write_tokenizer
 from sb3_vla.models.lora import merged_state
 from sb3_vla.models.smolvla import SPECIAL_TOKENS, SmolVLA
 from sb3_vla.models.tokenizing import byte_tokenizer
@@ -28,6 +28,15 @@ VLM_NAMES = {
     "256M": "HuggingFaceTB/SmolVLM2-256M-Video-Instruct",
     "500M": "HuggingFaceTB/SmolVLM2-500M-Video-Instruct",
     "2.2B": "HuggingFaceTB/SmolVLM2-2.2B-Instruct",
+}
+# Subfolder of a checkpoint with a vision-language model that is none of them.
+_VLM = "vlm"
+# What LeRobot and the processor of the vision-language model ask its tokenizer for.
+_NAMED_TOKENS = {
+    "fake_image_token": "<fake_token_around_image>",
+    "global_image_token": "<global-img>",
+    "image_token": "<image>",
+    "end_of_utterance_token": "<end_of_utterance>",
 }
 # Names of the model's parts there; the empty one comes last.
 _PARTS = {
@@ -90,7 +99,8 @@ def save_smolvla(
     :param max_shard_bytes: size from which the weights are written in several files, which LeRobot does not read.
     :raises FileExistsError: if the folder holds something else than a checkpoint.
     """
-    given = model.config
+    folder, given = Path(folder), model.config
+    published = VLM_NAMES.get(given["vlm"]) if isinstance(given["vlm"], str) else None
     size, action_dim, horizon = given["image_size"], given["action_dim"], given["action_horizon"]
     inputs = {
         _IMAGE: {"type": "VISUAL", "shape": [3, size, size]},
@@ -121,7 +131,8 @@ def save_smolvla(
         "freeze_vision_encoder": given["train_expert_only"],
         "train_expert_only": given["train_expert_only"],
         "train_state_proj": True,
-        "vlm_model_name": VLM_NAMES.get(given["vlm"], "vlm") if isinstance(given["vlm"], str) else "vlm",
+        # LeRobot takes a relative path from its working directory.
+        "vlm_model_name": published or str(folder.absolute() / _VLM),
         "load_vlm_weights": given["precision"] == "mixed",
         "add_image_special_tokens": given["image_special_tokens"],
         "attention_mode": "cross_attn",
@@ -148,13 +159,13 @@ def save_smolvla(
         "padding_side": "right",
         "padding": "longest",
         "truncation": True,
-        "tokenizer_name": "tokenizer",
     }
+    text = given["tokenizer"] or byte_tokenizer(SPECIAL_TOKENS)
     before = [
         {"registry_name": "rename_observations_processor", "config": {"rename_map": {}}},
         {"registry_name": "to_batch_processor", "config": {}},
         {"registry_name": "smolvla_new_line_processor", "config": {}},
-        {"registry_name": "tokenizer_processor", "config": words, "artifacts": {"tokenizer_name": "tokenizer"}},
+        lerobot_step(words, text, folder, VLM_NAMES.values()),
         device,
         {"registry_name": "normalizer_processor", "config": normaliser, "state_file": _NORMALIZER},
     ]
@@ -163,17 +174,16 @@ def save_smolvla(
         {"registry_name": "unnormalizer_processor", "config": unnormaliser, "state_file": _UNNORMALIZER},
         device,
     ]
-    with whole_folder(Path(folder)) as partial:
+    with whole_folder(folder) as partial:
         write_json(partial / "config.json", config)
         write_weights(partial, weights, max_shard_bytes)
         for file in (_NORMALIZER, _UNNORMALIZER):
             write_tensors(partial / file, statistics)
         write_json(partial / "policy_preprocessor.json", {"name": "policy_preprocessor", "steps": before})
         write_json(partial / "policy_postprocessor.json", {"name": "policy_postprocessor", "steps": after})
-        write_tokenizer(partial / "tokenizer", given["tokenizer"] or byte_tokenizer(SPECIAL_TOKENS), "<pad>")
-        if config["vlm_model_name"] == "vlm":
-            (partial / "vlm").mkdir()
-            write_json(partial / "vlm" / "config.json", _vlm_config(model))
+        write_tokenizer(partial / TOKENIZER, text)
+        if published is None:
+            _write_vlm(partial / _VLM, model, text, weights)
 
 
 def _check_supported(config: Mapping[str, Any], folder: Path) -> None:
@@ -233,13 +243,14 @@ def _vlm_of(name: str, folder: Path) -> str | dict[str, Any]:
             return ours
     from transformers import AutoConfig
 
+    inside = folder / (Path(name).name if Path(name).is_absolute() else name)  # ours, which may have been moved
     try:
-        config = AutoConfig.from_pretrained(folder / name if (folder / name).is_dir() else name)
+        config = AutoConfig.from_pretrained(inside if inside.is_dir() else name)
         text, vision = config.text_config, config.vision_config
     except (OSError, ValueError, AttributeError) as error:
         raise ValueError(
             f"{folder} needs the configuration of its vision-language model {name!r}, which is no folder in it, none "
-            f"of {', '.join(VLM_NAMES.values())}, and not found on the hub. Put its config.json into {folder / name}"
+            f"of {', '.join(VLM_NAMES.values())}, and not found on the hub. Put its config.json into {inside}"
         ) from error
     return {
         "width": text.hidden_size,
@@ -257,6 +268,22 @@ def _vlm_of(name: str, folder: Path) -> str | dict[str, Any]:
         "scale": config.scale_factor,
         "norm_eps": text.rms_norm_eps,
     }
+
+
+def _write_vlm(folder: Path, model: SmolVLA, text: str, weights: Mapping[str, Tensor]) -> None:
+    """All that LeRobot loads of a vision-language model that is not on the hub: configuration, processor and tokenizer.
+
+    :param text: contents of a ``tokenizer.json``.
+    :param weights: the policy's, by LeRobot's names.
+    """
+    write_tokenizer(folder, text, named=_NAMED_TOKENS)
+    write_json(folder / "config.json", _vlm_config(model))
+    kinds = {"processor_class": "SmolVLMProcessor", "image_processor_type": "SmolVLMImageProcessor"}
+    write_json(folder / "preprocessor_config.json", kinds)
+    write_json(folder / "processor_config.json", {"processor_class": "SmolVLMProcessor"})
+    if model.config["precision"] == "mixed":  # LeRobot makes it so where it loads these weights, before the policy's
+        vlm = _PARTS["lm_head."].removesuffix("lm_head.")
+        write_weights(folder, {k.removeprefix(vlm): value for k, value in weights.items() if k.startswith(vlm)})
 
 
 def _vlm_config(model: SmolVLA) -> dict[str, Any]:
