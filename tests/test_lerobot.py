@@ -7,7 +7,9 @@ are told:
     /path/to/lerobot/bin/pip install "lerobot[smolvla,pi,diffusion,metaworld,evaluation]==0.6.1" "mujoco==3.3.0"
     LEROBOT_PYTHON=/path/to/lerobot/bin/python python -m pytest -m lerobot tests/test_lerobot.py
 
-Its MetaWorld, 3.0.0, fails with MuJoCo's later releases. lerobot-eval draws with OpenGL, by EGL or OSMesa.
+Its MetaWorld, 3.0.0, fails with MuJoCo's later releases. lerobot-eval draws with OpenGL, by EGL or OSMesa. One test is
+for LeRobot 0.4.4 with transformers 4.57 (``pip install "lerobot[smolvla]==0.4.4"``), whose interpreter
+LEROBOT_044_PYTHON names.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from toy_pi0 import NAMES, reference_model, tiny_tokenizer
 from mw_envs import encode_instruction
 from sb3_vla.checkpoints import save_diffusion_policy
 from sb3_vla.checkpoints.pi0 import save_lerobot
-from sb3_vla.checkpoints.smolvla import save_smolvla
+from sb3_vla.checkpoints.smolvla import load_smolvla, save_smolvla
 from sb3_vla.distributions import make_distribution
 from sb3_vla.distributions.base import integrate
 from sb3_vla.models import DiffusionPolicy, SmolVLA, VLAModel
@@ -127,6 +129,15 @@ def test_smolvla_in_mixed_precision(python: str, tmp_path: Path, elsewhere: Path
     model = smolvla(precision="mixed")
     save_smolvla(tmp_path / "smolvla", model)
     assert_acts_alike(python, tmp_path / "smolvla", model, elsewhere, tolerance=0.1)
+
+
+@pytest.mark.skipif("LEROBOT_044_PYTHON" not in os.environ, reason="LEROBOT_044_PYTHON names no interpreter")
+def test_smolvla_where_positions_are_shifted(tmp_path: Path, elsewhere: Path) -> None:
+    model = smolvla()
+    stir(model, 0.2)
+    save_smolvla(tmp_path / "smolvla", model)
+    shifted = load_smolvla(tmp_path / "smolvla", shifted_positions=True).model.eval()
+    assert_acts_alike(os.environ["LEROBOT_044_PYTHON"], tmp_path / "smolvla", shifted, elsewhere)
 
 
 def test_smolvla_as_lerobot_wrote_it(python: str, tmp_path: Path, elsewhere: Path) -> None:

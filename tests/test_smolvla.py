@@ -518,6 +518,21 @@ def test_weights_in_several_files(published: Path, tmp_path: Path) -> None:
         load_checkpoint(tmp_path / "shards")
 
 
+def test_positions_as_lerobot_has_them_with_some_transformers(tmp_path: Path) -> None:
+    """The arithmetic of transformers 4.55 to 4.57, in which a fraction that is a little less falls before its edge."""
+    model = SmolVLA(**TINY)
+    save_smolvla(tmp_path / "model", model)
+    edges = torch.arange(1 / 4, 1.0, 1 / 4)
+    place = torch.bucketize(torch.arange(4) / 4 * (1 - 1e-6), edges, right=True)
+    expected = model.vision_model.embeddings.position_embedding.weight[(place[:, None] * 4 + place).flatten()]
+    shifted = load_checkpoint(tmp_path / "model", {"shifted_positions": True}).model
+    assert torch.equal(shifted.vision_model.embeddings.position_embedding.weight, expected)  # type: ignore[union-attr]
+    assert place.tolist() == [0, 0, 1, 2]
+    save_smolvla(tmp_path / "model", SmolVLA(**TINY, resolution=(16, 16)))
+    with pytest.raises(ValueError, match=r"shifted_positions=True .* vision tower's size 32; these are 16"):
+        load_smolvla(tmp_path / "model", shifted_positions=True)
+
+
 def without(name: str) -> Any:
     return lambda folder: (folder / name).unlink()
 

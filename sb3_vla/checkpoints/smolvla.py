@@ -8,6 +8,7 @@ ones, or from the hub. Written: the layout with processor files and tokenizer.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,11 @@ _NORM_MAP = {"VISUAL": "IDENTITY", "STATE": "MEAN_STD", "ACTION": "MEAN_STD"}
 
 
 def load_smolvla(
-    folder: str | Path, tokenizer: str | Path | None = None, precision: str = "float32", base: bool = False
+    folder: str | Path,
+    tokenizer: str | Path | None = None,
+    precision: str = "float32",
+    base: bool = False,
+    shifted_positions: bool = False,
 ) -> LoadedCheckpoint:
     """Read a SmolVLA as LeRobot publishes it.
 
@@ -63,6 +68,9 @@ def load_smolvla(
     :param precision: of the model, see :class:`SmolVLA`; training wants float32, whatever the file holds.
     :param base: take the weights alone, to imitate from, as of a model that was trained on other robots: states and
         actions are four numbers each, as the environment has them, and normalised as the data of imitation is.
+    :param shifted_positions: act as LeRobot does with transformers 4.55 to 4.57 and the vision tower in float32: every
+        patch of the picture has the position of the one above and to the left of it. For what was trained there; the
+        model that is read has it in its weights, and acts the same everywhere.
     :raises FileNotFoundError: if a file is missing; the message names it.
     :raises ValueError: if a file is damaged, the weights do not fit, statistics or tokenizer are missing, or the policy
         needs what this model has not.
@@ -84,6 +92,8 @@ def load_smolvla(
         options |= {"action_dim": ENVIRONMENT_DIM, "state_dim": ENVIRONMENT_DIM}
     model = SmolVLA(**options, precision=precision)
     load_weights(model, {_our_name(key): value for key, value in weights.items()}, folder, ours=_STATISTICS)
+    if shifted_positions:
+        _shift_positions(model)
     if not base:
         model.set_statistics(_statistics(config, buffers, folder))
     sampler = ("flow_ode", {"denoising_steps": int(config.get("num_steps", 10))})
@@ -184,6 +194,16 @@ def save_smolvla(
         write_tokenizer(partial / TOKENIZER, text)
         if published is None:
             _write_vlm(partial / _VLM, model, text, weights)
+
+
+def _shift_positions(model: SmolVLA) -> None:
+    """Give each patch the position of the one above and to the left of it; the first row's and column's stay there."""
+    side, own = model.sizes.image_size, model.resolution[0]
+    if own != side:
+        raise ValueError(f"shifted_positions=True is for pictures of the vision tower's size {side}; these are {own}")
+    table = model.vision_model.get_parameter("embeddings.position_embedding.weight").data
+    before = (torch.arange(math.isqrt(len(table))) - 1).clamp(min=0)
+    table.copy_(table.unflatten(0, (len(before), -1))[before][:, before].flatten(0, 1))
 
 
 def _check_supported(config: Mapping[str, Any], folder: Path) -> None:
