@@ -27,7 +27,16 @@ _DIMENSIONS = {"action_dim": 4, "state_dim": 4}
 #: options that say more than a checkpoint's size
 _OF_ANY_SIZE = ("action_horizon", "precision")
 #: options of readers, which say how a published folder is read and leave its size to it
-_OF_READING = ("acting", "max_prompt_tokens", "norm_stats", "precision", "stop_token", "tokenizer", "unnorm_key")
+_OF_READING = (
+    "acting",
+    "max_prompt_tokens",
+    "norm_stats",
+    "precision",
+    "shifted_positions",
+    "stop_token",
+    "tokenizer",
+    "unnorm_key",
+)
 
 
 def footprint(plan: Plan, sizes: Mapping[str, Any] | None = None) -> dict[str, MemoryPlan]:

@@ -9,6 +9,7 @@ import functools
 import io
 import json
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -232,6 +233,25 @@ def test_round_trip_through_lerobots_folder(published: Path, tmp_path: Path) -> 
     assert set(written) <= set(original)
     differing = {key for key in written if written[key] != original[key]}
     assert differing <= {"input_features", "n_action_steps", "drop_n_last_frames", "crop_ratio", "num_inference_steps"}
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"widths": (16, 32, 64, 128)}, r"widths=\(16, 32, 64, 128\) \(there: \(64, 128, 256, 512\)\)"),
+        ({"instruction_dim": 64}, r"instruction_dim=64 \(there: 0\)"),
+        ({"action_horizon": 6}, r"action_horizon=6 \(there: a multiple of 4\)"),
+    ],
+)
+def test_what_lerobot_cannot_load_is_told(tmp_path: Path, options: dict[str, Any], told: str) -> None:
+    """The laptop's sizes, which its layout has no word for; what it loads is saved without one."""
+    theirs = {**TINY, "widths": (64, 128, 256, 512), "instruction_dim": 0}
+    with pytest.warns(UserWarning, match=f"LeRobot cannot load .*policy, which sb3_vla reads: the model has {told}"):
+        save_diffusion_policy(tmp_path / "policy", DiffusionPolicy(**{**theirs, **options}))
+    assert load_checkpoint(tmp_path / "policy").model.config["widths"] == list({**theirs, **options}["widths"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        save_diffusion_policy(tmp_path / "theirs", DiffusionPolicy(**theirs))
 
 
 def test_with_instructions_and_native(tmp_path: Path) -> None:

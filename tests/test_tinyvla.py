@@ -12,6 +12,7 @@ import json
 import os
 import pickle
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -257,6 +258,26 @@ def test_round_trip_through_their_folder(
         key: expected[key] for key in common - {"vision_config"}
     }
     assert again.distribution == ("ddim", {"denoising_steps": 10})
+
+
+def test_its_tokenizer_is_transformers_too(tmp_path: Path) -> None:
+    """As the authors' code asks for it, with a token to pad by: the one that their batches have."""
+    from transformers import AutoTokenizer
+
+    model = TinyVLA(image_size=32)
+    save_tinyvla(tmp_path / "theirs", model)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "theirs")
+    found = tokenizer(["open the door<|endoftext|>", "push"], padding="longest").input_ids
+    expected = [model.tokenizer.encode(text).ids for text in ("open the door<|endoftext|>", "push")]
+    assert found == [expected[0], expected[1] + [1] * 10]
+
+
+def test_a_unet_that_their_code_has_not_is_told(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match=r"TinyVLA's code cannot load .*down_dims=\(64, 128, 256\) \(there: \(256,"):
+        save_tinyvla(tmp_path / "theirs", TinyVLA(image_size=32))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        save_tinyvla(tmp_path / "same", TinyVLA(image_size=32, down_dims=[256, 512, 1024], step_dim=256))
 
 
 def test_from_scratch_through_both_folders(tmp_path: Path) -> None:

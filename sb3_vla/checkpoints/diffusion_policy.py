@@ -2,7 +2,8 @@
 
 Read: the layout with processor files (LeRobot >= 0.4) and the one before it, with statistics among the weights; one
 camera, ResNet-18 or -34. Written: the former, with one encoder for all cameras. A model that reads instructions, which
-is ours, has an entry ``sb3_vla`` in its configuration; LeRobot does not load it.
+is ours, has an entry ``sb3_vla`` in its configuration; LeRobot loads neither it nor a ResNet of other widths, and a
+warning says so.
 """
 
 from __future__ import annotations
@@ -13,11 +14,19 @@ from typing import Any
 
 from torch import Tensor
 
-from sb3_vla.checkpoints.layout import load_weights, read_json, read_tensors, write_json, write_tensors
+from sb3_vla.checkpoints.layout import (
+    load_weights,
+    read_json,
+    read_tensors,
+    tell_unreadable,
+    write_json,
+    write_tensors,
+)
 from sb3_vla.checkpoints.native import LoadedCheckpoint, whole_checkpoint
 from sb3_vla.models.diffusion import NORMALISATIONS, SCHEDULES
 from sb3_vla.models.diffusion_policy import RESNETS, DiffusionPolicy
 from sb3_vla.models.lora import merged_state
+from sb3_vla.models.sizes import published_options
 from sb3_vla.paths import local_path
 
 _STATE = "observation.state"
@@ -71,7 +80,17 @@ def save_diffusion_policy(
     if name not in ("ddpm", "ddim"):
         raise ValueError(f"distribution={name!r}; expected 'ddpm' or 'ddim', the samplers that LeRobot knows")
     size, clip = model.image_size[0], sampler.get("clip_sample", 1.0)
-    given = model.config
+    folder, given = Path(folder), model.config
+    horizon, step = given["action_horizon"], 2 ** len(given["down_dims"])
+    tell_unreadable(
+        folder,
+        "LeRobot",
+        {
+            "widths": (tuple(given["widths"]), published_options("diffusion_policy")["widths"]),
+            "instruction_dim": (given["instruction_dim"], 0),
+            "action_horizon": (horizon, horizon if horizon % step == 0 else f"a multiple of {step}"),
+        },
+    )
     norm_map = {kind: given["normalisation"][feature].upper() for feature, kind in _FEATURE_TYPES.items()}
     inputs = {
         _IMAGE: {"type": "VISUAL", "shape": [3, size, size]},

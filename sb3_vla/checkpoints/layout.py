@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,21 @@ def apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         taken.add(value.untyped_storage().data_ptr())
         found[key] = value
     return found
+
+
+def tell_unreadable(folder: str | Path, reader: str, sizes: Mapping[str, tuple[Any, Any]]) -> None:
+    """Warn, while a model is saved in a program's layout, that the program cannot load it.
+
+    :param folder: where to.
+    :param sizes: what the layout has no word for: by name, what the model has and what the program takes it to be.
+    """
+    told = [f"{name}={given} (there: {theirs})" for name, (given, theirs) in sizes.items() if given != theirs]
+    if told:
+        warnings.warn(
+            f"{reader} cannot load {folder}, which sb3_vla reads: the model has {', '.join(told)}. Make it with the "
+            "sizes in brackets if others are to load it",
+            stacklevel=3,
+        )
 
 
 def load_weights(

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sb3_vla.checkpoints.layout import load_weights, read_json, write_json
+from sb3_vla.checkpoints.layout import load_weights, read_json, tell_unreadable, write_json
 from sb3_vla.checkpoints.native import NORMALISED, LoadedCheckpoint, whole_checkpoint
 from sb3_vla.checkpoints.shards import read_weights, write_weights
 from sb3_vla.checkpoints.tokenizer_files import find_tokenizer, write_tokenizer
@@ -26,6 +26,8 @@ from sb3_vla.paths import local_path
 
 _STATISTICS = ("action_mean", "action_std", "action_q01", "action_q99", "action_scaled")
 _TIMM_HEADS = {"vit_large_patch14_reg4_dinov2.lvd142m": 16, "vit_so400m_patch14_siglip_224": 16}
+# Sizes of the vision towers that its code has, which go by their names in timm.
+_TOWERS = ("vision_widths", "vision_layers", "vision_heads", "vision_ffns", "patch_size")
 _IMAGENET, _HALF = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]), ([0.5, 0.5, 0.5], [0.5, 0.5, 0.5])
 _KEY = "meta_world_strict"
 _BASE_NUMBERS = 7
@@ -121,7 +123,8 @@ def save_openvla_oft(
     :param max_shard_bytes: size from which the weights are written in several files.
     :raises FileExistsError: if the folder holds something else than a checkpoint.
     """
-    given, sizes = model.config, model.sizes
+    folder, given, sizes = Path(folder), model.config, model.sizes
+    tell_unreadable(folder, "RLinf", {name: (getattr(sizes, name), getattr(OFT_SIZES["7B"], name)) for name in _TOWERS})
     action = {
         "q01": model.action_q01.tolist(),
         "q99": model.action_q99.tolist(),
@@ -179,7 +182,7 @@ def save_openvla_oft(
         write_json(partial / "dataset_statistics.json", statistics)
         write_json(partial / "preprocessor_config.json", pictures)
         write_weights(partial, weights, max_shard_bytes)
-        write_tokenizer(partial, given["tokenizer"] or byte_tokenizer(SPECIAL_TOKENS, "<s>"), "<unk>")
+        write_tokenizer(partial, given["tokenizer"] or byte_tokenizer(SPECIAL_TOKENS, "<s>"), sizes.pad_id)
 
 
 def _statistics(config: Mapping[str, Any], folder: Path, key: str | None) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +26,14 @@ from sb3_vla.checkpoints.folders import (
     weight_names,
     write_json,
 )
+from sb3_vla.checkpoints.layout import tell_unreadable
 from sb3_vla.checkpoints.native import LoadedCheckpoint
 from sb3_vla.models import Pi0, Pi05
 from sb3_vla.models.gemma import GemmaSize
 from sb3_vla.models.lora import merged_state
 from sb3_vla.models.normalisation import STATISTICS
-from sb3_vla.models.pi0 import PALIGEMMA
-from sb3_vla.models.prompts import copy_tokenizer, find_tokenizer_file, local_tokenizer_file
+from sb3_vla.models.pi0 import EXPERT_SIZE, PALIGEMMA, VLM_SIZE, VOCABULARY, VisionSize
+from sb3_vla.models.prompts import find_tokenizer_file
 from sb3_vla.paths import local_path
 
 P = "paligemma_with_expert.paligemma."
@@ -122,11 +123,11 @@ def save_lerobot(folder: str | Path, model: Pi0) -> None:
     :raises FileExistsError: if the folder is there and not empty.
     """
     name = "pi05" if isinstance(model, Pi05) else "pi0"
+    tell_unreadable(folder, "LeRobot", sizes_beside_the_published(model))
     with new_folder(folder) as partial:
         weights = {f"model.{key}": tensor for key, tensor in _openpi_weights(model).items()}
         save_file(weights, partial / "model.safetensors", metadata={"format": "pt"})
-        tokenizer = _copy_tokenizer(model, partial / "tokenizer")
-        pi0_lerobot.write(partial, name, model, statistics_for(model, "lerobot"), "tokenizer" if tokenizer else None)
+        pi0_lerobot.write(partial, name, model, statistics_for(model, "lerobot"), Path(folder))
 
 
 def save_openpi(folder: str | Path, model: Pi0, asset_id: str = "lerobot/metaworld_mt50") -> None:
@@ -140,6 +141,7 @@ def save_openpi(folder: str | Path, model: Pi0, asset_id: str = "lerobot/metawor
             f"openpi normalises {type(model).__name__} by {model.scheme}; this one has state_scheme="
             f"{model.state_scheme!r} and action_scheme={model.action_scheme!r}. Write LeRobot's layout instead."
         )
+    tell_unreadable(folder, "openpi", sizes_beside_the_published(model))
     with new_folder(folder) as partial:
         save_file(_openpi_weights(model), partial / "model.safetensors", metadata={"format": "pt"})
         config = {
@@ -383,6 +385,17 @@ def _distribution(
     return ("flow_noise", options), weights
 
 
+def sizes_beside_the_published(model: Pi0) -> dict[str, tuple[Any, Any]]:
+    """What neither layout has a word for, see :func:`tell_unreadable`."""
+    published: dict[str, VisionSize | GemmaSize] = {"vision": VisionSize(), "vlm": VLM_SIZE, "expert": EXPERT_SIZE}
+    sizes = {
+        f"{part}.{name}": (model.config[part][name], value)
+        for part, size in published.items()
+        for name, value in asdict(size).items()
+    }
+    return {**sizes, "vocabulary": (model.config["vocabulary"], VOCABULARY)}
+
+
 def _openpi_weights(model: Pi0) -> dict[str, Tensor]:
     """All weights under openpi's names. The embedding is tied to PaliGemma's head, whose name alone is written, as
     safetensors does it; openpi and LeRobot also want the expert's head, which they never use."""
@@ -394,14 +407,3 @@ def _openpi_weights(model: Pi0) -> dict[str, Tensor]:
     vocabulary, width = model.config["vocabulary"], model.config["expert"]["width"]
     weights[UNUSED[0]] = torch.zeros(vocabulary, width, dtype=torch.bfloat16)
     return weights
-
-
-def _copy_tokenizer(model: Pi0, folder: Path) -> bool:
-    """The tokenizer into a checkpoint, where it is a file here and LeRobot can read it."""
-    source = local_tokenizer_file(model.tokenize.source)
-    if source is None or source.suffix == ".model":
-        return False
-    copy_tokenizer(source, folder)
-    if not (folder / "tokenizer_config.json").is_file():
-        write_json(folder / "tokenizer_config.json", {"tokenizer_class": "GemmaTokenizer"})
-    return True

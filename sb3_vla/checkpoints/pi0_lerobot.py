@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sb3_vla.checkpoints.folders import read_json, read_weights, write_json
+from sb3_vla.checkpoints.tokenizer_files import TOKENIZER, beginning_with, lerobot_step, write_tokenizer
 from sb3_vla.models import Pi0, Pi05
 from sb3_vla.models.normalisation import STATISTICS
+from sb3_vla.models.pi0 import PALIGEMMA
+from sb3_vla.models.prompts import BOS, is_hub_name, local_tokenizer_file, tokenizer_file
 
 _SCHEMES = {"MEAN_STD": "mean_std", "QUANTILES": "quantiles", "MIN_MAX": "min_max", "IDENTITY": "identity"}
 _FEATURES = {"state": "observation.state", "action": "action"}
@@ -63,12 +67,12 @@ def read(folder: Path, config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[
     return options, statistics
 
 
-def write(folder: Path, name: str, model: Pi0, statistics: Mapping[str, Tensor], tokenizer: str | None) -> None:
-    """Write ``config.json`` and both processors with their statistics.
+def write(folder: Path, name: str, model: Pi0, statistics: Mapping[str, Tensor], final: Path) -> None:
+    """Write ``config.json``, both processors with their statistics, and the tokenizer where it is on this machine.
 
     :param name: ``pi0`` or ``pi05``.
     :param statistics: by our names.
-    :param tokenizer: subfolder with the tokenizer, None for the one on the hub.
+    :param final: the folder's path when it is whole.
     """
     scheme_names = {ours: theirs for theirs, ours in _SCHEMES.items()}
     norm_map = {
@@ -109,19 +113,14 @@ def write(folder: Path, name: str, model: Pi0, statistics: Mapping[str, Tensor],
             step_config = {"max_state_dim": model.prompt_state_dim or model.latent_dim, "task_key": "task"}
             prompt = [{"registry_name": _STATE_PROMPT, "config": step_config}]
     write_json(folder / "config.json", config)
-    text = {
-        "registry_name": "tokenizer_processor",
-        "config": {
-            "max_length": model.config["prompt_tokens"],
-            "task_key": "task",
-            "padding_side": "right",
-            "padding": "max_length",
-            "truncation": True,
-            "tokenizer_name": tokenizer or "google/paligemma-3b-pt-224",
-        },
+    reading = {
+        "max_length": model.config["prompt_tokens"],
+        "task_key": "task",
+        "padding_side": "right",
+        "padding": "max_length",
+        "truncation": True,
     }
-    if tokenizer is not None:
-        text["artifacts"] = {"tokenizer_name": tokenizer}
+    text = _write_tokenizer(folder, model.tokenize.source, reading, final)
     device = {"registry_name": "device_processor", "config": {"device": "cpu", "float_dtype": None}}
     rules = {"eps": 1e-8, "norm_map": norm_map}
     normaliser = {"registry_name": "normalizer_processor", "config": {**rules, "features": {**inputs, **outputs}}}
@@ -145,6 +144,31 @@ def write(folder: Path, name: str, model: Pi0, statistics: Mapping[str, Tensor],
                 }
                 save_file(tensors, folder / step["state_file"])
         write_json(folder / f"{kind}.json", {"name": kind, "steps": listed})
+
+
+def _write_tokenizer(folder: Path, source: str, reading: Mapping[str, Any], final: Path) -> dict[str, Any]:
+    """The tokenizer into a checkpoint, where it is a file that LeRobot reads, and LeRobot's step with it.
+
+    :param source: see :class:`sb3_vla.models.prompts.PromptTokenizer`.
+    :param reading: other settings of the step.
+    """
+    repository, _, revision = source.partition("@")
+    file = local_tokenizer_file(source)
+    if file is None and is_hub_name(source) and revision:  # LeRobot takes the newest one of a name
+        file = tokenizer_file(source)
+    if file is not None and file.suffix == ".json":
+        # The class that transformers 5 takes for PaliGemma's has its <bos> from the file alone.
+        text = beginning_with(file.read_text(encoding="utf-8"), BOS)
+        write_tokenizer(folder / TOKENIZER, text)
+        return lerobot_step(reading, text, final, [PALIGEMMA])
+    if file is not None or not is_hub_name(source):
+        warnings.warn(
+            f"LeRobot reads no tokenizer like {source!r}, so {final} names {PALIGEMMA}, which must be the same. Give "
+            "tokenizer=FOLDER with tokenizer.json to have it in the checkpoint",
+            stacklevel=4,
+        )
+        repository = PALIGEMMA
+    return {"registry_name": "tokenizer_processor", "config": {**reading, "tokenizer_name": repository}}
 
 
 def _steps(folder: Path, kind: str) -> list[dict[str, Any]]:

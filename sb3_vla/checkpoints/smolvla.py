@@ -8,6 +8,7 @@ ones, or from the hub. Written: the layout with processor files and tokenizer.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from torch import Tensor
 from sb3_vla.checkpoints.layout import load_weights, read_json, read_tensors, require_file, write_json, write_tensors
 from sb3_vla.checkpoints.native import ENVIRONMENT_DIM, NORMALISED, LoadedCheckpoint, whole_checkpoint
 from sb3_vla.checkpoints.shards import read_weights, write_weights
-from sb3_vla.checkpoints.tokenizer_files import find_tokenizer, write_tokenizer
+from sb3_vla.checkpoints.tokenizer_files import TOKENIZER, find_tokenizer, lerobot_step, write_tokenizer
 from sb3_vla.models.lora import merged_state
 from sb3_vla.models.smolvla import SPECIAL_TOKENS, SmolVLA
 from sb3_vla.models.tokenizing import byte_tokenizer
@@ -29,6 +30,15 @@ VLM_NAMES = {
     "256M": "HuggingFaceTB/SmolVLM2-256M-Video-Instruct",
     "500M": "HuggingFaceTB/SmolVLM2-500M-Video-Instruct",
     "2.2B": "HuggingFaceTB/SmolVLM2-2.2B-Instruct",
+}
+# Subfolder of a checkpoint with a vision-language model that is none of them.
+_VLM = "vlm"
+# What LeRobot and the processor of the vision-language model ask its tokenizer for.
+_NAMED_TOKENS = {
+    "fake_image_token": "<fake_token_around_image>",
+    "global_image_token": "<global-img>",
+    "image_token": "<image>",
+    "end_of_utterance_token": "<end_of_utterance>",
 }
 # Names of the model's parts there; the empty one comes last.
 _PARTS = {
@@ -47,7 +57,11 @@ _NORM_MAP = {"VISUAL": "IDENTITY", "STATE": "MEAN_STD", "ACTION": "MEAN_STD"}
 
 
 def load_smolvla(
-    folder: str | Path, tokenizer: str | Path | None = None, precision: str = "float32", base: bool = False
+    folder: str | Path,
+    tokenizer: str | Path | None = None,
+    precision: str = "float32",
+    base: bool = False,
+    shifted_positions: bool = False,
 ) -> LoadedCheckpoint:
     """Read a SmolVLA as LeRobot publishes it.
 
@@ -55,6 +69,9 @@ def load_smolvla(
     :param precision: of the model, see :class:`SmolVLA`; training wants float32, whatever the file holds.
     :param base: take the weights alone, to imitate from, as of a model that was trained on other robots: states and
         actions are four numbers each, as the environment has them, and normalised as the data of imitation is.
+    :param shifted_positions: act as LeRobot does with transformers 4.55 to 4.57 and the vision tower in float32: every
+        patch of the picture has the position of the one above and to the left of it. For what was trained there; the
+        model that is read has it in its weights, and acts the same everywhere.
     :raises FileNotFoundError: if a file is missing; the message names it.
     :raises ValueError: if a file is damaged, the weights do not fit, statistics or tokenizer are missing, or the policy
         needs what this model has not.
@@ -76,6 +93,8 @@ def load_smolvla(
         options |= {"action_dim": ENVIRONMENT_DIM, "state_dim": ENVIRONMENT_DIM}
     model = SmolVLA(**options, precision=precision)
     load_weights(model, {_our_name(key): value for key, value in weights.items()}, folder, ours=_STATISTICS)
+    if shifted_positions:
+        _shift_positions(model)
     if not base:
         model.set_statistics(_statistics(config, buffers, folder))
     sampler = ("flow_ode", {"denoising_steps": int(config.get("num_steps", 10))})
@@ -91,7 +110,8 @@ def save_smolvla(
     :param max_shard_bytes: size from which the weights are written in several files, which LeRobot does not read.
     :raises FileExistsError: if the folder holds something else than a checkpoint.
     """
-    given = model.config
+    folder, given = Path(folder), model.config
+    published = VLM_NAMES.get(given["vlm"]) if isinstance(given["vlm"], str) else None
     size, action_dim, horizon = given["image_size"], given["action_dim"], given["action_horizon"]
     inputs = {
         _IMAGE: {"type": "VISUAL", "shape": [3, size, size]},
@@ -122,7 +142,8 @@ def save_smolvla(
         "freeze_vision_encoder": given["train_expert_only"],
         "train_expert_only": given["train_expert_only"],
         "train_state_proj": True,
-        "vlm_model_name": VLM_NAMES.get(given["vlm"], "vlm") if isinstance(given["vlm"], str) else "vlm",
+        # LeRobot takes a relative path from its working directory.
+        "vlm_model_name": published or str(folder.absolute() / _VLM),
         "load_vlm_weights": given["precision"] == "mixed",
         "add_image_special_tokens": given["image_special_tokens"],
         "attention_mode": "cross_attn",
@@ -149,13 +170,13 @@ def save_smolvla(
         "padding_side": "right",
         "padding": "longest",
         "truncation": True,
-        "tokenizer_name": "tokenizer",
     }
+    text = given["tokenizer"] or byte_tokenizer(SPECIAL_TOKENS)
     before = [
         {"registry_name": "rename_observations_processor", "config": {"rename_map": {}}},
         {"registry_name": "to_batch_processor", "config": {}},
         {"registry_name": "smolvla_new_line_processor", "config": {}},
-        {"registry_name": "tokenizer_processor", "config": words, "artifacts": {"tokenizer_name": "tokenizer"}},
+        lerobot_step(words, text, folder, VLM_NAMES.values()),
         device,
         {"registry_name": "normalizer_processor", "config": normaliser, "state_file": _NORMALIZER},
     ]
@@ -171,10 +192,19 @@ def save_smolvla(
             write_tensors(partial / file, statistics)
         write_json(partial / "policy_preprocessor.json", {"name": "policy_preprocessor", "steps": before})
         write_json(partial / "policy_postprocessor.json", {"name": "policy_postprocessor", "steps": after})
-        write_tokenizer(partial / "tokenizer", given["tokenizer"] or byte_tokenizer(SPECIAL_TOKENS), "<pad>")
-        if config["vlm_model_name"] == "vlm":
-            (partial / "vlm").mkdir()
-            write_json(partial / "vlm" / "config.json", _vlm_config(model))
+        write_tokenizer(partial / TOKENIZER, text)
+        if published is None:
+            _write_vlm(partial / _VLM, model, text, weights)
+
+
+def _shift_positions(model: SmolVLA) -> None:
+    """Give each patch the position of the one above and to the left of it; the first row's and column's stay there."""
+    side, own = model.sizes.image_size, model.resolution[0]
+    if own != side:
+        raise ValueError(f"shifted_positions=True is for pictures of the vision tower's size {side}; these are {own}")
+    table = model.vision_model.get_parameter("embeddings.position_embedding.weight").data
+    before = (torch.arange(math.isqrt(len(table))) - 1).clamp(min=0)
+    table.copy_(table.unflatten(0, (len(before), -1))[before][:, before].flatten(0, 1))
 
 
 def _check_supported(config: Mapping[str, Any], folder: Path) -> None:
@@ -234,13 +264,14 @@ def _vlm_of(name: str, folder: Path) -> str | dict[str, Any]:
             return ours
     from transformers import AutoConfig
 
+    inside = folder / (Path(name).name if Path(name).is_absolute() else name)  # ours, which may have been moved
     try:
-        config = AutoConfig.from_pretrained(folder / name if (folder / name).is_dir() else name)
+        config = AutoConfig.from_pretrained(inside if inside.is_dir() else name)
         text, vision = config.text_config, config.vision_config
     except (OSError, ValueError, AttributeError) as error:
         raise ValueError(
             f"{folder} needs the configuration of its vision-language model {name!r}, which is no folder in it, none "
-            f"of {', '.join(VLM_NAMES.values())}, and not found on the hub. Put its config.json into {folder / name}"
+            f"of {', '.join(VLM_NAMES.values())}, and not found on the hub. Put its config.json into {inside}"
         ) from error
     return {
         "width": text.hidden_size,
@@ -258,6 +289,22 @@ def _vlm_of(name: str, folder: Path) -> str | dict[str, Any]:
         "scale": config.scale_factor,
         "norm_eps": text.rms_norm_eps,
     }
+
+
+def _write_vlm(folder: Path, model: SmolVLA, text: str, weights: Mapping[str, Tensor]) -> None:
+    """All that LeRobot loads of a vision-language model that is not on the hub: configuration, processor and tokenizer.
+
+    :param text: contents of a ``tokenizer.json``.
+    :param weights: the policy's, by LeRobot's names.
+    """
+    write_tokenizer(folder, text, named=_NAMED_TOKENS)
+    write_json(folder / "config.json", _vlm_config(model))
+    kinds = {"processor_class": "SmolVLMProcessor", "image_processor_type": "SmolVLMImageProcessor"}
+    write_json(folder / "preprocessor_config.json", kinds)
+    write_json(folder / "processor_config.json", {"processor_class": "SmolVLMProcessor"})
+    if model.config["precision"] == "mixed":  # LeRobot makes it so where it loads these weights, before the policy's
+        vlm = _PARTS["lm_head."].removesuffix("lm_head.")
+        write_weights(folder, {k.removeprefix(vlm): value for k, value in weights.items() if k.startswith(vlm)})
 
 
 def _vlm_config(model: SmolVLA) -> dict[str, Any]:

@@ -24,7 +24,14 @@ import torch
 from torch import Tensor
 
 from sb3_vla.checkpoints.folders import read_weights
-from sb3_vla.checkpoints.layout import load_weights, read_json, read_tensors, write_json, write_tensors
+from sb3_vla.checkpoints.layout import (
+    load_weights,
+    read_json,
+    read_tensors,
+    tell_unreadable,
+    write_json,
+    write_tensors,
+)
 from sb3_vla.checkpoints.native import (
     ADAPTER_CONFIG,
     ENVIRONMENT_DIM,
@@ -33,8 +40,10 @@ from sb3_vla.checkpoints.native import (
     place_of_configuration,
     whole_checkpoint,
 )
+from sb3_vla.checkpoints.tokenizer_files import write_tokenizer
 from sb3_vla.models.lora import merge_adapter, merged_state
-from sb3_vla.models.tinyvla import PROMPT, TinyVLA
+from sb3_vla.models.sizes import published_options
+from sb3_vla.models.tinyvla import PADDING, PROMPT, TinyVLA
 from sb3_vla.paths import local_path
 
 _STATISTICS = "dataset_stats.pkl"
@@ -140,7 +149,9 @@ def save_tinyvla(folder: str | Path, model: TinyVLA) -> None:
 
     :raises FileExistsError: if the folder holds something else than a checkpoint.
     """
-    given = model.config
+    folder, given = Path(folder), model.config
+    theirs, own = published_options("tinyvla"), {"down_dims": tuple(given["down_dims"]), "step_dim": given["step_dim"]}
+    tell_unreadable(folder, "TinyVLA's code", {name: (size, theirs[name]) for name, size in own.items()})
     vision, language = (part.config.to_dict() for part in (model.vision_tower, model.gpt_neox))
     rope = language["rope_parameters"]
     language |= {"rotary_pct": rope["partial_rotary_factor"], "rotary_emb_base": rope["rope_theta"]}
@@ -172,9 +183,10 @@ def save_tinyvla(folder: str | Path, model: TinyVLA) -> None:
     }
     statistics = {theirs: getattr(model, ours).cpu().numpy() for ours, theirs in (_NAMES | _OPTIONAL).items()}
     statistics["example_qpos"] = np.zeros((1, given["state_dim"]), np.float32)
+    text = json.dumps(given["tokenizer"]) if given["tokenizer"] else model.tokenizer.to_str()
     with whole_checkpoint(folder) as partial:
         write_json(partial / "config.json", config)
-        write_json(partial / "tokenizer.json", given["tokenizer"] or json.loads(model.tokenizer.to_str()))
+        write_tokenizer(partial, text, PADDING)
         write_tensors(partial / "model.safetensors", weights)
         (partial / _STATISTICS).write_bytes(pickle.dumps(statistics, protocol=4))
 

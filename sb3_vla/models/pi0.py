@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -29,6 +29,8 @@ from sb3_vla.models.recomputing import recomputing
 from sb3_vla.models.resizing import resize_bytes
 
 PALIGEMMA = "google/paligemma-3b-pt-224"
+#: the published ones, and rows of the token embedding
+VLM_SIZE, EXPERT_SIZE, VOCABULARY = GemmaSize(2048, 16_384), GemmaSize(1024, 4096), 257_152
 _STATE_BINS = 256
 # Compiled towers see prompts padded to a multiple of this: few lengths are met, and each is compiled once.
 _PROMPT_STEP = 16
@@ -100,13 +102,12 @@ class Pi0(VLAModel):
         vision: Mapping[str, int] | None = None,
         vlm: Mapping[str, int] | None = None,
         expert: Mapping[str, int] | None = None,
-        vocabulary: int = 257_152,
+        vocabulary: int = VOCABULARY,
     ) -> None:
         super().__init__(action_dim, action_horizon)
         self.compiled = False
         self.vision_size = VisionSize(**dict(vision or {}))
-        vlm_size = GemmaSize(**{"width": 2048, "mlp": 16_384, **dict(vlm or {})})
-        expert_size = GemmaSize(**{"width": 1024, "mlp": 4096, **dict(expert or {})})
+        vlm_size, expert_size = replace(VLM_SIZE, **dict(vlm or {})), replace(EXPERT_SIZE, **dict(expert or {}))
         self.config = {
             "action_dim": action_dim,
             "action_horizon": action_horizon,

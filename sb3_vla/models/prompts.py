@@ -73,6 +73,11 @@ def local_tokenizer_file(source: str) -> Path | None:
     return path if path.is_file() else find_tokenizer_file(path)
 
 
+def is_hub_name(source: str) -> bool:
+    """Whether this could be a repository on the Hugging Face hub, ``owner/name`` or ``owner/name@revision``."""
+    return source.count("/") == 1 and not source.startswith((".", "/", "~"))
+
+
 def same_tokenizer(one: str, other: str) -> bool:
     """Whether two places name the same tokenizer, or hold copies of it."""
     files = local_tokenizer_file(one), local_tokenizer_file(other)
@@ -105,7 +110,7 @@ def tokenizer_file(source: str) -> Path:
         "Give tokenizer=FOLDER with tokenizer.json, a SentencePiece file such as openpi's paligemma_tokenizer.model, "
         "or a hub repository such as google/paligemma-3b-pt-224 (gated: accept its licence and log in first)"
     )
-    if path.is_dir() or source.count("/") != 1 or source.startswith((".", "/", "~")):
+    if path.is_dir() or not is_hub_name(source):
         raise FileNotFoundError(f"No PaliGemma tokenizer at {source!r}. {advice}")
     from huggingface_hub import hf_hub_download  # a heavy import, needed by few
 

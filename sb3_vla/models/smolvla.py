@@ -114,7 +114,8 @@ class SmolVLA(VLAModel):
     :param max_tokens: tokens that are read of an instruction.
     :param image_special_tokens: whether tokens mark the picture's start and end.
     :param absent_pictures: cameras that the model knows and that there are not.
-    :param train_expert_only: freeze the vision-language model, as LeRobot does by default.
+    :param train_expert_only: freeze the vision-language model where ``trainable`` does not say what is trained. A
+        folder of LeRobot's says it, and mostly does so; a model that begins from nothing has all to learn.
     :param kept: what :meth:`perceive` gives, and a rollout keeps where the backbone is frozen: keys and values of the
         whole ``prefix`` (2.3 MB a decision for 500M in bfloat16), or the ``pictures``' tokens (0.12 MB), from which an
         update runs the text tower again.
@@ -146,7 +147,7 @@ class SmolVLA(VLAModel):
         max_tokens: int = 48,
         image_special_tokens: bool = False,
         absent_pictures: int = 0,
-        train_expert_only: bool = True,
+        train_expert_only: bool = False,
         kept: str = "prefix",
         precision: str = "float32",
     ) -> None:
@@ -195,7 +196,7 @@ class SmolVLA(VLAModel):
         self.register_buffer("state_mean", torch.zeros(state_dim))
         self.register_buffer("state_std", torch.ones(state_dim))
         self.tokenizer = InstructionTokenizer(
-            byte_tokenizer(SPECIAL_TOKENS) if tokenizer is None else tokenizer, "{}\n", max_tokens
+            byte_tokenizer(SPECIAL_TOKENS) if tokenizer is None else tokenizer, "{}", max_tokens, line=True
         )
         if self.tokenizer.size > sizes.vocabulary:
             raise ValueError(
@@ -234,8 +235,8 @@ class SmolVLA(VLAModel):
         if precision == "mixed":
             self._mix_precision()
         if train_expert_only:
-            for parameter in self.backbone():
-                parameter.requires_grad_(False)
+            self.default_trainable = "expert"
+            self.set_trainable(self.default_trainable)
 
     def backbone(self) -> Iterator[nn.Parameter]:
         """The vision-language model; see :meth:`VLAModel.backbone`."""

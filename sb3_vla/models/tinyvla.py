@@ -31,7 +31,7 @@ PROMPT = (
     "and polite answers to the user's questions. USER: <image>\n{instruction} ASSISTANT: <|endoftext|>"
 )
 TOWERS = ("clip", "siglip")
-_PADDING = 1
+PADDING = 1
 _PIXELS = {
     "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
     "siglip": ((0.5,) * 3, (0.5,) * 3),
@@ -217,7 +217,7 @@ class TinyVLA(DiffusionModel):
         unique, inverse = torch.unique(instruction, dim=0, return_inverse=True)
         texts = [after.format(instruction=decode_instruction(sentence.cpu().numpy())) for sentence in unique]
         tokens = [torch.tensor(self.tokenizer.encode(text).ids) for text in texts]
-        ids = nn.utils.rnn.pad_sequence(tokens, batch_first=True, padding_value=_PADDING).to(seen.device)
+        ids = nn.utils.rnn.pad_sequence(tokens, batch_first=True, padding_value=PADDING).to(seen.device)
         lengths = torch.tensor([len(row) for row in tokens], device=seen.device)
         valid = torch.arange(ids.shape[1], device=seen.device) < lengths[:, None]
         embed = self.gpt_neox.get_input_embeddings()
