@@ -101,7 +101,7 @@ _LARGEST_LOG_RATIO = 20.0
 # Least weight of a task that is always or never solved, where 1 is that of a task solved every other time.
 _LEAST_TASK_WEIGHT = 0.1
 # What a training remembers of an episode that ended.
-_EPISODE_KEYS = ("task", "is_success", "elapsed_steps", "episode_return", "episode")
+_EPISODE_KEYS = ("task", "is_success", "elapsed_steps", "episode_return", "episode", "worker_restarted")
 # Episodes of a task that tell how often it is solved now; more would lag behind the policy.
 _RECENT_EPISODES = 30
 
@@ -811,9 +811,7 @@ class PPO(stable_baselines3.PPO):
         """
         first = self.ranks.rank * len(infos)
         for i in np.flatnonzero(dones):
-            # The death of a worker says nothing about the policy's success.
-            keys = ("episode",) if infos[i].get("worker_restarted") else _EPISODE_KEYS
-            info = {key: infos[i][key] for key in keys if key in infos[i]}
+            info = {key: infos[i][key] for key in _EPISODE_KEYS if key in infos[i]}
             if self.ranks.count == 1:
                 self._remember_episode(info)
             else:
@@ -821,6 +819,10 @@ class PPO(stable_baselines3.PPO):
 
     def _remember_episode(self, info: dict[str, Any]) -> None:
         self._ended_episodes += 1
+        if info.get("worker_restarted"):  # which says nothing about the policy's success
+            info = {"episode": info.get("episode")}
+        elif self.ep_success_buffer:  # others have told of success, so this one was cut before it could
+            info = {"is_success": False, **info}
         self._update_info_buffer([info], np.ones(1, dtype=bool))
         if "task" in info:
             success = info.get("is_success")

@@ -838,6 +838,7 @@ def test_an_episode_that_ends_without_a_word_has_not_succeeded() -> None:
     found = episode_metrics(algorithm._episodes, 5)
     assert (found["env/success_once"], found["env/success_once/a"], found["env/success_once/b"]) == (0.125, 0.25, 0.0)
     assert (found["env/episode_len"], found["env/return"]) == (4.0, 2.0)
+    assert list(algorithm.ep_success_buffer) == [True, False, False, False, False]  # type: ignore[arg-type]
     weights = algorithm._task_weights()
     assert weights["a"] == pytest.approx(4 * 2 / 6 * 4 / 6) and weights["b"] == pytest.approx(4 * 1 / 3 * 2 / 3)
 
@@ -847,6 +848,7 @@ def test_success_that_nothing_tells_of_is_unknown() -> None:
     algorithm._setup_learn(1)
     algorithm._record_episodes(ended(("a", None), ("b", None)), np.ones(2, dtype=bool))
     assert algorithm.task_success() == {} and episode_metrics(algorithm._episodes, 2) == {}
+    assert not algorithm.ep_success_buffer
 
 
 def test_the_death_of_a_worker_says_nothing_about_the_policy() -> None:

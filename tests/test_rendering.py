@@ -312,6 +312,30 @@ def run_python(program: str, **environment: str) -> subprocess.CompletedProcess[
     return subprocess.run([sys.executable, "-c", program], env={**clean, **environment}, capture_output=True, text=True)
 
 
+def test_a_thread_that_outlives_the_process_ends_quietly(opengl: str) -> None:
+    program = f"""
+import threading, time
+import gymnasium as gym
+def draw():
+    env = gym.make("mw_envs:MetaWorldMT1-v0", task="reach-v3", image_size=32, renderer="{opengl}")
+    env.reset(seed=0)
+    return env
+env = draw()
+ended = threading.Thread(target=draw)
+ended.start()
+ended.join()
+drawn = threading.Event()
+def hang():
+    env = draw()
+    drawn.set()
+    time.sleep(60)
+threading.Thread(target=hang, daemon=True).start()
+assert drawn.wait(60)
+"""
+    done = run_python(program)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 DRAW_ONE = """
 import hashlib
 import gymnasium as gym

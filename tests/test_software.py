@@ -322,7 +322,7 @@ def test_where_nothing_can_be_kept_a_temporary_folder_is_told_of_once(tmp_path: 
     assert second.stderr == ""
 
 
-@pytest.mark.parametrize("how", ["no temporary folder", "writable by others", "a link"])
+@pytest.mark.parametrize("how", ["no temporary folder", "writable by others", "a link", "read-only"])
 def test_machine_code_is_kept_in_no_folder_of_others(how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def no_locator(**_: Any) -> Any:
         raise RuntimeError("cannot cache function")
@@ -335,6 +335,9 @@ def test_machine_code_is_kept_in_no_folder_of_others(how: str, tmp_path: Path, m
         folder.chmod(0o777)
     elif how == "a link":
         folder.symlink_to(tmp_path)
+    elif how == "read-only":
+        folder.mkdir(mode=0o700)
+        monkeypatch.setattr(os, "access", lambda *_: False)  # root may write whatever the mode says
     with pytest.warns(UserWarning, match=r"Each process compiles .* Set NUMBA_CACHE_DIR"):
         assert arrays._cache() == ""
 

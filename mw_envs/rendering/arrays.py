@@ -67,7 +67,8 @@ def _cache() -> str | None:
             )
         found = folder.lstat()
         # Numba runs what lies there, so only this user may have put it there.
-        if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o022:
+        own = stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o022
+        if own and os.access(folder, os.W_OK | os.X_OK):  # it may be of an earlier time, and read-only now
             return str(folder)
     except OSError:
         pass

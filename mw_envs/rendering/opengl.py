@@ -46,10 +46,9 @@ class OpenGLRenderer:
         self._camera = mujoco.MjvCamera()
         self._camera.type = mujoco.mjtCamera.mjCAMERA_FIXED
         self._options = mujoco.MjvOption()
-        free = weakref.finalize(self, _free, self._scenes, self._gl)  # as the thread ends, whose context it is
+        free = weakref.finalize(self, _free, self._scenes, self._gl, threading.get_ident())  # as the thread ends
         free.atexit = False
-        if threading.current_thread() is threading.main_thread():
-            atexit.register(free)  # after MuJoCo's end of EGL was, so before it
+        atexit.register(free)  # after MuJoCo's end of EGL was, so it comes before that
 
     def render(self, model: mujoco.MjModel, data: mujoco.MjData, view: View, scene: Scene) -> npt.NDArray[np.uint8]:
         """Draw a view; see :meth:`mw_envs.rendering.Renderer.render`.
@@ -97,9 +96,10 @@ class OpenGLRenderer:
         return context
 
 
-def _free(contexts: dict[Any, mujoco.MjrContext], gl: Any) -> None:
-    for context in contexts.values():
-        context.free()
+def _free(contexts: dict[Any, mujoco.MjrContext], gl: Any, thread: int) -> None:
+    if threading.get_ident() == thread:  # in a thread that outlives the process's end nothing can be freed by another
+        for context in contexts.values():
+            context.free()
     contexts.clear()
     gl.free()
 
