@@ -402,8 +402,7 @@ def test_a_plan_is_what_a_training_holds(case: str, tmp_path: Path, monkeypatch:
         return DummyVecEnv([lambda: HoldAtEnd(ToyEnv(**env))] * len(makers)) if grouped else toy_vec(4, **env)
 
     def learn(algorithm: PPO, decisions: int, callback: Any, reset_num_timesteps: bool) -> None:
-        nonlocal trained
-        trained = algorithm
+        algorithms.append(algorithm)
         for layer in algorithm.policy.modules():
             if isinstance(layer, torch.nn.Linear):  # so that episodes end otherwise
                 torch.nn.init.normal_(layer.weight, std=0.05)
@@ -417,7 +416,7 @@ def test_a_plan_is_what_a_training_holds(case: str, tmp_path: Path, monkeypatch:
         real(algorithm, 1, log_interval=1000)
         raise Captured
 
-    trained: Any = None
+    algorithms: list[Any] = []
     compared: list[Any] = []
     real = PPO.learn
     monkeypatch.setattr(training, "SharedMemoryVecEnv", environments)
@@ -427,6 +426,7 @@ def test_a_plan_is_what_a_training_holds(case: str, tmp_path: Path, monkeypatch:
     with pytest.raises(Captured):
         train(run, "rl", config, checkpoint=tmp_path / "start", output=tmp_path / "rl", suite="MT10", progress=False)
 
+    (trained,) = algorithms
     policy, buffer = trained.policy, trained.rollout_buffer
     own = [*policy.model.parameters(), *policy.model.buffers(), *policy.value_head.parameters()]
     acting = [*policy.distribution.parameters(), *policy.distribution.buffers()]
@@ -440,7 +440,7 @@ def test_a_plan_is_what_a_training_holds(case: str, tmp_path: Path, monkeypatch:
     moments = [value for state in policy.optimizer.state.values() for value in state.values()]
     assert plan.optimizer == pytest.approx(held(moments), rel=0.1)
     stored: list[Tensor] = []
-    if grouped:
+    if isinstance(config, GRPOConfig):
         assert len(buffer) == 3 * config.group_size * 3  # all groups were kept
         stored = [t for e, step in buffer._places for part in e.decision(step) for t in part.values()]
     else:
