@@ -35,7 +35,7 @@ from sb3_vla.results import TRIAL_SEED
 from sb3_vla.run import RunDirectory, RunError
 from sb3_vla.sft import SFTConfig, sft
 from sb3_vla.stopping import Stopped, stopped_by_signals
-from sb3_vla.training import PPOConfig, train, view_of
+from sb3_vla.training import PPOConfig, train
 
 # Three sets of trials that share no goal: demonstrations and PPO use seeds below these.
 TEST_SEED, CHOICE_SEED = TRIAL_SEED, TRIAL_SEED + 1_000_000
@@ -158,11 +158,6 @@ def quickstart(run: RunDirectory, config: QuickstartConfig, console: Console) ->
                 resume_from=run.latest_checkpoint("sft") if stage.resumed else None,
             )
             run.write_json("sft_history.json", result.history)
-    env_kwargs = {
-        "image_size": config.collect.image_size,
-        "renderer": config.renderer,
-        **view_of({"view": {"crop": config.collect.crop}}),
-    }
 
     def measure(name: str, checkpoint: Path, trials: int, trial_seed: int, films: bool) -> EvaluationResult:
         videos = None
@@ -174,7 +169,7 @@ def quickstart(run: RunDirectory, config: QuickstartConfig, console: Console) ->
             trials_per_task=trials,
             trial_seed=trial_seed,
             protocol=config.evaluation.protocol,
-            env_kwargs=env_kwargs,
+            env_kwargs={"renderer": config.renderer},
             videos=videos,
         )
         result.to_json(run.path / f"evaluation_{name}.json")

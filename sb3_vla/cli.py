@@ -23,7 +23,9 @@ from rich.console import Console
 from rich.markup import escape
 from safetensors import SafetensorError
 
-from mw_envs.tasks import select_tasks
+from mw_envs.env import CAMERAS
+from mw_envs.rendering import resolve_crop
+from mw_envs.tasks import did_you_mean, select_tasks
 from sb3_vla import doctor
 from sb3_vla.config import ConfigError, load_config, to_yaml
 from sb3_vla.distributed import current_ranks, torchrun
@@ -73,12 +75,17 @@ class SFTCommand:
     :param data: folder of a LeRobot dataset.
     :param output: folder of the checkpoint.
     :param image_size: shrink the pictures to this while loading.
+    :param crop: window of the view that the pictures are of, where the dataset does not say it: ``workspace``, ``full``
+        or ``[top, left, height, width]`` in fractions.
+    :param camera: which camera's view, where the dataset does not say it.
     :param rename: the dataset's feature names to ours.
     """
 
     data: str = "demonstrations"
     output: str = "checkpoints/sft"
     image_size: int | None = None
+    crop: Any = None
+    camera: str | None = None
     tasks: list[str] | None = None
     rename: dict[str, str] = field(default_factory=dict)
     sft: SFTConfig = field(default_factory=SFTConfig)
@@ -94,6 +101,9 @@ class TrainCommand:
     :param algorithm: ``ppo`` or ``grpo``, whose settings are in the section of that name.
     :param checkpoint: where to start.
     :param model_kwargs: what a published checkpoint does not say, such as ``{tokenizer: FOLDER}``.
+    :param crop: window of the view that the model sees: ``workspace``, ``full`` or ``[top, left, height, width]`` in
+        fractions; None for the one that the checkpoint says.
+    :param camera: whose view it sees; None for the one that the checkpoint says.
     :param run: run directory; the result is its folder ``ppo`` or ``grpo``.
     :param tasks: which of the suite's tasks to practise.
     :param data: demonstrations for rehearsal, with ``ppo.rehearsal_coef`` or ``grpo.rehearsal_coef``.
@@ -102,6 +112,8 @@ class TrainCommand:
     algorithm: Literal["ppo", "grpo"] = "ppo"
     checkpoint: str = "checkpoints/sft"
     model_kwargs: dict[str, Any] = field(default_factory=dict)
+    crop: Any = None
+    camera: str | None = None
     run: str = "runs/${algorithm}"
     suite: str = "MT10"
     split: str = "train"
@@ -123,6 +135,9 @@ class EvalCommand:
         OpenVLA-OFT with its one, needs it.
     :param trials_per_task: trials, fixed by ``trial_seed``.
     :param model_kwargs: what a published checkpoint does not say, such as ``{tokenizer: FOLDER}``.
+    :param crop: window of the view that the model sees: ``workspace``, ``full`` or ``[top, left, height, width]`` in
+        fractions; None for the one that the checkpoint says.
+    :param camera: whose view it sees; None for the one that the checkpoint says.
     :param device: ``cpu``, ``cuda`` or ``auto``.
     :param bf16: bfloat16 autocast of the policy.
     :param videos: folder for a video of each task's first trials.
@@ -138,6 +153,8 @@ class EvalCommand:
     trials_per_task: int = 20
     trial_seed: int = TRIAL_SEED
     model_kwargs: dict[str, Any] = field(default_factory=dict)
+    crop: Any = None
+    camera: str | None = None
     device: str = "auto"
     bf16: bool = False
     videos: str | None = None
@@ -172,6 +189,15 @@ class ReportCommand:
     embed_mb: float = 20.0
 
 
+def _given_view(command: SFTCommand | TrainCommand | EvalCommand) -> dict[str, Any]:
+    """Of a view what somebody set, found out to be one before the work."""
+    resolve_crop(command.crop)
+    if command.camera is not None and command.camera not in CAMERAS:
+        raise ConfigError(f"Unknown camera {command.camera!r}; {did_you_mean(command.camera, CAMERAS)}")
+    given = {"camera": command.camera, "crop": command.crop}
+    return {name: value for name, value in given.items() if value is not None}
+
+
 def run_collect(command: CollectCommand, console: Console) -> None:
     """``sb3-vla collect``."""
     from sb3_vla.collecting import collect
@@ -185,10 +211,13 @@ def run_sft(command: SFTCommand, console: Console) -> None:
     from sb3_vla.checkpoints.native import refuse_other_files
     from sb3_vla.demonstrations import Demonstrations
     from sb3_vla.sft import sft
+    from sb3_vla.views import view_of_data
 
+    view = _given_view(command)
     data = Demonstrations.load(
         command.data, tasks=command.tasks, image_size=command.image_size, rename=command.rename or None
     )
+    data.camera = view_of_data(command.data, data.camera, view)
     output = Path(command.output)
     refuse_other_files(output)  # before the work
     # Until the result is there, what a second start goes on from after an interrupt.
@@ -211,7 +240,7 @@ def run_train(command: TrainCommand, console: Console) -> None:
     from sb3_vla.demonstrations import Demonstrations
     from sb3_vla.training import train
 
-    name = command.algorithm
+    name, view = command.algorithm, _given_view(command)
     config = command.grpo if name == "grpo" else command.ppo
     # The same folder may hold another checkpoint by now; where there is none, no run is begun.
     inputs = {"train": command, "checkpoint": checkpoint_digest(command.checkpoint)}
@@ -237,6 +266,7 @@ def run_train(command: TrainCommand, console: Console) -> None:
                 demonstrations=data,
                 resume=stage.resumed,
                 renderer=command.renderer,
+                env_kwargs=view,
             )
     console.print(f"checkpoint {run.path / name}, TensorBoard {run.path / 'tensorboard'}", highlight=False)
 
@@ -272,23 +302,25 @@ def run_recipe(parsed: argparse.Namespace, settings: list[str], console: Console
 
 def run_eval(command: EvalCommand, console: Console) -> None:
     """``sb3-vla eval``."""
-    from sb3_vla.checkpoints import load_checkpoint
     from sb3_vla.evaluation import VideoOptions, evaluate, find_protocol
     from sb3_vla.policies import load_policy
     from sb3_vla.precision import autocast, get_device
-    from sb3_vla.training import view_of
 
     output = Path(command.output)
     if output.suffix == ".md" or output.is_dir():
         raise ConfigError(f"output={command.output}; expected the name of a JSON file, beside which a table is written")
     output.parent.mkdir(parents=True, exist_ok=True)  # or fail now, not after the work
-    options = command.model_kwargs or None
-    view = view_of(load_checkpoint(command.checkpoint, options).notes)
     protocol = find_protocol(command.protocol)
     if command.action_chunk is not None and command.action_chunk != protocol.action_chunk:
         chunk = command.action_chunk
         protocol = replace(protocol, name=f"{protocol.name} with chunk {chunk}", action_chunk=chunk)
-    policy = load_policy(command.checkpoint, protocol.action_chunk, get_device(command.device), model_kwargs=options)
+    policy = load_policy(
+        command.checkpoint,
+        protocol.action_chunk,
+        get_device(command.device),
+        model_kwargs=command.model_kwargs or None,
+        view=_given_view(command),
+    )
     with autocast(command.bf16, policy.device.type):
         result = evaluate(
             policy,
@@ -296,7 +328,7 @@ def run_eval(command: EvalCommand, console: Console) -> None:
             trials_per_task=command.trials_per_task,
             trial_seed=command.trial_seed,
             protocol=protocol,
-            env_kwargs={"image_size": policy.model.image_size[0], "renderer": command.renderer, **view},
+            env_kwargs={"renderer": command.renderer},
             videos=VideoOptions(command.videos) if command.videos else None,
         )
     if current_ranks().leads:

@@ -29,7 +29,7 @@ from sb3_vla.recipes import Recipe
 from sb3_vla.report import write_report
 from sb3_vla.sft import sft
 from sb3_vla.shared_run import SharedRun
-from sb3_vla.training import GRPOConfig, train, view_of
+from sb3_vla.training import GRPOConfig, train
 
 Films = TypeVar("Films", VideoOptions | None, TrainingFilms | None)
 
@@ -161,17 +161,12 @@ def _measure(
             videos = _into(plan.videos, run, name)
             if videos is not None:
                 run.ranks.first_does(videos.prepare)
-            loaded = load_checkpoint(checkpoint, options)
             how = {key: value for key, value in plan.evaluate.items() if key != "renderer"}
             result = evaluate(
                 load_policy(
                     checkpoint, plan.action_chunk, "cuda" if torch.cuda.is_available() else "cpu", options or None
                 ),
-                env_kwargs={
-                    "image_size": loaded.model.image_size[0],
-                    "renderer": plan.evaluate["renderer"],
-                    **view_of(loaded.notes),
-                },
+                env_kwargs={"renderer": plan.evaluate["renderer"]},
                 videos=videos,
                 **how,
             )

@@ -29,6 +29,7 @@ from sb3_vla.models.base import is_perceived
 from sb3_vla.models.lora import prepare_training
 from sb3_vla.models.prompts import same_tokenizer
 from sb3_vla.sharding import as_shards, in_shards, is_sharded
+from sb3_vla.views import known_view, settled_view
 
 MODEL_KEYS = ("image", "state", "instruction")
 #: observations that only the critic reads, where an environment gives them
@@ -90,6 +91,9 @@ class VLAPolicy(BasePolicy):
     :param cache_perception: whether a rollout keeps what a frozen backbone perceived instead of the picture, so that an
         update costs the expert alone. A decision takes 114 kB with CompactVLA's default size, and megabytes with pi0.
         None for the model's default: not with pi0 and pi0.5.
+    :param view: ``camera`` and ``crop`` of the pictures that it is trained on, which
+        :func:`sb3_vla.evaluation.evaluate` shows it; None for those that the checkpoint says. :class:`sb3_vla.PPO`
+        takes them from the environment.
     :param optimizer_class: optimiser.
     :param optimizer_kwargs: its options besides the learning rate.
     :raises ValueError: if the spaces are not those of a vision-language-action environment, or the checkpoint is of
@@ -115,6 +119,7 @@ class VLAPolicy(BasePolicy):
         gradient_checkpointing: bool = False,
         compile: Mapping[str, Any] | None = None,
         cache_perception: bool | None = None,
+        view: Mapping[str, Any] | None = None,
         optimizer_class: type[torch.optim.Optimizer] = torch.optim.Adam,
         optimizer_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
@@ -139,6 +144,7 @@ class VLAPolicy(BasePolicy):
             given, asked = (asked, {}) if takes_options(checkpoint) else ({}, asked)
             _check_checkpoint(checkpoint, loaded, model, asked)
             self.model: VLAModel = loaded.model
+            view = known_view(loaded.notes.get("view", {})) if view is None else view
             model, model_kwargs = loaded.model_name, loaded.model_kwargs
         else:
             model = "compact" if model is None else model
@@ -208,6 +214,7 @@ class VLAPolicy(BasePolicy):
             "gradient_checkpointing": gradient_checkpointing,
             "compile": None if compile is None else dict(compile),
             "cache_perception": cache_perception,
+            "view": None if view is None else dict(view),
             "optimizer_class": optimizer_class,
             "optimizer_kwargs": dict(optimizer_kwargs or {}),
         }
@@ -217,6 +224,15 @@ class VLAPolicy(BasePolicy):
             lr=lr_schedule(1),  # type: ignore[call-arg]
             **self.optimizer_kwargs,
         )
+
+    @property
+    def view(self) -> dict[str, Any] | None:
+        """Camera and crop of the pictures that it is trained on; None where nobody said."""
+        return self.portable_kwargs["view"]
+
+    @view.setter
+    def view(self, view: dict[str, Any]) -> None:
+        self.portable_kwargs["view"] = view
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Weights by name; without those of a frozen backbone that a checkpoint holds."""
@@ -541,20 +557,23 @@ def load_policy(
     action_chunk: int | None = None,
     device: torch.device | str = "cpu",
     model_kwargs: Mapping[str, Any] | None = None,
+    view: Mapping[str, Any] | None = None,
 ) -> VLAPolicy:
-    """A policy to act with, from a checkpoint alone.
+    """A policy to act with, from a checkpoint alone; with a warning where the checkpoint does not say its view.
 
     :param checkpoint: see :class:`VLAPolicy`.
     :param action_chunk: K, actions executed per decision; None for the whole predicted horizon.
     :param model_kwargs: what a published checkpoint does not say.
+    :param view: ``camera``, ``crop`` or both, where the checkpoint does not say them or they are to be others.
     :raises ValueError: if the model predicts fewer actions than that.
     """
     loaded = load_checkpoint(checkpoint, model_kwargs)
     model = loaded.model
     name, options = loaded.distribution or (default_distribution(model), {})
     state_dim = int(model.config.get("state_dim", 4))
-    size = loaded.notes.get("view", {}).get("render_size")
-    picture = (size, size) if size else model.image_size
+    said = loaded.notes.get("view", {})
+    size = said.get("render_size", model.image_size)
+    picture = (size, size) if isinstance(size, int) else tuple(size)
     observation_space = spaces.Dict(
         {
             "image": spaces.Box(0, 255, (*picture, 3), np.uint8),
@@ -573,5 +592,6 @@ def load_policy(
         model_kwargs=model_kwargs,
         distribution=name,
         distribution_kwargs=options,
+        view=settled_view(checkpoint, said, view or {}),
     )
     return policy.to(device)

@@ -58,6 +58,7 @@ from sb3_vla.stepping import (
     step_by_halves,
     step_together,
 )
+from sb3_vla.views import view_of_envs, warn_of_another_view
 
 if TYPE_CHECKING:
     from sb3_vla.cluster.rollout import Replicas
@@ -316,6 +317,8 @@ class PPO(stable_baselines3.PPO):
         super()._setup_model()
         self.rollout_buffer_class = None
         self._check_options()
+        if self.policy.view is None:
+            self._take_view()
         self.policy.value_head.requires_grad_(self.has_critic)
         if self.sharding == "fsdp" and self.ranks.count > 1:
             policy, methods = self.policy, ("evaluate", "imitation_loss")
@@ -353,6 +356,14 @@ class PPO(stable_baselines3.PPO):
                 raise ValueError(
                     f"{name}={getattr(self, name)!r} acts on VLAPolicy alone; got {self.policy_class.__name__}"
                 )
+
+    def _take_view(self) -> None:
+        """From now on the policy is trained on what the environment shows."""
+        shown = None if self.env is None else view_of_envs(self.env)
+        if shown is not None:
+            if self.policy.view is not None:
+                warn_of_another_view(self.policy.view, shown)
+            self.policy.view = shown
 
     def anchor(self) -> None:
         """Take the present policy as the reference of ``kl_coef``; the first update does so if nobody did."""
@@ -929,6 +940,7 @@ class PPO(stable_baselines3.PPO):
             self.ranks.check_same(dict(self.policy.named_parameters()), "the policy")
             if reset_num_timesteps:
                 self.env_steps = 0
+            self._take_view()
         super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
         return self
 

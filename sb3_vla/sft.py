@@ -28,6 +28,7 @@ from sb3_vla.noise import part_of_batch
 from sb3_vla.precision import autocast, get_device
 from sb3_vla.sharding import whole_optimizer_state
 from sb3_vla.stopping import Stopped, stop_request
+from sb3_vla.views import known_view, warn_once
 
 # A deviation of nothing (a gripper that never moves) must not blow up what is divided by it.
 _SMALLEST_STD = 1e-2
@@ -223,6 +224,11 @@ def sft(
         schedule.load_state_dict(state["schedule"])
         for group, rate in zip(optimizer.param_groups, schedule.get_last_lr(), strict=True):
             group["lr"] = rate
+    if known_view(demonstrations.camera) is None:
+        warn_once(
+            "The demonstrations do not say which view their pictures show, so the checkpoint does not either. Give "
+            'crop and camera, or set demonstrations.camera, such as {"camera": "corner2", "crop": "workspace"}'
+        )
     ranks.check_same(model.state_dict(), "the model")
     started = time.perf_counter() - (history[-1]["seconds"] if history else 0.0)
     with stop_request() as stop, _bar(config.steps, progress and ranks.leads) as bar:

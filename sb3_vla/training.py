@@ -42,6 +42,7 @@ from sb3_vla.sft import DemonstrationBatches
 from sb3_vla.sharding import whole_weights
 from sb3_vla.stopping import Stopped, StopRequest, stop_request
 from sb3_vla.vec_env import SharedMemoryVecEnv
+from sb3_vla.views import FULL_VIEW, known_view, settled_view, view_of, warn_of_another_view
 
 if TYPE_CHECKING:
     from sb3_vla.cluster.seat import Seat
@@ -297,7 +298,8 @@ def train(
     :param run: the run directory.
     :param stage: name under which the run keeps the training's own checkpoints.
     :param config: settings, and by their type the algorithm.
-    :param checkpoint: where to start; its notes tell the view that the model was trained on.
+    :param checkpoint: where to start; its notes tell the view that the model was trained on, and where they do not,
+        ``env_kwargs`` should have ``camera`` and ``crop``.
     :param output: folder of the resulting checkpoint.
     :param tasks: which of the suite's tasks to practise; None for all.
     :param demonstrations: for rehearsal.
@@ -317,16 +319,14 @@ def train(
     """
     ranks = current_ranks()
     start = load_checkpoint(checkpoint, model_kwargs)
-    options = _env_options(start, config, suite, split, tasks, {"renderer": renderer, **(env_kwargs or {})})
-    rehearsal = None
-    if config.rehearsal_coef > 0:
-        if demonstrations is None:
-            raise ValueError(f"rehearsal_coef={config.rehearsal_coef} needs demonstrations; give data, or set it to 0")
-        rehearsal = DemonstrationBatches(demonstrations, None, start.model.action_horizon, shift=4, seed=config.seed)
+    said, given = start.notes.get("view", {}), dict(env_kwargs or {})
+    view = settled_view(checkpoint, said, {key: given[key] for key in FULL_VIEW if key in given}) or FULL_VIEW
+    options = _env_options(start, config, suite, split, tasks, {"renderer": renderer, **given, **view})
+    rehearsal = _rehearsal(config, demonstrations, start.model.action_horizon, view)
     make = functools.partial(gym.make, f"mw_envs:MetaWorld{suite}-v0", **options)
     if seat is None:
         _refuse_early(make, options["renderer"])
-    policy_kwargs = _policy_kwargs(config, checkpoint, model_kwargs, optimizer_kwargs)
+    policy_kwargs = {**_policy_kwargs(config, checkpoint, model_kwargs, optimizer_kwargs), "view": view}
     if isinstance(config, GRPOConfig):
         make = functools.partial(_holding, make)
     device = get_device(config.device)
@@ -350,7 +350,8 @@ def train(
             model.replicas = seat.replicas(model.policy)
         if config.kl_coef > 0:  # also after an interrupt it is the policy at the start
             model.anchor()
-        save = functools.partial(_save_policy, model, config, start.notes, tasks)
+        seen = {**said, **view, "render_size": options["image_size"]}
+        save = functools.partial(_save_policy, model, config, {**start.notes, "view": seen}, tasks)
         logger = Logger(str(run.path), [])
         model.set_logger(logger)
         env.seed(1000 * (config.seed + 1) + own.start)
@@ -374,9 +375,9 @@ def train(
                     logger.output_formats += [*opened.writers, _RunMetrics(run, stage, seconds, model)]
                     callbacks += [] if films is None else [FilmEpisodes(films)]
                 if evaluation is not None:  # behind the checkpoint, from which a training goes on to the same
-                    seen, best = _seen(options), run.path / "checkpoints" / stage / "best"
+                    shown, best = _seen(options), run.path / "checkpoints" / stage / "best"
                     callbacks.append(
-                        EvaluatePeriodically(evaluation, seen, best, save, resumed=resume, say=callback.say)
+                        EvaluatePeriodically(evaluation, shown, best, save, resumed=resume, say=callback.say)
                     )
                 model.learn(remaining, callbacks, reset_num_timesteps=False)
                 callback.save()
@@ -385,6 +386,23 @@ def train(
         if seat is not None:
             seat.leave()
     save(Path(output), {})
+
+
+def _rehearsal(
+    config: PPOConfig | GRPOConfig, demonstrations: Demonstrations | None, horizon: int, view: Mapping[str, Any]
+) -> DemonstrationBatches | None:
+    """Batches of what is rehearsed, if anything is.
+
+    :param view: of what is practised.
+    """
+    if config.rehearsal_coef <= 0:
+        return None
+    if demonstrations is None:
+        raise ValueError(f"rehearsal_coef={config.rehearsal_coef} needs demonstrations; give data, or set it to 0")
+    rehearsed = known_view(demonstrations.camera)
+    if rehearsed is not None:
+        warn_of_another_view(rehearsed, view, "The demonstrations for rehearsal show")
+    return DemonstrationBatches(demonstrations, None, horizon, shift=4, seed=config.seed)
 
 
 def _save_policy(
@@ -535,16 +553,6 @@ def _policy_kwargs(
         "distribution_kwargs": config.distribution_kwargs,
         **optimizer,
     }
-
-
-def view_of(notes: dict[str, Any]) -> dict[str, Any]:
-    """Camera and crop that a checkpoint's model was trained on; the full default view if it does not say.
-
-    Where pictures were drawn larger than the model reads them, also the size.
-    """
-    camera = notes.get("view", {})
-    drawn = {"image_size": camera["render_size"]} if "render_size" in camera else {}
-    return {"camera": camera.get("camera", "corner2"), "crop": camera.get("crop"), **drawn}
 
 
 class _RunMetrics(KVWriter):
