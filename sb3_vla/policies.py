@@ -34,6 +34,20 @@ from sb3_vla.views import known_view, settled_view
 MODEL_KEYS = ("image", "state", "instruction")
 #: observations that only the critic reads, where an environment gives them
 CRITIC_KEYS = ("privileged_state", "elapsed_time")
+#: what helps whoever stacks pictures
+STACKED = (
+    "A policy decides on one picture: leave VecFrameStack, FrameStackObservation and GrayscaleObservation out. Where "
+    "one picture does not tell enough, add numbers to the state"
+)
+_NORMALISED = 'Where VecNormalize made it that, name what it may change: VecNormalize(env, norm_obs_keys=["state"])'
+# What helps where an observation does not fit.
+_HINTS = {
+    "image": "; its channels may come first or last",
+    "state": "",
+    "instruction": "; mw_envs.encode_instruction makes one of a sentence",
+    **dict.fromkeys(CRITIC_KEYS, ""),
+    "float image": ". Give it as it was drawn; one in 0..1 is (255 * image).round().astype(np.uint8)",
+}
 _LARGEST_NATIVE_IMAGE = 128
 _DEFAULT_IMAGE = 96
 
@@ -365,11 +379,9 @@ class VLAPolicy(BasePolicy):
         if is_perceived(obs):
             return dict(obs)
         prepared = {key: obs[key] for key in (*MODEL_KEYS, *CRITIC_KEYS) if key in obs}
-        if prepared["instruction"].dtype != torch.uint8:
-            raise ValueError(
-                f"VLAPolicy needs instruction as uint8, its bytes; got {prepared['instruction'].dtype}. "
-                'Where VecNormalize made it that, name what it may change: norm_obs_keys=["state"]'
-            )
+        for key in ("image", "instruction"):
+            if prepared[key].dtype != torch.uint8:
+                raise ValueError(f"VLAPolicy needs {key} as uint8; got {prepared[key].dtype}. {_NORMALISED}")
         image = prepared["image"]
         if not self._channels_first and image.shape[1] != 3:
             image = image.permute(0, 3, 1, 2)
@@ -387,12 +399,19 @@ class VLAPolicy(BasePolicy):
         episode_start: np.ndarray | None = None,
         deterministic: bool = False,
     ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
-        """As in Stable-Baselines3.
+        """As in Stable-Baselines3; of an observation what the policy does not read is left out.
 
-        :raises ValueError: for a state that is not finite, from which no action would be either.
+        :param observation: one, or a batch of them in which each array has a further axis in front. Pictures may have
+            their channels first or last.
+        :raises ValueError: for what does not fit the observation space, see :func:`fitted`; or for what is no dict.
         """
-        if isinstance(observation, dict) and not np.isfinite(observation.get("state", 0)).all():
-            raise ValueError(f"The observation's state is {observation['state']}; expected finite numbers")
+        if isinstance(observation, Mapping):
+            observation = fitted(observation, self.observation_space)  # type: ignore[arg-type]
+        elif not isinstance(observation, tuple):  # for which Stable-Baselines3 has a message
+            raise ValueError(
+                f"VLAPolicy reads a dict with {', '.join(MODEL_KEYS)}, as the environment gives it; got "
+                f"{type(observation).__name__}"
+            )
         return super().predict(observation, state, episode_start, deterministic)
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> Tensor:
@@ -462,6 +481,50 @@ class ValueHead(nn.Module):
         return self.layers(torch.cat([self.norm(features), *critic_only], dim=1)).float()[:, 0]
 
 
+def fitted(observation: Mapping[str, Any], space: spaces.Dict) -> dict[str, np.ndarray]:
+    """What a policy reads of an observation, in the types of its space and with the space's order of a picture's axes.
+
+    Other integers and other floats are converted, and integers to floats.
+
+    :param observation: arrays of the space's shapes; or batches, which all have the same further axis in front. What
+        only a critic reads may be missing, and what nobody reads is left out.
+    :raises ValueError: for a missing key, for a shape, a type or an integer that the space has not, and for a number
+        that is not finite.
+    """
+    missing = [key for key in MODEL_KEYS if key not in observation]
+    if missing:
+        raise ValueError(f"The observation has no {', '.join(missing)}; it has {', '.join(map(str, observation))}")
+    read = [key for key in (*MODEL_KEYS, *CRITIC_KEYS) if key in observation and key in space.spaces]
+    found = {key: _fitted(key, np.asarray(observation[key]), space[key]) for key in read}
+    counts = {key: len(array) if array.ndim > len(space[key].shape or ()) else None for key, array in found.items()}
+    if len(set(counts.values())) > 1:
+        told = (f"{key} of {'one, without a batch axis' if n is None else n}" for key, n in counts.items())
+        raise ValueError(f"The observation's arrays are batches of different sizes: {'; '.join(told)}")
+    return found
+
+
+def _fitted(key: str, array: np.ndarray, space: spaces.Space) -> np.ndarray:
+    assert isinstance(space, spaces.Box)
+    where, whole = f"The observation's {key}", np.issubdtype(space.dtype, np.integer)
+    if key == "image" and array.ndim in (3, 4):
+        # As it is, (H, W, C) as (C, H, W), or the other way round.
+        orders = [np.moveaxis(array, axes, (-3, -2, -1)) for axes in ((-3, -2, -1), (-1, -3, -2), (-2, -1, -3))]
+        array = next((turned for turned in orders if turned.shape[-3:] == space.shape), array)
+    if array.shape not in (space.shape, array.shape[:1] + space.shape):
+        raise ValueError(f"{where} has shape {array.shape}; expected {space.shape}, or a batch of such{_HINTS[key]}")
+    if array.dtype.kind not in ("iu" if whole else "iuf"):
+        hint = _HINTS["float image"] if (key, array.dtype.kind) == ("image", "f") else ""
+        raise ValueError(f"{where} has type {array.dtype}; expected {space.dtype}{hint}")
+    if whole and array.size and not space.low.min() <= array.min() <= array.max() <= space.high.max():
+        raise ValueError(f"{where} has values from {array.min()} to {array.max()}; expected those of {space}")
+    with np.errstate(over="ignore"):
+        fitting = array.astype(space.dtype, copy=False)
+    # Bounds of floats are not looked at: VecNormalize leaves those of what it changes as they were.
+    if not whole and not np.isfinite(fitting).all():
+        raise ValueError(f"{where} is {array}; expected finite numbers")
+    return fitting
+
+
 @contextmanager
 def _twice_differentiable(model: nn.Module) -> Iterator[None]:
     """Only operations with second derivatives, which trust regions need: fused attention has none, and the gradient of
@@ -489,8 +552,13 @@ def _check_spaces(observation_space: spaces.Space, action_space: spaces.Space) -
             f"{', '.join(observation_space.spaces)}. {fix}"
         )
     image = observation_space["image"]
-    if image.dtype != np.uint8 or len(image.shape or ()) != 3:
-        raise ValueError(f"VLAPolicy needs image as uint8 with three axes; got {image}. {fix}")
+    if image.dtype != np.uint8:
+        raise ValueError(f"VLAPolicy needs image as uint8 with three axes; got {image}. {_NORMALISED}. Else: {fix}")
+    if len(image.shape or ()) != 3:
+        raise ValueError(f"VLAPolicy needs image as uint8 with three axes; got {image}. {STACKED}. {fix}")
+    instruction = observation_space["instruction"]
+    if instruction.dtype != np.uint8:
+        raise ValueError(f"VLAPolicy needs instruction as uint8; got {instruction}. {_NORMALISED}")
     if not isinstance(action_space, spaces.Box) or len(action_space.shape) not in (1, 2):
         raise ValueError(f"VLAPolicy needs a Box action space of shape (A,) or (K, A); got {action_space}. {fix}")
 
@@ -525,10 +593,7 @@ def _with_full_paths(options: Mapping[str, Any]) -> dict[str, Any]:
 def _channels_first(image: spaces.Space) -> bool:
     shape = image.shape or ()
     if 3 not in (shape[0], shape[2]):
-        raise ValueError(
-            f"VLAPolicy needs one colour image, (H, W, 3) or (3, H, W); got shape {shape}. It takes no stack of them, "
-            "such as VecFrameStack makes"
-        )
+        raise ValueError(f"VLAPolicy needs one colour image, (H, W, 3) or (3, H, W); got shape {shape}. {STACKED}")
     return shape[2] != 3
 
 

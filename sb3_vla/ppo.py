@@ -25,7 +25,7 @@ from stable_baselines3.common.callbacks import BaseCallback, ConvertCallback
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 from stable_baselines3.common.utils import FloatSchedule, obs_as_tensor
-from stable_baselines3.common.vec_env import VecEnv
+from stable_baselines3.common.vec_env import VecEnv, VecFrameStack, unwrap_vec_wrapper
 from torch import Tensor
 
 from mw_envs.tasks import did_you_mean
@@ -35,7 +35,7 @@ from sb3_vla.distributions.base import logprob_mask
 from sb3_vla.metrics import EpisodeRecord, episode_metrics, in_terminal, ratio_metrics, update_metrics
 from sb3_vla.models.lora import adapted_layers
 from sb3_vla.noise import part_of_batch
-from sb3_vla.policies import Evaluation, VLAPolicy
+from sb3_vla.policies import STACKED, Evaluation, VLAPolicy
 from sb3_vla.precision import autocast
 from sb3_vla.progress import SuccessBar
 from sb3_vla.sft import DemonstrationBatches, shared_imitation_loss
@@ -390,6 +390,9 @@ class PPO(stable_baselines3.PPO):
 
     def _check_options(self) -> None:
         self._check_numbers()
+        stack = None if self.env is None else unwrap_vec_wrapper(self.env, VecFrameStack)
+        if stack is not None:  # of what is stacked along an axis of a picture, its space does not tell
+            raise ValueError(f"{type(stack).__name__} gives VLAPolicy several pictures in one. {STACKED}")
         model, distribution = self.policy.model, self.policy.distribution
         distribution.check_trainable(model)
         distribution.check_logprob_type(self.logprob_type)

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import stable_baselines3
 import torch
+from gymnasium.wrappers import FrameStackObservation
 from stable_baselines3.common.callbacks import (
     BaseCallback,
     CheckpointCallback,
@@ -266,8 +267,14 @@ def test_trains_and_is_evaluated_under_wrappers(wrap: Callable[[VecEnv, Path], V
 @pytest.mark.parametrize(
     ("wrap", "message"),
     [
-        (partial(VecFrameStack, n_stack=4), r"one colour image.*\(12, 32, 32\).*VecFrameStack"),
-        (VecNormalize, r"image as uint8.*float32"),
+        (partial(VecFrameStack, n_stack=4), r"one colour image.*\(12, 32, 32\).*leave VecFrameStack.* out"),
+        (partial(VecFrameStack, n_stack=4, channels_order="first"), "several pictures in one.*leave VecFrameStack"),
+        (
+            lambda _: DummyVecEnv([lambda: FrameStackObservation(ToyEnv(), 4)]),
+            r"\(4, 32, 32, 3\).*leave .*FrameStackObs",
+        ),
+        (VecNormalize, r'image as uint8.*float32.*VecNormalize\(env, norm_obs_keys=\["state"\]\)'),
+        (lambda env: VecMonitor(VecNormalize(env, norm_obs_keys=["image", "state"])), "image as uint8.*norm_obs_keys="),
         (partial(VecNormalize, norm_obs_keys=["instruction"]), r"instruction as uint8.*float32.*norm_obs_keys"),
     ],
 )
