@@ -11,14 +11,10 @@ then, and is measured again on the same trials. Started a second time, it goes o
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-
-# Worker processes and the learner take turns on the same cores: threads that wait must soon give theirs up.
-os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 from rich.console import Console
 from rich.markup import escape

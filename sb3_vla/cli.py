@@ -15,10 +15,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-# Before torch is imported: worker processes and the learner take turns on the same cores, so threads that wait must
-# soon give theirs up.
-os.environ.setdefault("GOMP_SPINCOUNT", "20000")
-
 from rich.console import Console
 from rich.markup import escape
 from safetensors import SafetensorError

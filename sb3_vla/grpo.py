@@ -20,7 +20,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 
 from mw_envs.tasks import did_you_mean
-from sb3_vla.distributed import current_ranks
+from sb3_vla.distributed import current_ranks, join_for_good
 from sb3_vla.groups import (
     ADVANTAGE_TYPES,
     Episode,
@@ -126,7 +126,8 @@ class GRPO(PPO):
         self.normalize_length = normalize_length
         #: with the environment steps so far, what the trials of a rollout are drawn from
         self._trial_entropy = int(np.random.SeedSequence().generate_state(1)[0]) if seed is None else seed
-        self._trial_entropy = current_ranks().from_first(self._trial_entropy)
+        ranks = current_ranks() if env is None else join_for_good()
+        self._trial_entropy = ranks.from_first(self._trial_entropy)
         super().__init__(
             policy,
             env,

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from mw_envs.tasks import did_you_mean
 from sb3_vla.buffers import ChunkRolloutBuffer, DecisionBatch, DecisionBuffer, Minibatch, SharedRollout
-from sb3_vla.distributed import Ranks, current_ranks
+from sb3_vla.distributed import Ranks, current_ranks, is_left_out, join_for_good
 from sb3_vla.distributions.base import logprob_mask
 from sb3_vla.metrics import EpisodeRecord, episode_metrics, in_terminal, ratio_metrics, update_metrics
 from sb3_vla.models.lora import adapted_layers
@@ -134,9 +134,10 @@ class PPO(stable_baselines3.PPO):
     an outlier among the ratios, has no part in it. ``normalize_advantage`` is over a minibatch. A step whose gradient
     is not finite is left out and counted in ``train/skipped_steps``.
 
-    Under ``torchrun`` (:mod:`sb3_vla.distributed`) each rank gives its share of the environments, ``batch_size`` and
-    ``total_timesteps`` count what all ranks have, and what is learned is what one process with all the environments
-    would learn, up to rounding. A callback that stops training stops all ranks, at the end of the rollout.
+    Under ``torchrun`` (:mod:`sb3_vla.distributed`), which it joins where it is given an environment, each rank gives
+    its share of the environments, ``batch_size`` and ``total_timesteps`` count what all ranks have, and what is learned
+    is what one process with all the environments would learn, up to rounding. A callback that stops training stops all
+    ranks, at the end of the rollout. The first rank prints and logs.
 
     :param value_lr: the critic's learning rate at the start; it follows the schedule of ``learning_rate``. None: that
         of the actor.
@@ -234,6 +235,8 @@ class PPO(stable_baselines3.PPO):
         overlap: bool = False,
         sharding: str = "none",
     ) -> None:
+        if env is not None:
+            join_for_good()
         self.value_lr = value_lr
         self.clip_range_high = None if clip_range_high is None else FloatSchedule(clip_range_high)
         if gamma_per not in GAMMA_PER:
@@ -287,11 +290,16 @@ class PPO(stable_baselines3.PPO):
             stats_window_size=stats_window_size,
             tensorboard_log=tensorboard_log,
             policy_kwargs=policy_kwargs,
-            verbose=verbose,
+            verbose=verbose if self.ranks.leads else 0,
             seed=seed,
             device=device,
             _init_setup_model=_init_setup_model,
         )
+
+    @staticmethod
+    def _wrap_env(env: GymEnv, verbose: int = 0, monitor_wrapper: bool = True) -> VecEnv:
+        # A saved algorithm is given its environment before it is made.
+        return stable_baselines3.PPO._wrap_env(env, verbose if join_for_good().leads else 0, monitor_wrapper)
 
     @property
     def ranks(self) -> Ranks:
@@ -299,6 +307,8 @@ class PPO(stable_baselines3.PPO):
         return current_ranks()
 
     def _setup_model(self) -> None:
+        if not self.ranks.leads:  # the first prints and logs; a saved algorithm may say so of each
+            self.verbose, self.tensorboard_log = 0, None
         if not issubclass(self.policy_class, VLAPolicy):
             self._refuse_own_options()
             if self.ranks.count > 1:
@@ -937,14 +947,24 @@ class PPO(stable_baselines3.PPO):
         reset_num_timesteps: bool = True,
         progress_bar: bool = False,
     ) -> PPO:
-        """Train for at least ``total_timesteps`` decisions; see ``stable_baselines3.PPO.learn``."""
+        """Train for at least ``total_timesteps`` decisions; see ``stable_baselines3.PPO.learn``.
+
+        :raises ValueError: if ``torchrun`` started other ranks that this one has not joined.
+        """
+        if is_left_out():
+            raise ValueError(
+                "torchrun started several ranks, which join where an algorithm is made with its environment. Give it "
+                f"there, such as {type(self).__name__}.load(path, env), or put all into `with torchrun():` of "
+                "sb3_vla.distributed"
+            )
         if isinstance(self.policy, VLAPolicy):
             check_batch_size(self.batch_size, self.n_steps, self.n_envs * self.ranks.count)
             self.ranks.check_same(dict(self.policy.named_parameters()), "the policy")
             if reset_num_timesteps:
                 self.env_steps = 0
             self._take_view()
-        super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
+        shown = progress_bar and self.ranks.leads
+        super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, shown)
         return self
 
     def _init_callback(self, callback: MaybeCallback, progress_bar: bool = False) -> BaseCallback:

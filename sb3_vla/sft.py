@@ -21,7 +21,7 @@ from sb3_vla.checkpoints import load_checkpoint, save_checkpoint
 from sb3_vla.checkpoints.native import NORMALISED
 from sb3_vla.checkpoints.training_state import load_training_state, save_training_state
 from sb3_vla.demonstrations import Demonstrations
-from sb3_vla.distributed import Ranks, current_ranks
+from sb3_vla.distributed import Ranks, join_for_good
 from sb3_vla.models import VLAModel, make_model
 from sb3_vla.models.lora import prepare_training
 from sb3_vla.noise import part_of_batch
@@ -180,7 +180,7 @@ def sft(
     :param resume_from: such a folder; training goes on from there to the same result as without the interrupt.
     :raises ValueError: if data and model do not fit, or the loss stops being finite.
     """
-    ranks = current_ranks()
+    ranks = join_for_good()
     torch.manual_seed(config.seed)
     train_frames, validation_frames = demonstrations.split(config.validation_fraction, config.seed)
     model = _make_model(demonstrations, config)

@@ -25,7 +25,7 @@ from mw_envs.rendering import get_renderer
 from mw_envs.tasks import did_you_mean, select_tasks
 from sb3_vla.checkpoints import LoadedCheckpoint, load_checkpoint, save_checkpoint
 from sb3_vla.demonstrations import Demonstrations, available_memory
-from sb3_vla.distributed import current_ranks
+from sb3_vla.distributed import join_for_good
 from sb3_vla.filming import Filmed, FilmEpisodes, TrainingFilms
 from sb3_vla.grpo import GRPO
 from sb3_vla.holding import HoldAtEnd
@@ -39,6 +39,7 @@ from sb3_vla.precision import get_device, uses_bf16
 from sb3_vla.resume import load_algorithm, save_algorithm
 from sb3_vla.run import RunDirectory
 from sb3_vla.sft import DemonstrationBatches
+from sb3_vla.shared_run import SharedRun
 from sb3_vla.sharding import whole_weights
 from sb3_vla.stopping import Stopped, StopRequest, stop_request
 from sb3_vla.vec_env import SharedMemoryVecEnv
@@ -317,7 +318,9 @@ def train(
         None for this machine. The result is the same.
     :raises Stopped: after a signal.
     """
-    ranks = current_ranks()
+    ranks = join_for_good()
+    if ranks.count > 1 and not isinstance(run, SharedRun):
+        raise ValueError(f"{ranks.count} ranks write to one run; give them a sb3_vla.shared_run.SharedRun of {run.path}")
     start = load_checkpoint(checkpoint, model_kwargs)
     said, given = start.notes.get("view", {}), dict(env_kwargs or {})
     view = settled_view(checkpoint, said, {key: given[key] for key in FULL_VIEW if key in given}) or FULL_VIEW

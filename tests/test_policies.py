@@ -231,9 +231,10 @@ def test_bad_options(options: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(
     ("algorithm_class", "options"),
     [
-        (stable_baselines3.PPO, {"n_epochs": 2}),
+        (stable_baselines3.PPO, {"n_epochs": 2, "batch_size": 16}),
+        (stable_baselines3.A2C, {}),
         # As little as possible of what is slow: each conjugate gradient step goes through the network four times.
-        (sb3_contrib.TRPO, {"cg_max_steps": 1, "n_critic_updates": 1}),
+        (sb3_contrib.TRPO, {"cg_max_steps": 1, "n_critic_updates": 1, "batch_size": 16}),
     ],
 )
 @pytest.mark.parametrize("learn_std", [False, True])
@@ -242,7 +243,6 @@ def test_stock_algorithms_train_it(algorithm_class: Any, options: dict[str, Any]
         "VLAPolicy",
         toy_vec(2),
         n_steps=8,
-        batch_size=16,
         seed=0,
         device="cpu",
         policy_kwargs={
