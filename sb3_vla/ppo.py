@@ -30,6 +30,7 @@ from torch import Tensor
 
 from mw_envs.tasks import did_you_mean
 from sb3_vla.buffers import ChunkRolloutBuffer, DecisionBatch, DecisionBuffer, Minibatch, SharedRollout
+from sb3_vla.checkpoints.loading import check_archive
 from sb3_vla.distributed import Ranks, current_ranks, is_left_out, join_for_good
 from sb3_vla.distributions.base import logprob_mask
 from sb3_vla.metrics import EpisodeRecord, episode_metrics, in_terminal, ratio_metrics, update_metrics
@@ -916,10 +917,20 @@ class PPO(stable_baselines3.PPO):
         optimizer = {**self.policy.optimizer.state_dict(), "state": whole_optimizer_state(self.policy.optimizer)}
         return {"policy": weights, "policy.optimizer": optimizer}
 
+    @classmethod
+    def load(cls, path: Any, *args: Any, **kwargs: Any) -> PPO:  # type: ignore[override]
+        """As in Stable-Baselines3.
+
+        :raises IsADirectoryError: for a folder; the message says how a checkpoint is used.
+        """
+        check_archive(path, cls.__name__)
+        return super().load(path, *args, **kwargs)
+
     def set_parameters(
         self, load_path_or_dict: Any, exact_match: bool = True, device: torch.device | str = "auto"
     ) -> None:
         """As in Stable-Baselines3; where there are shards all ranks must call it."""
+        check_archive(load_path_or_dict, type(self).__name__)
         super().set_parameters(load_path_or_dict, exact_match, device)
         if not isinstance(self.policy, VLAPolicy):
             return
@@ -958,7 +969,7 @@ class PPO(stable_baselines3.PPO):
                 "sb3_vla.distributed"
             )
         if isinstance(self.policy, VLAPolicy):
-            check_batch_size(self.batch_size, self.n_steps, self.n_envs * self.ranks.count)
+            check_batch_size(self.batch_size, self.n_steps, self.n_envs * self.ranks.count, type(self).__name__)
             self.ranks.check_same(dict(self.policy.named_parameters()), "the policy")
             if reset_num_timesteps:
                 self.env_steps = 0
@@ -997,16 +1008,18 @@ class _NoBuffer:
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
 
 
-def check_batch_size(batch_size: int, n_steps: int, n_envs: int) -> None:
+def check_batch_size(batch_size: int, n_steps: int, n_envs: int, algorithm: str | None = None) -> None:
     """Find out whether minibatches divide a rollout.
 
+    :param algorithm: name of the class that may have been loaded with other environments, for the message.
     :raises ValueError: if they do not; the message names the nearest size that does.
     """
     decisions = n_steps * n_envs
     if decisions % batch_size:
         divisors = [size for size in range(1, decisions + 1) if decisions % size == 0]
         nearest = min(divisors, key=lambda size: abs(size - batch_size))
+        fix = f"; for a saved algorithm {algorithm}.load(path, env, batch_size={nearest})" if algorithm else ""
         raise ValueError(
             f"batch_size={batch_size} does not divide a rollout of n_steps={n_steps} decisions of {n_envs} "
-            f"environments, {decisions} in all; the nearest that does is {nearest}"
+            f"environments, {decisions} in all; the nearest that does is {nearest}{fix}"
         )

@@ -39,8 +39,8 @@ from sb3_vla.precision import get_device, uses_bf16
 from sb3_vla.resume import load_algorithm, save_algorithm
 from sb3_vla.run import RunDirectory
 from sb3_vla.sft import DemonstrationBatches
-from sb3_vla.shared_run import SharedRun
 from sb3_vla.sharding import whole_weights
+from sb3_vla.shared_run import SharedRun
 from sb3_vla.stopping import Stopped, StopRequest, stop_request
 from sb3_vla.vec_env import SharedMemoryVecEnv
 from sb3_vla.views import FULL_VIEW, known_view, settled_view, view_of, warn_of_another_view
@@ -320,7 +320,7 @@ def train(
     """
     ranks = join_for_good()
     if ranks.count > 1 and not isinstance(run, SharedRun):
-        raise ValueError(f"{ranks.count} ranks write to one run; give them a sb3_vla.shared_run.SharedRun of {run.path}")
+        raise ValueError(f"{run.path} is written by {ranks.count} ranks; give them a sb3_vla.shared_run.SharedRun")
     start = load_checkpoint(checkpoint, model_kwargs)
     said, given = start.notes.get("view", {}), dict(env_kwargs or {})
     view = settled_view(checkpoint, said, {key: given[key] for key in FULL_VIEW if key in given}) or FULL_VIEW

@@ -140,6 +140,8 @@ def test_imitation_notes_the_view_of_the_data(
         ("eval", ["tasks=[hammer-v3]"], "'hammer-v3' is not in the train split of MT10"),
         ("eval", ["protocol=rlinf"], "'rlinf'"),
         ("eval", ["checkpoint=nowhere"], "nowhere does not exist"),
+        ("eval", ["checkpoint=lerobot/smolvla_base"], "write hf://lerobot/smolvla_base"),
+        ("train", ["checkpoint=lerobot/smolvla_base"], "write hf://lerobot/smolvla_base"),
         ("eval", ["output=result.md"], "output=result.md; expected the name of a JSON file"),
         ("train", ["ppo.batch_size=60"], "batch_size=60 does not divide a rollout of"),
         ("train", ["data=demonstrations"], "set ppo.rehearsal_coef as well"),

@@ -386,6 +386,13 @@ def test_load_takes_custom_objects_and_options(tmp_path: Path) -> None:
     assert again.env is None and np.array_equal(act(again, observed()), act(algorithm, observed()))
 
 
+def test_load_with_another_number_of_environments(tmp_path: Path) -> None:
+    toy_ppo().save(tmp_path / "saved")
+    with pytest.raises(ValueError, match=r"of 3 environments, 24 in all; .*PPO.load\(path, env, batch_size=12\)"):
+        PPO.load(tmp_path / "saved", toy_vec(3), "cpu").learn(24)
+    assert PPO.load(tmp_path / "saved", toy_vec(3), "cpu", batch_size=12).learn(24).num_timesteps == 24
+
+
 def frozen(folder: Path, **options: Any) -> PPO:
     kwargs = {"checkpoint": folder, "trainable": "expert", "value_width": 32}
     return toy_ppo(policy_kwargs=kwargs, stirred=False, **options)
@@ -498,7 +505,10 @@ def test_weights_that_are_no_numbers_are_refused_before_a_step() -> None:
 @pytest.mark.parametrize(("batch_size", "nearest"), [(5, 4), (12, 8), (64, 16)])
 def test_a_batch_that_does_not_divide_the_rollout_is_refused(batch_size: int, nearest: int) -> None:
     algorithm = toy_ppo(batch_size=batch_size)
-    message = rf"batch_size={batch_size} does not divide .* n_steps=8 .* 2 environments, 16 in all; .* is {nearest}$"
+    message = (
+        rf"batch_size={batch_size} does not divide .* n_steps=8 .* 2 environments, 16 in all; .* is {nearest}; for "
+    )
+    message += rf"a saved algorithm PPO.load\(path, env, batch_size={nearest}\)$"
     with pytest.raises(ValueError, match=message):
         algorithm.learn(16)
     assert algorithm.num_timesteps == 0
