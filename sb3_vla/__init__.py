@@ -55,10 +55,14 @@ def _register() -> None:
     import stable_baselines3
 
     import mw_envs  # noqa: F401 (registers its environments)
-    from sb3_vla.policies import VLAPolicy
+    from sb3_vla.policies import NoVLAPolicy, VLAPolicy
 
-    for algorithm in (stable_baselines3.PPO, stable_baselines3.A2C, sb3_contrib.TRPO):
-        algorithm.policy_aliases["VLAPolicy"] = VLAPolicy  # type: ignore[assignment]
+    for module in (stable_baselines3, sb3_contrib):
+        for name in module.__all__:
+            algorithm = getattr(module, name)
+            if hasattr(algorithm, "policy_aliases"):
+                trains_it = name in ("PPO", "A2C", "TRPO")
+                algorithm.policy_aliases["VLAPolicy"] = VLAPolicy if trains_it else NoVLAPolicy
 
 
 def _is_doctor() -> bool:

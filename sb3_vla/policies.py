@@ -460,6 +460,16 @@ class VLAPolicy(BasePolicy):
         return {**data, **self.portable_kwargs, "lr_schedule": self._dummy_schedule}
 
 
+class NoVLAPolicy:
+    """What ``"VLAPolicy"`` means to algorithms that cannot train it."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        raise ValueError(
+            '"VLAPolicy" is trained by PPO and GRPO of sb3_vla, by PPO and A2C of stable_baselines3 and by TRPO of '
+            "sb3_contrib; this algorithm needs a policy of another kind"
+        )
+
+
 class ValueHead(nn.Module):
     """A perceptron from the model's features and what only the critic sees to a value."""
 

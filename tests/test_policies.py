@@ -261,6 +261,14 @@ def test_stock_algorithms_train_it(algorithm_class: Any, options: dict[str, Any]
     assert torch.equal(before["distribution.log_std"], after["distribution.log_std"]) is not learn_std
 
 
+@pytest.mark.parametrize("name", ["SAC", "TD3", "DDPG", "TQC", "CrossQ", "ARS"])
+def test_other_algorithms_say_which_train_it(name: str) -> None:
+    algorithm = getattr(stable_baselines3, name, None) or getattr(sb3_contrib, name)
+    options = {} if name == "ARS" else {"buffer_size": 8}
+    with pytest.raises(ValueError, match="trained by PPO and GRPO of sb3_vla, by PPO and A2C of stable_baselines3"):
+        algorithm("VLAPolicy", toy_vec(2), device="cpu", **options)
+
+
 def test_stock_ppo_starts_at_ratio_one() -> None:
     algorithm = stable_baselines3.PPO(
         "VLAPolicy",
