@@ -24,6 +24,7 @@ from __future__ import annotations
 import atexit
 import os
 import random
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -255,6 +256,26 @@ def join_for_good() -> Ranks:
         membership.enter_context(torchrun())
         atexit.register(membership.close)
     return current_ranks()
+
+
+def check_membership(algorithm: str) -> None:
+    """Find out whether a training is one of several that do not know of one another.
+
+    :param algorithm: name of its class, for the message.
+    :raises ValueError: if this process has not joined the ranks that ``torchrun`` started.
+    :warns UserWarning: if it has left them.
+    """
+    if is_left_out():
+        raise ValueError(
+            "torchrun started several ranks, which join where an algorithm is made with its environment. Give it "
+            f"there, such as {algorithm}.load(path, env), or put all into `with torchrun():` of sb3_vla.distributed"
+        )
+    if _invited() > 1 and current_ranks().count == 1:
+        warnings.warn(
+            f"Rank {os.environ['RANK']} trains alone: this is behind the end of `with torchrun():`. Put it into the "
+            "context, or let one rank do it",
+            stacklevel=3,
+        )
 
 
 def is_left_out() -> bool:

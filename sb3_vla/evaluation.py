@@ -30,6 +30,7 @@ import numpy as np
 import numpy.typing as npt
 from gymnasium import spaces
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.vec_env import VecEnv
 
 from mw_envs import Trial, suite_tasks
@@ -59,7 +60,7 @@ from sb3_vla.trial_envs import (
 )
 from sb3_vla.vec_env import SharedMemoryVecEnv
 from sb3_vla.videos import temporary_path
-from sb3_vla.views import FULL_VIEW, known_view, warn_of_another_view
+from sb3_vla.views import FULL_VIEW, known_view, view_of_envs, warn_of_another_view
 
 __all__ = [
     "PROTOCOLS",
@@ -237,9 +238,12 @@ def seen_by(policy: Policy, env_kwargs: Mapping[str, Any] | None = None) -> dict
 
 
 def _view_of(policy: Policy) -> dict[str, Any] | None:
-    """Of a policy, or of the policy in an algorithm."""
+    """Of a policy, of the policy in an algorithm, or of the algorithm's environment."""
     view = getattr(getattr(policy, "policy", policy), "view", None)
-    return view if isinstance(view, dict) else None
+    if isinstance(view, dict):
+        return view
+    env = policy.get_env() if isinstance(policy, BaseAlgorithm) else None
+    return None if env is None or getattr(env, "closed", False) else view_of_envs(env)
 
 
 def _check_view(policy: Policy, env_kwargs: Mapping[str, Any]) -> None:

@@ -21,7 +21,8 @@ from torch.utils._pytree import register_dataclass
 
 from mw_envs.tasks import INSTRUCTION_BYTES
 from sb3_vla.checkpoints import LoadedCheckpoint, load_checkpoint
-from sb3_vla.checkpoints.loading import takes_options
+from sb3_vla.checkpoints.folders import is_saved_algorithm
+from sb3_vla.checkpoints.loading import check_archive, takes_options
 from sb3_vla.distributions import Trace, default_distribution, make_distribution
 from sb3_vla.frozen import FrozenWeights
 from sb3_vla.models import Context, Pi0, VLAModel, make_model
@@ -238,6 +239,18 @@ class VLAPolicy(BasePolicy):
             lr=lr_schedule(1),  # type: ignore[call-arg]
             **self.optimizer_kwargs,
         )
+
+    @classmethod
+    def load(cls, path: str, device: torch.device | str = "auto") -> VLAPolicy:
+        """As in Stable-Baselines3, of what :meth:`save` wrote; :func:`load_policy` reads a checkpoint.
+
+        :raises IsADirectoryError: for a folder; the message says how a checkpoint is used.
+        :raises ValueError: for a saved algorithm.
+        """
+        check_archive(path, kind=cls.__name__)
+        if isinstance(path, (str, Path)) and Path(path).is_file() and is_saved_algorithm(Path(path)):
+            raise ValueError(f"{path} is a saved algorithm; its policy is PPO.load({str(path)!r}).policy")
+        return super().load(path, device)
 
     @property
     def view(self) -> dict[str, Any] | None:

@@ -31,7 +31,7 @@ from torch import Tensor
 from mw_envs.tasks import did_you_mean
 from sb3_vla.buffers import ChunkRolloutBuffer, DecisionBatch, DecisionBuffer, Minibatch, SharedRollout
 from sb3_vla.checkpoints.loading import check_archive
-from sb3_vla.distributed import Ranks, current_ranks, is_left_out, join_for_good
+from sb3_vla.distributed import Ranks, check_membership, current_ranks, join_for_good
 from sb3_vla.distributions.base import logprob_mask
 from sb3_vla.metrics import EpisodeRecord, episode_metrics, in_terminal, ratio_metrics, update_metrics
 from sb3_vla.models.lora import adapted_layers
@@ -962,12 +962,7 @@ class PPO(stable_baselines3.PPO):
 
         :raises ValueError: if ``torchrun`` started other ranks that this one has not joined.
         """
-        if is_left_out():
-            raise ValueError(
-                "torchrun started several ranks, which join where an algorithm is made with its environment. Give it "
-                f"there, such as {type(self).__name__}.load(path, env), or put all into `with torchrun():` of "
-                "sb3_vla.distributed"
-            )
+        check_membership(type(self).__name__)
         if isinstance(self.policy, VLAPolicy):
             check_batch_size(self.batch_size, self.n_steps, self.n_envs * self.ranks.count, type(self).__name__)
             self.ranks.check_same(dict(self.policy.named_parameters()), "the policy")

@@ -249,13 +249,13 @@ def test_what_is_no_checkpoint_says_what_it_is(elsewhere: Path, given: str, mess
     [
         (
             "own",
-            r"own is a checkpoint; PPO.load reads the zip that PPO.save wrote.*'checkpoint': 'own'.*policy\('own'\)",
+            r"own is a checkpoint; PPO.load reads the file that PPO.save wrote.*'checkpoint': 'own'.*policy\('own'\)",
         ),
-        ("run", "run is a folder; PPO.load reads the zip .*; checkpoints in it are run/ppo"),
+        ("run", "run is a folder; PPO.load reads the file .*; checkpoints in it are run/ppo"),
         (".", r"\. is a folder; .*there is model.zip; checkpoints in it are .*own"),
-        ("hf://lerobot/pi0", "hf://lerobot/pi0 is a checkpoint; PPO.load reads the zip"),
+        ("hf://lerobot/pi0", "hf://lerobot/pi0 is a checkpoint; PPO.load reads the file"),
         ("lerobot/pi0", "no lerobot/pi0.zip; .*'checkpoint': 'hf://lerobot/pi0'"),
-        ("nowhere", "nowhere.zip"),
+        ("nowhere", "nowhere"),
     ],
 )
 def test_what_is_no_saved_algorithm_says_what_it_is(elsewhere: Path, given: str, message: str) -> None:
@@ -264,6 +264,14 @@ def test_what_is_no_saved_algorithm_says_what_it_is(elsewhere: Path, given: str,
         for load in (PPO.load, algorithm.set_parameters):
             with pytest.raises(OSError, match=message):
                 load(path)  # type: ignore[operator]
+    with pytest.raises(
+        OSError, match=message.replace("PPO.load", "VLAPolicy.load").replace("PPO.save", "VLAPolicy.save")
+    ):
+        VLAPolicy.load(given)
+    with pytest.raises(
+        ValueError, match=r"model.zip is a saved algorithm; its policy is PPO.load\('model.zip'\).policy"
+    ):
+        VLAPolicy.load("model.zip")
     for path in ("model", "model.zip", elsewhere / "model.zip"):
         assert isinstance(PPO.load(path), PPO)
     with open("model.zip", "rb") as file:

@@ -350,6 +350,11 @@ def test_ranks_are_counted_before_they_join(tmp_path: Path, monkeypatch: pytest.
     assert ranks_on_this_machine() == 2
     with pytest.raises(ValueError, match="several ranks, which join where an algorithm is made with its environment"):
         PPO.load(tmp_path / "model.zip", device="cpu").learn(16)
+    monkeypatch.setattr(distributed, "_has_joined", True)
+    assert ranks_on_this_machine() == 1
+    with pytest.warns(UserWarning, match="Rank 1 trains alone: this is behind the end of"):
+        PPO.load(tmp_path / "model.zip", toy_vec(), device="cpu").learn(16)
+    monkeypatch.setattr(distributed, "_has_joined", False)
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert ranks_on_this_machine() == 1
 

@@ -345,6 +345,12 @@ def test_an_algorithm_knows_what_its_environment_showed(tmp_path: Path, recwarn:
         assert seen.pop("crop") == pytest.approx(window)
         assert seen == {"camera": "corner2", "image_size": 32, "privileged_state": True, "elapsed_time": True}
         assert check_fit(loaded.policy, BRIEF, None)["env_kwargs"]["crop"] == pytest.approx(window)
+    made.policy.save(str(tmp_path / "policy.pth"))
+    assert VLAPolicy.load(str(tmp_path / "policy.pth"), device="cpu").view == made.policy.view
+    kwargs = {"VLAPolicy": {"model_kwargs": TINY}, "MultiInputPolicy": {}}
+    for name in kwargs:  # of Stable-Baselines3's own, as long as it has its environment
+        stock = PPO(name, make(**{**shown, "image_size": 48}), policy_kwargs=kwargs[name], **sizes)
+        assert check_fit(stock, BRIEF, None)["env_kwargs"]["crop"] == pytest.approx(window)
     other = sb3_vla.PPO.load(tmp_path / "made.zip", make(**{**shown, "crop": None}), device="cpu")
     assert not [each for each in recwarn if issubclass(each.category, UserWarning)]
     with pytest.warns(

@@ -69,18 +69,20 @@ def _folder(source: str | Path) -> Path:
     return local_folder(source)
 
 
-def check_archive(path: object, algorithm: str) -> None:
+def check_archive(path: object, algorithm: str = "PPO", kind: str | None = None) -> None:
     """Find out whether an algorithm can be loaded from where somebody says that it is.
 
     :param path: a path, or a file that is open, which is not looked at.
     :param algorithm: name of its class, for the message.
+    :param kind: what is to be loaded, if not that.
     :raises IsADirectoryError: if it is a folder; the message says how a checkpoint is used.
     :raises FileNotFoundError: if it is on the Hugging Face hub.
     """
     if not isinstance(path, (str, Path)):
         return
     place, on_hub = Path(path), str(path).startswith(HUB)
-    reads = f"{algorithm}.load reads the zip that {algorithm}.save wrote"
+    kind = kind or algorithm
+    reads = f"{kind}.load reads the file that {kind}.save wrote"
     if on_hub or (place.is_dir() and (native.place_of_configuration(place) / "config.json").is_file()):
         raise (FileNotFoundError if on_hub else IsADirectoryError)(
             f"{path} is a checkpoint; {reads}. To train from it give {algorithm}('VLAPolicy', env, "
