@@ -587,6 +587,9 @@ def test_json_round_trip(tmp_path: Path) -> None:
     (tmp_path / "other.json").write_text('{"format": "something else"}')
     with pytest.raises(ValueError, match=r"other\.json is not a file of the format.*something else"):
         EvaluationResult.from_json(tmp_path / "other.json")
+    for place, found in ((tmp_path, "is a folder"), (tmp_path / "nowhere.json", "does not exist")):
+        with pytest.raises(FileNotFoundError, match=f"{found}; expected the JSON file that"):
+            EvaluationResult.from_json(place)
 
 
 def test_tables() -> None:
