@@ -19,11 +19,9 @@ from rich.console import Console
 from rich.markup import escape
 from safetensors import SafetensorError
 
-from mw_envs.env import CAMERAS
-from mw_envs.rendering import resolve_crop
-from mw_envs.tasks import did_you_mean, select_tasks
+from mw_envs.tasks import select_tasks
 from sb3_vla import doctor
-from sb3_vla.config import ConfigError, load_config, to_yaml
+from sb3_vla.config import ConfigError, given_view, load_config, to_yaml
 from sb3_vla.distributed import current_ranks, torchrun
 from sb3_vla.results import TRIAL_SEED
 from sb3_vla.run import RunError
@@ -31,6 +29,7 @@ from sb3_vla.sft import SFTConfig
 from sb3_vla.shared_run import SharedRun
 from sb3_vla.stopping import Stopped, stopped_by_signals
 from sb3_vla.training import GRPOConfig, PPOConfig
+from sb3_vla.views import view_of_data
 
 
 @dataclass
@@ -185,15 +184,6 @@ class ReportCommand:
     embed_mb: float = 20.0
 
 
-def _given_view(command: SFTCommand | TrainCommand | EvalCommand) -> dict[str, Any]:
-    """Of a view what somebody set, found out to be one before the work."""
-    resolve_crop(command.crop)
-    if command.camera is not None and command.camera not in CAMERAS:
-        raise ConfigError(f"Unknown camera {command.camera!r}; {did_you_mean(command.camera, CAMERAS)}")
-    given = {"camera": command.camera, "crop": command.crop}
-    return {name: value for name, value in given.items() if value is not None}
-
-
 def run_collect(command: CollectCommand, console: Console) -> None:
     """``sb3-vla collect``."""
     from sb3_vla.collecting import collect
@@ -207,9 +197,8 @@ def run_sft(command: SFTCommand, console: Console) -> None:
     from sb3_vla.checkpoints.native import refuse_other_files
     from sb3_vla.demonstrations import Demonstrations
     from sb3_vla.sft import sft
-    from sb3_vla.views import view_of_data
 
-    view = _given_view(command)
+    view = given_view(command.crop, command.camera)
     data = Demonstrations.load(
         command.data, tasks=command.tasks, image_size=command.image_size, rename=command.rename or None
     )
@@ -236,7 +225,7 @@ def run_train(command: TrainCommand, console: Console) -> None:
     from sb3_vla.demonstrations import Demonstrations
     from sb3_vla.training import train
 
-    name, view = command.algorithm, _given_view(command)
+    name, view = command.algorithm, given_view(command.crop, command.camera)
     config = command.grpo if name == "grpo" else command.ppo
     # The same folder may hold another checkpoint by now; where there is none, no run is begun.
     inputs = {"train": command, "checkpoint": checkpoint_digest(command.checkpoint)}
@@ -315,7 +304,7 @@ def run_eval(command: EvalCommand, console: Console) -> None:
         protocol.action_chunk,
         get_device(command.device),
         model_kwargs=command.model_kwargs or None,
-        view=_given_view(command),
+        view=given_view(command.crop, command.camera),
     )
     with autocast(command.bf16, policy.device.type):
         result = evaluate(

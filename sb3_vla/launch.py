@@ -30,6 +30,7 @@ from sb3_vla.report import write_report
 from sb3_vla.sft import sft
 from sb3_vla.shared_run import SharedRun
 from sb3_vla.training import GRPOConfig, train
+from sb3_vla.views import FULL_VIEW
 
 Films = TypeVar("Films", VideoOptions | None, TrainingFilms | None)
 
@@ -154,7 +155,8 @@ def _measure(
 ) -> None:
     assert plan.evaluate is not None
     output = f"evaluation_{name}.json"
-    inputs = {"evaluate": plan.evaluate, "videos": plan.videos, "checkpoint": _identity(plan.checkpoint)}
+    view = {key: value for key, value in plan.train.get("env_kwargs", {}).items() if key in FULL_VIEW}
+    inputs = {"evaluate": plan.evaluate, "videos": plan.videos, "checkpoint": _identity(plan.checkpoint), **view}
     with run.stage(f"evaluate_{name}", inputs, after=after, outputs=[output]) as stage:
         if not stage.done:
             console.rule(f"measurement {name}")
@@ -164,7 +166,7 @@ def _measure(
             how = {key: value for key, value in plan.evaluate.items() if key != "renderer"}
             result = evaluate(
                 load_policy(
-                    checkpoint, plan.action_chunk, "cuda" if torch.cuda.is_available() else "cpu", options or None
+                    checkpoint, plan.action_chunk, "cuda" if torch.cuda.is_available() else "cpu", options or None, view
                 ),
                 env_kwargs={"renderer": plan.evaluate["renderer"]},
                 videos=videos,
