@@ -11,15 +11,11 @@ then, and is measured again on the same trials. Started a second time, it goes o
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-# Worker processes and the learner take turns on the same cores: threads that wait must soon give theirs up.
-os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 from rich.console import Console
 
@@ -37,7 +33,7 @@ from sb3_vla.report import write_report
 from sb3_vla.results import TRIAL_SEED
 from sb3_vla.run import RunDirectory, RunError
 from sb3_vla.sft import SFTConfig, sft
-from sb3_vla.training import PPOConfig, train, view_of
+from sb3_vla.training import PPOConfig, train
 
 # Three sets of trials that share no goal: demonstrations and PPO use seeds below these.
 TEST_SEED, CHOICE_SEED = TRIAL_SEED, TRIAL_SEED + 1_000_000
@@ -157,11 +153,6 @@ def quickstart(run: RunDirectory, config: QuickstartConfig, console: Console) ->
                 resume_from=run.latest_checkpoint("sft", check_training_state) if stage.resumed else None,
             )
             run.write_json("sft_history.json", result.history)
-    env_kwargs = {
-        "image_size": config.collect.image_size,
-        "renderer": config.renderer,
-        **view_of({"view": {"crop": config.collect.crop}}),
-    }
 
     def trials(count: int) -> dict[str, Any]:
         return {"trials": count, "protocol": config.evaluation.protocol}
@@ -179,7 +170,7 @@ def quickstart(run: RunDirectory, config: QuickstartConfig, console: Console) ->
             trials_per_task=trials,
             trial_seed=trial_seed,
             protocol=config.evaluation.protocol,
-            env_kwargs=env_kwargs,
+            env_kwargs={"renderer": config.renderer},
             videos=videos,
         )
         result.to_json(run.path / f"evaluation_{name}.json")

@@ -205,6 +205,11 @@ class MetaWorldEnv(gym.Env[dict[str, Any], npt.NDArray[np.float32]]):
             info["frames"], info["frame_rewards"] = self._draw(self._render_view)[None], [0.0]
         return self._observation(), info
 
+    @property
+    def camera_view(self) -> dict[str, Any]:
+        """What the pictures show: ``camera``, and ``crop`` as (top, left, height, width)."""
+        return {"camera": self._view.camera, "crop": list(self._view.crop)}
+
     def snapshot(self) -> dict[str, Any]:
         """All that decides what this environment does next, in JSON types.
 

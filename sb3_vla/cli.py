@@ -7,7 +7,6 @@ Each command takes its settings as ``key=value``, a YAML file by ``--config``, a
 from __future__ import annotations
 
 import argparse
-import os
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -15,16 +14,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-# Before torch is imported: worker processes and the learner take turns on the same cores, so threads that wait must
-# soon give theirs up.
-os.environ.setdefault("GOMP_SPINCOUNT", "20000")
-
 from rich.console import Console
 
 from mw_envs.tasks import INSTRUCTION_BYTES, select_tasks
 from sb3_vla import doctor
 from sb3_vla.command import run_command
-from sb3_vla.config import ConfigError, deciding_settings, load_config, to_yaml
+from sb3_vla.config import ConfigError, deciding_settings, given_view, load_config, to_yaml
 from sb3_vla.distributed import current_ranks, torchrun
 from sb3_vla.errors import InTheWayError
 from sb3_vla.paths import finish_exchange, hidden_beside, writable_file
@@ -33,6 +28,7 @@ from sb3_vla.run import fingerprint_of
 from sb3_vla.sft import SFTConfig
 from sb3_vla.shared_run import SharedRun
 from sb3_vla.training import GRPOConfig, PPOConfig
+from sb3_vla.views import view_of_data
 
 
 @dataclass
@@ -73,6 +69,9 @@ class SFTCommand:
     :param data: folder of a LeRobot dataset.
     :param output: folder of the checkpoint.
     :param image_size: shrink the pictures to this while loading.
+    :param crop: window of the view that the pictures are of, where the dataset does not say it: ``workspace``, ``full``
+        or ``[top, left, height, width]`` in fractions.
+    :param camera: which camera's view, where the dataset does not say it.
     :param rename: the dataset's feature names to ours.
     :param instruction_bytes: bytes of UTF-8 that a sentence may have.
     :param overwrite: replace a checkpoint that is there.
@@ -81,6 +80,8 @@ class SFTCommand:
     data: str = "demonstrations"
     output: str = "checkpoints/sft"
     image_size: int | None = None
+    crop: Any = None
+    camera: str | None = None
     tasks: list[str] | None = None
     rename: dict[str, str] = field(default_factory=dict)
     instruction_bytes: int = INSTRUCTION_BYTES
@@ -98,6 +99,9 @@ class TrainCommand:
     :param algorithm: ``ppo`` or ``grpo``, whose settings are in the section of that name.
     :param checkpoint: where to start.
     :param model_kwargs: what a published checkpoint does not say, such as ``{tokenizer: FOLDER}``.
+    :param crop: window of the view that the model sees: ``workspace``, ``full`` or ``[top, left, height, width]`` in
+        fractions; None for the one that the checkpoint says.
+    :param camera: whose view it sees; None for the one that the checkpoint says.
     :param run: run directory; the result is its folder ``ppo`` or ``grpo``.
     :param tasks: which of the suite's tasks to practise.
     :param data: demonstrations for rehearsal, with ``ppo.rehearsal_coef`` or ``grpo.rehearsal_coef``.
@@ -106,6 +110,8 @@ class TrainCommand:
     algorithm: Literal["ppo", "grpo"] = "ppo"
     checkpoint: str = "checkpoints/sft"
     model_kwargs: dict[str, Any] = field(default_factory=dict)
+    crop: Any = None
+    camera: str | None = None
     run: str = "runs/${algorithm}"
     suite: str = "MT10"
     split: str = "train"
@@ -127,6 +133,9 @@ class EvalCommand:
         OpenVLA-OFT with its one, needs it.
     :param trials_per_task: trials, fixed by ``trial_seed``.
     :param model_kwargs: what a published checkpoint does not say, such as ``{tokenizer: FOLDER}``.
+    :param crop: window of the view that the model sees: ``workspace``, ``full`` or ``[top, left, height, width]`` in
+        fractions; None for the one that the checkpoint says.
+    :param camera: whose view it sees; None for the one that the checkpoint says.
     :param device: ``cpu``, ``cuda`` or ``auto``.
     :param bf16: bfloat16 autocast of the policy.
     :param videos: folder for a video of each task's first trials.
@@ -142,6 +151,8 @@ class EvalCommand:
     trials_per_task: int = 20
     trial_seed: int = TRIAL_SEED
     model_kwargs: dict[str, Any] = field(default_factory=dict)
+    crop: Any = None
+    camera: str | None = None
     device: str = "auto"
     bf16: bool = False
     videos: str | None = None
@@ -193,6 +204,7 @@ def run_sft(command: SFTCommand, console: Console) -> None:
     from sb3_vla.identity import checkpoint_identity, data_identity, deciding_options
     from sb3_vla.sft import sft
 
+    view = given_view(command.crop, command.camera)
     output = finish_exchange(command.output)
     refuse_other_files(output)  # before the work
     load: dict[str, Any] = {
@@ -207,6 +219,7 @@ def run_sft(command: SFTCommand, console: Console) -> None:
         "checkpoint": checkpoint_identity(command.sft.checkpoint),
         "data": data_identity(command.data),
         "load": load,
+        "view": view,
     }
     # Until the result is there, what a second start goes on from after an interrupt.
     unfinished = hidden_beside(output, "unfinished")
@@ -222,6 +235,7 @@ def run_sft(command: SFTCommand, console: Console) -> None:
         )
     with SharedRun(unfinished, command) as run:
         data = Demonstrations.load(command.data, **load)
+        data.camera = view_of_data(command.data, data.camera, view)
         with run.stage("sft", inputs) as stage:
             result = sft(
                 data,
@@ -242,7 +256,7 @@ def run_train(command: TrainCommand, console: Console) -> None:
     from sb3_vla.identity import checkpoint_identity, data_identity, deciding_options
     from sb3_vla.training import train
 
-    name = command.algorithm
+    name, view = command.algorithm, given_view(command.crop, command.camera)
     config = command.grpo if name == "grpo" else command.ppo
     if command.data is not None and config.rehearsal_coef == 0:
         raise ConfigError(f"data={command.data} is for rehearsal; set {name}.rehearsal_coef as well")
@@ -282,6 +296,7 @@ def run_train(command: TrainCommand, console: Console) -> None:
                 demonstrations=data,
                 resume=stage.resumed,
                 renderer=command.renderer,
+                env_kwargs=view,
             )
     console.print(f"checkpoint {run.path / name}, TensorBoard {run.path / 'tensorboard'}", highlight=False)
 
@@ -317,11 +332,9 @@ def run_recipe(parsed: argparse.Namespace, settings: list[str], console: Console
 
 def run_eval(command: EvalCommand, console: Console) -> None:
     """``sb3-vla eval``."""
-    from sb3_vla.checkpoints import load_checkpoint
     from sb3_vla.evaluation import VideoOptions, evaluate, find_protocol
     from sb3_vla.policies import load_policy
     from sb3_vla.precision import autocast, get_device
-    from sb3_vla.training import view_of
 
     output = writable_file(command.output, "output")  # before the work
     if output.suffix == ".md":
@@ -329,13 +342,17 @@ def run_eval(command: EvalCommand, console: Console) -> None:
     videos = VideoOptions(command.videos) if command.videos else None
     if videos is not None:
         current_ranks().first_does(videos.prepare)
-    options = command.model_kwargs or None
-    view = view_of(load_checkpoint(command.checkpoint, options, weights=False).notes)
     protocol = find_protocol(command.protocol)
     if command.action_chunk is not None and command.action_chunk != protocol.action_chunk:
         chunk = command.action_chunk
         protocol = replace(protocol, name=f"{protocol.name} with chunk {chunk}", action_chunk=chunk)
-    policy = load_policy(command.checkpoint, protocol.action_chunk, get_device(command.device), model_kwargs=options)
+    policy = load_policy(
+        command.checkpoint,
+        protocol.action_chunk,
+        get_device(command.device),
+        model_kwargs=command.model_kwargs or None,
+        view=given_view(command.crop, command.camera),
+    )
     with autocast(command.bf16, policy.device.type):
         result = evaluate(
             policy,
@@ -343,7 +360,7 @@ def run_eval(command: EvalCommand, console: Console) -> None:
             trials_per_task=command.trials_per_task,
             trial_seed=command.trial_seed,
             protocol=protocol,
-            env_kwargs={"image_size": policy.model.image_size[0], "renderer": command.renderer, **view},
+            env_kwargs={"renderer": command.renderer},
             videos=videos,
         )
     if current_ranks().leads:

@@ -6,6 +6,10 @@
         model = PPO("VLAPolicy", make_envs(512 // ranks.count, first=ranks.rank * 512 // ranks.count))
         model.learn(1_000_000)
 
+A script without that context is a rank, too: an algorithm that is made with an environment, imitation and
+:func:`~sb3_vla.training.train` join the others for the rest of the process. Each rank then has as many environments as
+the script makes.
+
 Every rank has environments, a replica of the policy and a rollout buffer of its own; ``batch_size``, ``n_groups`` and
 ``total_timesteps`` count what all of them have. The ranks' environments in the order of the ranks are those of one
 process: noise is drawn, decisions are shuffled, advantages are normalised and tasks are weighted as one process would,
@@ -17,10 +21,12 @@ all ranks with the same numbers. Rank 0 writes logs, checkpoints and videos.
 
 from __future__ import annotations
 
+import atexit
 import os
 import random
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -46,6 +52,8 @@ _TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _LOCAL_VARIABLES = (("RANK", "0"), ("WORLD_SIZE", "1"))
 # How many of the ranks are on this machine.
 _ranks_here = 1
+# Whether this process is or was a rank.
+_has_joined = False
 
 
 class RankLostError(ExpectedError, RuntimeError):
@@ -232,8 +240,8 @@ def torchrun(timeout_seconds: float = TIMEOUT_SECONDS) -> Iterator[Ranks]:
     :raises ValueError: if a machine has more ranks than GPUs.
     :raises RankLostError: if the others do not come.
     """
-    count = int(os.environ.get("WORLD_SIZE", "1"))
-    if count == 1 or not all(name in os.environ for name in _TORCHRUN_VARIABLES) or dist.is_initialized():
+    count = _invited()
+    if count == 1 or dist.is_initialized():
         yield current_ranks()
         return
     local_rank, local_count = (int(os.environ.get(f"LOCAL_{name}", least)) for name, least in _LOCAL_VARIABLES)
@@ -242,13 +250,56 @@ def torchrun(timeout_seconds: float = TIMEOUT_SECONDS) -> Iterator[Ranks]:
         yield ranks
 
 
+def join_for_good() -> Ranks:
+    """Join the other ranks until the process ends, if ``torchrun`` started it and it has not been a rank before.
+
+    :raises ValueError: see :func:`torchrun`.
+    :raises RankLostError: see there.
+    """
+    if is_left_out():
+        membership = ExitStack()
+        membership.enter_context(torchrun())
+        atexit.register(membership.close)
+    return current_ranks()
+
+
+def check_membership(algorithm: str) -> None:
+    """Find out whether a training is one of several that do not know of one another.
+
+    :param algorithm: name of its class, for the message.
+    :raises ValueError: if this process has not joined the ranks that ``torchrun`` started.
+    :warns UserWarning: if it has left them.
+    """
+    if is_left_out():
+        raise ValueError(
+            "torchrun started several ranks, which join where an algorithm is made with its environment. Give it "
+            f"there, such as {algorithm}.load(path, env), or put all into `with torchrun():` of sb3_vla.distributed"
+        )
+    if _invited() > 1 and current_ranks().count == 1:
+        warnings.warn(
+            f"Rank {os.environ['RANK']} trains alone: this is behind the end of `with torchrun():`. Put it into the "
+            "context, or let one rank do it",
+            stacklevel=3,
+        )
+
+
+def is_left_out() -> bool:
+    """Whether ``torchrun`` started other ranks which this process has not joined."""
+    return _invited() > 1 and not _has_joined and not dist.is_initialized()
+
+
+def _invited() -> int:
+    """How many ranks ``torchrun`` started, of which this process is one; 1 if it did not."""
+    return int(os.environ["WORLD_SIZE"]) if all(name in os.environ for name in _TORCHRUN_VARIABLES) else 1
+
+
 @contextmanager
 def joined(invitation: Invitation, timeout_seconds: float = TIMEOUT_SECONDS) -> Iterator[Ranks]:
     """Be one of the ranks for as long as the context lasts, whoever started this process.
 
     :param timeout_seconds: see :func:`torchrun`, as for what is raised.
     """
-    global _ranks_here
+    global _ranks_here, _has_joined
     device = _own_device(invitation.local_rank)
     if invitation.count == 1:
         yield current_ranks()
@@ -264,7 +315,7 @@ def joined(invitation: Invitation, timeout_seconds: float = TIMEOUT_SECONDS) -> 
             timeout=timedelta(seconds=timeout_seconds),
         )
         dist.barrier() if device.type == "cpu" else dist.barrier(device_ids=[device.index])
-    _ranks_here = invitation.local_count
+    _ranks_here, _has_joined = invitation.local_count, True
     try:
         yield current_ranks()
     finally:
@@ -278,8 +329,8 @@ def is_shard(tensor: Tensor) -> bool:
 
 
 def ranks_on_this_machine() -> int:
-    """How many ranks share the machine's cores."""
-    return _ranks_here
+    """How many ranks share the machine's cores, also before they have joined."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if is_left_out() else _ranks_here
 
 
 def _own_device(local_rank: int) -> torch.device:

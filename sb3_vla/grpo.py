@@ -20,7 +20,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 
 from mw_envs.tasks import did_you_mean
-from sb3_vla.distributed import current_ranks
+from sb3_vla.distributed import current_ranks, join_for_good
 from sb3_vla.groups import (
     ADVANTAGE_TYPES,
     Episode,
@@ -140,6 +140,8 @@ class GRPO(PPO):
         self.advantage_type = advantage_type
         self.normalize_length = normalize_length
         #: with the environment steps so far, what the trials of a rollout are drawn from
+        if env is not None:
+            join_for_good()
         self._trial_entropy = _trial_entropy(seed)
         super().__init__(
             policy,

@@ -32,7 +32,8 @@ from sb3_vla.recipes import Recipe
 from sb3_vla.report import write_report
 from sb3_vla.sft import sft
 from sb3_vla.shared_run import SharedRun
-from sb3_vla.training import GRPOConfig, train, view_of
+from sb3_vla.training import GRPOConfig, train
+from sb3_vla.views import FULL_VIEW
 
 Places = dict[str, str | None]
 Films = TypeVar("Films", VideoOptions | None, TrainingFilms | None)
@@ -184,11 +185,13 @@ def _measure(
 ) -> None:
     assert plan.evaluate is not None
     output, videos = f"evaluation_{name}.json", _into(plan.videos, run, name)
+    view = {key: value for key, value in plan.train.get("env_kwargs", {}).items() if key in FULL_VIEW}
     inputs = {
         "evaluate": without(plan.evaluate, "num_envs", "num_workers", "renderer"),
         "acting": plan.acting,
         "options": deciding_options(options),
         "checkpoint": places["checkpoint"],
+        **view,
     }
     films = [] if plan.videos is None else [str(Path(plan.videos.directory) / name)]
     with run.stage(f"evaluate_{name}", inputs, after=after, outputs=[output, *films]) as stage:
@@ -196,22 +199,12 @@ def _measure(
             console.rule(f"measurement {name}")
             if videos is not None:
                 run.ranks.first_does(videos.prepare)
-            loaded = load_checkpoint(checkpoint, options, weights=False)
             how = {key: value for key, value in plan.evaluate.items() if key != "renderer"}
             device = "cuda" if torch.cuda.is_available() else "cpu"
             frozen_bf16 = bool(plan.acting["frozen_bf16"])
-            policy = load_policy(checkpoint, plan.action_chunk, device, options or None, frozen_bf16)
+            policy = load_policy(checkpoint, plan.action_chunk, device, options or None, view, frozen_bf16)
             with acting_precision(plan.acting["bf16"], device):
-                result = evaluate(
-                    policy,
-                    env_kwargs={
-                        "image_size": loaded.model.image_size[0],
-                        "renderer": plan.evaluate["renderer"],
-                        **view_of(loaded.notes),
-                    },
-                    videos=videos,
-                    **how,
-                )
+                result = evaluate(policy, env_kwargs={"renderer": plan.evaluate["renderer"]}, videos=videos, **how)
             if run.ranks.leads:
                 result.to_json(run.path / output)
 

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from mw_envs.tasks import INSTRUCTION_BYTES, did_you_mean, select_tasks
 from sb3_vla.cluster import ClusterOptions
-from sb3_vla.config import ConfigError
+from sb3_vla.config import ConfigError, given_view
 from sb3_vla.filming import TrainingFilms
 from sb3_vla.loggers import LoggerOptions
 from sb3_vla.models import MODELS
@@ -355,6 +355,8 @@ def _train(recipe: Recipe, suite: str, split: str) -> dict[str, Any]:
     }
     if env_kwargs["reward"] == "difference":
         env_kwargs["reward_coef"] = env.reward_coef
+    if model.model_path is not None:
+        env_kwargs.update(given_view(model.crop, model.camera))
     return {
         "suite": suite,
         "split": split,

@@ -22,7 +22,8 @@ from torch.utils._pytree import register_dataclass
 
 from mw_envs.tasks import INSTRUCTION_BYTES, did_you_mean, fit_instruction
 from sb3_vla.checkpoints import LoadedCheckpoint, load_checkpoint
-from sb3_vla.checkpoints.loading import takes_options
+from sb3_vla.checkpoints.folders import is_saved_algorithm
+from sb3_vla.checkpoints.loading import check_archive, takes_options
 from sb3_vla.distributions import Trace, default_distribution, make_distribution
 from sb3_vla.frozen import FrozenWeights
 from sb3_vla.models import Context, Pi0, VLAModel, make_model
@@ -32,11 +33,26 @@ from sb3_vla.models.prompts import same_tokenizer
 from sb3_vla.models.resizing import resize_by_area
 from sb3_vla.paths import local_path
 from sb3_vla.sharding import as_shards, in_shards, is_sharded
+from sb3_vla.views import known_view, settled_view
 
 MODEL_KEYS = ("image", "state", "instruction")
 #: observations that only the critic reads, where an environment gives them
 CRITIC_KEYS = ("privileged_state", "elapsed_time")
 RESIZES = ("model", "area")
+#: what helps whoever stacks pictures
+STACKED = (
+    "A policy decides on one picture: leave VecFrameStack, FrameStackObservation and GrayscaleObservation out. Where "
+    "one picture does not tell enough, add numbers to the state"
+)
+_NORMALISED = 'Where VecNormalize made it that, name what it may change: VecNormalize(env, norm_obs_keys=["state"])'
+# What helps where an observation does not fit.
+_HINTS = {
+    "image": "; its channels may come first or last",
+    "state": "",
+    "instruction": "; mw_envs.encode_instruction makes one of a sentence",
+    **dict.fromkeys(CRITIC_KEYS, ""),
+    "float image": ". Give it as it was drawn; one in 0..1 is (255 * image).round().astype(np.uint8)",
+}
 _LARGEST_NATIVE_IMAGE = 128
 _DEFAULT_IMAGE = 96
 
@@ -96,6 +112,9 @@ class VLAPolicy(BasePolicy):
     :param cache_perception: whether a rollout keeps what a frozen backbone perceived instead of the picture, so that an
         update costs the expert alone. A decision takes 114 kB with CompactVLA's default size, and megabytes with pi0.
         None for the model's default: not with pi0 and pi0.5.
+    :param view: ``camera`` and ``crop`` of the pictures that it is trained on, which
+        :func:`sb3_vla.evaluation.evaluate` shows it; None for those that the checkpoint says. :class:`sb3_vla.PPO`
+        takes them from the environment.
     :param optimizer_class: optimiser.
     :param optimizer_kwargs: its options besides the learning rate.
     :raises ValueError: if the spaces are not those of a vision-language-action environment, or the checkpoint is of
@@ -122,6 +141,7 @@ class VLAPolicy(BasePolicy):
         resize: str | None = None,
         compile: Mapping[str, Any] | None = None,
         cache_perception: bool | None = None,
+        view: Mapping[str, Any] | None = None,
         optimizer_class: type[torch.optim.Optimizer] = torch.optim.Adam,
         optimizer_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
@@ -147,9 +167,10 @@ class VLAPolicy(BasePolicy):
             _check_checkpoint(checkpoint, loaded, model, asked)
             self.model: VLAModel = loaded.model
             model, model_kwargs = loaded.model_name, loaded.model_kwargs
-            view = loaded.notes.get("view", {})
-            resize = view.get("resize") if resize is None else resize
-            _check_size(checkpoint, view, observation_space["image"], self._channels_first)
+            said = loaded.notes.get("view", {})
+            view = known_view(said) if view is None else view
+            resize = said.get("resize") if resize is None else resize
+            _check_size(checkpoint, said, observation_space["image"], self._channels_first)
         else:
             model = "compact" if model is None else model
             model_kwargs = {
@@ -222,6 +243,7 @@ class VLAPolicy(BasePolicy):
             "resize": self._resize,
             "compile": None if compile is None else dict(compile),
             "cache_perception": cache_perception,
+            "view": None if view is None else dict(view),
             "optimizer_class": optimizer_class,
             "optimizer_kwargs": dict(optimizer_kwargs or {}),
         }
@@ -231,6 +253,27 @@ class VLAPolicy(BasePolicy):
             lr=lr_schedule(1),  # type: ignore[call-arg]
             **self.optimizer_kwargs,
         )
+
+    @classmethod
+    def load(cls, path: str, device: torch.device | str = "auto") -> VLAPolicy:
+        """As in Stable-Baselines3, of what :meth:`save` wrote; :func:`load_policy` reads a checkpoint.
+
+        :raises IsADirectoryError: for a folder; the message says how a checkpoint is used.
+        :raises ValueError: for a saved algorithm.
+        """
+        check_archive(path, kind=cls.__name__)
+        if isinstance(path, (str, Path)) and Path(path).is_file() and is_saved_algorithm(Path(path)):
+            raise ValueError(f"{path} is a saved algorithm; its policy is PPO.load({str(path)!r}).policy")
+        return super().load(path, device)
+
+    @property
+    def view(self) -> dict[str, Any] | None:
+        """Camera and crop of the pictures that it is trained on; None where nobody said."""
+        return self.portable_kwargs["view"]
+
+    @view.setter
+    def view(self, view: dict[str, Any]) -> None:
+        self.portable_kwargs["view"] = view
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Weights by name; without those of a frozen backbone that a checkpoint holds."""
@@ -363,11 +406,9 @@ class VLAPolicy(BasePolicy):
         if is_perceived(obs):
             return dict(obs)
         prepared = {key: obs[key] for key in (*MODEL_KEYS, *CRITIC_KEYS) if key in obs}
-        if prepared["instruction"].dtype != torch.uint8:
-            raise ValueError(
-                f"VLAPolicy needs instruction as uint8, its bytes; got {prepared['instruction'].dtype}. "
-                'Where VecNormalize made it that, name what it may change: norm_obs_keys=["state"]'
-            )
+        for key in ("image", "instruction"):
+            if prepared[key].dtype != torch.uint8:
+                raise ValueError(f"VLAPolicy needs {key} as uint8; got {prepared[key].dtype}. {_NORMALISED}")
         image = prepared["image"]
         if not self._channels_first and image.shape[1] != 3:
             image = image.permute(0, 3, 1, 2)
@@ -387,16 +428,22 @@ class VLAPolicy(BasePolicy):
         episode_start: np.ndarray | None = None,
         deterministic: bool = False,
     ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
-        """As in Stable-Baselines3; an instruction may have any number of zeros at its end.
+        """As in Stable-Baselines3; of an observation what the policy does not read is left out.
 
-        :raises ValueError: for a state that is not finite, from which no action would be either; for an instruction of
-            more bytes than the observation space has.
+        :param observation: one, or a batch of them in which each array has a further axis in front. Pictures may have
+            their channels first or last, an instruction any number of zeros at its end.
+        :raises ValueError: for what does not fit the observation space, see :func:`fitted`; or for what is no dict.
         """
-        if isinstance(observation, dict) and "instruction" in observation:
-            (length,) = self.observation_space["instruction"].shape  # type: ignore[index]
-            observation = {**observation, "instruction": fit_instruction(observation["instruction"], length)}
-        if isinstance(observation, dict) and not np.isfinite(observation.get("state", 0)).all():
-            raise ValueError(f"The observation's state is {observation['state']}; expected finite numbers")
+        if isinstance(observation, Mapping):
+            if "instruction" in observation:
+                (length,) = self.observation_space["instruction"].shape  # type: ignore[index]
+                observation = {**observation, "instruction": fit_instruction(observation["instruction"], length)}
+            observation = fitted(observation, self.observation_space)  # type: ignore[arg-type]
+        elif not isinstance(observation, tuple):  # for which Stable-Baselines3 has a message
+            raise ValueError(
+                f"VLAPolicy reads a dict with {', '.join(MODEL_KEYS)}, as the environment gives it; got "
+                f"{type(observation).__name__}"
+            )
         return super().predict(observation, state, episode_start, deterministic)
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> Tensor:
@@ -445,6 +492,16 @@ class VLAPolicy(BasePolicy):
         return {**data, **self.portable_kwargs, "lr_schedule": self._dummy_schedule}
 
 
+class NoVLAPolicy:
+    """What ``"VLAPolicy"`` means to algorithms that cannot train it."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        raise ValueError(
+            '"VLAPolicy" is trained by PPO and GRPO of sb3_vla, by PPO and A2C of stable_baselines3 and by TRPO of '
+            "sb3_contrib; this algorithm needs a policy of another kind"
+        )
+
+
 class ValueHead(nn.Module):
     """A perceptron from the model's features and what only the critic sees to a value."""
 
@@ -464,6 +521,50 @@ class ValueHead(nn.Module):
     def forward(self, features: Tensor, critic_only: list[Tensor]) -> Tensor:
         """Values, float32 (N,)."""
         return self.layers(torch.cat([self.norm(features), *critic_only], dim=1)).float()[:, 0]
+
+
+def fitted(observation: Mapping[str, Any], space: spaces.Dict) -> dict[str, np.ndarray]:
+    """What a policy reads of an observation, in the types of its space and with the space's order of a picture's axes.
+
+    Other integers and other floats are converted, and integers to floats.
+
+    :param observation: arrays of the space's shapes; or batches, which all have the same further axis in front. What
+        only a critic reads may be missing, and what nobody reads is left out.
+    :raises ValueError: for a missing key, for a shape, a type or an integer that the space has not, and for a number
+        that is not finite.
+    """
+    missing = [key for key in MODEL_KEYS if key not in observation]
+    if missing:
+        raise ValueError(f"The observation has no {', '.join(missing)}; it has {', '.join(map(str, observation))}")
+    read = [key for key in (*MODEL_KEYS, *CRITIC_KEYS) if key in observation and key in space.spaces]
+    found = {key: _fitted(key, np.asarray(observation[key]), space[key]) for key in read}
+    counts = {key: len(array) if array.ndim > len(space[key].shape or ()) else None for key, array in found.items()}
+    if len(set(counts.values())) > 1:
+        told = (f"{key} of {'one, without a batch axis' if n is None else n}" for key, n in counts.items())
+        raise ValueError(f"The observation's arrays are batches of different sizes: {'; '.join(told)}")
+    return found
+
+
+def _fitted(key: str, array: np.ndarray, space: spaces.Space) -> np.ndarray:
+    assert isinstance(space, spaces.Box)
+    where, whole = f"The observation's {key}", np.issubdtype(space.dtype, np.integer)
+    if key == "image" and array.ndim in (3, 4):
+        # As it is, (H, W, C) as (C, H, W), or the other way round.
+        orders = [np.moveaxis(array, axes, (-3, -2, -1)) for axes in ((-3, -2, -1), (-1, -3, -2), (-2, -1, -3))]
+        array = next((turned for turned in orders if turned.shape[-3:] == space.shape), array)
+    if array.shape not in (space.shape, array.shape[:1] + space.shape):
+        raise ValueError(f"{where} has shape {array.shape}; expected {space.shape}, or a batch of such{_HINTS[key]}")
+    if array.dtype.kind not in ("iu" if whole else "iuf"):
+        hint = _HINTS["float image"] if (key, array.dtype.kind) == ("image", "f") else ""
+        raise ValueError(f"{where} has type {array.dtype}; expected {space.dtype}{hint}")
+    if whole and array.size and not space.low.min() <= array.min() <= array.max() <= space.high.max():
+        raise ValueError(f"{where} has values from {array.min()} to {array.max()}; expected those of {space}")
+    with np.errstate(over="ignore"):
+        fitting = array.astype(space.dtype, copy=False)
+    # Bounds of floats are not looked at: VecNormalize leaves those of what it changes as they were.
+    if not whole and not np.isfinite(fitting).all():
+        raise ValueError(f"{where} is {array}; expected finite numbers")
+    return fitting
 
 
 @contextmanager
@@ -493,8 +594,13 @@ def _check_spaces(observation_space: spaces.Space, action_space: spaces.Space) -
             f"{', '.join(observation_space.spaces)}. {fix}"
         )
     image = observation_space["image"]
-    if image.dtype != np.uint8 or len(image.shape or ()) != 3:
-        raise ValueError(f"VLAPolicy needs image as uint8 with three axes; got {image}. {fix}")
+    if image.dtype != np.uint8:
+        raise ValueError(f"VLAPolicy needs image as uint8 with three axes; got {image}. {_NORMALISED}. Else: {fix}")
+    if len(image.shape or ()) != 3:
+        raise ValueError(f"VLAPolicy needs image as uint8 with three axes; got {image}. {STACKED}. {fix}")
+    instruction = observation_space["instruction"]
+    if instruction.dtype != np.uint8:
+        raise ValueError(f"VLAPolicy needs instruction as uint8; got {instruction}. {_NORMALISED}")
     if not isinstance(action_space, spaces.Box) or len(action_space.shape) not in (1, 2):
         raise ValueError(f"VLAPolicy needs a Box action space of shape (A,) or (K, A); got {action_space}. {fix}")
 
@@ -529,10 +635,7 @@ def _with_full_paths(options: Mapping[str, Any]) -> dict[str, Any]:
 def _channels_first(image: spaces.Space) -> bool:
     shape = image.shape or ()
     if 3 not in (shape[0], shape[2]):
-        raise ValueError(
-            f"VLAPolicy needs one colour image, (H, W, 3) or (3, H, W); got shape {shape}. It takes no stack of them, "
-            "such as VecFrameStack makes"
-        )
+        raise ValueError(f"VLAPolicy needs one colour image, (H, W, 3) or (3, H, W); got shape {shape}. {STACKED}")
     return shape[2] != 3
 
 
@@ -579,13 +682,15 @@ def load_policy(
     action_chunk: int | None = None,
     device: torch.device | str = "cpu",
     model_kwargs: Mapping[str, Any] | None = None,
+    view: Mapping[str, Any] | None = None,
     frozen_bf16: bool = False,
 ) -> VLAPolicy:
-    """A policy to act with, from a checkpoint alone.
+    """A policy to act with, from a checkpoint alone; with a warning where the checkpoint does not say its view.
 
     :param checkpoint: see :class:`VLAPolicy`.
     :param action_chunk: K, actions executed per decision; None for the whole predicted horizon.
     :param model_kwargs: what a published checkpoint does not say.
+    :param view: ``camera``, ``crop`` or both, where the checkpoint does not say them or they are to be others.
     :param frozen_bf16: keep the backbone's weights in bfloat16, see :class:`VLAPolicy`.
     :raises ValueError: if the model predicts fewer actions than that.
     """
@@ -593,13 +698,13 @@ def load_policy(
     model = loaded.model
     name, options = loaded.distribution or (default_distribution(model), {})
     state_dim = int(model.config.get("state_dim", 4))
-    view = loaded.notes.get("view", {})
-    picture = np.broadcast_to(view.get("render_size", model.image_size), 2).tolist()
+    said = loaded.notes.get("view", {})
+    picture = np.broadcast_to(said.get("render_size", model.image_size), 2).tolist()
     observation_space = spaces.Dict(
         {
             "image": spaces.Box(0, 255, (*picture, 3), np.uint8),
             "state": spaces.Box(-np.inf, np.inf, (state_dim,), np.float32),
-            "instruction": spaces.Box(0, 255, (view.get("instruction_bytes", INSTRUCTION_BYTES),), np.uint8),
+            "instruction": spaces.Box(0, 255, (said.get("instruction_bytes", INSTRUCTION_BYTES),), np.uint8),
         }
     )
     chunk = model.action_horizon - model.first_action if action_chunk is None else action_chunk
@@ -612,6 +717,7 @@ def load_policy(
         model_kwargs=model_kwargs,
         distribution=name,
         distribution_kwargs=options,
+        view=settled_view(checkpoint, said, view or {}),
         frozen_bf16=frozen_bf16,
     )
     return policy.to(device)

@@ -26,12 +26,13 @@ from stable_baselines3.common.callbacks import BaseCallback, ConvertCallback
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 from stable_baselines3.common.utils import FloatSchedule, obs_as_tensor
-from stable_baselines3.common.vec_env import VecEnv
+from stable_baselines3.common.vec_env import VecEnv, VecFrameStack, unwrap_vec_wrapper
 from torch import Tensor
 
 from mw_envs.tasks import did_you_mean
 from sb3_vla.buffers import ChunkRolloutBuffer, DecisionBatch, DecisionBuffer, Minibatch, SharedRollout
-from sb3_vla.distributed import Ranks, current_ranks
+from sb3_vla.checkpoints.loading import check_archive
+from sb3_vla.distributed import Ranks, check_membership, current_ranks, join_for_good
 from sb3_vla.distributions.base import logprob_mask
 from sb3_vla.metrics import (
     EpisodeRecord,
@@ -43,7 +44,7 @@ from sb3_vla.metrics import (
 )
 from sb3_vla.models.lora import adapted_layers
 from sb3_vla.noise import part_of_batch
-from sb3_vla.policies import Evaluation, VLAPolicy
+from sb3_vla.policies import STACKED, Evaluation, VLAPolicy
 from sb3_vla.precision import acting_precision, autocast
 from sb3_vla.progress import SuccessBar
 from sb3_vla.sft import DemonstrationBatches, shared_imitation_loss
@@ -66,6 +67,7 @@ from sb3_vla.stepping import (
     step_by_halves,
     step_together,
 )
+from sb3_vla.views import view_of_envs, warn_of_another_view
 
 if TYPE_CHECKING:
     from sb3_vla.cluster.rollout import Replicas
@@ -147,9 +149,10 @@ class PPO(stable_baselines3.PPO):
     gradient is not finite is left out and counted in ``train/skipped_steps``.
     Schedules are functions of the share of a ``learn`` that is left, which is never outside of 0 to 1.
 
-    Under ``torchrun`` (:mod:`sb3_vla.distributed`) each rank gives its share of the environments, ``batch_size`` and
-    ``total_timesteps`` count what all ranks have, and what is learned is what one process with all the environments
-    would learn, up to rounding. A callback that stops training stops all ranks, at the end of the rollout.
+    Under ``torchrun`` (:mod:`sb3_vla.distributed`), which it joins where it is given an environment, each rank gives
+    its share of the environments, ``batch_size`` and ``total_timesteps`` count what all ranks have, and what is learned
+    is what one process with all the environments would learn, up to rounding. A callback that stops training stops all
+    ranks, at the end of the rollout. The first rank prints and logs.
 
     :param value_lr: the critic's learning rate at the start; it follows the schedule of ``learning_rate``. None: that
         of the actor.
@@ -247,6 +250,8 @@ class PPO(stable_baselines3.PPO):
         overlap: bool = False,
         sharding: str = "none",
     ) -> None:
+        if env is not None:
+            join_for_good()
         self.value_lr = value_lr
         self.clip_range_high: Any = clip_range_high
         self.gamma_per = gamma_per
@@ -294,11 +299,16 @@ class PPO(stable_baselines3.PPO):
             stats_window_size=stats_window_size,
             tensorboard_log=tensorboard_log,
             policy_kwargs=policy_kwargs,
-            verbose=verbose,
+            verbose=verbose if self.ranks.leads else 0,
             seed=seed,
             device=device,
             _init_setup_model=_init_setup_model,
         )
+
+    @staticmethod
+    def _wrap_env(env: GymEnv, verbose: int = 0, monitor_wrapper: bool = True) -> VecEnv:
+        # A saved algorithm is given its environment before it is made.
+        return stable_baselines3.PPO._wrap_env(env, verbose if join_for_good().leads else 0, monitor_wrapper)
 
     @property
     def ranks(self) -> Ranks:
@@ -326,6 +336,8 @@ class PPO(stable_baselines3.PPO):
             if value not in known:
                 raise ValueError(f"Unknown {name}={value!r}; {did_you_mean(str(value), known)}")
         changed = vars(self).pop("_changed_policy_kwargs", None)  # by load
+        if not self.ranks.leads:  # the first prints and logs; a saved algorithm may say so of each
+            self.verbose, self.tensorboard_log = 0, None
         if not issubclass(self.policy_class, VLAPolicy):
             if changed not in (None, self.policy_kwargs):  # Stable-Baselines3's rule
                 raise ValueError(f"policy_kwargs={changed}, but those of the archive are {self.policy_kwargs}")
@@ -349,6 +361,8 @@ class PPO(stable_baselines3.PPO):
         super()._setup_model()
         self.rollout_buffer_class = None
         self._check_options()
+        if self.policy.view is None:
+            self._take_view()
         self.policy.value_head.requires_grad_(self.has_critic)
         if self.sharding == "fsdp" and self.ranks.count > 1:
             policy, methods = self.policy, ("evaluate", "imitation_loss")
@@ -386,6 +400,14 @@ class PPO(stable_baselines3.PPO):
                 raise ValueError(
                     f"{name}={getattr(self, name)!r} acts on VLAPolicy alone; got {self.policy_class.__name__}"
                 )
+
+    def _take_view(self) -> None:
+        """From now on the policy is trained on what the environment shows."""
+        shown = None if self.env is None else view_of_envs(self.env)
+        if shown is not None:
+            if self.policy.view is not None:
+                warn_of_another_view(self.policy.view, shown)
+            self.policy.view = shown
 
     def anchor(self) -> None:
         """Take the present policy as the reference of ``kl_coef``; the first update does so if nobody did."""
@@ -431,6 +453,9 @@ class PPO(stable_baselines3.PPO):
             )
 
     def _check_options(self) -> None:
+        stack = None if self.env is None else unwrap_vec_wrapper(self.env, VecFrameStack)
+        if stack is not None:  # of what is stacked along an axis of a picture, its space does not tell
+            raise ValueError(f"{type(stack).__name__} gives VLAPolicy several pictures in one. {STACKED}")
         model, distribution = self.policy.model, self.policy.distribution
         distribution.check_trainable(model)
         distribution.check_logprob_type(self.logprob_type)
@@ -968,6 +993,7 @@ class PPO(stable_baselines3.PPO):
         self, load_path_or_dict: Any, exact_match: bool = True, device: torch.device | str = "auto"
     ) -> None:
         """As in Stable-Baselines3; where there are shards all ranks must call it."""
+        check_archive(load_path_or_dict, type(self).__name__)
         super().set_parameters(load_path_or_dict, exact_match, device)
         if not isinstance(self.policy, VLAPolicy):
             return
@@ -995,14 +1021,20 @@ class PPO(stable_baselines3.PPO):
         reset_num_timesteps: bool = True,
         progress_bar: bool = False,
     ) -> PPO:
-        """Train for at least ``total_timesteps`` decisions; see ``stable_baselines3.PPO.learn``."""
+        """Train for at least ``total_timesteps`` decisions; see ``stable_baselines3.PPO.learn``.
+
+        :raises ValueError: if ``torchrun`` started other ranks that this one has not joined.
+        """
+        check_membership(type(self).__name__)
         if isinstance(self.policy, VLAPolicy):
-            check_batch_size(self.batch_size, self.n_steps, self.n_envs * self.ranks.count)
+            check_batch_size(self.batch_size, self.n_steps, self.n_envs * self.ranks.count, type(self).__name__)
             self._check_task_sampling()
             self.ranks.check_same(dict(self.policy.named_parameters()), "the policy")
             if reset_num_timesteps:
                 self.env_steps = 0
-        super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
+            self._take_view()
+        shown = progress_bar and self.ranks.leads
+        super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, shown)
         return self
 
     @classmethod
@@ -1021,7 +1053,9 @@ class PPO(stable_baselines3.PPO):
 
         :raises TypeError: for a keyword that the constructor does not have.
         :raises ValueError: for a value that the constructor refuses, or the ``policy`` of another archive.
+        :raises IsADirectoryError: for a folder; the message says how a checkpoint is used.
         """
+        check_archive(path, cls.__name__)
         keywords = set(inspect.signature(cls).parameters) - {"env", "device", "_init_setup_model"}
         given = {name: value for name, value in (custom_objects or {}).items() if name in keywords} | kwargs
         for name in kwargs:
@@ -1111,16 +1145,18 @@ class _NoBuffer:
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
 
 
-def check_batch_size(batch_size: int, n_steps: int, n_envs: int) -> None:
+def check_batch_size(batch_size: int, n_steps: int, n_envs: int, algorithm: str | None = None) -> None:
     """Find out whether minibatches divide a rollout.
 
+    :param algorithm: name of the class that may have been loaded with other environments, for the message.
     :raises ValueError: if they do not; the message names the nearest size that does.
     """
     decisions = n_steps * n_envs
     if decisions % batch_size:
         divisors = [size for size in range(1, decisions + 1) if decisions % size == 0]
         nearest = min(divisors, key=lambda size: abs(size - batch_size))
+        fix = f"; for a saved algorithm {algorithm}.load(path, env, batch_size={nearest})" if algorithm else ""
         raise ValueError(
             f"batch_size={batch_size} does not divide a rollout of n_steps={n_steps} decisions of {n_envs} "
-            f"environments, {decisions} in all; the nearest that does is {nearest}"
+            f"environments, {decisions} in all; the nearest that does is {nearest}{fix}"
         )

@@ -251,6 +251,8 @@ class ModelSection:
     :param model_path: checkpoint to start from, a folder or ``hf://owner/name`` on the Hugging Face hub. None for a new
         model, which imitates the demonstrations of ``data`` first; only models that train from scratch can do without.
     :param model_kwargs: the model's own options: of a new one, or what a published checkpoint does not say.
+    :param crop: window of the view that the model sees, such as ``workspace``, where ``model_path`` does not say it.
+    :param camera: whose view it sees, where ``model_path`` does not say it.
     :param trainable: ``all``, ``expert`` to freeze the backbone, ``adaptive`` (pi0.5), or ``lora`` for adapters alone.
     :param lora: options of adapters in what ``trainable`` leaves frozen, see :class:`sb3_vla.models.lora.LoRA`; None
         for none, or with ``trainable: lora`` for the defaults.
@@ -275,6 +277,8 @@ class ModelSection:
     model_type: str = "pi0"
     model_path: str | None = None
     model_kwargs: dict[str, Any] = field(default_factory=dict)
+    crop: Any = None
+    camera: str | None = None
     trainable: str = "expert"
     lora: dict[str, Any] | None = None
     frozen_bf16: bool = False

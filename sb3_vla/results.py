@@ -261,7 +261,11 @@ class EvaluationResult(_Report):
         :return: an equal result
         :raises FileNotFoundError: if there is no such file
         :raises ValueError: if the file is not one
+        :raises FileNotFoundError: if it is not there, or a folder
         """
+        if not Path(path).is_file():
+            found = "is a folder" if Path(path).is_dir() else "does not exist"
+            raise FileNotFoundError(f"{path} {found}; expected the JSON file that `sb3-vla eval output=...` wrote")
         try:
             stored = json.loads(local_path(path).read_text(encoding="utf-8"))
             if stored["format"] != _FORMAT:

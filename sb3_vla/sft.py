@@ -21,7 +21,7 @@ from sb3_vla.checkpoints import load_checkpoint, save_checkpoint
 from sb3_vla.checkpoints.native import NORMALISED, refuse_other_files
 from sb3_vla.checkpoints.training_state import load_training_state, save_training_state
 from sb3_vla.demonstrations import Demonstrations
-from sb3_vla.distributed import Ranks, current_ranks
+from sb3_vla.distributed import Ranks, join_for_good
 from sb3_vla.frozen import FrozenWeights, Unfrozen
 from sb3_vla.models import VLAModel, make_model
 from sb3_vla.models.lora import prepare_training
@@ -30,6 +30,7 @@ from sb3_vla.paths import local_path
 from sb3_vla.precision import autocast, get_device
 from sb3_vla.sharding import whole_optimizer_state
 from sb3_vla.stopping import Stopped, stop_request
+from sb3_vla.views import known_view, warn_once
 
 _VALIDATION_SAMPLES = 1024
 
@@ -187,7 +188,7 @@ def sft(
     :param notes: for the resulting checkpoint, besides steps, batch size and frames.
     :raises ValueError: if data and model do not fit, or the loss stops being finite.
     """
-    ranks = current_ranks()
+    ranks = join_for_good()
     if output is not None:
         refuse_other_files(local_path(output).resolve())  # before the work
     torch.manual_seed(config.seed)
@@ -240,6 +241,11 @@ def sft(
         schedule.load_state_dict(state["schedule"])
         for group, rate in zip(optimizer.param_groups, schedule.get_last_lr(), strict=True):
             group["lr"] = rate
+    if known_view(demonstrations.camera) is None:
+        warn_once(
+            "The demonstrations do not say which view their pictures show, so the checkpoint does not either. Give "
+            'crop and camera, or set demonstrations.camera, such as {"camera": "corner2", "crop": "workspace"}'
+        )
     ranks.check_same(model.state_dict(), "the model")
     started = time.perf_counter() - (history[-1]["seconds"] if history else 0.0)
     with stop_request() as stop, _bar(config.steps, progress and ranks.leads) as bar:

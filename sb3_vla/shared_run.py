@@ -8,7 +8,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from sb3_vla.distributed import Ranks, current_ranks
+from sb3_vla.distributed import Ranks, join_for_good
 from sb3_vla.run import RunDirectory, Stage
 
 
@@ -23,7 +23,7 @@ class SharedRun(RunDirectory):
     """
 
     def __init__(self, path: str | os.PathLike[str], config: object | None = None) -> None:
-        self.ranks: Ranks = current_ranks()
+        self.ranks: Ranks = join_for_good()
         self.ranks.first_does(lambda: RunDirectory.__init__(self, path, config))
         if not self.ranks.leads:
             super().__init__(path)

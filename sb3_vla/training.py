@@ -28,7 +28,7 @@ from sb3_vla.checkpoints import LoadedCheckpoint, load_checkpoint, save_checkpoi
 from sb3_vla.checkpoints.native import refuse_other_files
 from sb3_vla.checkpoints.training_state import check_training_state
 from sb3_vla.demonstrations import Demonstrations
-from sb3_vla.distributed import current_ranks, ranks_on_this_machine
+from sb3_vla.distributed import join_for_good, ranks_on_this_machine
 from sb3_vla.distributions import make_distribution
 from sb3_vla.filming import Filmed, FilmEpisodes, TrainingFilms
 from sb3_vla.grpo import GRPO, groups_held
@@ -47,8 +47,10 @@ from sb3_vla.resume import load_algorithm, save_algorithm
 from sb3_vla.run import RunDirectory
 from sb3_vla.sft import DemonstrationBatches, SFTConfig
 from sb3_vla.sharding import whole_weights
+from sb3_vla.shared_run import SharedRun
 from sb3_vla.stopping import Stopped, StopRequest, stop_request
 from sb3_vla.vec_env import SharedMemoryVecEnv
+from sb3_vla.views import FULL_VIEW, known_view, settled_view, view_of, warn_of_another_view
 
 if TYPE_CHECKING:
     from sb3_vla.cluster.seat import Seat
@@ -313,7 +315,8 @@ def train(
     :param run: the run directory.
     :param stage: name under which the run keeps the training's own checkpoints.
     :param config: settings, and by their type the algorithm.
-    :param checkpoint: where to start; its notes tell the view that the model was trained on.
+    :param checkpoint: where to start; its notes tell the view that the model was trained on, and where they do not,
+        ``env_kwargs`` should have ``camera`` and ``crop``.
     :param output: folder of the resulting checkpoint.
     :param tasks: which of the suite's tasks to practise; None for all.
     :param demonstrations: for rehearsal; their pictures are shifted as far as the checkpoint's notes say that imitation
@@ -332,21 +335,21 @@ def train(
         None for this machine. The result is the same.
     :raises Stopped: after a signal.
     """
-    ranks = current_ranks()
+    ranks = join_for_good()
+    if ranks.count > 1 and not isinstance(run, SharedRun):
+        raise ValueError(f"{run.path} is written by {ranks.count} ranks; give them a sb3_vla.shared_run.SharedRun")
     refuse_other_files(local_path(output).resolve())  # before the work
     start = load_checkpoint(checkpoint, model_kwargs, weights=False)  # the policy reads them
-    options = _env_options(start, config, suite, split, tasks, {"renderer": renderer, **(env_kwargs or {})})
-    rehearsal = None
-    if config.rehearsal_coef > 0:
-        if demonstrations is None:
-            raise ValueError(f"rehearsal_coef={config.rehearsal_coef} needs demonstrations; give data, or set it to 0")
-        # What imitation did to the pictures: others would teach what the model has not seen.
-        shift = start.notes.get("sft", {}).get("shift", SFTConfig.shift)
-        rehearsal = DemonstrationBatches(demonstrations, None, start.model.action_horizon, shift, config.seed)
+    said, given = start.notes.get("view", {}), dict(env_kwargs or {})
+    view = settled_view(checkpoint, said, {key: given[key] for key in FULL_VIEW if key in given}) or FULL_VIEW
+    options = _env_options(start, config, suite, split, tasks, {"renderer": renderer, **given, **view})
+    # What imitation did to the pictures: others would teach what the model has not seen.
+    shift = start.notes.get("sft", {}).get("shift", SFTConfig.shift)
+    rehearsal = _rehearsal(config, demonstrations, start.model.action_horizon, shift, view)
     make = functools.partial(gym.make, f"mw_envs:MetaWorld{suite}-v0", **options)
     if seat is None:
         _refuse_early(make, options["renderer"])
-    policy_kwargs = _policy_kwargs(config, checkpoint, model_kwargs, optimizer_kwargs)
+    policy_kwargs = {**_policy_kwargs(config, checkpoint, model_kwargs, optimizer_kwargs), "view": view}
     if isinstance(config, GRPOConfig):
         make = functools.partial(_holding, make)
     device = get_device(config.device)
@@ -372,7 +375,8 @@ def train(
             model.replicas = seat.replicas(model.policy)
         if config.kl_coef > 0:  # also after an interrupt it is the policy at the start
             model.anchor()
-        save = functools.partial(_save_policy, model, config, notes, tasks)
+        seen = {**said, **view, "render_size": options["image_size"]}
+        save = functools.partial(_save_policy, model, config, {**notes, "view": seen}, tasks)
         logger = Logger(str(run.path), [])
         model.set_logger(logger)
         env.seed(1000 * (config.seed + 1) + own.start)
@@ -396,9 +400,9 @@ def train(
                     logger.output_formats += [*opened.writers, _RunMetrics(run, stage, seconds, model)]
                     callbacks += [] if films is None else [FilmEpisodes(films)]
                 if evaluation is not None:  # behind the checkpoint, from which a training goes on to the same
-                    seen, best = _seen(options), run.path / "checkpoints" / stage / "best"
+                    shown, best = _seen(options), run.path / "checkpoints" / stage / "best"
                     callbacks.append(
-                        EvaluatePeriodically(evaluation, seen, best, save, resumed=resume, say=callback.say)
+                        EvaluatePeriodically(evaluation, shown, best, save, resumed=resume, say=callback.say)
                     )
                 model.learn(remaining, callbacks, reset_num_timesteps=False)
                 callback.save()
@@ -407,6 +411,27 @@ def train(
         if seat is not None:
             seat.leave()
     save(local_path(output), {})
+
+
+def _rehearsal(
+    config: PPOConfig | GRPOConfig,
+    demonstrations: Demonstrations | None,
+    horizon: int,
+    shift: int,
+    view: Mapping[str, Any],
+) -> DemonstrationBatches | None:
+    """Batches of what is rehearsed, if anything is.
+
+    :param view: of what is practised.
+    """
+    if config.rehearsal_coef <= 0:
+        return None
+    if demonstrations is None:
+        raise ValueError(f"rehearsal_coef={config.rehearsal_coef} needs demonstrations; give data, or set it to 0")
+    rehearsed = known_view(demonstrations.camera)
+    if rehearsed is not None:
+        warn_of_another_view(rehearsed, view, "The demonstrations for rehearsal show")
+    return DemonstrationBatches(demonstrations, None, horizon, shift, config.seed)
 
 
 def _save_policy(
@@ -567,16 +592,6 @@ def _policy_kwargs(
         "distribution_kwargs": config.distribution_kwargs,
         **optimizer,
     }
-
-
-def view_of(notes: dict[str, Any]) -> dict[str, Any]:
-    """Camera and crop that a checkpoint's model was trained on; the full default view if it does not say.
-
-    Where pictures were drawn larger than the model reads them, also the size.
-    """
-    camera = notes.get("view", {})
-    drawn = {"image_size": camera["render_size"]} if "render_size" in camera else {}
-    return {"camera": camera.get("camera", "corner2"), "crop": camera.get("crop"), **drawn}
 
 
 class _RunMetrics(KVWriter):

@@ -7,18 +7,23 @@ import os
 import shutil
 import signal
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from toy import tiny_model
+from toy import tiny_model, toy_demonstrations
 
+import sb3_vla.demonstrations
+import sb3_vla.evaluation
 import sb3_vla.sft
 import sb3_vla.training
-from sb3_vla.checkpoints import save_checkpoint
+from sb3_vla import VLAPolicy
+from sb3_vla.checkpoints import load_checkpoint, save_checkpoint
 from sb3_vla.cli import COMMANDS, main
+from sb3_vla.evaluation import check_fit
 from sb3_vla.run import RunDirectory, RunError
 from sb3_vla.stopping import stop_request
 
@@ -54,13 +59,93 @@ def test_eval_writes_a_result_and_a_table(checkpoint: Path, tmp_path: Path) -> N
     assert "reach" in output.with_suffix(".md").read_text()
 
 
+class Captured(Exception):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected", "warning"),
+    [
+        ([], {"camera": "corner2", "crop": "workspace"}, None),
+        (["crop=full"], {"camera": "corner2", "crop": "full"}, "trained on camera=corner2 with crop=workspace, but"),
+        (["camera=corner"], {"camera": "corner", "crop": "workspace"}, "trained on camera=corner2 with crop=workspace"),
+        (["checkpoint=unsaid"], {}, "unsaid does not say which view"),
+        (["checkpoint=unsaid", "crop=workspace"], {"camera": "corner2", "crop": "workspace"}, None),
+        (["checkpoint=unsaid", "crop=[0, 0, 1, 0.5]"], {"camera": "corner2", "crop": [0, 0, 1, 0.5]}, None),
+        (["checkpoint=unsaid", "camera=corner"], {"camera": "corner", "crop": None}, None),
+    ],
+)
+@pytest.mark.parametrize("command", ["eval", "train"])
+def test_what_a_checkpoint_is_shown(
+    command: str,
+    settings: list[str],
+    expected: dict[str, Any],
+    warning: str | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The view that the checkpoint says, or the one that is given where it says none."""
+    shown: dict[str, Any] = {}
+
+    def evaluate(policy: VLAPolicy, **options: Any) -> None:
+        shown.update(check_fit(policy, options["protocol"], options["env_kwargs"])["env_kwargs"])
+        raise Captured
+
+    def environments(makers: list[Any], **_: Any) -> None:
+        shown.update(makers[0].keywords)
+        raise Captured
+
+    monkeypatch.setattr(sb3_vla.evaluation, "evaluate", evaluate)
+    monkeypatch.setattr(sb3_vla.training, "SharedMemoryVecEnv", environments)
+    monkeypatch.chdir(tmp_path)
+    view = {"camera": "corner2", "crop": "workspace"}
+    save_checkpoint("said", tiny_model(action_horizon=5), notes={"view": view})
+    save_checkpoint("unsaid", tiny_model(action_horizon=5))
+    where = ["output=result.json", "suite=MT10"] if command == "eval" else ["run=run"]
+    with warnings.catch_warnings(record=True) as told, pytest.raises(Captured):
+        warnings.simplefilter("always")
+        main([command, "checkpoint=said", *where, *settings])
+    assert shown["image_size"] == 32
+    if command == "train":  # environments are told what evaluations leave to their default
+        expected = {"camera": "corner2", "crop": None, **expected}
+    assert {name: shown[name] for name in ("camera", "crop") if name in shown} == expected
+    messages = [str(each.message) for each in told if issubclass(each.category, UserWarning)]
+    assert len(messages) == (warning is not None) and all(str(warning) in message for message in messages)
+
+
+@pytest.mark.parametrize("known", [{}, {"camera": "corner2", "crop": "workspace"}])
+def test_imitation_notes_the_view_of_the_data(
+    known: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = toy_demonstrations()
+    data.camera = dict(known)
+    monkeypatch.setattr(sb3_vla.demonstrations.Demonstrations, "load", lambda *_, **__: data)
+    imitate = ["sft", "data=data", f"output={tmp_path / 'sft'}", *SFT, "sft.steps=1"]
+    assert main([*imitate, "crop=workspace"]) == 0
+    assert load_checkpoint(tmp_path / "sft").notes["view"] == {"camera": "corner2", "crop": "workspace"}
+    if known:
+        assert main([*imitate, "crop=full"]) == 2
+        told = " ".join(capsys.readouterr().err.split())
+        assert "data was recorded with camera=corner2 with crop=workspace, but camera=corner2 with crop=full" in told
+    else:
+        data.camera = {}
+        with pytest.warns(UserWarning, match="do not say which view their pictures show"):
+            assert main(imitate) == 0
+
+
 @pytest.mark.parametrize(
     ("command", "settings", "message"),
     [
+        ("eval", ["crop=workspce"], "did you mean 'workspace'"),
+        ("train", ["crop=[0, 0, 2, 1]"], "crop=[0, 0, 2, 1]; expected (top, left, height, width)"),
+        ("train", ["camera=corner22"], "Unknown camera 'corner22'; did you mean 'corner2'"),
+        ("sft", ["crop=workspce"], "did you mean 'workspace'"),
         ("eval", ["suite=MT11", "tasks=[reach-v3]"], "'MT11'"),
         ("eval", ["tasks=[hammer-v3]"], "'hammer-v3' is not in the train split of MT10"),
         ("eval", ["protocol=rlinf"], "'rlinf'"),
         ("eval", ["checkpoint=nowhere"], "nowhere does not exist"),
+        ("eval", ["checkpoint=lerobot/smolvla_base"], "write hf://lerobot/smolvla_base"),
+        ("train", ["checkpoint=lerobot/smolvla_base"], "write hf://lerobot/smolvla_base"),
         ("eval", ["output=result.md"], "output=result.md; expected the name of a JSON file"),
         ("train", ["ppo.batch_size=60"], "batch_size=60 does not divide a rollout of"),
         ("train", ["data=demonstrations"], "set ppo.rehearsal_coef as well"),

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import stable_baselines3
 import torch
+from gymnasium.wrappers import FrameStackObservation
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import (
     BaseCallback,
@@ -271,8 +272,14 @@ def test_trains_and_is_evaluated_under_wrappers(wrap: Callable[[VecEnv, Path], V
 @pytest.mark.parametrize(
     ("wrap", "message"),
     [
-        (partial(VecFrameStack, n_stack=4), r"one colour image.*\(12, 32, 32\).*VecFrameStack"),
-        (VecNormalize, r"image as uint8.*float32"),
+        (partial(VecFrameStack, n_stack=4), r"one colour image.*\(12, 32, 32\).*leave VecFrameStack.* out"),
+        (partial(VecFrameStack, n_stack=4, channels_order="first"), "several pictures in one.*leave VecFrameStack"),
+        (
+            lambda _: DummyVecEnv([lambda: FrameStackObservation(ToyEnv(), 4)]),
+            r"\(4, 32, 32, 3\).*leave .*FrameStackObs",
+        ),
+        (VecNormalize, r'image as uint8.*float32.*VecNormalize\(env, norm_obs_keys=\["state"\]\)'),
+        (lambda env: VecMonitor(VecNormalize(env, norm_obs_keys=["image", "state"])), "image as uint8.*norm_obs_keys="),
         (partial(VecNormalize, norm_obs_keys=["instruction"]), r"instruction as uint8.*float32.*norm_obs_keys"),
     ],
 )
@@ -548,6 +555,13 @@ def test_options_of_ours_are_loaded_into_an_archive_of_theirs(tmp_path: Path) ->
     assert PPO.load(tmp_path / "stock", policy_kwargs={}, n_epochs=3).n_epochs == 3
 
 
+def test_load_with_another_number_of_environments(tmp_path: Path) -> None:
+    toy_ppo().save(tmp_path / "saved")
+    with pytest.raises(ValueError, match=r"of 3 environments, 24 in all; .*PPO.load\(path, env, batch_size=12\)"):
+        PPO.load(tmp_path / "saved", toy_vec(3), "cpu").learn(24)
+    assert PPO.load(tmp_path / "saved", toy_vec(3), "cpu", batch_size=12).learn(24).num_timesteps == 24
+
+
 def frozen(folder: Path, **options: Any) -> PPO:
     kwargs = {"checkpoint": folder, "trainable": "expert", "value_width": 32}
     return toy_ppo(policy_kwargs=kwargs, stirred=False, **options)
@@ -660,7 +674,10 @@ def test_weights_that_are_no_numbers_are_refused_before_a_step() -> None:
 @pytest.mark.parametrize(("batch_size", "nearest"), [(5, 4), (12, 8), (64, 16)])
 def test_a_batch_that_does_not_divide_the_rollout_is_refused(batch_size: int, nearest: int) -> None:
     algorithm = toy_ppo(batch_size=batch_size)
-    message = rf"batch_size={batch_size} does not divide .* n_steps=8 .* 2 environments, 16 in all; .* is {nearest}$"
+    message = (
+        rf"batch_size={batch_size} does not divide .* n_steps=8 .* 2 environments, 16 in all; .* is {nearest}; for "
+    )
+    message += rf"a saved algorithm PPO.load\(path, env, batch_size={nearest}\)$"
     with pytest.raises(ValueError, match=message):
         algorithm.learn(16)
     assert algorithm.num_timesteps == 0

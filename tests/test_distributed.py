@@ -22,12 +22,14 @@ from test_grpo import toy_grpo
 from toy import TINY, ToyEnv, tiny_model, toy_demonstrations, toy_ppo, toy_vec
 
 from sb3_vla import PPO, HoldAtEnd, distributed
-from sb3_vla.distributed import RankLostError, Ranks, current_ranks, torchrun
+from sb3_vla.distributed import RankLostError, Ranks, current_ranks, ranks_on_this_machine, torchrun
 from sb3_vla.evaluation import evaluate
 from sb3_vla.memory import MemoryPlan, plan_memory
 from sb3_vla.resume import load_algorithm, save_algorithm
+from sb3_vla.run import RunDirectory
 from sb3_vla.sft import DemonstrationBatches, SFTConfig, sft
 from sb3_vla.sharding import whole_optimizer_state
+from sb3_vla.training import PPOConfig, train
 
 #: gradients summed in another order differ by a few units in the last place, and so do weights after steps of SGD
 ROUNDING = 2e-6
@@ -375,6 +377,39 @@ def test_a_step_that_is_not_finite_on_one_rank_is_left_out_on_all() -> None:
     for result, before in run_ranks(2, work):
         assert result["metrics"]["train/skipped_steps"] == 1
         assert all(np.array_equal(result["weights"][name], before[name]) for name in before)
+
+
+def test_ranks_are_counted_before_they_join(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    toy_ppo().save(tmp_path / "model.zip")
+    for name in ("RANK", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "1")
+    for name, value in {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "here", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert ranks_on_this_machine() == 2
+    with pytest.raises(ValueError, match="several ranks, which join where an algorithm is made with its environment"):
+        PPO.load(tmp_path / "model.zip", device="cpu").learn(16)
+    monkeypatch.setattr(distributed, "_has_joined", True)
+    assert ranks_on_this_machine() == 1
+    with pytest.warns(UserWarning, match="Rank 1 trains alone: this is behind the end of"):
+        PPO.load(tmp_path / "model.zip", toy_vec(), device="cpu").learn(16)
+    monkeypatch.setattr(distributed, "_has_joined", False)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert ranks_on_this_machine() == 1
+
+
+def test_several_ranks_do_not_write_one_run_side_by_side(tmp_path: Path) -> None:
+    def work(rank: int) -> None:
+        with pytest.raises(ValueError, match=r"run is written by 2 ranks; give them a sb3_vla.shared_run.SharedRun"):
+            train(
+                RunDirectory(tmp_path / f"{rank}" / "run", {}),
+                "rl",
+                PPOConfig(),
+                checkpoint=tmp_path / "nowhere",
+                output=tmp_path / "rl",
+                suite="MT10",
+            )
+
+    run_ranks(2, work)
 
 
 def test_policies_that_ranks_cannot_share_are_refused() -> None:

@@ -148,6 +148,40 @@ def test_system_packages_are_installed_by_root_in_a_container_only(
     assert ("Run this, then start again" in done.stderr) and ("Running:" in done.stdout) == installs
 
 
+OTHER_PROGRAM = """
+import sys
+import sb3_vla
+import stable_baselines3
+print(sys.argv[1:], [name for name in ("pyarrow", "av", "transformers", "matplotlib") if name in sys.modules])
+print(stable_baselines3.PPO.policy_aliases["VLAPolicy"] is sb3_vla.VLAPolicy, "GRPO" in dir(sb3_vla))
+from sb3_vla import *
+print(PPO.__name__, GRPO.__name__, SharedMemoryVecEnv.__name__, HoldAtEnd.__name__, __version__)
+"""
+
+
+def test_importing_the_package_is_the_same_in_every_program(tmp_path: Path) -> None:
+    """Whatever its arguments are; and it costs neither datasets nor videos."""
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "__init__.py").write_text(OTHER_PROGRAM)
+    (tmp_path / "other" / "__main__.py").write_text("")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    command = [sys.executable, "-m", "other", "doctor"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.stderr == ""
+    expected = ["['doctor'] []", "True True", f"PPO GRPO SharedMemoryVecEnv HoldAtEnd {VERSION}"]
+    assert done.stdout.splitlines() == expected
+
+
+def test_waiting_threads_of_a_command_soon_give_their_cores_up() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
+    command = [sys.executable, "-m", "sb3_vla", "train", "--list"]
+    environment |= {"OMP_DISPLAY_ENV": "verbose", "PYTHONPATH": str(ROOT)}
+    told = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stderr
+    if "GOMP_SPINCOUNT" not in told:
+        pytest.skip("this build of torch has another OpenMP")
+    assert "GOMP_SPINCOUNT = '20000'" in told
+
+
 @pytest.mark.skipif(
     not list(Path(sys.prefix).glob("setup*.stamp")), reason="an environment that examples/setup.sh did not make"
 )

@@ -99,6 +99,9 @@ def test_every_layout_is_the_same_model(tmp_path: Path, name: str, layout: str) 
     assert model.state_scheme == model.action_scheme == scheme
     lerobot = layout.startswith("lerobot")
     assert model.convention == ("lerobot" if lerobot else "openpi")
+    # RLinf's folders are of its own environments; of others nobody knows which view they were trained on.
+    known = {"camera": "corner2", "crop": None} if layout == "rlinf rl" else {}
+    assert loaded.notes["view"] == {"render_size": 480, **known}
     for ours, theirs in (("state", "state"), ("action", "actions")):
         for statistic, values in STATISTICS[theirs].items():
             assert torch.equal(getattr(model, f"{ours}_{statistic}"), torch.tensor(values))

@@ -7,6 +7,7 @@ import json
 import shutil
 import warnings
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -232,9 +233,10 @@ def test_bad_options(options: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(
     ("algorithm_class", "options"),
     [
-        (stable_baselines3.PPO, {"n_epochs": 2}),
+        (stable_baselines3.PPO, {"n_epochs": 2, "batch_size": 16}),
+        (stable_baselines3.A2C, {}),
         # As little as possible of what is slow: each conjugate gradient step goes through the network four times.
-        (sb3_contrib.TRPO, {"cg_max_steps": 1, "n_critic_updates": 1}),
+        (sb3_contrib.TRPO, {"cg_max_steps": 1, "n_critic_updates": 1, "batch_size": 16}),
     ],
 )
 @pytest.mark.parametrize("learn_std", [False, True])
@@ -243,7 +245,6 @@ def test_stock_algorithms_train_it(algorithm_class: Any, options: dict[str, Any]
         "VLAPolicy",
         toy_vec(2),
         n_steps=8,
-        batch_size=16,
         seed=0,
         device="cpu",
         policy_kwargs={
@@ -260,6 +261,14 @@ def test_stock_algorithms_train_it(algorithm_class: Any, options: dict[str, Any]
     for part in ("model.action_out.weight", "model.vision_encoder.stem.weight", "value_head.layers.0.weight"):
         assert not torch.equal(before[part], after[part]), part
     assert torch.equal(before["distribution.log_std"], after["distribution.log_std"]) is not learn_std
+
+
+@pytest.mark.parametrize("name", ["SAC", "TD3", "DDPG", "TQC", "CrossQ", "ARS"])
+def test_other_algorithms_say_which_train_it(name: str) -> None:
+    algorithm = getattr(stable_baselines3, name, None) or getattr(sb3_contrib, name)
+    options = {} if name == "ARS" else {"buffer_size": 8}
+    with pytest.raises(ValueError, match="trained by PPO and GRPO of sb3_vla, by PPO and A2C of stable_baselines3"):
+        algorithm("VLAPolicy", toy_vec(2), device="cpu", **options)
 
 
 def test_stock_ppo_starts_at_ratio_one() -> None:
@@ -524,6 +533,96 @@ def test_a_state_that_is_not_finite_has_no_action() -> None:
     seen["state"][1, 2] = np.nan
     with pytest.raises(ValueError, match=r"(?s)state is .*expected finite numbers"):
         toy_ppo().predict(seen)
+
+
+CHANGES: dict[str, tuple[Callable[[dict[str, np.ndarray]], Any], str]] = {
+    "in 0..1": (lambda o: {**o, "image": (o["image"] / 255).astype(np.float32)}, "image has type float32.*255"),
+    "float64": (lambda o: {**o, "image": o["image"] / 255}, "image has type float64; expected uint8"),
+    "float": (lambda o: {**o, "image": o["image"].astype(np.float32)}, "image has type float32; expected uint8"),
+    "not a number": (lambda o: {**o, "image": np.full_like(o["image"], np.nan, np.float16)}, "image has type float16"),
+    "black and white": (lambda o: {**o, "image": o["image"] > 127}, "image has type bool; expected uint8"),
+    "below": (lambda o: {**o, "image": o["image"].astype(np.int16) - 1}, "image has values from -1 to"),
+    "above": (
+        lambda o: {**o, "image": o["image"].astype(np.int64) + 1},
+        r"image has values from .* to 256.*Box\(0, 255",
+    ),
+    "with alpha": (lambda o: {**o, "image": o["image"][..., [0, 1, 2, 0]]}, r"image has shape \(.*, 4\); expected \("),
+    "gray": (lambda o: {**o, "image": o["image"][..., :1]}, r"image has shape \(.*, 1\); expected \("),
+    "flat": (lambda o: {**o, "image": o["image"][..., 0]}, r"image has shape \(.*32\); expected \("),
+    "small": (lambda o: {**o, "image": o["image"][..., ::2, ::2, :]}, r"image has shape \(.*16, 16, 3\); expected \("),
+    "words": (
+        lambda o: {**o, "instruction": "reach"},
+        r"instruction has shape \(\); expected \(64,\).*encode_instruction",
+    ),
+    "short": (lambda o: {**o, "instruction": o["instruction"][..., :9]}, r"instruction has shape \(.*9.*\(64,\)"),
+    "float words": (
+        lambda o: {**o, "instruction": o["instruction"] / 1},
+        "instruction has type float64; expected uint8",
+    ),
+    "odd words": (lambda o: {**o, "instruction": o["instruction"] - np.int16(1)}, "instruction has values from -1"),
+    "long state": (lambda o: {**o, "state": o["state"].repeat(2, -1)}, r"state has shape \(.*8.*\); expected \(4,\)"),
+    "infinite state": (lambda o: {**o, "state": o["state"] * np.inf}, "(?s)state is .*expected finite"),
+    "huge state": (lambda o: {**o, "state": o["state"] * 1e60}, "(?s)state is .*expected finite"),
+    "complex state": (lambda o: {**o, "state": o["state"] * 1j}, "state has type complex64; expected float32"),
+    "state of words": (lambda o: {**o, "state": o["state"].astype(str)}, "state has type <U.*; expected float32"),
+    "critic": (lambda o: {**o, "privileged_state": o["privileged_state"] * np.nan}, "(?s)privileged_state is .*finite"),
+    "no image": (lambda o: {k: v for k, v in o.items() if k != "image"}, "has no image; it has .*instruction, .*state"),
+    "no state": (lambda o: {k: v for k, v in o.items() if k != "state"}, "has no state; it has .*image, instruction"),
+    "misspelt": (
+        lambda o: {"instructions" if k == "instruction" else k: v for k, v in o.items()},
+        "has no instruction; it has .*instructions",
+    ),
+    "picture": (lambda o: o["image"], "reads a dict with image, state, instruction.*got ndarray"),
+    "with info": (lambda o: (o, {}), "You have passed a tuple"),
+}
+
+
+@pytest.fixture(scope="module")
+def both_orders() -> dict[str, VLAPolicy]:
+    """Made for pictures as the environment has them, and as Stable-Baselines3's algorithms turn them."""
+    first = toy_ppo(toy_vec(privileged=True), model_kwargs=TINY).policy
+    last = policy_for(ToyEnv(privileged=True), value_width=32)
+    last.load_state_dict(first.state_dict())
+    return {"channels first": first, "channels last": last}
+
+
+@pytest.mark.parametrize("batched", [True, False])
+@pytest.mark.parametrize("order", ["channels first", "channels last"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_does_not_fit_the_space_has_no_action(
+    change: str, order: str, batched: bool, both_orders: dict[str, VLAPolicy]
+) -> None:
+    seen = observations(2, privileged=True)
+    seen = seen if batched else {key: value[0] for key, value in seen.items()}
+    alter, message = CHANGES[change]
+    with pytest.raises(ValueError, match=message):
+        both_orders[order].predict(alter(seen), deterministic=True)
+
+
+@pytest.mark.parametrize("order", ["channels first", "channels last"])
+def test_what_fits_the_space_gives_the_same_action(order: str, both_orders: dict[str, VLAPolicy]) -> None:
+    policy, seen = both_orders[order], observations(2, privileged=True)
+    expected, _ = policy.predict(seen, deterministic=True)
+    changes: list[dict[str, Any]] = [
+        {"image": seen["image"].astype(np.int64)},
+        {"image": seen["image"].transpose(0, 3, 1, 2)},
+        {"image": seen["image"].tolist(), "instruction": seen["instruction"].tolist()},
+        {"image": torch.from_numpy(seen["image"]), "state": torch.from_numpy(seen["state"])},
+        {"state": seen["state"].astype(np.float64)},
+        {"instruction": seen["instruction"].astype(np.int32)},
+        {"reward": np.zeros(2)},
+    ]
+    for change in changes:
+        assert np.array_equal(policy.predict({**seen, **change}, deterministic=True)[0], expected), change.keys()
+    without = {key: seen[key] for key in ("image", "state", "instruction")}  # the critic's part decides nothing
+    assert np.array_equal(policy.predict(without, deterministic=True)[0], expected)
+    whole = {**seen, "state": np.ones((2, 4), np.int64)}
+    ones = policy.predict({**seen, "state": np.ones((2, 4), np.float32)}, deterministic=True)[0]
+    assert np.array_equal(policy.predict(whole, deterministic=True)[0], ones)
+    with pytest.raises(ValueError, match="image of 1; state of 2"):
+        policy.predict({**seen, "image": seen["image"][:1]})
+    with pytest.raises(ValueError, match="image of one, without a batch axis; state of 2"):
+        policy.predict({**seen, "image": seen["image"][0]})
 
 
 def test_a_model_of_another_state_is_refused(tmp_path: Path) -> None:

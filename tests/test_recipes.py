@@ -209,6 +209,13 @@ def test_the_names_are_those_of_the_reference_and_their_counterparts() -> None:
     assert set(NAMES) == reference | ours
 
 
+def test_a_checkpoint_that_does_not_say_its_view_is_told_it() -> None:
+    view = ["actor.model.crop=workspace", "actor.model.camera=corner"]
+    for name in ("metaworld_50_ppo_openpi", "metaworld_50_grpo_compact"):
+        plan = plan_of(name, ["actor.model.model_path=somewhere", *view])
+        assert plan.train["env_kwargs"].items() >= {"crop": "workspace", "camera": "corner"}.items()
+
+
 def test_the_settings_of_the_reference() -> None:
     """RLinf's metaworld_50_ppo_openpi.yaml: 64 x 8 episodes of 20 decisions, 20 optimiser steps."""
     plan = plan_of("metaworld_50_ppo_openpi", ["actor.model.model_path=somewhere"])
@@ -415,6 +422,8 @@ def test_the_list_names_every_recipe(capsys: pytest.CaptureFixture[str]) -> None
         (["nowhere.yaml"], "cannot read the configuration nowhere.yaml"),
         (["metaworld_50_ppo_openpi"], "actor.model.model_path is not set: pi0 starts from a checkpoint"),
         (["metaworld_50_ppo_openpi", "actor.model.model_path=nowhere"], "nowhere does not exist"),
+        (["metaworld_50_ppo_compact", "actor.model.crop=workspace"], "actor.model.crop would be without effect"),
+        (["metaworld_50_ppo_openpi", "actor.model.model_path=nowhere", "actor.model.crop=w"], "Unknown crop 'w'"),
         (["metaworld_50_ppo_compact", "actor.optim.lrr=1"], "did you mean 'actor.optim.lr'"),
         (["metaworld_50_ppo_compact", "algorithm.group_size=4"], "algorithm.group_size would be without effect"),
         (["metaworld_50_ppo_compact", "actor.fsdp_config.strategy=fsdp"], "start under torchrun"),

@@ -18,9 +18,11 @@ from sb3_vla import GRPO, PPO, training
 from sb3_vla.checkpoints import load_checkpoint, save_checkpoint
 from sb3_vla.config import ConfigError, load_config
 from sb3_vla.models import CompactVLA
+from sb3_vla.policies import load_policy
 from sb3_vla.run import RunDirectory
 from sb3_vla.sft import SFTConfig, sft
 from sb3_vla.training import GRPOConfig, PPOConfig, train
+from sb3_vla.views import view_of
 
 
 def start(tmp_path: Path, config: PPOConfig | GRPOConfig, **options: Any) -> None:
@@ -230,6 +232,32 @@ def test_the_critic_may_do_without_the_simulators_state(tmp_path: Path, monkeypa
     monkeypatch.setattr(training, "SharedMemoryVecEnv", vec_env)
     with pytest.raises(Captured):
         start(tmp_path, PPOConfig(privileged_critic=False), suite="MT10")
+
+
+def test_the_result_notes_the_view_that_was_practised_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def vec_env(makers: list[Any], num_workers: int | None) -> DummyVecEnv:
+        return toy_vec(len(makers), chunk=5, action_dim=4, privileged=True)
+
+    monkeypatch.setattr(training, "SharedMemoryVecEnv", vec_env)
+    config = PPOConfig(iterations=1, num_envs=1, decisions=2, batch_size=2, epochs=1, device="cpu")
+    seen = {"crop": "workspace", "camera": "corner", "image_size": 32}
+    start(tmp_path, config, suite="MT10", progress=False, env_kwargs=seen)
+    assert view_of(load_checkpoint(tmp_path / "rl").notes) == seen
+    assert load_policy(tmp_path / "rl").view == {"crop": "workspace", "camera": "corner"}
+
+
+def test_rehearsal_of_another_view_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def vec_env(makers: list[Any], num_workers: int | None) -> None:
+        raise Captured
+
+    monkeypatch.setattr(training, "SharedMemoryVecEnv", vec_env)
+    data = toy_demonstrations()
+    data.camera = {"camera": "corner2", "crop": "workspace"}
+    expected = (
+        "for rehearsal show camera=corner2 with crop=workspace, but the policy is shown camera=corner2 with crop=full"
+    )
+    with pytest.raises(Captured), pytest.warns(UserWarning, match=expected):
+        start(tmp_path, PPOConfig(rehearsal_coef=0.5), suite="MT10", demonstrations=data)
 
 
 @pytest.mark.parametrize("name", ["total_decisions", "groups", "checkpoint_interval"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -25,13 +26,16 @@ _SHOWN = 6
 def local_folder(source: str | Path) -> Path:
     """A checkpoint's folder; ``hf://owner/name`` or ``hf://owner/name@revision`` is fetched from the Hugging Face hub.
 
-    :raises FileNotFoundError: if there is none.
+    :raises FileNotFoundError: if there is none; the message says what there is, and what to give instead.
     """
     if not str(source).startswith(HUB):
         folder = local_path(source)
+        if folder.is_file():
+            raise FileNotFoundError(f"{folder} is {_kind_of_file(folder)}")
         if not folder.is_dir():
             raise FileNotFoundError(
-                f"Checkpoint folder {folder} does not exist; write {HUB}owner/name for one on the Hugging Face hub"
+                f"Checkpoint folder {folder} does not exist; expected config.json and model.safetensors in it"
+                f"{_elsewhere(str(source))}"
             )
         return folder
     from huggingface_hub import snapshot_download  # a heavy import, needed by few
@@ -42,6 +46,49 @@ def local_folder(source: str | Path) -> Path:
         return Path(snapshot_download(repository, revision=revision or None, allow_patterns=patterns))
     except Exception as error:  # gated, offline, unknown: all mean that there is no checkpoint
         raise FileNotFoundError(f"Checkpoint {source} could not be fetched from the hub: {error}") from error
+
+
+def is_saved_algorithm(path: Path) -> bool:
+    """Whether it is a zip that an algorithm of Stable-Baselines3 saved itself to."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return "_stable_baselines3_version" in archive.namelist()
+
+
+def checkpoints_in(folder: Path) -> list[str]:
+    """The folders in a folder that hold a checkpoint."""
+    return sorted(str(path.parent) for path in folder.glob("*/config.json"))
+
+
+def hub_name(source: str) -> str | None:
+    """What looks like a repository on the Hugging Face hub, as it is to be written; None for what does not."""
+    name = re.fullmatch(
+        r"(?:hf:/{0,2}|https?://(?:www\.)?(?:huggingface\.co|hf\.co)/)?([\w.-]+/[\w.-]+(?:@[\w.-]+)?)/?", source
+    )
+    return None if name is None or name[1].startswith(".") else HUB + name[1]
+
+
+def _kind_of_file(path: Path) -> str:
+    """What a file is that is given as a checkpoint, and what to do instead."""
+    if is_saved_algorithm(path):
+        return (
+            f"an algorithm that was saved; a checkpoint is a folder. Load it with PPO.load({str(path)!r}), or make a "
+            "checkpoint of it: sb3_vla.checkpoints.save_checkpoint(folder, model.policy.model, "
+            'notes={"view": model.policy.view})'
+        )
+    if (path.parent / "config.json").is_file():
+        return f"a file; a checkpoint is the folder with its config.json: {path.parent}"
+    return "a file; a checkpoint is a folder with config.json and model.safetensors"
+
+
+def _elsewhere(source: str) -> str:
+    """Where a checkpoint may be that is not there."""
+    archive = Path(f"{source}.zip").expanduser()
+    if archive.is_file():
+        return f". {archive} is {_kind_of_file(archive)}"
+    name = hub_name(source)
+    return f". For one on the Hugging Face hub write {name or HUB + 'owner/name'}"
 
 
 def read_json(path: Path) -> dict:

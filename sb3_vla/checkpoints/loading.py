@@ -13,7 +13,7 @@ import torch
 from mw_envs.tasks import did_you_mean
 from sb3_vla.checkpoints import native
 from sb3_vla.checkpoints.diffusion_policy import load_diffusion_policy
-from sb3_vla.checkpoints.folders import HUB, local_folder
+from sb3_vla.checkpoints.folders import HUB, checkpoints_in, hub_name, local_folder
 from sb3_vla.checkpoints.native import LoadedCheckpoint
 from sb3_vla.checkpoints.openvla_oft import load_openvla_oft
 from sb3_vla.checkpoints.pi0 import NAMES, is_pi0, load_pi0
@@ -49,7 +49,6 @@ def load_checkpoint(
             warnings.filterwarnings("ignore", ".* is a no-op")
             return load_checkpoint(source, options)
     folder = _folder(source)
-    finish_exchange(folder)
     kind = native.published_kind(folder)
     published = None if kind is None else READERS.get(kind)
     if published is None:
@@ -77,4 +76,39 @@ def takes_options(source: str | Path) -> bool:
 
 
 def _folder(source: str | Path) -> Path:
-    return local_folder(source) if str(source).startswith(HUB) else local_path(source)
+    if not str(source).startswith(HUB):
+        finish_exchange(local_path(source))
+    return local_folder(source)
+
+
+def check_archive(path: object, algorithm: str = "PPO", kind: str | None = None) -> None:
+    """Find out whether an algorithm can be loaded from where somebody says that it is.
+
+    :param path: a path, or a file that is open, which is not looked at.
+    :param algorithm: name of its class, for the message.
+    :param kind: what is to be loaded, if not that.
+    :raises IsADirectoryError: if it is a folder; the message says how a checkpoint is used.
+    :raises FileNotFoundError: if it is on the Hugging Face hub.
+    """
+    if not isinstance(path, (str, Path)):
+        return
+    place, on_hub = local_path(path), str(path).startswith(HUB)
+    kind = kind or algorithm
+    reads = f"{kind}.load reads the file that {kind}.save wrote"
+    if on_hub or (place.is_dir() and (native.place_of_configuration(place) / "config.json").is_file()):
+        raise (FileNotFoundError if on_hub else IsADirectoryError)(
+            f"{path} is a checkpoint; {reads}. To train from it give {algorithm}('VLAPolicy', env, "
+            f"policy_kwargs={{'checkpoint': {str(path)!r}}}), to act by it sb3_vla.policies.load_policy({str(path)!r})"
+        )
+    if place.is_dir():
+        archives = sorted(str(found) for found in (*place.glob("*.zip"), Path(f"{place}.zip")) if found.is_file())
+        there = f"; there is {', '.join(archives)}" if archives else ""
+        checkpoints = checkpoints_in(place)
+        there += f"; checkpoints in it are {', '.join(checkpoints)}" if checkpoints else ""
+        raise IsADirectoryError(f"{path} is a folder; {reads}{there}")
+    name = hub_name(str(path))
+    if name is not None and not place.exists() and not Path(f"{place}.zip").exists():
+        raise FileNotFoundError(
+            f"There is no {place}.zip; {reads}. Where a checkpoint on the Hugging Face hub is meant, give "
+            f"policy_kwargs={{'checkpoint': {name!r}}} to {algorithm}"
+        )

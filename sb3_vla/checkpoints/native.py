@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from sb3_vla.checkpoints.folders import local_folder
+from sb3_vla.checkpoints.folders import HUB, checkpoints_in, local_folder
 from sb3_vla.errors import InTheWayError
 from sb3_vla.models import MODELS, Pi0, VLAModel, model_class
 from sb3_vla.models.lora import merged_state
@@ -139,7 +139,9 @@ def load_checkpoint(folder: str | Path) -> LoadedCheckpoint:
         )
     for name in ("config.json", "model.safetensors"):
         if not (folder / name).is_file():
-            raise FileNotFoundError(f"Checkpoint {folder} has no {name}; it holds {sorted(os.listdir(folder))}")
+            inside = checkpoints_in(folder)
+            hint = f". Give a checkpoint in it: {', '.join(inside)}" if inside else ""
+            raise FileNotFoundError(f"Checkpoint {folder} has no {name}; it holds {sorted(os.listdir(folder))}{hint}")
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         found_format = config["format"]
@@ -202,6 +204,8 @@ def checkpoint_digest(folder: str | Path) -> str:
     :param folder: also ``hf://owner/name`` or ``hf://owner/name@revision`` on the Hugging Face hub.
     :raises FileNotFoundError: if one is missing.
     """
+    if not str(folder).startswith(HUB):
+        finish_exchange(local_path(folder))
     folder = local_folder(folder)
     digest = hashlib.sha256()
     # Published folders have weights in several files, or statistics beside them; an adapter's name their base.

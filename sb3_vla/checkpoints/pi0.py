@@ -41,8 +41,10 @@ X = "paligemma_with_expert.gemma_expert."
 EMBEDDING, TIED = f"{P}model.language_model.embed_tokens.weight", f"{P}lm_head.weight"
 # Heads of the expert over words that it never says, and an embedding that it never reads.
 UNUSED = (f"{X}lm_head.weight", f"{X}model.embed_tokens.weight")
-#: how RLinf's and LeRobot's MetaWorld data was drawn
-VIEW = {"camera": "corner2", "crop": None, "render_size": 480}
+#: how large the pictures of RLinf's and LeRobot's MetaWorld data are
+_RENDER_SIZE = 480
+#: what RLinf's environments show
+_RLINF_VIEW = {"camera": "corner2", "crop": None}
 #: as ``norm_stats``, for a model that was not yet trained on data of the environment
 UNNORMALISED = "none"
 #: types of LeRobot's configurations, and our names of the models
@@ -94,7 +96,8 @@ def load_pi0(source: str | Path, options: Mapping[str, Any] | None = None) -> Lo
     fit(model, found.weights, folder, hint)
     if statistics:
         _set_statistics(model, statistics, folder)
-    notes = {"layout": layout, "view": dict(VIEW), "normalised": bool(statistics)}
+    view = {"render_size": _RENDER_SIZE, **(_RLINF_VIEW if layout == "rlinf" else {})}
+    notes = {"layout": layout, "view": view, "normalised": bool(statistics)}
     value_head = {key.removeprefix("value_head."): t for key, t in found.heads.items() if key.startswith("value_head.")}
     steps = _RLINF_STEPS if found.heads else config.get("num_inference_steps", _STEPS)
     distribution, noise_head = _distribution(found.heads, steps)
