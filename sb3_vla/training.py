@@ -448,7 +448,7 @@ def plan_training(
         decisions=decisions,
         cache_perception=cached and config.trainable != "all" and lora is None,
         denoisings=distribution.denoisings,
-        denoising_steps=distribution.denoisings,
+        denoising_steps=getattr(distribution, "denoising_steps", 1),
         copies=int(config.kl_coef > 0),
         further=sum(tensor.numel() * tensor.element_size() for tensor in own),
     )
