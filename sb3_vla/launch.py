@@ -202,7 +202,9 @@ def _measure(
             how = {key: value for key, value in plan.evaluate.items() if key != "renderer"}
             device = "cuda" if torch.cuda.is_available() else "cpu"
             frozen_bf16 = bool(plan.acting["frozen_bf16"])
-            policy = load_policy(checkpoint, plan.action_chunk, device, options or None, view, frozen_bf16)
+            policy = load_policy(
+                checkpoint, plan.action_chunk, device, options or None, view=view, frozen_bf16=frozen_bf16
+            )
             with acting_precision(plan.acting["bf16"], device):
                 result = evaluate(policy, env_kwargs={"renderer": plan.evaluate["renderer"]}, videos=videos, **how)
             if run.ranks.leads:

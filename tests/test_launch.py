@@ -127,7 +127,9 @@ def test_an_evaluation_acts_in_the_precision_of_the_recipe(
 
     loaded = SimpleNamespace(model=SimpleNamespace(image_size=(32, 32)), notes={})
     monkeypatch.setattr("sb3_vla.launch.load_checkpoint", lambda *_, **__: loaded)
-    monkeypatch.setattr("sb3_vla.launch.load_policy", lambda *how: asked.append(how[2:]))
+    monkeypatch.setattr(
+        "sb3_vla.launch.load_policy", lambda *how, **named: asked.append((*how[2:], named["frozen_bf16"]))
+    )
     monkeypatch.setattr("sb3_vla.launch.evaluate", evaluate)
     monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
     monkeypatch.setattr("torch.autocast", autocast)
