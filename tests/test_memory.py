@@ -312,6 +312,20 @@ def test_a_training_that_does_not_fit_is_refused_before_it_starts(
     assert not (tmp_path / "ppo").exists()
 
 
+def test_ranks_of_a_machine_have_its_memory_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each has a rollout of its own: what is free for one of them is too little for four."""
+    save_checkpoint(tmp_path / "model", make_model("compact", {"action_horizon": 5, **TINY}))
+    config = PPOConfig(iterations=1, decisions=2, num_envs=2, horizon=10, batch_size=4)
+    planned = plan_training(load_checkpoint(tmp_path / "model", weights=False).model, config)
+    monkeypatch.setattr("sb3_vla.training.get_device", lambda _: torch.device("cuda"))
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda _: (2**40, 2**40))
+    monkeypatch.setattr("sb3_vla.training.available_memory", lambda: 2 * (planned.buffer + planned.compared))
+    monkeypatch.setattr("sb3_vla.training.ranks_on_this_machine", lambda: 4)
+    run = RunDirectory(tmp_path / "run", config)
+    with pytest.raises(ValueError, match="The rollout buffer needs"):
+        train(run, "ppo", config, checkpoint=tmp_path / "model", output=tmp_path / "ppo", suite="MT10", progress=False)
+
+
 def test_a_buffer_beyond_main_memory_is_refused() -> None:
     with pytest.raises(ValueError, match=r"rollout buffer needs 20\.0 GiB of main memory; 10\.0 GiB"):
         plan(buffer=20).check(10 * GIB, 10 * GIB)
