@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from gymnasium import spaces
 
+from mw_envs.errors import InputError
 from mw_envs.rendering import RENDERERS, View, get_renderer, resolve_crop
 from mw_envs.scene import Simulator, acquire_simulator, release_simulator
 from mw_envs.tasks import (
@@ -142,7 +143,7 @@ class MetaWorldEnv(gym.Env[dict[str, Any], npt.NDArray[np.float32]]):
         self._renderer = _one_of("renderer", renderer, RENDERERS)
         self.record_frames = _flag("record_frames", record_frames)
         if render_mode not in (None, "rgb_array"):
-            raise ValueError(f"render_mode={render_mode!r}; expected None or 'rgb_array'")
+            raise InputError(f"render_mode={render_mode!r}; expected None or 'rgb_array'")
         self.render_mode = render_mode
 
         observation: dict[str, spaces.Space[Any]] = {
@@ -175,10 +176,10 @@ class MetaWorldEnv(gym.Env[dict[str, Any], npt.NDArray[np.float32]]):
         """
         for name in weights:
             if name not in self.tasks:
-                raise ValueError(f"task_weights names {name!r}; {did_you_mean(name, self.tasks)}")
+                raise InputError(f"task_weights names {name!r}; {did_you_mean(name, self.tasks)}")
         values = np.array([float(weights.get(name, 1.0)) for name in self.tasks])
         if not np.all(np.isfinite(values)) or values.min() < 0 or values.sum() == 0:
-            raise ValueError(f"task_weights must be finite, not negative and not all zero; got {dict(weights)}")
+            raise InputError(f"task_weights must be finite, not negative and not all zero; got {dict(weights)}")
         self._task_probabilities = values / values.sum()
 
     def reset(
@@ -230,17 +231,17 @@ class MetaWorldEnv(gym.Env[dict[str, Any], npt.NDArray[np.float32]]):
 
     def _restore(self, options: Mapping[str, Any]) -> None:
         if len(options) > 1:
-            raise ValueError(f"Reset option 'snapshot' goes alone; got also {sorted(options.keys() - {'snapshot'})}")
+            raise InputError(f"Reset option 'snapshot' goes alone; got also {sorted(options.keys() - {'snapshot'})}")
         snapshot = options["snapshot"]
         try:
             trial = Trial(*snapshot["trial"])
             probabilities = np.array(snapshot["task_probabilities"], dtype=np.float64)
             if trial.task not in self.tasks or probabilities.shape != (len(self.tasks),):
-                raise ValueError(f"it is of other tasks than {', '.join(self.tasks)}")
+                raise InputError(f"it is of other tasks than {', '.join(self.tasks)}")
             self.np_random.bit_generator.state = snapshot["generator"]
             self._trial_seed, actions = snapshot["trial_seed"], snapshot["actions"]
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(
+            raise InputError(
                 f"Reset option 'snapshot' is not what snapshot() of such an environment gave: {error}"
             ) from error
         self._task_probabilities = probabilities
@@ -285,11 +286,11 @@ class MetaWorldEnv(gym.Env[dict[str, Any], npt.NDArray[np.float32]]):
         """
         action = np.asarray(action, dtype=np.float32)
         if action.shape != self.action_space.shape:
-            raise ValueError(
+            raise InputError(
                 f"Action of shape {action.shape}; expected {self.action_space.shape} (action_chunk={self.action_chunk})"
             )
         if not np.all(np.isfinite(action)):
-            raise ValueError(f"Action has a value that is not finite: {action.tolist()}")
+            raise InputError(f"Action has a value that is not finite: {action.tolist()}")
         if self._simulator is None or self._ended:
             raise gym.error.ResetNeeded("The episode has ended or not begun; call reset() first")
 
@@ -349,13 +350,13 @@ class MetaWorldEnv(gym.Env[dict[str, Any], npt.NDArray[np.float32]]):
     def _choose_trial(self, options: Mapping[str, Any]) -> Trial:
         for key in options:
             if key not in _RESET_OPTIONS:
-                raise ValueError(f"Unknown reset option {key!r}; {did_you_mean(key, _RESET_OPTIONS)}")
+                raise InputError(f"Unknown reset option {key!r}; {did_you_mean(key, _RESET_OPTIONS)}")
         task = options.get("task")
         if task is None:
             task = self.tasks[self.np_random.choice(len(self.tasks), p=self._task_probabilities)]
         elif task not in self.tasks:
             get_task(task)
-            raise ValueError(f"Task {task!r} is not in this environment; {did_you_mean(task, self.tasks)}")
+            raise InputError(f"Task {task!r} is not in this environment; {did_you_mean(task, self.tasks)}")
         goal = options.get("goal")
         if goal is None:
             goal = self.np_random.integers(GOALS_PER_TASK)
@@ -410,10 +411,10 @@ class MetaWorldEnv(gym.Env[dict[str, Any], npt.NDArray[np.float32]]):
 def _tasks_of(suite: str, task: str | None, split: str, tasks: Sequence[str] | None) -> tuple[str, ...]:
     if suite != "MT1":
         if task is not None:
-            raise ValueError(f"task={task!r} belongs to MetaWorldMT1-v0; for {suite} use tasks=[{task!r}]")
+            raise InputError(f"task={task!r} belongs to MetaWorldMT1-v0; for {suite} use tasks=[{task!r}]")
         return select_tasks(suite, split, tasks)
     if task is None or tasks is not None or split != "train":
-        raise ValueError(
+        raise InputError(
             'MT1 takes one task and neither tasks nor split: gym.make("MetaWorldMT1-v0", task="reach-v3"); '
             f"got task={task!r}, tasks={tasks!r}, split={split!r}"
         )
@@ -423,7 +424,7 @@ def _tasks_of(suite: str, task: str | None, split: str, tasks: Sequence[str] | N
 def _height_and_width(image_size: int | Sequence[int]) -> tuple[int, int]:
     if isinstance(image_size, (tuple, list)):
         if len(image_size) != 2:
-            raise ValueError(f"image_size={image_size!r}; expected one number or (height, width)")
+            raise InputError(f"image_size={image_size!r}; expected one number or (height, width)")
         height, width = image_size
         return _positive("image_size", height), _positive("image_size", width)
     side = _positive("image_size", image_size)
@@ -432,13 +433,13 @@ def _height_and_width(image_size: int | Sequence[int]) -> tuple[int, int]:
 
 def _positive(name: str, value: Any, minimum: int = 1) -> int:
     if not _is_whole(value) or value < minimum:
-        raise ValueError(f"{name}={value!r}; expected a whole number of at least {minimum}")
+        raise InputError(f"{name}={value!r}; expected a whole number of at least {minimum}")
     return int(value)
 
 
 def _whole_number(name: str, value: Any, end: int) -> int:
     if not _is_whole(value) or not 0 <= value < end:
-        raise ValueError(f"Reset option {name}={value!r}; expected a whole number from 0 to {end - 1}")
+        raise InputError(f"Reset option {name}={value!r}; expected a whole number from 0 to {end - 1}")
     return int(value)
 
 
@@ -448,17 +449,17 @@ def _is_whole(value: Any) -> bool:
 
 def _finite(name: str, value: Any) -> float:
     if not isinstance(value, numbers.Real) or not np.isfinite(float(value)):
-        raise ValueError(f"{name}={value!r}; expected a finite number")
+        raise InputError(f"{name}={value!r}; expected a finite number")
     return float(value)
 
 
 def _flag(name: str, value: Any) -> bool:
     if not isinstance(value, (bool, np.bool_)):  # the string "false" would be true
-        raise ValueError(f"{name}={value!r}; expected True or False")
+        raise InputError(f"{name}={value!r}; expected True or False")
     return bool(value)
 
 
 def _one_of(name: str, value: str, known: Sequence[str]) -> str:
     if value not in known:
-        raise ValueError(f"Unknown {name} {value!r}; {did_you_mean(value, known)}")
+        raise InputError(f"Unknown {name} {value!r}; {did_you_mean(value, known)}")
     return value

@@ -25,6 +25,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from mw_envs.experts import ScriptedExpert
 from mw_envs.tasks import GOALS_PER_TASK, Trial, get_task, select_tasks
+from sb3_vla.errors import FailedError, InputError
 from sb3_vla.lerobot_writer import DemonstrationWriter, Episode, ImageStorage, encode_png
 from sb3_vla.paths import local_path
 from sb3_vla.vec_env import available_cores
@@ -168,7 +169,7 @@ def collect(
         ("seed", seed, 0),
     )
     if not 0.0 <= noise_probability <= 1.0:
-        raise ValueError(f"noise_probability must lie in [0, 1], got {noise_probability}")
+        raise InputError(f"noise_probability must lie in [0, 1], got {noise_probability}")
     settings = _WorkerSettings(
         env_kwargs={
             "tasks": list(names),
@@ -215,7 +216,7 @@ def collect(
 def _check_at_least(*arguments: tuple[str, float, float]) -> None:
     for name, value, minimum in arguments:
         if not value >= minimum:
-            raise ValueError(f"{name} must be at least {minimum}, got {value}")
+            raise InputError(f"{name} must be at least {minimum}, got {value}")
 
 
 @dataclass(frozen=True)
@@ -284,7 +285,7 @@ class _Schedule:
             report.episodes += 1
             report.frames += len(outcome.episode)
         elif self._needed(task) > self._attempt_limit:
-            raise RuntimeError(
+            raise FailedError(
                 f"The scripted expert of {task} succeeded in {report.episodes} of {report.attempts} attempts, and "
                 f"{self._episodes_per_task} episodes are wanted. Raise horizon (now {self._horizon} steps) or "
                 "max_attempts_factor, lower noise_std, or leave the task out with tasks=[...]."
@@ -345,7 +346,7 @@ class _Workers:
     def __init__(self, count: int, settings: _WorkerSettings, start_method: str) -> None:
         known = multiprocessing.get_all_start_methods()
         if start_method not in known:
-            raise ValueError(f"Unknown start_method {start_method!r}; expected one of {', '.join(known)}")
+            raise InputError(f"Unknown start_method {start_method!r}; expected one of {', '.join(known)}")
         self._count = count
         self._settings = settings
         self._context: Any = multiprocessing.get_context(start_method)
@@ -388,7 +389,7 @@ class _Workers:
                 result = worker.connection.recv()
             except (EOFError, ConnectionResetError):
                 worker.process.join(timeout=5)
-                raise RuntimeError(
+                raise FailedError(
                     f"A collecting process died (exit code {worker.process.exitcode}) in {worker.job}. Exit code -9 "
                     "mostly means that memory ran out: lower num_workers or image_size."
                 ) from None

@@ -27,6 +27,7 @@ import numpy as np
 
 from mw_envs.tasks import INSTRUCTION_BYTES, TASKS, Trial, did_you_mean, encode_instruction
 from sb3_vla.collecting import CollectReport, TaskReport, collect
+from sb3_vla.errors import InputError
 from sb3_vla.lerobot_reader import ACTION, IMAGE, STATE, LeRobotReader
 from sb3_vla.lerobot_writer import DemonstrationWriter, Episode
 from sb3_vla.machine import available_memory
@@ -104,7 +105,7 @@ class Demonstrations:
             requested task, has a longer sentence, or does not fit in memory, or ranks have no room for their file.
         """
         if image_size is not None and image_size < 1:
-            raise ValueError(f"image_size must be at least 1 pixel, got {image_size}")
+            raise InputError(f"image_size must be at least 1 pixel, got {image_size}")
         reader = LeRobotReader(root, rename=rename)
         reader.require([IMAGE, STATE, ACTION, "episode_index", "frame_index", "task_index"])
         has_task_id = "task_id" in reader.features
@@ -115,7 +116,7 @@ class Demonstrations:
         said = set().union(*numbers)
         unknown = sorted(number for number in said if not isinstance(reader.instructions.get(number), str))
         if unknown:
-            raise ValueError(
+            raise InputError(
                 f"Episodes of {root} have the task_index {unknown}, which meta/tasks.parquet has no sentence for. "
                 "Download it again."
             )
@@ -134,7 +135,7 @@ class Demonstrations:
         states, actions = (columns[name][rows].reshape(len(rows), -1).astype(np.float32) for name in (STATE, ACTION))
         for name, values in ((STATE, states), (ACTION, actions)):
             if not np.isfinite(values).all():
-                raise ValueError(f"{name} of {root} has {np.sum(~np.isfinite(values))} values that are not finite.")
+                raise InputError(f"{name} of {root} has {np.sum(~np.isfinite(values))} values that are not finite.")
         outside = int(np.any(np.abs(actions) > 1.0, axis=1).sum())
         if outside:
             _log.warning("%s: %d of %d actions lay outside [-1, 1] and were clipped.", root, outside, len(rows))
@@ -170,7 +171,7 @@ class Demonstrations:
         :raises ValueError: If ``horizon`` is not positive.
         """
         if horizon < 1:
-            raise ValueError(f"horizon must be at least 1 action, got {horizon}")
+            raise InputError(f"horizon must be at least 1 action, got {horizon}")
         indices = np.asarray(indices)
         ends = self.episode_ends[self.episode_index[indices]][:, None]
         frames = indices[:, None] + np.arange(horizon)
@@ -187,7 +188,7 @@ class Demonstrations:
         :raises ValueError: If the fraction lies outside [0, 1).
         """
         if not 0.0 <= validation_fraction < 1.0:
-            raise ValueError(f"validation_fraction must lie in [0, 1), got {validation_fraction}")
+            raise InputError(f"validation_fraction must lie in [0, 1), got {validation_fraction}")
         generator = np.random.default_rng(seed)
         names = np.array(self.tasks)
         order = generator.permutation(np.unique(names))
@@ -241,15 +242,15 @@ def _select_episodes(
     if wanted is None:
         return np.arange(len(tasks))
     if isinstance(wanted, str):
-        raise ValueError(f"tasks must be a list of task names, got the string {wanted!r}; write tasks=[{wanted!r}]")
+        raise InputError(f"tasks must be a list of task names, got the string {wanted!r}; write tasks=[{wanted!r}]")
     names = [{task, *said} for task, said in zip(tasks, sentences, strict=True)]
     known = sorted(set().union(*names))
     for name in wanted:
         if name not in known:
-            raise ValueError(f"The dataset {root} has no episode of {name!r}; {did_you_mean(name, known)}")
+            raise InputError(f"The dataset {root} has no episode of {name!r}; {did_you_mean(name, known)}")
     kept = [i for i, found in enumerate(names) if found & set(wanted)]
     if not kept:
-        raise ValueError("tasks is empty; name at least one task, or pass None for all of the dataset")
+        raise InputError("tasks is empty; name at least one task, or pass None for all of the dataset")
     return np.array(kept)
 
 
@@ -265,7 +266,7 @@ def _check_instructions(root: str | Path, sentences: Mapping[int, str], limit: i
         except ValueError as error:
             longest = max(len(text.encode("utf-8")) for text in sentences.values())
             advice = f"; load the dataset with instruction_bytes={longest} as well" if longest > limit else ""
-            raise ValueError(f"{error}{advice}") from error
+            raise InputError(f"{error}{advice}") from error
 
 
 def _view(reader: LeRobotReader, image_size: int | None) -> dict[str, Any]:
@@ -332,7 +333,7 @@ def _shared_array(shape: tuple[int, ...]) -> tuple[Path, np.ndarray]:
         return Path(name), np.memmap(name, np.uint8, "r+", shape=shape)
     except OSError as error:
         os.unlink(name)
-        raise ValueError(
+        raise InputError(
             f"The pictures that ranks of this machine share need {needed / 1e9:.1f} GB in {tempfile.gettempdir()}: "
             f"{error.strerror}. Set the variable TMPDIR to a folder with more room, or pass fewer tasks or image_size"
         ) from error
@@ -347,7 +348,7 @@ def _check_memory(root: str | Path, reader: LeRobotReader, frames: int, image_si
         return
     fitting = [size for size in (224, 128, 96, 64) if size < min(height, width) and frames * size * size * 3 <= free]
     advice = f"image_size={fitting[0]} ({frames * fitting[0] ** 2 * 3 / 1e9:.1f} GB) or " if fitting else ""
-    raise ValueError(
+    raise InputError(
         f"{frames} frames of {height}x{width} pixels of {root} need {needed / 1e9:.1f} GB of memory and "
         f"{free / 1e9:.1f} GB are free. Pass {advice}fewer tasks (tasks=[...])."
     )

@@ -37,7 +37,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from sb3_vla.errors import ExpectedError
+from sb3_vla.errors import ExpectedError, InputError
 
 T = TypeVar("T")
 #: longest wait for a rank that lives but does not answer, seconds: such as for rank 0 while experts play; the death of
@@ -83,7 +83,7 @@ class Ranks:
         :raises ValueError: if they cannot be shared equally.
         """
         if total % self.count:
-            raise ValueError(
+            raise InputError(
                 f"{name}={total} cannot be shared by {self.count} ranks; expected a multiple of {self.count}, "
                 f"such as {-(-total // self.count) * self.count}"
             )
@@ -97,7 +97,7 @@ class Ranks:
         :raises ValueError: if some rank would have none.
         """
         if total < self.count:
-            raise ValueError(f"{total} {name} for {self.count} ranks; expected at least one for each")
+            raise InputError(f"{total} {name} for {self.count} ranks; expected at least one for each")
         return np.array_split(np.arange(total), self.count)[self.rank]
 
     def gather(self, value: T) -> list[T]:
@@ -196,7 +196,7 @@ class Ranks:
         for rank, other in enumerate(self.gather(sums)):
             different = [name for name in sums if other.get(name) != sums[name]]
             if different or other.keys() != sums.keys():
-                raise ValueError(
+                raise InputError(
                     f"The weights of {what} on rank {rank} are not those on rank {self.rank} "
                     f"({', '.join(different[:3]) or 'other names'}); give all ranks the same checkpoint and seed"
                 )
@@ -271,7 +271,7 @@ def check_membership(algorithm: str) -> None:
     :warns UserWarning: if it has left them.
     """
     if is_left_out():
-        raise ValueError(
+        raise InputError(
             "torchrun started several ranks, which join where an algorithm is made with its environment. Give it "
             f"there, such as {algorithm}.load(path, env), or put all into `with torchrun():` of sb3_vla.distributed"
         )
@@ -337,7 +337,7 @@ def _own_device(local_rank: int) -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
     if local_rank >= torch.cuda.device_count():
-        raise ValueError(
+        raise InputError(
             f"Rank {local_rank} of this machine has no GPU, there are {torch.cuda.device_count()}; give torchrun "
             f"--nproc-per-node {torch.cuda.device_count()}, or hide the GPUs with CUDA_VISIBLE_DEVICES="
         )

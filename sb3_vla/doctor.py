@@ -24,6 +24,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from sb3_vla.errors import InputError
+
 GIB = 1024**3
 # What the quickstart takes: its learner with the demonstrations, and each worker process with ten scenes (measured: 1.1
 # GiB before the first update, 0.6 GiB); what it writes, with the caches beside it.
@@ -489,7 +491,7 @@ def _probe(name: str, timeout: float = 600) -> dict[str, Any]:
     try:
         answer = json.loads(done.stdout.splitlines()[-1])
         if not isinstance(answer, dict):
-            raise ValueError(answer)
+            raise InputError(answer)
         return answer
     except (IndexError, ValueError):
         if done.returncode < 0:

@@ -36,6 +36,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from mw_envs import Trial, suite_tasks
 from mw_envs.tasks import GOALS_PER_TASK, select_tasks
 from sb3_vla.distributed import current_ranks
+from sb3_vla.errors import InputError
 from sb3_vla.policies import CRITIC_KEYS
 from sb3_vla.results import (
     PROTOCOLS,
@@ -122,7 +123,7 @@ def trials_for(tasks: Sequence[str], trials_per_task: int, seed: int = TRIAL_SEE
     :raises ValueError: for an unknown or repeated task, no task, or no trial
     """
     if trials_per_task < 1:
-        raise ValueError(f"An evaluation needs at least one trial per task, got trials_per_task={trials_per_task}.")
+        raise InputError(f"An evaluation needs at least one trial per task, got trials_per_task={trials_per_task}.")
     return [
         Trial(task, int(seed) + number // GOALS_PER_TASK, number % GOALS_PER_TASK)
         for task in select_tasks("MT50", tasks=tasks)
@@ -257,7 +258,7 @@ def _chosen_tasks(tasks: Sequence[str] | None, suite: str | None, split: str) ->
         return tasks
     if tasks is None and suite is not None:
         return suite_tasks(suite, split)
-    raise ValueError(f"Give either tasks=[...] or a suite such as 'MT10', got tasks={tasks!r} and suite={suite!r}.")
+    raise InputError(f"Give either tasks=[...] or a suite such as 'MT10', got tasks={tasks!r} and suite={suite!r}.")
 
 
 def _with_chunk(protocol: Protocol, policy: Policy) -> Protocol:
@@ -265,7 +266,7 @@ def _with_chunk(protocol: Protocol, policy: Policy) -> Protocol:
         return protocol
     space = getattr(policy, "action_space", None)
     if not isinstance(space, spaces.Box):
-        raise ValueError(
+        raise InputError(
             f"Protocol {protocol.name} executes the policy's own chunk, but {type(policy).__name__} has no "
             "action_space to tell it. Give it Box(-1, 1, (k, 4)), or use dataclasses.replace(protocol, action_chunk=k)."
         )
@@ -274,14 +275,14 @@ def _with_chunk(protocol: Protocol, policy: Policy) -> Protocol:
 
 def _settings_of(vec_env: VecEnv, protocol: Protocol, env_kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
     if not all(vec_env.env_is_wrapped(TrialQueue)):
-        raise ValueError("vec_env cannot follow a list of trials; make it with sb3_vla.evaluation.make_trial_vec_env.")
+        raise InputError("vec_env cannot follow a list of trials; make it with sb3_vla.evaluation.make_trial_vec_env.")
     settings: dict[str, Any] = vec_env.get_attr("settings")[0]
     for name, wanted in (
         ("protocol", protocol),
         ("env_kwargs", None if env_kwargs is None else plain_env_kwargs(env_kwargs)),
     ):
         if wanted is not None and wanted != settings[name]:
-            raise ValueError(f"vec_env was made with {name}={settings[name]}, but the evaluation asks for {wanted}.")
+            raise InputError(f"vec_env was made with {name}={settings[name]}, but the evaluation asks for {wanted}.")
     return settings
 
 
@@ -296,7 +297,7 @@ def _check_spaces(policy: Policy, observation_space: spaces.Space[Any], action_s
         # Sorted, since a model's image may be channels first.
         if given is None or sorted(given.shape or ()) != sorted(space.shape or ()):
             came = "does not have it" if given is None else f"gives {given.shape}"
-            raise ValueError(
+            raise InputError(
                 f"The policy reads {key!r} of shape {space.shape}, the environment {came}. Pass what the policy was "
                 "trained with, e.g. env_kwargs={'image_size': 96, 'crop': 'workspace', 'privileged_state': True}."
             )
@@ -306,7 +307,7 @@ def _check_spaces(policy: Policy, observation_space: spaces.Space[Any], action_s
 
 
 def _misfit(what: str, expected: tuple[int, ...] | None) -> ValueError:
-    return ValueError(
+    return InputError(
         f"The policy {what}, but the protocol executes {expected} per decision. Use a protocol with the policy's "
         "chunk: dataclasses.replace(PROTOCOLS['rlinf-160'], name='...', action_chunk=k)."
     )
@@ -444,7 +445,7 @@ class _Run:
             number = int(np.argmin(finite))
             running = self._slots[number].running
             trial = "no trial" if running is None else self.trials[running]
-            raise ValueError(
+            raise InputError(
                 f"The policy's action for environment {number} ({trial}) is not finite: {actions[number].tolist()}"
             )
 

@@ -15,6 +15,7 @@ from mw_envs.tasks import did_you_mean
 from sb3_vla.buffers import DecisionBatch, DecisionBuffer
 from sb3_vla.distributed import ALONE, Ranks
 from sb3_vla.distributions import Trace
+from sb3_vla.errors import InputError
 
 ADVANTAGE_TYPES = ("standardised", "leave_one_out")
 # What a reset tells of the trial that it placed, beside what can be seen.
@@ -74,7 +75,7 @@ def group_advantages(returns: Sequence[float], advantage_type: str) -> Tensor:
         return (centred / (values.std() + _EPSILON)).float()
     if advantage_type == "leave_one_out":
         return (centred * len(values) / (len(values) - 1)).float()
-    raise ValueError(f"Unknown advantage_type={advantage_type!r}; {did_you_mean(advantage_type, ADVANTAGE_TYPES)}")
+    raise InputError(f"Unknown advantage_type={advantage_type!r}; {did_you_mean(advantage_type, ADVANTAGE_TYPES)}")
 
 
 class Episode:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from mw_envs.tasks import did_you_mean
 from sb3_vla.distributed import current_ranks, join_for_good
+from sb3_vla.errors import InputError
 from sb3_vla.groups import (
     ADVANTAGE_TYPES,
     Episode,
@@ -188,38 +189,38 @@ class GRPO(PPO):
 
     def _setup_model(self) -> None:
         if not issubclass(self.policy_class, VLAPolicy):
-            raise ValueError(f'GRPO trains VLAPolicy alone; got {self.policy_class.__name__}. Use "VLAPolicy"')
+            raise InputError(f'GRPO trains VLAPolicy alone; got {self.policy_class.__name__}. Use "VLAPolicy"')
         self._check_groups()
         super()._setup_model()
         self.rollout_buffer = GroupBuffer(self.device)  # type: ignore[assignment]
 
     def _check_groups(self) -> None:
         if self.group_size < 2:
-            raise ValueError(
+            raise InputError(
                 f"group_size={self.group_size}; expected at least 2: an episode is compared with the others of its "
                 "group. 8 is usual; sb3_vla.PPO needs no groups"
             )
         if self.n_groups < 1:
-            raise ValueError(f"n_groups={self.n_groups}; expected at least 1")
+            raise InputError(f"n_groups={self.n_groups}; expected at least 1")
         if self.max_groups is not None and self.max_groups < self.n_groups:
-            raise ValueError(f"max_groups={self.max_groups}; expected at least n_groups={self.n_groups}")
+            raise InputError(f"max_groups={self.max_groups}; expected at least n_groups={self.n_groups}")
         if self.n_envs % self.group_size and self.group_size % self.n_envs:
-            raise ValueError(
+            raise InputError(
                 f"{self.n_envs} environments for groups of group_size={self.group_size} episodes; expected a multiple "
                 "of the group's size, or a divisor of it, with which a group takes several turns"
             )
         low, high = self.success_bounds
         if not 0 <= low <= high <= 1:
-            raise ValueError(f"success_bounds={self.success_bounds}; expected 0 <= least <= greatest <= 1")
+            raise InputError(f"success_bounds={self.success_bounds}; expected 0 <= least <= greatest <= 1")
         if not any(low <= successes / self.group_size <= high for successes in range(self.group_size + 1)):
-            raise ValueError(
+            raise InputError(
                 f"success_bounds={self.success_bounds} keep no group of group_size={self.group_size}: no share of its "
                 f"episodes is between them; expected some multiple of 1/{self.group_size} to be"
             )
         for name, known in (("episode_return", EPISODE_RETURNS), ("advantage_type", ADVANTAGE_TYPES)):
             value = getattr(self, name)
             if value not in known:
-                raise ValueError(f"Unknown {name}={value!r}; {did_you_mean(value, known)}")
+                raise InputError(f"Unknown {name}={value!r}; {did_you_mean(value, known)}")
 
     def collect_rollouts(self, env: VecEnv, callback: BaseCallback, rollout_buffer: Any, n_rollout_steps: int) -> bool:
         """Play groups until enough of them can teach something; ``n_rollout_steps`` is not looked at."""
@@ -361,12 +362,12 @@ class GRPO(PPO):
         if self.episode_return == "success":
             return self._success_of(episode)
         if not math.isfinite(total := sum(episode.rewards)):
-            raise ValueError(f"An episode's rewards sum to {total}; expected a finite number from the environment")
+            raise InputError(f"An episode's rewards sum to {total}; expected a finite number from the environment")
         return total
 
     def _success_of(self, episode: Episode) -> float:
         if episode.success is None:
-            raise ValueError(
+            raise InputError(
                 f'The environment does not give info["is_success"] at an episode\'s end, which episode_return='
                 f"{self.episode_return!r}, success_bounds={self.success_bounds} needs; use 'reward' and (0, 1)"
             )

@@ -21,6 +21,7 @@ from sb3_vla.cluster.launch import train_on_cluster
 from sb3_vla.collecting import collect
 from sb3_vla.config import ConfigError, deciding_settings
 from sb3_vla.demonstrations import Demonstrations
+from sb3_vla.errors import InputError
 from sb3_vla.evaluation import EvaluationResult, VideoOptions, compare, evaluate
 from sb3_vla.filming import TrainingFilms
 from sb3_vla.identity import checkpoint_identity, data_identity, deciding_options, without
@@ -86,7 +87,7 @@ def _check_start(plan: Plan) -> None:
         return
     found = load_checkpoint(plan.checkpoint, plan.model_kwargs, weights=False).model_name
     if found != plan.model:
-        raise ValueError(
+        raise InputError(
             f"actor.model.model_path={plan.checkpoint} is a checkpoint of {found}, but actor.model.model_type="
             f"{plan.model}; give another checkpoint, or a recipe of {found}"
         )

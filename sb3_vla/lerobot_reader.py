@@ -24,6 +24,7 @@ from PIL import Image
 
 from mw_envs.tasks import did_you_mean
 from sb3_vla.checkpoints.layout import read_json
+from sb3_vla.errors import InputError, NotThereError
 from sb3_vla.paths import local_path
 
 VERSION = "v3.0"
@@ -52,7 +53,7 @@ class LeRobotReader:
         self._stored_names = {name: name for name in features}
         for stored, name in (rename or {}).items():
             if stored not in features:
-                raise ValueError(f"rename: {self.root} has no feature {stored!r}; {did_you_mean(stored, features)}")
+                raise InputError(f"rename: {self.root} has no feature {stored!r}; {did_you_mean(stored, features)}")
             del self._stored_names[stored]
             self._stored_names[name] = stored
         #: Name -> dtype, shape and names, as in ``info.json``.
@@ -82,13 +83,13 @@ class LeRobotReader:
             message += f" If one of its cameras is meant, pass rename={{{pictures[0]!r}: {IMAGE!r}}}."
         else:
             message += " If one of these is meant, pass rename={its name: the missing name}."
-        raise ValueError(message)
+        raise InputError(message)
 
     def image_shape(self) -> tuple[int, int]:
         """Height and width of the stored pictures."""
         shape = self.features[IMAGE]["shape"]
         if len(shape) != 3:
-            raise ValueError(f"meta/info.json of {self.root} says that {IMAGE} has the shape {shape}; expected 3 axes.")
+            raise InputError(f"meta/info.json of {self.root} says that {IMAGE} has the shape {shape}; expected 3 axes.")
         # Both orders are in use: (3, H, W) in the published dataset, (H, W, 3) in LeRobot's recordings.
         last = shape[2] in _CHANNELS and shape[0] not in _CHANNELS
         return (shape[0], shape[1]) if last else (shape[1], shape[2])
@@ -114,7 +115,7 @@ class LeRobotReader:
         decode = self._decode_videos if self.features[IMAGE]["dtype"] == "video" else self._decode_images
         for position, image in decode(frames, size):
             if image.shape != images.shape[1:]:
-                raise ValueError(
+                raise InputError(
                     f"Frame {frames[position]} of {self.root} has {image.shape[0]}x{image.shape[1]} pixels, but "
                     f"meta/info.json says {height}x{width}. Pass image_size to bring all frames to one size."
                 )
@@ -131,16 +132,16 @@ class LeRobotReader:
                 present = pq.read_schema(path).names
                 missing = [column for column in stored.values() if column not in present]
                 if missing:
-                    raise ValueError(f"{path} lacks the columns {', '.join(missing)} that meta/info.json promises.")
+                    raise InputError(f"{path} lacks the columns {', '.join(missing)} that meta/info.json promises.")
                 table = pq.read_table(path, columns=list(stored.values()))
             for name, column in stored.items():
                 values = _to_numpy(table.column(column))
                 if values is None or (parts[name] and values.shape[1:] != parts[name][0].shape[1:]):
-                    raise ValueError(f"{path} has {column} of different lengths, expected one. Download it again.")
+                    raise InputError(f"{path} has {column} of different lengths, expected one. Download it again.")
                 parts[name].append(values)
         found, total = sum(rows for _, rows in self._files), self.lengths.sum()
         if found != total:
-            raise ValueError(
+            raise InputError(
                 f"The dataset {self.root} is damaged: its data files hold {found} frames, meta/episodes counts "
                 f"{total}. Download or collect it again."
             )
@@ -160,7 +161,7 @@ class LeRobotReader:
         fits[1:] &= (np.diff(frames[order]) > 0) | ~within
         if not fits.all():
             number = expected[np.argmin(fits)]
-            raise ValueError(
+            raise InputError(
                 f"The data files of {self.root} do not hold the episodes of meta/episodes: by episode_index and "
                 f"frame_index, frames of episode {number} are missing or there twice. Download it again."
             )
@@ -169,45 +170,45 @@ class LeRobotReader:
     def _read_info(self) -> dict[str, Any]:
         path = self.root / "meta" / "info.json"
         if not self.root.is_dir():
-            raise FileNotFoundError(
+            raise NotThereError(
                 f"There is no dataset at {self.root}: the folder does not exist. Make one with `sb3-vla collect`, or "
                 f"get one with `hf download lerobot/metaworld_mt50 --repo-type dataset --local-dir {self.root}`."
             )
         if not path.is_file():
-            raise FileNotFoundError(f"{self.root} is not a LeRobot dataset: it has no meta/info.json.")
+            raise NotThereError(f"{self.root} is not a LeRobot dataset: it has no meta/info.json.")
         info = read_json(path.parent, path.name, "what a LeRobot dataset holds")
         version = str(info.get("codebase_version", "unknown"))
         if version.startswith(("v1", "v2")):
-            raise ValueError(
+            raise InputError(
                 f"The dataset {self.root} has LeRobot's format {version}, expected {VERSION}. Convert it with "
                 "LeRobot's convert_dataset_v21_to_v30 (from v2.0, after convert_dataset_v20_to_v21)."
             )
         if not version.startswith("v3."):
-            raise ValueError(f"The dataset {self.root} has format {version!r}, expected LeRobot's {VERSION}.")
+            raise InputError(f"The dataset {self.root} has format {version!r}, expected LeRobot's {VERSION}.")
         missing = [key for key in ("features", "fps", "data_path") if key not in info]
         if missing:
-            raise ValueError(f"{path} lacks {', '.join(missing)}; it is no complete LeRobot dataset.")
+            raise InputError(f"{path} lacks {', '.join(missing)}; it is no complete LeRobot dataset.")
         for name, feature in info["features"].items():
             if not isinstance(feature, dict) or not {"dtype", "shape"} <= feature.keys():
-                raise ValueError(f"{path} says of feature {name!r} {feature!r}, expected its dtype and shape.")
+                raise InputError(f"{path} says of feature {name!r} {feature!r}, expected its dtype and shape.")
         return info
 
     def _read_instructions(self) -> dict[int, str]:
         path = self.root / "meta" / "tasks.parquet"
         if not path.is_file():
-            raise FileNotFoundError(f"The dataset {self.root} lacks meta/tasks.parquet, which holds its sentences.")
+            raise NotThereError(f"The dataset {self.root} lacks meta/tasks.parquet, which holds its sentences.")
         with _names_file(path):
             table = pq.read_table(path)
         # Datasets converted from v2 keep the sentence as pandas' index without a name.
         sentence = next((name for name in ("task", "__index_level_0__") if name in table.column_names), None)
         if sentence is None or "task_index" not in table.column_names:
-            raise ValueError(f"{path} has the columns {table.column_names}, expected 'task' and 'task_index'.")
+            raise InputError(f"{path} has the columns {table.column_names}, expected 'task' and 'task_index'.")
         return dict(zip(table["task_index"].to_pylist(), table[sentence].to_pylist(), strict=True))
 
     def _read_episodes(self) -> list[dict[str, Any]]:
         paths = sorted((self.root / "meta" / "episodes").glob("*/*.parquet"))
         if not paths:
-            raise FileNotFoundError(f"The dataset {self.root} lacks meta/episodes/chunk-000/file-000.parquet.")
+            raise NotThereError(f"The dataset {self.root} lacks meta/episodes/chunk-000/file-000.parquet.")
         episodes: list[dict[str, Any]] = []
         for path in paths:
             with _names_file(path):
@@ -221,17 +222,17 @@ class LeRobotReader:
                 needed = [f"videos/{key}/from_timestamp"]
         missing = [name for name in (*whole, *needed) if episodes and name not in episodes[0]]
         if missing:
-            raise ValueError(f"meta/episodes of {self.root} lacks the columns {', '.join(missing)}.")
+            raise InputError(f"meta/episodes of {self.root} lacks the columns {', '.join(missing)}.")
         # One without frames has nothing to read, and no place to read it from.
         episodes = [episode for episode in episodes if episode["length"] != 0]
         if not episodes:
-            raise ValueError(f"The dataset {self.root} is empty: it has no episode. Collect or download it again.")
+            raise InputError(f"The dataset {self.root} is empty: it has no episode. Collect or download it again.")
         for episode in episodes:
             for name in whole:  # pandas makes floats of whole numbers where a merged dataset lacks one
                 try:
                     episode[name] = int(episode[name])
                 except (KeyError, TypeError, ValueError) as error:
-                    raise ValueError(
+                    raise InputError(
                         f"Episode {episode.get('episode_index')} of {self.root} has {name}={episode.get(name)!r} in "
                         "meta/episodes, expected a whole number. Download it again."
                     ) from error
@@ -244,9 +245,7 @@ class LeRobotReader:
         for chunk_index, file_index in sorted(numbers):
             path = self.root / self.info["data_path"].format(chunk_index=chunk_index, file_index=file_index)
             if not path.is_file():
-                raise FileNotFoundError(
-                    f"The dataset {self.root} lacks {path.relative_to(self.root)}. Download it again."
-                )
+                raise NotThereError(f"The dataset {self.root} lacks {path.relative_to(self.root)}. Download it again.")
             with _names_file(path):
                 files.append((path, pq.read_metadata(path).num_rows))
         return files
@@ -261,7 +260,7 @@ class LeRobotReader:
             try:
                 return decode_picture(data, size)
             except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises where a picture is damaged
-                raise ValueError(f"The picture in row {row} of {path} cannot be read: {error}") from error
+                raise InputError(f"The picture in row {row} of {path} cannot be read: {error}") from error
 
         first = 0  # row number of the first frame of the row group
         with ThreadPoolExecutor() as threads:
@@ -275,7 +274,7 @@ class LeRobotReader:
                             pictures = file.read_row_group(group, columns=[key])[key].combine_chunks()
                             chosen = pictures.take(pa.array(rows[start:stop] - first)).to_pylist()
                             if any(not picture or picture["bytes"] is None for picture in chosen):
-                                raise ValueError(
+                                raise InputError(
                                     f"{path} does not hold the pictures themselves ({key!r} has no bytes)."
                                 )
                             data = [picture["bytes"] for picture in chosen]
@@ -299,9 +298,7 @@ class LeRobotReader:
                 video_key=key, chunk_index=chunk_index, file_index=file_index
             )
             if not path.is_file():
-                raise FileNotFoundError(
-                    f"The dataset {self.root} lacks {path.relative_to(self.root)}. Download it again."
-                )
+                raise NotThereError(f"The dataset {self.root} lacks {path.relative_to(self.root)}. Download it again.")
             yield from _decode_video(path, sorted(moments), 0.5 / fps, size)
 
 
@@ -313,7 +310,7 @@ def _names_file(path: Path) -> Iterator[None]:
     except (pa.ArrowException, av.FFmpegError, OSError) as error:
         if isinstance(error, (FileNotFoundError, PermissionError)):
             raise  # these say it
-        raise ValueError(f"{path} cannot be read: {error}. If it is damaged, download it again.") from error
+        raise InputError(f"{path} cannot be read: {error}. If it is damaged, download it again.") from error
 
 
 def _decode_video(
@@ -325,7 +322,7 @@ def _decode_video(
     damaged = False
     with _names_file(path), av.open(str(path)) as container:
         if not container.streams.video:
-            raise ValueError(f"{path} holds no video. Download it again.")
+            raise InputError(f"{path} holds no video. Download it again.")
         container.streams.video[0].thread_type = "AUTO"
         for frame in container.decode(video=0):
             # A decoder makes up what it cannot read, and what follows is drawn from that until the next key frame.
@@ -335,13 +332,13 @@ def _decode_video(
             if frame.time > time + tolerance:
                 break
             if damaged:
-                raise ValueError(f"{path} is damaged at {time:.3f} s. Download it again.")
+                raise InputError(f"{path} is damaged at {time:.3f} s. Download it again.")
             yield position, _resize(frame.to_image(), size)
             try:
                 time, position = next(remaining)
             except StopIteration:
                 return
-    raise ValueError(f"{path} has no frame at {time:.3f} s, where meta/episodes expects one. Download it again.")
+    raise InputError(f"{path} has no frame at {time:.3f} s, where meta/episodes expects one. Download it again.")
 
 
 def _to_numpy(column: pa.ChunkedArray) -> np.ndarray | None:
@@ -364,7 +361,7 @@ def decode_picture(data: bytes, size: int | None) -> np.ndarray:
     """
     with Image.open(io.BytesIO(data)) as picture:
         if picture.mode == "F":
-            raise ValueError("it has floating point numbers, expected levels of 8 or 16 bits")
+            raise InputError("it has floating point numbers, expected levels of 8 or 16 bits")
         if picture.mode.startswith("I"):  # 16 bits of grey, which Pillow would cut off at 255
             return _resize(Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8)).convert("RGB"), size)
         return _resize(picture.convert("RGB"), size)

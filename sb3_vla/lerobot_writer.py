@@ -35,7 +35,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from mw_envs.tasks import Trial, get_task
-from sb3_vla.errors import InTheWayError
+from sb3_vla.errors import InputError, InTheWayError
 from sb3_vla.lerobot_reader import ACTION, ENVIRONMENT_STATE, IMAGE, STATE, VERSION, decode_picture
 from sb3_vla.paths import begin_folder, entries, finish_folder, local_path
 
@@ -221,13 +221,13 @@ class DemonstrationWriter:
         self.camera = dict(camera or {})
         self.overwrite = overwrite
         if image_storage not in ("png", "mp4"):
-            raise ValueError(f"image_storage must be 'png' or 'mp4', got {image_storage!r}")
+            raise InputError(f"image_storage must be 'png' or 'mp4', got {image_storage!r}")
         if fps <= 0:
-            raise ValueError(f"fps must be positive, got {fps}")
+            raise InputError(f"fps must be positive, got {fps}")
         if len(image_shape) != 3 or image_shape[2] != 3 or min(image_shape) < 1:
-            raise ValueError(f"image_shape must be (height, width, 3), got {image_shape}")
+            raise InputError(f"image_shape must be (height, width, 3), got {image_shape}")
         if image_storage == "mp4" and (image_shape[0] % 2 or image_shape[1] % 2):
-            raise ValueError(
+            raise InputError(
                 f"Video needs an even height and width, got {image_shape[0]}x{image_shape[1]}. "
                 "Choose an even image size, or image_storage='png'."
             )
@@ -313,7 +313,7 @@ class DemonstrationWriter:
             return
         try:
             if not self._episodes:
-                raise ValueError(f"No episode was added to the dataset {self.root}: a dataset needs at least one.")
+                raise InputError(f"No episode was added to the dataset {self.root}: a dataset needs at least one.")
             self._close_files()
             self._write_metadata()
         except BaseException:
@@ -349,11 +349,11 @@ class DemonstrationWriter:
 
     def _check_episode(self, episode: Episode) -> None:
         if not self._open:
-            raise ValueError(f"The writer of {self.root} is closed; create a new one for another dataset.")
+            raise InputError(f"The writer of {self.root} is closed; create a new one for another dataset.")
         get_task(episode.trial.task)
         length = len(episode)
         if length == 0:
-            raise ValueError("The episode is empty: expected at least one frame.")
+            raise InputError("The episode is empty: expected at least one frame.")
         expected: list[tuple[str, Any, tuple[int, ...]]] = [
             ("states", episode.states, (length, *_COLUMNS[STATE][1])),
             ("actions", episode.actions, (length, *_COLUMNS[ACTION][1])),
@@ -364,12 +364,12 @@ class DemonstrationWriter:
         if isinstance(episode.images, np.ndarray):
             expected.append(("images", episode.images, (length, *self.image_shape)))
         elif self.image_storage == "mp4":
-            raise ValueError("image_storage='mp4' needs the episode's images as an array, got PNG pictures.")
+            raise InputError("image_storage='mp4' needs the episode's images as an array, got PNG pictures.")
         elif len(episode.images) != length:
-            raise ValueError(f"The episode has {length} actions but {len(episode.images)} images.")
+            raise InputError(f"The episode has {length} actions but {len(episode.images)} images.")
         for name, values, shape in expected:
             if np.shape(values) != shape:
-                raise ValueError(f"The episode's {name} have shape {np.shape(values)}, expected {shape}.")
+                raise InputError(f"The episode's {name} have shape {np.shape(values)}, expected {shape}.")
 
     def _features(self) -> dict[str, dict[str, Any]]:
         features: dict[str, dict[str, Any]] = {

@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from mw_envs.tasks import encode_instruction
 from sb3_vla.distributions import ActionDistribution
+from sb3_vla.errors import InputError
 from sb3_vla.models.base import PERCEPTION, VLAModel
 from sb3_vla.models.prompts import PromptTokenizer
 from sb3_vla.models.recomputing import Recomputing
@@ -100,13 +101,13 @@ class MemoryPlan:
         """
         usable = int(available * (1 - HEADROOM))
         if self.device > usable:
-            raise ValueError(
+            raise InputError(
                 f"This training needs {self.device / GIB:.1f} GiB on the device; {usable / GIB:.1f} GiB of its "
                 f"{available / GIB:.1f} GiB are to be had. {self._advice(usable)}\n{self}"
             )
         rollout = self.buffer + self.compared
         if main_memory is not None and rollout > main_memory:
-            raise ValueError(
+            raise InputError(
                 f"The rollout buffer needs {rollout / GIB:.1f} GiB of main memory; {main_memory / GIB:.1f} GiB are "
                 f"free. Take fewer decisions or environments a rollout, or cache_perception=False\n{self}"
             )
@@ -172,7 +173,7 @@ def plan_memory(
         ("denoisings", denoisings, 1),
     ):
         if value < least:
-            raise ValueError(f"plan_memory {name}={value}; expected at least {least}")
+            raise InputError(f"plan_memory {name}={value}; expected at least {least}")
     chosen = model.default_trainable if trainable is None else trainable
     with _left_as_it_was(model), _full_prompts(model):
         model.set_trainable(chosen)

@@ -18,6 +18,7 @@ from typing import Any
 from stable_baselines3.common.callbacks import BaseCallback
 
 from sb3_vla.distributed import generators, set_generators
+from sb3_vla.errors import InputError
 from sb3_vla.evaluation import check_fit, evaluate
 from sb3_vla.metrics import EpisodeRecord, episode_metrics, in_terminal
 from sb3_vla.precision import acting_precision
@@ -60,7 +61,7 @@ class PeriodicEvaluation:
 
     def __post_init__(self) -> None:
         if self.every < 1:
-            raise ValueError(f"every={self.every} updates between evaluations; expected at least 1")
+            raise InputError(f"every={self.every} updates between evaluations; expected at least 1")
 
     def measured(self) -> dict[str, Any]:
         """What two results must have in common to be compared, in JSON types."""

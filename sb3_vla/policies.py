@@ -25,6 +25,7 @@ from sb3_vla.checkpoints import LoadedCheckpoint, load_checkpoint
 from sb3_vla.checkpoints.folders import is_saved_algorithm
 from sb3_vla.checkpoints.loading import check_archive, takes_options
 from sb3_vla.distributions import Trace, default_distribution, make_distribution
+from sb3_vla.errors import InputError
 from sb3_vla.frozen import FrozenWeights
 from sb3_vla.models import Context, Pi0, VLAModel, make_model
 from sb3_vla.models.base import is_perceived
@@ -146,7 +147,7 @@ class VLAPolicy(BasePolicy):
         optimizer_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         if use_sde:
-            raise ValueError("use_sde=True has no meaning for VLAPolicy; choose policy_kwargs=dict(distribution=...)")
+            raise InputError("use_sde=True has no meaning for VLAPolicy; choose policy_kwargs=dict(distribution=...)")
         _check_spaces(observation_space, action_space)
         super().__init__(
             observation_space,
@@ -184,7 +185,7 @@ class VLAPolicy(BasePolicy):
         self._check_model(action_dim)
         self._resize = "model" if resize is None else resize
         if self._resize not in RESIZES:
-            raise ValueError(f"Unknown resize={self._resize!r}; {did_you_mean(self._resize, RESIZES)}")
+            raise InputError(f"Unknown resize={self._resize!r}; {did_you_mean(self._resize, RESIZES)}")
         trainable = self.model.default_trainable if trainable is None else trainable
         if lora is None and trainable == "lora":
             lora = {}
@@ -202,7 +203,7 @@ class VLAPolicy(BasePolicy):
             cache_perception = perceives_alike and self.model.caches_perception
         if cache_perception and not perceives_alike:
             adapted = "" if lora is None else f" and lora={dict(lora)}"
-            raise ValueError(
+            raise InputError(
                 f'cache_perception=True keeps what changes with trainable={trainable!r}{adapted}; use "expert"'
             )
         self._caches_perception = cache_perception
@@ -263,7 +264,7 @@ class VLAPolicy(BasePolicy):
         """
         check_archive(path, kind=cls.__name__)
         if isinstance(path, (str, Path)) and Path(path).is_file() and is_saved_algorithm(Path(path)):
-            raise ValueError(f"{path} is a saved algorithm; its policy is PPO.load({str(path)!r}).policy")
+            raise InputError(f"{path} is a saved algorithm; its policy is PPO.load({str(path)!r}).policy")
         return super().load(path, device)
 
     @property
@@ -379,9 +380,9 @@ class VLAPolicy(BasePolicy):
         """The action distribution as Stable-Baselines3 knows it, for algorithms such as sb3-contrib's TRPO."""
         self._check_stock("this algorithm")
         if self._frozen_backbone:
-            raise ValueError('This algorithm asks every parameter for a gradient; use trainable="all" with it')
+            raise InputError('This algorithm asks every parameter for a gradient; use trainable="all" with it')
         if self.distribution.coherent:  # type: ignore[union-attr]
-            raise ValueError(
+            raise InputError(
                 'coherence="offset" is no diagonal Gaussian; use coherence="independent" with this algorithm'
             )
         assert isinstance(obs, dict)
@@ -408,7 +409,7 @@ class VLAPolicy(BasePolicy):
         prepared = {key: obs[key] for key in (*MODEL_KEYS, *CRITIC_KEYS) if key in obs}
         for key in ("image", "instruction"):
             if prepared[key].dtype != torch.uint8:
-                raise ValueError(f"VLAPolicy needs {key} as uint8; got {prepared[key].dtype}. {_NORMALISED}")
+                raise InputError(f"VLAPolicy needs {key} as uint8; got {prepared[key].dtype}. {_NORMALISED}")
         image = prepared["image"]
         if not self._channels_first and image.shape[1] != 3:
             image = image.permute(0, 3, 1, 2)
@@ -440,7 +441,7 @@ class VLAPolicy(BasePolicy):
                 observation = {**observation, "instruction": fit_instruction(observation["instruction"], length)}
             observation = fitted(observation, self.observation_space)  # type: ignore[arg-type]
         elif not isinstance(observation, tuple):  # for which Stable-Baselines3 has a message
-            raise ValueError(
+            raise InputError(
                 f"VLAPolicy reads a dict with {', '.join(MODEL_KEYS)}, as the environment gives it; got "
                 f"{type(observation).__name__}"
             )
@@ -465,7 +466,7 @@ class VLAPolicy(BasePolicy):
 
     def _check_stock(self, who: str) -> None:
         if self.distribution.needs_trace:
-            raise ValueError(
+            raise InputError(
                 f"{who} cannot train the {type(self.distribution).__name__} distribution: its log-probability needs "
                 'more than the action. Use sb3_vla.PPO, or policy_kwargs=dict(distribution="gaussian").'
             )
@@ -473,7 +474,7 @@ class VLAPolicy(BasePolicy):
     def _check_model(self, action_dim: int) -> None:
         horizon = self.model.action_horizon - self.model.first_action
         if self.model.action_dim != action_dim or horizon < self.action_chunk:
-            raise ValueError(
+            raise InputError(
                 f"The model predicts {horizon} actions of {self.model.action_dim} dimensions; the "
                 f"environment takes chunks of {self.action_chunk} of {action_dim}. Make the environment with "
                 f"action_chunk <= {horizon}, or train a model for this one."
@@ -481,7 +482,7 @@ class VLAPolicy(BasePolicy):
         known = dict(self.model.named_buffers()).get("state_mean")
         state = self.observation_space["state"].shape  # type: ignore[index]
         if known is not None and tuple(known.shape) != tuple(state):
-            raise ValueError(
+            raise InputError(
                 f"The model reads a state of {len(known)} numbers; the environment's is {tuple(state)}. Train a model "
                 "for this environment, or make the environment that this one was trained for."
             )
@@ -496,7 +497,7 @@ class NoVLAPolicy:
     """What ``"VLAPolicy"`` means to algorithms that cannot train it."""
 
     def __init__(self, *_: Any, **__: Any) -> None:
-        raise ValueError(
+        raise InputError(
             '"VLAPolicy" is trained by PPO and GRPO of sb3_vla, by PPO and A2C of stable_baselines3 and by TRPO of '
             "sb3_contrib; this algorithm needs a policy of another kind"
         )
@@ -535,13 +536,13 @@ def fitted(observation: Mapping[str, Any], space: spaces.Dict) -> dict[str, np.n
     """
     missing = [key for key in MODEL_KEYS if key not in observation]
     if missing:
-        raise ValueError(f"The observation has no {', '.join(missing)}; it has {', '.join(map(str, observation))}")
+        raise InputError(f"The observation has no {', '.join(missing)}; it has {', '.join(map(str, observation))}")
     read = [key for key in (*MODEL_KEYS, *CRITIC_KEYS) if key in observation and key in space.spaces]
     found = {key: _fitted(key, np.asarray(observation[key]), space[key]) for key in read}
     counts = {key: len(array) if array.ndim > len(space[key].shape or ()) else None for key, array in found.items()}
     if len(set(counts.values())) > 1:
         told = (f"{key} of {'one, without a batch axis' if n is None else n}" for key, n in counts.items())
-        raise ValueError(f"The observation's arrays are batches of different sizes: {'; '.join(told)}")
+        raise InputError(f"The observation's arrays are batches of different sizes: {'; '.join(told)}")
     return found
 
 
@@ -553,17 +554,17 @@ def _fitted(key: str, array: np.ndarray, space: spaces.Space) -> np.ndarray:
         orders = [np.moveaxis(array, axes, (-3, -2, -1)) for axes in ((-3, -2, -1), (-1, -3, -2), (-2, -1, -3))]
         array = next((turned for turned in orders if turned.shape[-3:] == space.shape), array)
     if array.shape not in (space.shape, array.shape[:1] + space.shape):
-        raise ValueError(f"{where} has shape {array.shape}; expected {space.shape}, or a batch of such{_HINTS[key]}")
+        raise InputError(f"{where} has shape {array.shape}; expected {space.shape}, or a batch of such{_HINTS[key]}")
     if array.dtype.kind not in ("iu" if whole else "iuf"):
         hint = _HINTS["float image"] if (key, array.dtype.kind) == ("image", "f") else ""
-        raise ValueError(f"{where} has type {array.dtype}; expected {space.dtype}{hint}")
+        raise InputError(f"{where} has type {array.dtype}; expected {space.dtype}{hint}")
     if whole and array.size and not space.low.min() <= array.min() <= array.max() <= space.high.max():
-        raise ValueError(f"{where} has values from {array.min()} to {array.max()}; expected those of {space}")
+        raise InputError(f"{where} has values from {array.min()} to {array.max()}; expected those of {space}")
     with np.errstate(over="ignore"):
         fitting = array.astype(space.dtype, copy=False)
     # Bounds of floats are not looked at: VecNormalize leaves those of what it changes as they were.
     if not whole and not np.isfinite(fitting).all():
-        raise ValueError(f"{where} is {array}; expected finite numbers")
+        raise InputError(f"{where} is {array}; expected finite numbers")
     return fitting
 
 
@@ -584,25 +585,25 @@ def _twice_differentiable(model: nn.Module) -> Iterator[None]:
 def _check_spaces(observation_space: spaces.Space, action_space: spaces.Space) -> None:
     fix = 'Use an environment such as gym.make("mw_envs:MetaWorldMT50-v0").'
     if not isinstance(observation_space, spaces.Dict):
-        raise ValueError(
+        raise InputError(
             f"VLAPolicy needs a Dict observation with {', '.join(MODEL_KEYS)}; got {observation_space}. {fix}"
         )
     missing = [key for key in MODEL_KEYS if key not in observation_space.spaces]
     if missing:
-        raise ValueError(
+        raise InputError(
             f"VLAPolicy needs an observation with {', '.join(MODEL_KEYS)}; {', '.join(missing)} is missing among "
             f"{', '.join(observation_space.spaces)}. {fix}"
         )
     image = observation_space["image"]
     if image.dtype != np.uint8:
-        raise ValueError(f"VLAPolicy needs image as uint8 with three axes; got {image}. {_NORMALISED}. Else: {fix}")
+        raise InputError(f"VLAPolicy needs image as uint8 with three axes; got {image}. {_NORMALISED}. Else: {fix}")
     if len(image.shape or ()) != 3:
-        raise ValueError(f"VLAPolicy needs image as uint8 with three axes; got {image}. {STACKED}. {fix}")
+        raise InputError(f"VLAPolicy needs image as uint8 with three axes; got {image}. {STACKED}. {fix}")
     instruction = observation_space["instruction"]
     if instruction.dtype != np.uint8:
-        raise ValueError(f"VLAPolicy needs instruction as uint8; got {instruction}. {_NORMALISED}")
+        raise InputError(f"VLAPolicy needs instruction as uint8; got {instruction}. {_NORMALISED}")
     if not isinstance(action_space, spaces.Box) or len(action_space.shape) not in (1, 2):
-        raise ValueError(f"VLAPolicy needs a Box action space of shape (A,) or (K, A); got {action_space}. {fix}")
+        raise InputError(f"VLAPolicy needs a Box action space of shape (A,) or (K, A); got {action_space}. {fix}")
 
 
 def _check_checkpoint(
@@ -610,7 +611,7 @@ def _check_checkpoint(
 ) -> None:
     fix = "leave model and model_kwargs out, or give another checkpoint"
     if model not in (None, loaded.model_name):
-        raise ValueError(f"model={model!r}, but the checkpoint {folder} is of {loaded.model_name!r}; {fix}")
+        raise InputError(f"model={model!r}, but the checkpoint {folder} is of {loaded.model_name!r}; {fix}")
     asked, found = _as_json(model_kwargs), _as_json(loaded.model_kwargs)
     if (
         isinstance(loaded.model, Pi0)
@@ -620,7 +621,7 @@ def _check_checkpoint(
         del asked["tokenizer"]  # a checkpoint has its own copy
     other = [key for key in asked if key not in found or asked[key] != found[key]]
     if other:
-        raise ValueError(
+        raise InputError(
             f"model_kwargs with {', '.join(f'{key}={asked[key]!r}' for key in other)}, but the checkpoint {folder} has "
             f"{', '.join(f'{key}={found[key]!r}' if key in found else f'no {key}' for key in other)}; {fix}"
         )
@@ -635,7 +636,7 @@ def _with_full_paths(options: Mapping[str, Any]) -> dict[str, Any]:
 def _channels_first(image: spaces.Space) -> bool:
     shape = image.shape or ()
     if 3 not in (shape[0], shape[2]):
-        raise ValueError(f"VLAPolicy needs one colour image, (H, W, 3) or (3, H, W); got shape {shape}. {STACKED}")
+        raise InputError(f"VLAPolicy needs one colour image, (H, W, 3) or (3, H, W); got shape {shape}. {STACKED}")
     return shape[2] != 3
 
 

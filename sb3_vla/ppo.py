@@ -34,6 +34,7 @@ from sb3_vla.buffers import ChunkRolloutBuffer, DecisionBatch, DecisionBuffer, M
 from sb3_vla.checkpoints.loading import check_archive
 from sb3_vla.distributed import Ranks, check_membership, current_ranks, join_for_good
 from sb3_vla.distributions.base import logprob_mask
+from sb3_vla.errors import InputError
 from sb3_vla.metrics import (
     EpisodeRecord,
     episode_metrics,
@@ -317,7 +318,7 @@ class PPO(stable_baselines3.PPO):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "policy" and issubclass(self.policy_class, VLAPolicy) and not isinstance(value, VLAPolicy):
-            raise ValueError(
+            raise InputError(
                 f"policy is now of class {type(value).__name__}; expected the VLAPolicy itself, of which an update "
                 "calls more than forward(). In the place of torch.compile(policy) give policy_kwargs="
                 "dict(compile={}), which compiles the towers of pi0 and pi0.5; several GPUs train under torchrun, "
@@ -334,16 +335,16 @@ class PPO(stable_baselines3.PPO):
         for name, known in _CHOICES.items():
             value = getattr(self, name)
             if value not in known:
-                raise ValueError(f"Unknown {name}={value!r}; {did_you_mean(str(value), known)}")
+                raise InputError(f"Unknown {name}={value!r}; {did_you_mean(str(value), known)}")
         changed = vars(self).pop("_changed_policy_kwargs", None)  # by load
         if not self.ranks.leads:  # the first prints and logs; a saved algorithm may say so of each
             self.verbose, self.tensorboard_log = 0, None
         if not issubclass(self.policy_class, VLAPolicy):
             if changed not in (None, self.policy_kwargs):  # Stable-Baselines3's rule
-                raise ValueError(f"policy_kwargs={changed}, but those of the archive are {self.policy_kwargs}")
+                raise InputError(f"policy_kwargs={changed}, but those of the archive are {self.policy_kwargs}")
             self._refuse_own_options()
             if self.ranks.count > 1:
-                raise ValueError(f"Several ranks train VLAPolicy alone; got {self.policy_class.__name__}")
+                raise InputError(f"Several ranks train VLAPolicy alone; got {self.policy_class.__name__}")
             super()._setup_model()
             return
         self.policy_kwargs = {**self.policy_kwargs, **(changed or {})}
@@ -352,7 +353,7 @@ class PPO(stable_baselines3.PPO):
         # The stock set-up would allocate its own buffer at the size of the raw images.
         stock = (None, DictRolloutBuffer)  # an algorithm that stable_baselines3.PPO saved names its own
         if self.rollout_buffer_class not in stock or self.rollout_buffer_kwargs:
-            raise ValueError(
+            raise InputError(
                 f"rollout_buffer_class={self.rollout_buffer_class!r}, rollout_buffer_kwargs="
                 f"{self.rollout_buffer_kwargs!r}: VLAPolicy has its own rollout buffer"
             )
@@ -394,10 +395,10 @@ class PPO(stable_baselines3.PPO):
         """Options that only VLAPolicy's update knows must not be given in vain."""
         defaults = inspect.signature(PPO.__init__).parameters
         if (self.noise_scale(0.0), self.noise_scale(1.0)) != (1.0, 1.0):
-            raise ValueError(f"noise_scale acts on VLAPolicy alone; got {self.policy_class.__name__}")
+            raise InputError(f"noise_scale acts on VLAPolicy alone; got {self.policy_class.__name__}")
         for name in _OWN_OPTIONS:
             if getattr(self, name) != defaults[name].default:
-                raise ValueError(
+                raise InputError(
                     f"{name}={getattr(self, name)!r} acts on VLAPolicy alone; got {self.policy_class.__name__}"
                 )
 
@@ -419,35 +420,35 @@ class PPO(stable_baselines3.PPO):
         rate, clip_range = FloatSchedule(self.learning_rate), FloatSchedule(self.clip_range)
         for left in (0.0, 1.0):
             if not 0 < self.noise_scale(left) < math.inf:
-                raise ValueError(f"noise_scale is {self.noise_scale(left)} at one end of training; expected above 0")
+                raise InputError(f"noise_scale is {self.noise_scale(left)} at one end of training; expected above 0")
             for name, schedule in (("learning_rate", rate), ("clip_range", clip_range)):
                 if not 0 <= schedule(left) < math.inf:
-                    raise ValueError(f"{name} is {schedule(left)} at one end of training; expected at least 0")
+                    raise InputError(f"{name} is {schedule(left)} at one end of training; expected at least 0")
             if self.clip_range_high is not None and not self.clip_range_high(left) >= 0:
-                raise ValueError(f"clip_range_high is {self.clip_range_high(left)}; expected at least 0")
+                raise InputError(f"clip_range_high is {self.clip_range_high(left)}; expected at least 0")
             if self.clip_range_vf is not None and not FloatSchedule(self.clip_range_vf)(left) > 0:
-                raise ValueError(f"clip_range_vf={self.clip_range_vf}; expected more than 0, or None")
+                raise InputError(f"clip_range_vf={self.clip_range_vf}; expected more than 0, or None")
         for name, least, most in _RANGES:
             value = getattr(self, name, least)
             if not least <= value <= most:
                 allowed = f"at least {least:g}" if most == math.inf else f"{least:g} to {most:g}"
-                raise ValueError(f"{name}={value}; expected {allowed}")
+                raise InputError(f"{name}={value}; expected {allowed}")
         for name, least in {"dual_clip": 1, "huber_delta": 0, "micro_batch_size": 0, "target_kl": 0}.items():
             value = getattr(self, name)
             if value is not None and not value > least:
-                raise ValueError(f"{name}={value}; expected more than {least}, or None")
+                raise InputError(f"{name}={value}; expected more than {least}, or None")
         if self.value_lr is not None and not 0 <= self.value_lr < math.inf:
-            raise ValueError(f"value_lr={self.value_lr}; expected at least 0, or None")
+            raise InputError(f"value_lr={self.value_lr}; expected at least 0, or None")
         if self.value_lr is not None and rate(1.0) <= 0:
-            raise ValueError("value_lr needs a learning_rate schedule that does not begin at zero")
+            raise InputError("value_lr needs a learning_rate schedule that does not begin at zero")
         if self.normalize_advantage and self.batch_size == 1:
-            raise ValueError(
+            raise InputError(
                 "batch_size=1 leaves nothing to normalize; expected at least 2, or normalize_advantage=False"
             )
 
     def _check_task_sampling(self) -> None:
         if self.task_sampling == "signal" and self.env is not None and not self.env.has_attr("set_task_weights"):
-            raise ValueError(
+            raise InputError(
                 "task_sampling='signal' draws tasks by the environments' method set_task_weights(weights by task), "
                 "which these have not, such as those of mw_envs; use task_sampling='uniform'"
             )
@@ -455,22 +456,22 @@ class PPO(stable_baselines3.PPO):
     def _check_options(self) -> None:
         stack = None if self.env is None else unwrap_vec_wrapper(self.env, VecFrameStack)
         if stack is not None:  # of what is stacked along an axis of a picture, its space does not tell
-            raise ValueError(f"{type(stack).__name__} gives VLAPolicy several pictures in one. {STACKED}")
+            raise InputError(f"{type(stack).__name__} gives VLAPolicy several pictures in one. {STACKED}")
         model, distribution = self.policy.model, self.policy.distribution
         distribution.check_trainable(model)
         distribution.check_logprob_type(self.logprob_type)
         if self.ent_coef != 0 and not distribution.has_entropy:
-            raise ValueError(
+            raise InputError(
                 f"ent_coef={self.ent_coef} has nothing to act on: the entropy of this action distribution is fixed. "
                 "Set ent_coef=0, or distribution_kwargs=dict(learn_std=True) with the Gaussian, or use flow_noise"
             )
         if self.sharding == "fsdp" and adapted_layers(self.policy):
-            raise ValueError(
+            raise InputError(
                 "sharding='fsdp' does not take adapters (lora), which are small enough for every rank to have them "
                 "whole; use sharding='none'"
             )
         if self.sharding == "fsdp" and self.kl_coef > 0:
-            raise ValueError(
+            raise InputError(
                 f"kl_coef={self.kl_coef} needs a whole copy of the policy, which sharding='fsdp' has not; choose one"
             )
         if self.rehearsal is not None:
@@ -478,7 +479,7 @@ class PPO(stable_baselines3.PPO):
             found = (self.rehearsal.horizon, data.actions.shape[1], data.images.shape[1:3])
             expected = (model.action_horizon, model.action_dim, model.image_size)
             if found != expected:
-                raise ValueError(
+                raise InputError(
                     f"rehearsal has (horizon, action dimensions, image size) {found}; the model needs {expected}"
                 )
 
@@ -542,7 +543,7 @@ class PPO(stable_baselines3.PPO):
         noise_scale = self.noise_scale(self._current_progress_remaining)
         if not 0 < noise_scale < math.inf:
             left = self._current_progress_remaining
-            raise ValueError(f"noise_scale is {noise_scale} where {left:.0%} of the training is left; expected above 0")
+            raise InputError(f"noise_scale is {noise_scale} where {left:.0%} of the training is left; expected above 0")
         self.policy.distribution.noise_scale = noise_scale
         if self.replicas is not None:
             self.replicas.take_weights()
@@ -1066,7 +1067,7 @@ class PPO(stable_baselines3.PPO):
             path, env, device, custom_objects, print_system_info, force_reset, **cls._as_attributes(given)
         )
         if policy not in (None, model.policy_class) and cls.policy_aliases.get(policy) is not model.policy_class:
-            raise ValueError(f"policy={policy!r}, but {path} is of {model.policy_class.__name__}; leave it out")
+            raise InputError(f"policy={policy!r}, but {path} is of {model.policy_class.__name__}; leave it out")
         for name in ("ep_info_buffer", "ep_success_buffer"):
             known = getattr(model, name)
             if known is not None:  # what was saved has the window that it had
@@ -1136,7 +1137,7 @@ def _number_or_schedule(name: str, value: Any) -> Any:
     if callable(value) or (optional and value is None):
         return value
     or_none = ", None" if optional else ""
-    raise ValueError(f"{name}={value!r}; expected a number{or_none} or a function of the share of training left")
+    raise InputError(f"{name}={value!r}; expected a number{or_none} or a function of the share of training left")
 
 
 class _NoBuffer:
@@ -1156,7 +1157,7 @@ def check_batch_size(batch_size: int, n_steps: int, n_envs: int, algorithm: str 
         divisors = [size for size in range(1, decisions + 1) if decisions % size == 0]
         nearest = min(divisors, key=lambda size: abs(size - batch_size))
         fix = f"; for a saved algorithm {algorithm}.load(path, env, batch_size={nearest})" if algorithm else ""
-        raise ValueError(
+        raise InputError(
             f"batch_size={batch_size} does not divide a rollout of n_steps={n_steps} decisions of {n_envs} "
             f"environments, {decisions} in all; the nearest that does is {nearest}{fix}"
         )

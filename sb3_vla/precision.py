@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 from stable_baselines3.common import utils
 
+from sb3_vla.errors import InputError
+
 
 def bf16_supported() -> bool:
     """Whether this processor multiplies bfloat16 in hardware."""
@@ -51,5 +53,5 @@ def get_device(name: str) -> torch.device:
     """
     device = utils.get_device(name)
     if name != "auto" and torch.device(name).type != device.type:
-        raise ValueError(f"device={name!r}, but PyTorch {torch.__version__} finds no such device; use device='auto'")
+        raise InputError(f"device={name!r}, but PyTorch {torch.__version__} finds no such device; use device='auto'")
     return device

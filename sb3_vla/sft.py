@@ -22,6 +22,7 @@ from sb3_vla.checkpoints.native import NORMALISED, refuse_other_files
 from sb3_vla.checkpoints.training_state import load_training_state, save_training_state
 from sb3_vla.demonstrations import Demonstrations
 from sb3_vla.distributed import Ranks, join_for_good
+from sb3_vla.errors import InputError
 from sb3_vla.frozen import FrozenWeights, Unfrozen
 from sb3_vla.models import VLAModel, make_model
 from sb3_vla.models.lora import prepare_training
@@ -96,7 +97,7 @@ class SFTConfig:
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "draws", "action_horizon", "validation_interval", "checkpoint_interval"):
             if getattr(self, name) < 1:
-                raise ValueError(f"sft.{name}={getattr(self, name)}; expected at least 1")
+                raise InputError(f"sft.{name}={getattr(self, name)}; expected at least 1")
 
 
 @dataclass
@@ -260,7 +261,7 @@ def sft(
             train_loss = ranks.sum_gradients(model.parameters(), {"loss": loss.item()})["loss"]
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
             if not (math.isfinite(train_loss) and torch.isfinite(norm)):
-                raise ValueError(
+                raise InputError(
                     f"Imitation diverged at step {step} (loss {train_loss}); lower learning_rate={config.learning_rate}"
                 )
             optimizer.step()
@@ -348,12 +349,12 @@ def _make_model(demonstrations: Demonstrations, config: SFTConfig) -> VLAModel:
     if not normalised:
         model.set_statistics(_statistics(demonstrations, model))
     if demonstrations.images.shape[1:3] != model.image_size:
-        raise ValueError(
+        raise InputError(
             f"The demonstrations' pictures are {demonstrations.images.shape[1:3]}, the model reads {model.image_size}; "
             f"load them with image_size={model.image_size[0]}"
         )
     if demonstrations.actions.shape[1] != model.action_dim:
-        raise ValueError(
+        raise InputError(
             f"The data has {demonstrations.actions.shape[1]}-D actions, the model {model.action_dim}-D ones"
         )
     return model

@@ -30,6 +30,7 @@ from sb3_vla.checkpoints.training_state import check_training_state
 from sb3_vla.demonstrations import Demonstrations
 from sb3_vla.distributed import join_for_good, ranks_on_this_machine
 from sb3_vla.distributions import make_distribution
+from sb3_vla.errors import InputError
 from sb3_vla.filming import Filmed, FilmEpisodes, TrainingFilms
 from sb3_vla.grpo import GRPO, groups_held
 from sb3_vla.holding import HoldAtEnd
@@ -179,12 +180,12 @@ class TrainingConfig:
         section = self.algorithm.__name__.lower()
         for name in self._at_least_one:
             if getattr(self, name) < 1:
-                raise ValueError(f"{section}.{name}={getattr(self, name)}; expected at least 1")
+                raise InputError(f"{section}.{name}={getattr(self, name)}; expected at least 1")
         if self.lr_scheduler not in LR_SCHEDULERS:
             known = did_you_mean(self.lr_scheduler, LR_SCHEDULERS)
-            raise ValueError(f"Unknown {section}.lr_scheduler={self.lr_scheduler!r}; {known}")
+            raise InputError(f"Unknown {section}.lr_scheduler={self.lr_scheduler!r}; {known}")
         if self.keep_checkpoints is not None and self.keep_checkpoints < 1:
-            raise ValueError(
+            raise InputError(
                 f"{section}.keep_checkpoints={self.keep_checkpoints}; expected at least 1, or null for all"
             )
 
@@ -337,7 +338,7 @@ def train(
     """
     ranks = join_for_good()
     if ranks.count > 1 and not isinstance(run, SharedRun):
-        raise ValueError(f"{run.path} is written by {ranks.count} ranks; give them a sb3_vla.shared_run.SharedRun")
+        raise InputError(f"{run.path} is written by {ranks.count} ranks; give them a sb3_vla.shared_run.SharedRun")
     refuse_other_files(local_path(output).resolve())  # before the work
     start = load_checkpoint(checkpoint, model_kwargs, weights=False)  # the policy reads them
     said, given = start.notes.get("view", {}), dict(env_kwargs or {})
@@ -427,7 +428,7 @@ def _rehearsal(
     if config.rehearsal_coef <= 0:
         return None
     if demonstrations is None:
-        raise ValueError(f"rehearsal_coef={config.rehearsal_coef} needs demonstrations; give data, or set it to 0")
+        raise InputError(f"rehearsal_coef={config.rehearsal_coef} needs demonstrations; give data, or set it to 0")
     rehearsed = known_view(demonstrations.camera)
     if rehearsed is not None:
         warn_of_another_view(rehearsed, view, "The demonstrations for rehearsal show")

@@ -34,6 +34,7 @@ from stable_baselines3.common.vec_env.util import dict_to_obs
 
 from sb3_vla.distributed import ranks_on_this_machine
 from sb3_vla.env_worker import Arrays, Worker, WorkerDiedError, layout_of
+from sb3_vla.errors import InputError
 from sb3_vla.machine import usable_cores
 
 _CLOSE_SECONDS = 5.0  # how long workers may take to finish a step and close their environments
@@ -90,9 +91,9 @@ class SharedMemoryVecEnv(SubprocVecEnv):
         restart_workers: bool = False,
     ) -> None:
         if num_workers is not None and num_workers < 1:
-            raise ValueError(f"num_workers={num_workers}; expected at least 1")
+            raise InputError(f"num_workers={num_workers}; expected at least 1")
         if len(env_fns) == 0:
-            raise ValueError("env_fns is empty; expected at least one environment")
+            raise InputError("env_fns is empty; expected at least one environment")
         workers = min(num_workers or available_cores(), len(env_fns))
         if start_method is None:
             start_method = "forkserver" if "forkserver" in mp.get_all_start_methods() else "spawn"
@@ -315,7 +316,7 @@ class SharedMemoryVecEnv(SubprocVecEnv):
         parts = self._parts[kind]
         count = len(_numbers(parts))
         if len(actions) != count:
-            raise ValueError(f"Got {len(actions)} actions for {count} environments")
+            raise InputError(f"Got {len(actions)} actions for {count} environments")
         self._check_open()
         actions, stop = np.asarray(actions), 0
         for number, part in enumerate(parts):
@@ -409,7 +410,7 @@ class SharedMemoryVecEnv(SubprocVecEnv):
         self._layout = layout_of(observation_spaces[0])
         for worker, space in zip(self._workers, observation_spaces, strict=True):
             if layout_of(space) != self._layout:
-                raise ValueError(
+                raise InputError(
                     "The environments' observations must have the same shapes and types, but "
                     f"{self._workers[0].name} gives {observation_spaces[0]} and {worker.name} {space}"
                 )
@@ -475,7 +476,7 @@ def _numbers(parts: Sequence[range]) -> list[int]:
 
 def _half_step(half: int) -> str:
     if half not in (0, 1):
-        raise ValueError(f"half={half}; expected 0 or 1")
+        raise InputError(f"half={half}; expected 0 or 1")
     return _HALF_STEPS[half]
 
 

@@ -14,6 +14,7 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from mw_envs.rendering import CROPS, resolve_crop
 from sb3_vla.distributed import current_ranks
+from sb3_vla.errors import InputError
 
 #: of environments that are told nothing else
 FULL_VIEW: dict[str, Any] = {"camera": "corner2", "crop": None}
@@ -93,7 +94,7 @@ def view_of_data(source: object, said: Mapping[str, Any], given: Mapping[str, An
     """
     known = known_view(said)
     if given and known is not None and not same_view(known, {**known, **given}):
-        raise ValueError(
+        raise InputError(
             f"{source} was recorded with {described(known)}, but {described({**known, **given})} is given; leave "
             "camera and crop out"
         )

@@ -845,8 +845,6 @@ def test_memory_is_checked_before_loading(tmp_path: Path, monkeypatch: pytest.Mo
     assert 2**20 < demonstrations.available_memory() < 2**50
 
 
-
-
 # --- shared by ranks --------------------------------------------------------------------------------------------------
 
 

@@ -18,6 +18,7 @@ import mujoco
 import numpy as np
 import numpy.typing as npt
 
+from mw_envs.errors import InputError
 from mw_envs.rendering.mesh_detail import coarsen_meshes
 from mw_envs.rendering.view import RendererUnavailableError, Scene, View
 from mw_envs.tasks import did_you_mean
@@ -58,7 +59,7 @@ class OpenGLRenderer:
         camera = mujoco.mj_name2id(model, mujoco.mjtObj.mjOBJ_CAMERA, view.camera)
         if camera < 0:
             known = [model.camera(i).name for i in range(model.ncam)]
-            raise ValueError(f"Unknown camera {view.camera!r}; {did_you_mean(view.camera, known)}")
+            raise InputError(f"Unknown camera {view.camera!r}; {did_you_mean(view.camera, known)}")
         self._gl.make_current()
         context = self._context(model, camera, view, scene.name)
         if scene.name not in self._graph:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from mw_envs.errors import InputError
 from mw_envs.rendering.view import Renderer, RendererUnavailableError, Scene, View, explained_mujoco_import
 from mw_envs.tasks import did_you_mean
 
@@ -25,7 +26,7 @@ def get_renderer(kind: str = "auto") -> Renderer:
     :raises RendererUnavailableError: if the library is missing.
     """
     if kind not in RENDERERS:
-        raise ValueError(f"Unknown renderer {kind!r}; {did_you_mean(kind, RENDERERS)}")
+        raise InputError(f"Unknown renderer {kind!r}; {did_you_mean(kind, RENDERERS)}")
     key = (os.getpid(), kind)  # a forked worker must not use its parent's OpenGL context
     return _renderers.get(key) or _renderers.setdefault(key, _create(kind))
 

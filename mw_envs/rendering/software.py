@@ -19,6 +19,7 @@ import mujoco
 import numpy as np
 import numpy.typing as npt
 
+from mw_envs.errors import InputError
 from mw_envs.rendering import arrays, frame, shading
 from mw_envs.rendering.geometry import unit
 from mw_envs.rendering.prepared import Prepared, is_fixed
@@ -88,7 +89,7 @@ class SoftwareRenderer:
         number = mujoco.mj_name2id(model, mujoco.mjtObj.mjOBJ_CAMERA, view.camera)
         if number < 0:
             known = [model.camera(i).name for i in range(model.ncam)]
-            raise ValueError(f"Unknown camera {view.camera!r}; {did_you_mean(view.camera, known)}")
+            raise InputError(f"Unknown camera {view.camera!r}; {did_you_mean(view.camera, known)}")
         camera = _camera(model, data, number, view)
         pixel = _pixel_size(model, number, view)
         prepared = self._scenes.get((scene, pixel)) or self._prepare(model, scene, pixel)

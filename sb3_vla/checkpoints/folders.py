@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from sb3_vla.errors import InTheWayError
+from sb3_vla.errors import InputError, InTheWayError, NotThereError
 from sb3_vla.paths import entries, local_path, whole_folder
 
 HUB = "hf://"
@@ -31,9 +31,9 @@ def local_folder(source: str | Path) -> Path:
     if not str(source).startswith(HUB):
         folder = local_path(source)
         if folder.is_file():
-            raise FileNotFoundError(f"{folder} is {_kind_of_file(folder)}")
+            raise NotThereError(f"{folder} is {_kind_of_file(folder)}")
         if not folder.is_dir():
-            raise FileNotFoundError(
+            raise NotThereError(
                 f"Checkpoint folder {folder} does not exist; expected config.json and model.safetensors in it"
                 f"{_elsewhere(str(source))}"
             )
@@ -45,7 +45,7 @@ def local_folder(source: str | Path) -> Path:
     try:
         return Path(snapshot_download(repository, revision=revision or None, allow_patterns=patterns))
     except Exception as error:  # gated, offline, unknown: all mean that there is no checkpoint
-        raise FileNotFoundError(f"Checkpoint {source} could not be fetched from the hub: {error}") from error
+        raise NotThereError(f"Checkpoint {source} could not be fetched from the hub: {error}") from error
 
 
 def is_saved_algorithm(path: Path) -> bool:
@@ -101,9 +101,9 @@ def read_json(path: Path) -> dict:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
+        raise InputError(f"{path} is damaged: {error}") from error
     if not isinstance(found, dict):
-        raise ValueError(f"{path} holds {type(found).__name__}; expected an object")
+        raise InputError(f"{path} holds {type(found).__name__}; expected an object")
     return found
 
 
@@ -138,16 +138,16 @@ def read_weights(files: Iterable[Path]) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for path in files:
         if not path.is_file():
-            raise FileNotFoundError(f"{path.parent} lacks {path.name}, which its index names")
+            raise NotThereError(f"{path.parent} lacks {path.name}, which its index names")
         try:
             if path.suffix in (".pt", ".bin"):
                 tensors |= torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
             else:
                 tensors |= load_file(path)
         except (SafetensorError, RuntimeError, OSError, EOFError, TypeError) as error:
-            raise ValueError(f"{path} is damaged: {error}") from error
+            raise InputError(f"{path} is damaged: {error}") from error
         except Exception as error:  # pickle.UnpicklingError has no narrower base
-            raise ValueError(f"{path} holds more than tensors and is not loaded: {error}") from error
+            raise InputError(f"{path} holds more than tensors and is not loaded: {error}") from error
     return tensors
 
 
@@ -171,7 +171,7 @@ def fit(model: nn.Module, weights: Mapping[str, Tensor], source: Path, hint: str
             for kind, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
             if names
         ]
-        raise ValueError(f"{source} does not fit {type(model).__name__}: {'; '.join(parts)}. {hint}")
+        raise InputError(f"{source} does not fit {type(model).__name__}: {'; '.join(parts)}. {hint}")
     device = torch.get_default_device()
     loaded = {name: weights[name].to(device, torch.float32) for name in expected}
     model.load_state_dict(loaded, strict=False, assign=True)

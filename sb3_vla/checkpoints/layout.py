@@ -13,6 +13,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from sb3_vla.errors import InputError, NotThereError
+
 
 def require_file(folder: Path, name: str, purpose: str) -> Path:
     """A file of a checkpoint.
@@ -22,7 +24,7 @@ def require_file(folder: Path, name: str, purpose: str) -> Path:
     """
     path = folder / name
     if not path.is_file():
-        raise FileNotFoundError(
+        raise NotThereError(
             f"Checkpoint {folder} has no {name} ({purpose}); it holds {sorted(os.listdir(folder))}. Copy the whole "
             "published folder"
         )
@@ -39,9 +41,9 @@ def read_json(folder: Path, name: str, purpose: str) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
+        raise InputError(f"{path} is damaged: {error}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} is damaged: expected a JSON object, found {type(content).__name__}")
+        raise InputError(f"{path} is damaged: expected a JSON object, found {type(content).__name__}")
     return content
 
 
@@ -60,7 +62,7 @@ def read_tensors(folder: Path, name: str, purpose: str) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except SafetensorError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
+        raise InputError(f"{path} is damaged: {error}") from error
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -118,7 +120,7 @@ def load_weights(
         if key in weights and weights[key].shape != expected[key].shape
     ]
     if problems:
-        raise ValueError(
+        raise InputError(
             f"The weights of {where} do not fit its configuration: {'; '.join(problems[:8])} ({len(problems)} in all)"
         )
     module.load_state_dict(dict(weights), strict=False)

@@ -19,6 +19,7 @@ from sb3_vla.checkpoints.openvla_oft import load_openvla_oft
 from sb3_vla.checkpoints.pi0 import NAMES, is_pi0, load_pi0
 from sb3_vla.checkpoints.smolvla import load_smolvla
 from sb3_vla.checkpoints.tinyvla import load_tinyvla
+from sb3_vla.errors import InputError, NotThereError
 from sb3_vla.paths import finish_exchange, local_path
 
 #: readers of published folders, by what the configuration says that it is; pi0's are told by their weights as well
@@ -56,7 +57,7 @@ def load_checkpoint(
         if is_pi0(folder):
             return load_pi0(folder, options)
         if kind is not None:
-            raise ValueError(
+            raise InputError(
                 f"{folder / 'config.json'} says that it is {kind!r}, which nothing here reads; expected "
                 f"{', '.join(sorted((*READERS, *NAMES)))}, or a folder that sb3_vla wrote"
             )
@@ -65,7 +66,7 @@ def load_checkpoint(
     for name in options or {}:
         if name not in known:
             hint = did_you_mean(name, known) if known else "it takes none"
-            raise ValueError(f"The reader of {source} has no option {name!r}; {hint}")
+            raise InputError(f"The reader of {source} has no option {name!r}; {hint}")
     return published(folder, **(options or {}))
 
 
@@ -108,7 +109,7 @@ def check_archive(path: object, algorithm: str = "PPO", kind: str | None = None)
         raise IsADirectoryError(f"{path} is a folder; {reads}{there}")
     name = hub_name(str(path))
     if name is not None and not place.exists() and not Path(f"{place}.zip").exists():
-        raise FileNotFoundError(
+        raise NotThereError(
             f"There is no {place}.zip; {reads}. Where a checkpoint on the Hugging Face hub is meant, give "
             f"policy_kwargs={{'checkpoint': {name!r}}} to {algorithm}"
         )

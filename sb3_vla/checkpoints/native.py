@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sb3_vla.checkpoints.folders import HUB, checkpoints_in, local_folder
-from sb3_vla.errors import InTheWayError
+from sb3_vla.errors import InputError, InTheWayError, NotThereError
 from sb3_vla.models import MODELS, Pi0, VLAModel, model_class
 from sb3_vla.models.lora import merged_state
 from sb3_vla.models.prompts import copy_tokenizer, local_tokenizer_file
@@ -134,14 +134,12 @@ def load_checkpoint(folder: str | Path) -> LoadedCheckpoint:
     folder = local_path(folder)
     finish_exchange(folder)
     if not folder.is_dir():
-        raise FileNotFoundError(
-            f"Checkpoint folder {folder} does not exist; expected config.json and model.safetensors"
-        )
+        raise NotThereError(f"Checkpoint folder {folder} does not exist; expected config.json and model.safetensors")
     for name in ("config.json", "model.safetensors"):
         if not (folder / name).is_file():
             inside = checkpoints_in(folder)
             hint = f". Give a checkpoint in it: {', '.join(inside)}" if inside else ""
-            raise FileNotFoundError(f"Checkpoint {folder} has no {name}; it holds {sorted(os.listdir(folder))}{hint}")
+            raise NotThereError(f"Checkpoint {folder} has no {name}; it holds {sorted(os.listdir(folder))}{hint}")
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         found_format = config["format"]
@@ -154,17 +152,17 @@ def load_checkpoint(folder: str | Path) -> LoadedCheckpoint:
             acts_by, options = config["distribution"]
             distribution = str(acts_by), {str(key): value for key, value in options.items()}
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"{folder / 'config.json'} is no sb3_vla checkpoint configuration: {error!r}") from error
+        raise InputError(f"{folder / 'config.json'} is no sb3_vla checkpoint configuration: {error!r}") from error
     if found_format != FORMAT:
-        raise ValueError(f"{folder} has format {found_format!r}; expected {FORMAT!r}")
+        raise InputError(f"{folder} has format {found_format!r}; expected {FORMAT!r}")
     try:
         tensors = load_file(folder / "model.safetensors")
     except SafetensorError as error:
-        raise ValueError(f"{folder / 'model.safetensors'} is damaged: {error}") from error
+        raise InputError(f"{folder / 'model.safetensors'} is damaged: {error}") from error
     try:
         model = model_class(name)(**kwargs)
     except TypeError as error:
-        raise ValueError(f"{folder / 'config.json'} does not describe a {name!r} model: {error}") from error
+        raise InputError(f"{folder / 'config.json'} does not describe a {name!r} model: {error}") from error
     weights = _with_prefix(tensors, "model.")
     expected = model.state_dict()
     problems = [f"missing {key}" for key in expected if key not in weights]
@@ -175,7 +173,7 @@ def load_checkpoint(folder: str | Path) -> LoadedCheckpoint:
         if key in weights and weights[key].shape != expected[key].shape
     ]
     if problems:
-        raise ValueError(f"{folder} does not fit its configuration: {'; '.join(problems[:8])} ({len(problems)} in all)")
+        raise InputError(f"{folder} does not fit its configuration: {'; '.join(problems[:8])} ({len(problems)} in all)")
     model.load_state_dict(weights)
     value_head = _with_prefix(tensors, "value_head.") or None
     distribution_weights = _with_prefix(tensors, "distribution.") or None
@@ -215,7 +213,7 @@ def checkpoint_digest(folder: str | Path) -> str:
     tokenizer = sorted(path for path in (folder / TOKENIZER).glob("tokenizer.*") if path.is_file())
     for path in (place_of_configuration(folder) / "config.json", *tensors, *tokenizer):
         if not path.is_file():
-            raise FileNotFoundError(f"Checkpoint {folder} has no {path.name}")
+            raise NotThereError(f"Checkpoint {folder} has no {path.name}")
         with path.open("rb") as file:
             while block := file.read(_BLOCK_BYTES):
                 digest.update(block)

@@ -19,6 +19,7 @@ from sb3_vla.checkpoints.layout import load_weights, read_json, tell_unreadable,
 from sb3_vla.checkpoints.native import NORMALISED, LoadedCheckpoint, whole_checkpoint
 from sb3_vla.checkpoints.shards import read_weights, write_weights
 from sb3_vla.checkpoints.tokenizer_files import find_tokenizer, write_tokenizer
+from sb3_vla.errors import InputError
 from sb3_vla.models.lora import merged_state
 from sb3_vla.models.openvla_oft import OFT_SIZES, SPECIAL_TOKENS, OFTSizes, OpenVLAOFT
 from sb3_vla.models.tokenizing import byte_tokenizer
@@ -66,10 +67,10 @@ def load_openvla_oft(
     folder = local_path(folder)
     config = read_json(folder, "config.json", "the policy's configuration")
     if config.get("model_type") != "openvla":
-        raise ValueError(f"{folder} is a model of type {config.get('model_type')!r}; expected 'openvla'")
+        raise InputError(f"{folder} is a model of type {config.get('model_type')!r}; expected 'openvla'")
     heads = sorted(path.name for path in folder.glob("action_head--*"))
     if heads:
-        raise ValueError(
+        raise InputError(
             f"{folder} has {heads[0]}: continuous actions, which have no probability. Use a checkpoint with discrete "
             "ones"
         )
@@ -85,7 +86,7 @@ def load_openvla_oft(
         sizes = _sizes(config, weights, vision_heads or ours.get("vision_heads"))
         resolution = config["image_sizes"][0]
     except (KeyError, TypeError, IndexError) as error:
-        raise ValueError(
+        raise InputError(
             f"{folder} is no complete OpenVLA: {error!r} is missing, of configuration or weights"
         ) from error
     known = [name for name, each in OFT_SIZES.items() if each == sizes]
@@ -194,13 +195,13 @@ def _statistics(config: Mapping[str, Any], folder: Path, key: str | None) -> dic
     if wanted is None and len(known) == 1:
         wanted = next(iter(known))
     if wanted is None or wanted not in known:
-        raise ValueError(
+        raise InputError(
             f"{folder} has statistics of {', '.join(known)}; choose one with unnorm_key, not {wanted!r}, or base"
         )
     action = known[wanted].get("action", {})
     lacking = [name for name in ("q01", "q99") if name not in action]
     if lacking:
-        raise ValueError(f"{folder} lacks the statistics {', '.join(lacking)} of the actions of {wanted}")
+        raise InputError(f"{folder} lacks the statistics {', '.join(lacking)} of the actions of {wanted}")
     q01 = torch.tensor(action["q01"], dtype=torch.float32)
     return {
         "action_q01": q01,
@@ -225,7 +226,7 @@ def _sizes(config: Mapping[str, Any], weights: Mapping[str, Tensor], heads: Sequ
         heads = [_TIMM_HEADS[name] for name in config["timm_model_ids"]]
     widths = [patch[0] for patch in patches]
     if any(width % head for width, head in zip(widths, heads, strict=True)):
-        raise ValueError(f"Vision towers of widths {widths} cannot have {list(heads)} heads; give vision_heads")
+        raise InputError(f"Vision towers of widths {widths} cannot have {list(heads)} heads; give vision_heads")
     return OFTSizes(
         width=text.hidden_size,
         ffn=text.intermediate_size,

@@ -28,6 +28,7 @@ from sb3_vla.checkpoints.folders import (
 )
 from sb3_vla.checkpoints.layout import tell_unreadable
 from sb3_vla.checkpoints.native import LoadedCheckpoint
+from sb3_vla.errors import InputError, NotThereError
 from sb3_vla.models import Pi0, Pi05
 from sb3_vla.models.gemma import GemmaSize
 from sb3_vla.models.lora import merged_state
@@ -140,7 +141,7 @@ def save_openpi(folder: str | Path, model: Pi0, asset_id: str = "lerobot/metawor
     :raises FileExistsError: if the folder is there and not empty.
     """
     if {model.state_scheme, model.action_scheme} != {model.scheme}:
-        raise ValueError(
+        raise InputError(
             f"openpi normalises {type(model).__name__} by {model.scheme}; this one has state_scheme="
             f"{model.state_scheme!r} and action_scheme={model.action_scheme!r}. Write LeRobot's layout instead."
         )
@@ -199,7 +200,7 @@ def _read(folder: Path) -> _Found:
     if not files:
         jax = (folder / "params").is_dir() or (folder / "_METADATA").is_file()
         advice = "It looks like openpi's JAX layout: convert it with openpi's convert_jax_model_to_pytorch.py. "
-        raise FileNotFoundError(f"{folder} has no *.safetensors and no full_weights.pt. {advice if jax else ''}")
+        raise NotThereError(f"{folder} has no *.safetensors and no full_weights.pt. {advice if jax else ''}")
     raw = read_weights(files)
     named = {canonical_name(key): tensor for key, tensor in raw.items()}
     heads = {key: tensor for key, tensor in named.items() if key.startswith(_RL_HEADS)}
@@ -210,11 +211,11 @@ def _read(folder: Path) -> _Found:
     guess = _guess(raw, weights)
     if guess not in NAMES:
         shown = ", ".join(list(raw)[:3])
-        raise ValueError(f"{folder} holds no pi0 or pi0.5 that can be read: it looks like {guess}. It has {shown}, ...")
+        raise InputError(f"{folder} holds no pi0 or pi0.5 that can be read: it looks like {guess}. It has {shown}, ...")
     try:
         sizes = _sizes(weights)
     except KeyError as error:
-        raise ValueError(f"{folder} is incomplete: {error.args[0]} is missing among {len(weights)} weights") from error
+        raise InputError(f"{folder} is incomplete: {error.args[0]} is missing among {len(weights)} weights") from error
     return _Found(guess, weights, sizes, heads)
 
 
@@ -295,7 +296,7 @@ def _build(name: str, options: dict[str, Any], folder: Path) -> Pi0:
         with torch.device("meta"):
             model = NAMES[name](**options)
     except TypeError as error:
-        raise ValueError(f"{folder}: {name} does not take these options ({error})") from error
+        raise InputError(f"{folder}: {name} does not take these options ({error})") from error
     reference = NAMES[name](**{**options, **_SMALL})
     for key, buffer in reference.named_buffers():
         parent, _, own = key.rpartition(".")
@@ -331,7 +332,7 @@ def _norm_stats(folder: Path, given: str | Path | None) -> dict[str, Tensor]:
         shown = (
             f"{given} is not there" if given is not None else f"it has {[str(p.relative_to(folder)) for p in found]}"
         )
-        raise FileNotFoundError(
+        raise NotThereError(
             f"{folder} needs one norm_stats.json, by which its states and actions are normalised; {shown}. Give "
             f'norm_stats=PATH among the model\'s options, or norm_stats="{UNNORMALISED}" for a base model to fine-tune'
         )
@@ -340,7 +341,7 @@ def _norm_stats(folder: Path, given: str | Path | None) -> dict[str, Tensor]:
     statistics = {}
     for theirs, ours in (("state", "state"), ("actions", "action")):
         if theirs not in groups:
-            raise ValueError(f"{found[0]} has no statistics of {theirs!r}; it has {', '.join(groups)}")
+            raise InputError(f"{found[0]} has no statistics of {theirs!r}; it has {', '.join(groups)}")
         for statistic, values in groups[theirs].items():
             if values is not None:
                 statistics[f"{ours}_{statistic}"] = torch.tensor(values, dtype=torch.float32)
@@ -360,7 +361,7 @@ def _set_statistics(model: Pi0, statistics: Mapping[str, Tensor], folder: Path) 
         size = model.config[f"{name}_dim"]
         lacking = [key for key in needed[scheme] if len(statistics.get(f"{name}_{key}", ())) < size]
         if lacking:
-            raise ValueError(
+            raise InputError(
                 f"{folder} normalises the {name} by {scheme} and lacks {', '.join(lacking)} of {size} numbers; "
                 f"it has {', '.join(f'{key} {tuple(value.shape)}' for key, value in statistics.items())}"
             )

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sb3_vla.checkpoints.folders import read_json, read_weights, write_json
 from sb3_vla.checkpoints.tokenizer_files import TOKENIZER, beginning_with, lerobot_step, write_tokenizer
+from sb3_vla.errors import InputError, NotThereError
 from sb3_vla.models import Pi0, Pi05
 from sb3_vla.models.normalisation import STATISTICS
 from sb3_vla.models.pi0 import PALIGEMMA
@@ -30,10 +31,10 @@ def read(folder: Path, config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[
     :raises ValueError: for what this package cannot do, such as relative actions.
     """
     if config.get("use_relative_actions"):
-        raise ValueError(f"{folder} predicts relative actions (use_relative_actions); MetaWorld's are the model's own")
+        raise InputError(f"{folder} predicts relative actions (use_relative_actions); MetaWorld's are the model's own")
     periods = config.get("min_period", 4e-3), config.get("max_period", 4.0)
     if periods != (4e-3, 4.0):
-        raise ValueError(f"{folder} embeds time with periods of {periods}; only (0.004, 4.0) is known")
+        raise InputError(f"{folder} embeds time with periods of {periods}; only (0.004, 4.0) is known")
     options: dict[str, Any] = {"convention": "lerobot"}
     named = {"action_horizon": "chunk_size", "prompt_tokens": "tokenizer_max_length"}
     options |= {ours: config[theirs] for ours, theirs in named.items() if theirs in config}
@@ -58,7 +59,7 @@ def read(folder: Path, config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[
     for name in _FEATURES:
         scheme = norm_map.get(name.upper(), "IDENTITY")
         if scheme not in _SCHEMES:
-            raise ValueError(f"{folder} normalises the {name} by {scheme!r}; known: {', '.join(_SCHEMES)}")
+            raise InputError(f"{folder} normalises the {name} by {scheme!r}; known: {', '.join(_SCHEMES)}")
         options[f"{name}_scheme"] = _SCHEMES[scheme]
     statistics = _statistics(folder, normaliser)
     unnormaliser = _step(folder, _steps(folder, _POSTPROCESSOR), "unnormalizer_processor")
@@ -179,7 +180,7 @@ def _step(folder: Path, steps: list[dict[str, Any]], name: str) -> dict[str, Any
     for step in steps:
         if step.get("registry_name") == name:
             return step
-    raise ValueError(f"{folder} has processors without {name}: {[step.get('registry_name') for step in steps]}")
+    raise InputError(f"{folder} has processors without {name}: {[step.get('registry_name') for step in steps]}")
 
 
 def _statistics(folder: Path, step: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -188,7 +189,7 @@ def _statistics(folder: Path, step: Mapping[str, Any]) -> dict[str, Tensor]:
         return {}
     path = folder / step["state_file"]
     if not path.is_file():
-        raise FileNotFoundError(f"{folder} lacks {step['state_file']}, the statistics of its {step['registry_name']}")
+        raise NotThereError(f"{folder} lacks {step['state_file']}, the statistics of its {step['registry_name']}")
     tensors = read_weights([path])
     return {
         f"{ours}_{key}": tensors[f"{feature}.{key}"].float().flatten()

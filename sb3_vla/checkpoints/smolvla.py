@@ -20,6 +20,7 @@ from sb3_vla.checkpoints.layout import load_weights, read_json, read_tensors, re
 from sb3_vla.checkpoints.native import ENVIRONMENT_DIM, NORMALISED, LoadedCheckpoint, whole_checkpoint
 from sb3_vla.checkpoints.shards import read_weights, write_weights
 from sb3_vla.checkpoints.tokenizer_files import TOKENIZER, find_tokenizer, lerobot_step, write_tokenizer
+from sb3_vla.errors import InputError
 from sb3_vla.models.lora import merged_state
 from sb3_vla.models.smolvla import SPECIAL_TOKENS, SmolVLA
 from sb3_vla.models.tokenizing import byte_tokenizer
@@ -79,7 +80,7 @@ def load_smolvla(
     folder = local_path(folder)
     config = read_json(folder, "config.json", "the policy's configuration")
     if config.get("type") != "smolvla":
-        raise ValueError(f"{folder} is a policy of type {config.get('type')!r}; expected 'smolvla'")
+        raise InputError(f"{folder} is a policy of type {config.get('type')!r}; expected 'smolvla'")
     _check_supported(config, folder)
     # A compiled model's files have the compiler's wrapper in their names.
     weights = {key.replace("._orig_mod.", "."): value for key, value in read_weights(folder).items()}
@@ -87,7 +88,7 @@ def load_smolvla(
     try:
         options = _options(config, weights, folder)
     except (KeyError, TypeError, IndexError) as error:
-        raise ValueError(f"{folder / 'config.json'} is no complete SmolVLA configuration: {error!r}") from error
+        raise InputError(f"{folder / 'config.json'} is no complete SmolVLA configuration: {error!r}") from error
     options["tokenizer"] = _tokenizer(config, folder, tokenizer)
     if base:
         options |= {"action_dim": ENVIRONMENT_DIM, "state_dim": ENVIRONMENT_DIM}
@@ -201,7 +202,7 @@ def _shift_positions(model: SmolVLA) -> None:
     """Give each patch the position of the one above and to the left of it; the first row's and column's stay there."""
     side, own = model.sizes.image_size, model.resolution[0]
     if own != side:
-        raise ValueError(f"shifted_positions=True is for pictures of the vision tower's size {side}; these are {own}")
+        raise InputError(f"shifted_positions=True is for pictures of the vision tower's size {side}; these are {own}")
     table = model.vision_model.get_parameter("embeddings.position_embedding.weight").data
     before = (torch.arange(math.isqrt(len(table))) - 1).clamp(min=0)
     table.copy_(table.unflatten(0, (len(before), -1))[before][:, before].flatten(0, 1))
@@ -220,7 +221,7 @@ def _check_supported(config: Mapping[str, Any], folder: Path) -> None:
     }
     for name, (wanted, found) in expected.items():
         if found != wanted:
-            raise ValueError(f"{folder} has {name}={found!r}; this SmolVLA has {wanted!r} alone")
+            raise InputError(f"{folder} has {name}={found!r}; this SmolVLA has {wanted!r} alone")
 
 
 def _options(config: Mapping[str, Any], weights: Mapping[str, Tensor], folder: Path) -> dict[str, Any]:
@@ -229,7 +230,7 @@ def _options(config: Mapping[str, Any], weights: Mapping[str, Tensor], folder: P
     kinds = {name: feature["type"] for name, feature in features.items()}
     pictures = [name for name, kind in kinds.items() if kind == "VISUAL" and "empty_camera" not in name]
     if not pictures or kinds.get(_STATE) != "STATE" or kinds.get(_ACTION) != "ACTION":
-        raise ValueError(f"{folder} has the features {', '.join(kinds)}; expected a camera, {_STATE} and {_ACTION}")
+        raise InputError(f"{folder} has the features {', '.join(kinds)}; expected a camera, {_STATE} and {_ACTION}")
     others = sum(kind == "VISUAL" for kind in kinds.values()) - 1
     height, width = features[pictures[0]]["shape"][1:]
     resolution = config.get("resize_imgs_with_padding", (512, 512))
@@ -269,7 +270,7 @@ def _vlm_of(name: str, folder: Path) -> str | dict[str, Any]:
         config = AutoConfig.from_pretrained(inside if inside.is_dir() else name)
         text, vision = config.text_config, config.vision_config
     except (OSError, ValueError, AttributeError) as error:
-        raise ValueError(
+        raise InputError(
             f"{folder} needs the configuration of its vision-language model {name!r}, which is no folder in it, none "
             f"of {', '.join(VLM_NAMES.values())}, and not found on the hub. Put its config.json into {inside}"
         ) from error
@@ -365,7 +366,7 @@ def _statistics(config: Mapping[str, Any], buffers: Mapping[str, Tensor], folder
         ):
             step = _step(folder, file, kind)
             if "state_file" not in step:
-                raise ValueError(f"{folder / file} names no file with the statistics of {feature}; copy it again")
+                raise InputError(f"{folder / file} names no file with the statistics of {feature}; copy it again")
             tensors = read_tensors(folder, step["state_file"], f"the statistics of {feature}")
             for moment in ("mean", "std"):
                 if f"{feature}.{moment}" in tensors:
@@ -373,7 +374,7 @@ def _statistics(config: Mapping[str, Any], buffers: Mapping[str, Tensor], folder
     # LeRobot marks what was never set with infinities.
     lacking = [name for name in _STATISTICS if name not in found or not torch.isfinite(found[name]).all()]
     if lacking:
-        raise ValueError(
+        raise InputError(
             f"{folder} lacks the statistics {', '.join(lacking)}, or holds several that differ. Copy the files again, "
             "or imitate first: a base model has none, and is read with model_kwargs={base: true}"
         )
@@ -386,7 +387,7 @@ def _step(folder: Path, file: str, kind: str) -> dict[str, Any]:
     for step in read_json(folder, file, "the steps around the policy").get("steps", []):
         if step.get("registry_name") == kind:
             return step
-    raise ValueError(f"{folder / file} has no step {kind!r}; copy it again")
+    raise InputError(f"{folder / file} has no step {kind!r}; copy it again")
 
 
 def _our_name(key: str) -> str:

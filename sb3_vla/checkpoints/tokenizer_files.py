@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sb3_vla.checkpoints.layout import write_json
+from sb3_vla.errors import NotThereError
 from sb3_vla.paths import local_path
 
 #: subfolder of a checkpoint with a copy of its tokenizer
@@ -86,7 +87,7 @@ def find_tokenizer(folder: Path, places: Sequence[str], given: str | Path | None
         path = local_path(given)
         path = path / "tokenizer.json" if path.is_dir() else path
         if not path.is_file():
-            raise FileNotFoundError(f"There is no tokenizer {path}; expected a tokenizer.json, or a folder with one")
+            raise NotThereError(f"There is no tokenizer {path}; expected a tokenizer.json, or a folder with one")
         return path.read_text(encoding="utf-8")
     for place in places:
         path = folder / place / "tokenizer.json"
@@ -99,7 +100,7 @@ def find_tokenizer(folder: Path, places: Sequence[str], given: str | Path | None
             return Path(hf_hub_download(place, "tokenizer.json")).read_text(encoding="utf-8")
         except (OSError, ValueError):  # no such name there, or no network
             continue
-    raise FileNotFoundError(
+    raise NotThereError(
         f"Checkpoint {folder} has no tokenizer: no tokenizer.json in {' or '.join(place or '.' for place in places)}, "
         "there or on the hub. Put the one of its language model there, or read the checkpoint with tokenizer=<path>"
     )

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sb3_vla.checkpoints.layout import apart
-from sb3_vla.errors import DamagedError
+from sb3_vla.errors import DamagedError, InputError
 from sb3_vla.frozen import Unfrozen
 from sb3_vla.sharding import load_optimizer_state
 
@@ -63,7 +63,7 @@ def load_training_state(
     """
     contents = _read_values(folder)
     if "generators" not in contents:
-        raise ValueError(f"{folder} is of an earlier version, which kept less; start the training anew")
+        raise InputError(f"{folder} is of an earlier version, which kept less; start the training anew")
     with _damage_told(folder / _TENSORS):
         tensors = load_file(folder / _TENSORS)
     torch.set_rng_state(tensors.pop("torch_rng"))
@@ -80,12 +80,12 @@ def load_training_state(
         elif owner in weights:
             weights[owner][rest] = tensor
         else:
-            raise ValueError(f"{folder} holds the state of {owner!r}; expected {', '.join(modules)}")
+            raise InputError(f"{folder} holds the state of {owner!r}; expected {', '.join(modules)}")
     for name, module in modules.items():
         try:
             module.load_state_dict(weights[name])
         except RuntimeError as error:
-            raise ValueError(f"{folder} does not hold the state of this {name}: {error}") from error
+            raise InputError(f"{folder} does not hold the state of this {name}: {error}") from error
     trained: Any = next(iter(modules.values()))
     load_optimizer_state(optimizer, trained, optimizer_state)
     np.random.set_state(contents["generators"]["numpy"])
@@ -108,7 +108,7 @@ def _read_values(folder: Path) -> dict[str, Any]:
     with _damage_told(folder / _VALUES):
         contents = json.loads((folder / _VALUES).read_text(encoding="utf-8"))
         if not isinstance(contents, dict):
-            raise ValueError(f"it holds {type(contents).__name__}, expected an object")
+            raise InputError(f"it holds {type(contents).__name__}, expected an object")
     return contents
 
 

@@ -19,6 +19,7 @@ from sb3_vla.distributions.base import (
     start_of_mode,
     time_grid,
 )
+from sb3_vla.errors import InputError
 from sb3_vla.models.base import Context, VLAModel
 
 
@@ -147,9 +148,9 @@ class FlowChain(DenoisingChain):
         super().__init__(action_chunk, denoising_steps, joint, fixed_start)
         if not (0 < noise_level <= self.greatest_noise and math.isfinite(noise_level)):
             most = "" if self.greatest_noise == math.inf else f" and at most {self.greatest_noise:g}"
-            raise ValueError(f"noise_level={noise_level!r}; expected above 0{most}")
+            raise InputError(f"noise_level={noise_level!r}; expected above 0{most}")
         if denoising_steps < self.least_steps:
-            raise ValueError(f"denoising_steps={denoising_steps}; {type(self).__name__} needs {self.least_steps}")
+            raise InputError(f"denoising_steps={denoising_steps}; {type(self).__name__} needs {self.least_steps}")
         self.noise_level = noise_level
 
     def kernel(self, model: VLAModel, context: Context, x: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:

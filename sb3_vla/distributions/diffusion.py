@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sb3_vla.distributions.chain import DenoisingChain
+from sb3_vla.errors import InputError
 from sb3_vla.models.base import Context, VLAModel
 from sb3_vla.models.lora import adapted_layers
 
@@ -52,13 +53,13 @@ class DDIM(DenoisingChain):
     ) -> None:
         super().__init__(action_chunk, denoising_steps, joint)
         if not 0 <= eta <= 1:
-            raise ValueError(f"eta={eta!r}; expected between 0 and 1")
+            raise InputError(f"eta={eta!r}; expected between 0 and 1")
         if not (math.isfinite(min_std) and min_std > 0):
-            raise ValueError(f"min_std={min_std!r}; expected a positive number: a step without noise has no likelihood")
+            raise InputError(f"min_std={min_std!r}; expected a positive number: a step without noise has no likelihood")
         if clip_sample is not None and not clip_sample > 0:
-            raise ValueError(f"clip_sample={clip_sample!r}; expected a positive number or None")
+            raise InputError(f"clip_sample={clip_sample!r}; expected a positive number or None")
         if trained_steps is not None and not 1 <= trained_steps <= denoising_steps:
-            raise ValueError(f"trained_steps={trained_steps}; expected 1 to denoising_steps={denoising_steps}")
+            raise InputError(f"trained_steps={trained_steps}; expected 1 to denoising_steps={denoising_steps}")
         self.eta = eta
         self.min_std = min_std
         self.clip_sample = clip_sample
@@ -74,7 +75,7 @@ class DDIM(DenoisingChain):
         """
         chain = cls(action_chunk, **options)
         if chain.denoising_steps > len(model.alphas_cumprod):
-            raise ValueError(
+            raise InputError(
                 f"denoising_steps={chain.denoising_steps}; the model was trained on {len(model.alphas_cumprod)}"
             )
         if chain.trained_steps < chain.denoising_steps:
@@ -98,7 +99,7 @@ class DDIM(DenoisingChain):
     def check_trainable(self, model: VLAModel) -> None:
         """See :meth:`ActionDistribution.check_trainable`."""
         if self.pretrained is not None and any(parameter.requires_grad for parameter in model.backbone()):
-            raise ValueError(
+            raise InputError(
                 f"trained_steps={self.trained_steps} of {self.denoising_steps} leaves the first steps as they are, so "
                 'what they perceive must stay too; use policy_kwargs=dict(trainable="expert")'
             )

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from sb3_vla.errors import InputError
 from sb3_vla.models.base import PERCEPTION, Context, VLAModel
 
 
@@ -55,11 +56,11 @@ class CompactVLA(VLAModel):
             "channels": list(channels),
         }
         if image_size < 32 or image_size % 16:
-            raise ValueError(f"CompactVLA image_size={image_size}; expected a multiple of 16, at least 32")
+            raise InputError(f"CompactVLA image_size={image_size}; expected a multiple of 16, at least 32")
         if len(channels) != 3 or any(c < 8 or c % 8 for c in channels):
-            raise ValueError(f"CompactVLA channels={channels!r}; expected three multiples of 8")
+            raise InputError(f"CompactVLA channels={channels!r}; expected three multiples of 8")
         if width < 64 or width % 64:
-            raise ValueError(f"CompactVLA width={width}; expected a multiple of 64, at least 64")
+            raise InputError(f"CompactVLA width={width}; expected a multiple of 64, at least 64")
         self.image_size = (image_size, image_size)
         self.register_buffer("state_mean", torch.zeros(state_dim))
         self.register_buffer("state_std", torch.ones(state_dim))

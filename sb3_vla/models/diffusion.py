@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from mw_envs.tasks import did_you_mean
 from sb3_vla import noise as draw
+from sb3_vla.errors import InputError
 from sb3_vla.models.base import VLAModel
 from sb3_vla.models.normalisation import normalise, unnormalise
 
@@ -53,10 +54,10 @@ class DiffusionModel(VLAModel):
     ) -> None:
         super().__init__(action_dim, action_horizon)
         if prediction not in DIFFUSION_PREDICTIONS:
-            raise ValueError(f"Unknown prediction={prediction!r}; {did_you_mean(prediction, DIFFUSION_PREDICTIONS)}")
+            raise InputError(f"Unknown prediction={prediction!r}; {did_you_mean(prediction, DIFFUSION_PREDICTIONS)}")
         for kind in normalisation.values():
             if kind not in NORMALISATIONS:
-                raise ValueError(f"Unknown normalisation {kind!r}; {did_you_mean(kind, NORMALISATIONS)}")
+                raise InputError(f"Unknown normalisation {kind!r}; {did_you_mean(kind, NORMALISATIONS)}")
         self.prediction = prediction
         self.normalisation = normalisation
         self.mask_padding = mask_padding
@@ -136,7 +137,7 @@ def noise_schedule(schedule: str, timesteps: int) -> Tensor:
     :raises ValueError: for an unknown schedule.
     """
     if schedule not in SCHEDULES:
-        raise ValueError(f"Unknown schedule={schedule!r}; {did_you_mean(schedule, SCHEDULES)}")
+        raise InputError(f"Unknown schedule={schedule!r}; {did_you_mean(schedule, SCHEDULES)}")
     if schedule == "linear":
         betas = torch.linspace(1e-4, 0.02, timesteps)
     else:
@@ -173,7 +174,7 @@ class ConditionalUnet1d(nn.Module):
         super().__init__()
         for dim in down_dims:
             if dim % groups:
-                raise ValueError(f"down_dims={tuple(down_dims)}; expected multiples of groups={groups}")
+                raise InputError(f"down_dims={tuple(down_dims)}; expected multiples of groups={groups}")
         self.step_dim = step_dim
         self.sinusoid = sinusoid or step_sinusoid
         self.diffusion_step_encoder = nn.Sequential(
@@ -272,7 +273,7 @@ def check_horizon(horizon: int, down_dims: Sequence[int]) -> None:
     """:raises ValueError: for a chunk that the U-Net's levels cannot halve and double again."""
     step = 2 ** (len(down_dims) - 1)
     if horizon < step or horizon % step:
-        raise ValueError(
+        raise InputError(
             f"action_horizon={horizon} with {len(down_dims)} levels in down_dims; expected a multiple of {step}, such "
             f"as {max(1, math.ceil(horizon / step)) * step}. The environment's action_chunk may be shorter"
         )

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from sb3_vla.errors import NotThereError
 from sb3_vla.paths import local_path
 
 BOS = 2
@@ -111,14 +112,14 @@ def tokenizer_file(source: str) -> Path:
         "or a hub repository such as google/paligemma-3b-pt-224 (gated: accept its licence and log in first)"
     )
     if path.is_dir() or not is_hub_name(source):
-        raise FileNotFoundError(f"No PaliGemma tokenizer at {source!r}. {advice}")
+        raise NotThereError(f"No PaliGemma tokenizer at {source!r}. {advice}")
     from huggingface_hub import hf_hub_download  # a heavy import, needed by few
 
     repository, _, revision = source.partition("@")
     try:
         return Path(hf_hub_download(repository, "tokenizer.json", revision=revision or None))
     except Exception as error:  # gated, offline, unknown: all mean that there is no tokenizer
-        raise FileNotFoundError(f"No PaliGemma tokenizer at {source!r}: {error}. {advice}") from error
+        raise NotThereError(f"No PaliGemma tokenizer at {source!r}: {error}. {advice}") from error
 
 
 def _load(source: str) -> Callable[[str], list[int]]:
@@ -127,7 +128,7 @@ def _load(source: str) -> Callable[[str], list[int]]:
         try:
             from sentencepiece import SentencePieceProcessor
         except ImportError as error:
-            raise FileNotFoundError(
+            raise NotThereError(
                 f"{path} is a SentencePiece model, which needs `pip install sentencepiece`; "
                 "or give tokenizer=FOLDER with tokenizer.json"
             ) from error

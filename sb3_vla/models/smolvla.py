@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sb3_vla import noise as draw
+from sb3_vla.errors import InputError
 from sb3_vla.models.base import PERCEPTION, Context, VLAModel, sizes_of
 from sb3_vla.models.compact import time_embedding
 from sb3_vla.models.tokenizing import InstructionTokenizer, byte_tokenizer
@@ -77,7 +78,7 @@ class VLMSizes:
 
     def __post_init__(self) -> None:
         if self.heads % self.kv_heads or self.vision_width % self.vision_heads:
-            raise ValueError(
+            raise InputError(
                 f"VLM heads={self.heads}, kv_heads={self.kv_heads}, vision_width={self.vision_width}, "
                 f"vision_heads={self.vision_heads}; the second must divide the first, the fourth the third"
             )
@@ -178,15 +179,15 @@ class SmolVLA(VLAModel):
         }
         for name, value, options in (("kept", kept, KEPT), ("precision", precision, PRECISIONS)):
             if value not in options:
-                raise ValueError(f"SmolVLA {name}={value!r}; expected {' or '.join(options)}")
+                raise InputError(f"SmolVLA {name}={value!r}; expected {' or '.join(options)}")
         if action_dim > latent_dim or state_dim > latent_state_dim:
-            raise ValueError(
+            raise InputError(
                 f"SmolVLA action_dim={action_dim}, state_dim={state_dim}; expected at most latent_dim={latent_dim} and "
                 f"latent_state_dim={latent_state_dim}"
             )
         side = self.resolution[0] // sizes.patch_size
         if len(self.resolution) != 2 or self.resolution[0] != self.resolution[1] or side < 1 or side % sizes.scale:
-            raise ValueError(
+            raise InputError(
                 f"SmolVLA resolution={self.resolution}; expected a square of patches of {sizes.patch_size}, their "
                 f"number along a side a multiple of {sizes.scale}"
             )
@@ -199,7 +200,7 @@ class SmolVLA(VLAModel):
             byte_tokenizer(SPECIAL_TOKENS) if tokenizer is None else tokenizer, "{}", max_tokens, line=True
         )
         if self.tokenizer.size > sizes.vocabulary:
-            raise ValueError(
+            raise InputError(
                 f"The tokenizer has {self.tokenizer.size} tokens, the model {sizes.vocabulary}; use the tokenizer that "
                 "the model was published with"
             )

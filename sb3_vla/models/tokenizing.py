@@ -11,6 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from mw_envs.tasks import decode_instruction
+from sb3_vla.errors import InputError
 
 
 class InstructionTokenizer:
@@ -33,7 +34,7 @@ class InstructionTokenizer:
         try:
             self._tokenizer = Tokenizer.from_str(text)
         except Exception as error:  # the library raises plain Exception
-            raise ValueError(f"tokenizer is not the contents of a tokenizer.json: {error}") from error
+            raise InputError(f"tokenizer is not the contents of a tokenizer.json: {error}") from error
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self.template, self.max_length, self.lower, self.line = template, max_length, lower, line
@@ -51,7 +52,7 @@ class InstructionTokenizer:
         """
         found = self._tokenizer.token_to_id(token)
         if found is None:
-            raise ValueError(f"The tokenizer has no token {token!r}; use the one that the model was published with")
+            raise InputError(f"The tokenizer has no token {token!r}; use the one that the model was published with")
         return found
 
     def _ids(self, row: np.ndarray) -> list[int]:
