@@ -25,7 +25,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from mw_envs.experts import ScriptedExpert
 from mw_envs.tasks import GOALS_PER_TASK, Trial, get_task, select_tasks
-from sb3_vla.errors import FailedError, InputError
+from sb3_vla.errors import FailedError, InputError, file_errors
 from sb3_vla.lerobot_writer import DemonstrationWriter, Episode, ImageStorage, encode_png
 from sb3_vla.paths import local_path
 from sb3_vla.vec_env import available_cores
@@ -209,7 +209,8 @@ def collect(
                 schedule.finish(outcome)
                 bar.update(shown, description=f"collecting {outcome.job.task}", advance=outcome.episode is not None)
             for episode in schedule.ready():
-                writer.add_episode(episode)
+                with file_errors("write", writer.root):
+                    writer.add_episode(episode)
     return CollectReport(local_path(root), schedule.reports, time.perf_counter() - begin)
 
 

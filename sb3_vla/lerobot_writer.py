@@ -35,7 +35,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from mw_envs.tasks import Trial, get_task
-from sb3_vla.errors import InputError, InTheWayError
+from sb3_vla.errors import InputError, InTheWayError, file_errors
 from sb3_vla.lerobot_reader import ACTION, ENVIRONMENT_STATE, IMAGE, STATE, VERSION, decode_picture
 from sb3_vla.paths import begin_folder, entries, finish_folder, local_path
 
@@ -314,8 +314,9 @@ class DemonstrationWriter:
         try:
             if not self._episodes:
                 raise InputError(f"No episode was added to the dataset {self.root}: a dataset needs at least one.")
-            self._close_files()
-            self._write_metadata()
+            with file_errors("write", self.root):
+                self._close_files()
+                self._write_metadata()
         except BaseException:
             self.abort()
             raise

@@ -342,18 +342,19 @@ def _hold(folder: Path) -> Callable[[], None]:
 
     :raises RunError: if it is another process's; the message says whose
     """
+    place = folder.resolve()  # a link may point to what is not there yet
     with file_errors("write", folder / ".lock"):
-        folder.mkdir(parents=True, exist_ok=True)
+        place.mkdir(parents=True, exist_ok=True)
         # One object a folder and process, which counts how often it is held.
-        lock = FileLock(folder.resolve() / ".lock", timeout=_PATIENCE_SECONDS, thread_local=False, is_singleton=True)
+        lock = FileLock(place / ".lock", timeout=_PATIENCE_SECONDS, thread_local=False, is_singleton=True)
         try:
             lock.acquire()
         except Timeout:
             raise RunError(
-                f"{folder} is in use by {_holder(folder)}; wait until it has ended, or give another run directory"
+                f"{folder} is in use by {_holder(place)}; wait until it has ended, or give another run directory"
             ) from None
     holder = {"process": os.getpid(), "host": platform.node(), "since": _now(), "command": sys.argv}
-    _write_atomically(folder / ".lock.json", json.dumps(holder) + "\n")
+    _write_atomically(place / ".lock.json", json.dumps(holder) + "\n")
     return lock.release
 
 

@@ -398,6 +398,15 @@ def test_a_configuration_of_something_else_is_not_overwritten(tmp_path: Path, mo
     assert "notes" in os.listdir()
 
 
+def test_a_link_to_a_directory_that_is_yet_to_be_made(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "big disk" / "run")
+    for _ in range(2):
+        with RunDirectory(tmp_path / "link", {}) as run:
+            write_checkpoint(run, "ppo", 1)
+    assert names(tmp_path / "big disk" / "run") == ["checkpoints", "config.yaml", "versions.json"]
+    assert (tmp_path / "link").is_symlink()
+
+
 def test_the_traceback_of_an_error_that_nobody_expected_is_kept(run: RunDirectory) -> None:
     def fail(error: BaseException) -> None:
         with RunDirectory(run.path, {}):
