@@ -436,9 +436,6 @@ class VLAPolicy(BasePolicy):
         :raises ValueError: for what does not fit the observation space, see :func:`fitted`; or for what is no dict.
         """
         if isinstance(observation, Mapping):
-            if "instruction" in observation:
-                (length,) = self.observation_space["instruction"].shape  # type: ignore[index]
-                observation = {**observation, "instruction": fit_instruction(observation["instruction"], length)}
             observation = fitted(observation, self.observation_space)  # type: ignore[arg-type]
         elif not isinstance(observation, tuple):  # for which Stable-Baselines3 has a message
             raise InputError(
@@ -527,7 +524,8 @@ class ValueHead(nn.Module):
 def fitted(observation: Mapping[str, Any], space: spaces.Dict) -> dict[str, np.ndarray]:
     """What a policy reads of an observation, in the types of its space and with the space's order of a picture's axes.
 
-    Other integers and other floats are converted, and integers to floats.
+    Other integers and other floats are converted, and integers to floats. An instruction in bytes may have any number
+    of zeros at its end.
 
     :param observation: arrays of the space's shapes; or batches, which all have the same further axis in front. What
         only a critic reads may be missing, and what nobody reads is left out.
@@ -553,6 +551,8 @@ def _fitted(key: str, array: np.ndarray, space: spaces.Space) -> np.ndarray:
         # As it is, (H, W, C) as (C, H, W), or the other way round.
         orders = [np.moveaxis(array, axes, (-3, -2, -1)) for axes in ((-3, -2, -1), (-1, -3, -2), (-2, -1, -3))]
         array = next((turned for turned in orders if turned.shape[-3:] == space.shape), array)
+    if key == "instruction" and array.dtype == np.uint8 and array.ndim in (1, 2):
+        array = fit_instruction(array, space.shape[0])
     if array.shape not in (space.shape, array.shape[:1] + space.shape):
         raise InputError(f"{where} has shape {array.shape}; expected {space.shape}, or a batch of such{_HINTS[key]}")
     if array.dtype.kind not in ("iu" if whole else "iuf"):

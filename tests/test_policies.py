@@ -554,7 +554,6 @@ CHANGES: dict[str, tuple[Callable[[dict[str, np.ndarray]], Any], str]] = {
         lambda o: {**o, "instruction": "reach"},
         r"instruction has shape \(\); expected \(64,\).*encode_instruction",
     ),
-    "short": (lambda o: {**o, "instruction": o["instruction"][..., :9]}, r"instruction has shape \(.*9.*\(64,\)"),
     "float words": (
         lambda o: {**o, "instruction": o["instruction"] / 1},
         "instruction has type float64; expected uint8",

@@ -63,6 +63,8 @@ OTHERS: dict[str, Any] = {
     "env.eval.tasks": ["reach-v3"],
     "actor.model.model_type": "smolvla",
     "actor.model.model_kwargs": {"image_size": 64},
+    "actor.model.crop": "workspace",
+    "actor.model.camera": "corner",
     "actor.model.lora": {"rank": 4},
     "actor.model.noise_kwargs": {"std": 0.7},
     "actor.model.compile": {"mode": "reduce-overhead"},
@@ -156,6 +158,8 @@ def expected_keys(context: str) -> set[str]:
     learning |= {"actor.model.cache_perception"}
     learning |= {f"runner.logger.{name}" for name in ("project_name", "logger_backends", "mode")}
     learning |= {"actor.model.privileged_critic", "actor.global_batch_size", "actor.micro_batch_size"}
+    of_a_checkpoint = {"actor.model.crop", "actor.model.camera"}
+    learning |= of_a_checkpoint
     learning |= {
         "runner.keep_checkpoints",
         "actor.sharding",
@@ -174,8 +178,8 @@ def expected_keys(context: str) -> set[str]:
         "env.train.ignore_terminations",
     }
     return {
-        "ppo": keys - of_grpo - of_others,
-        "grpo": keys - of_gae - of_others - {"env.train.dense_reward"},
+        "ppo": keys - of_grpo - of_a_checkpoint - of_others,
+        "grpo": keys - of_gae - of_a_checkpoint - of_others - {"env.train.dense_reward"},
         "sft": (keys - learning - of_others) | both,
         "sft of a checkpoint": (keys - learning - by_experts - {"env.train.num_workers", "env.train.renderer"}) | both,
         "ppo of a checkpoint": keys - of_grpo - data - sft - {"algorithm.rehearsal_batch_size"},
