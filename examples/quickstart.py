@@ -142,7 +142,9 @@ def quickstart(run: RunDirectory, config: QuickstartConfig, console: Console) ->
     console.rule("2  imitation")
     demonstrations = None
     start = {"checkpoint": checkpoint_identity(config.sft.checkpoint), **deciding_options(config.sft.model_kwargs)}
-    with run.stage("sft", {"sft": deciding_settings(config.sft), "start": start}, after=["collect"], outputs=["sft"]) as stage:
+    with run.stage(
+        "sft", {"sft": deciding_settings(config.sft), "start": start}, after=["collect"], outputs=["sft"]
+    ) as stage:
         if not stage.done:
             demonstrations = Demonstrations.load(run.path / "demonstrations")
             result = sft(
