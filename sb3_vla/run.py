@@ -351,7 +351,7 @@ def _hold(folder: Path) -> Callable[[], None]:
             lock.acquire()
         except Timeout:
             raise RunError(
-                f"{folder} is in use by {_holder(place)}; wait until it has ended, or give another run directory"
+                f"{folder} is in use by {_holder(place)}; wait until it has ended, or choose another directory"
             ) from None
     holder = {"process": os.getpid(), "host": platform.node(), "since": _now(), "command": sys.argv}
     _write_atomically(place / ".lock.json", json.dumps(holder) + "\n")
