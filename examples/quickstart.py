@@ -23,7 +23,7 @@ from mw_envs import suite_tasks
 from sb3_vla.checkpoints.training_state import check_training_state
 from sb3_vla.collecting import collect
 from sb3_vla.command import run_command
-from sb3_vla.config import deciding, load_config
+from sb3_vla.config import deciding_settings, load_config
 from sb3_vla.demonstrations import Demonstrations
 from sb3_vla.evaluation import Comparison, EvaluationResult, VideoOptions, compare, evaluate, find_protocol
 from sb3_vla.figures import before_after_bars, learning_curve
@@ -142,7 +142,9 @@ def quickstart(run: RunDirectory, config: QuickstartConfig, console: Console) ->
     console.rule("2  imitation")
     demonstrations = None
     start = {"checkpoint": checkpoint_identity(config.sft.checkpoint), **deciding_options(config.sft.model_kwargs)}
-    with run.stage("sft", {"sft": deciding(config.sft), "start": start}, after=["collect"], outputs=["sft"]) as stage:
+    with run.stage(
+        "sft", {"sft": deciding_settings(config.sft), "start": start}, after=["collect"], outputs=["sft"]
+    ) as stage:
         if not stage.done:
             demonstrations = Demonstrations.load(run.path / "demonstrations")
             result = sft(
@@ -206,7 +208,7 @@ def quickstart(run: RunDirectory, config: QuickstartConfig, console: Console) ->
             measure("before", run.path / "sft", config.evaluation.test_trials, TEST_SEED, filmed=True)
 
     console.rule(f"5  PPO on {len(tasks)} tasks")
-    inputs = {"ppo": deciding(config.ppo), "tasks": tasks + solved}
+    inputs = {"ppo": deciding_settings(config.ppo), "tasks": tasks + solved}
     length = config.ppo.total_decisions
     with run.stage("ppo", inputs, length=length, after=["choose"], outputs=["ppo"]) as stage:
         if not stage.done:

@@ -67,8 +67,8 @@ def _register() -> None:
 
 def _is_doctor() -> bool:
     """Whether this process is ``sb3-vla doctor`` or ``python -m sb3_vla doctor``, as it was started."""
-    words = sys.orig_argv[1:]
-    return words[:3] == ["-m", "sb3_vla", "doctor"] or [Path(w).name for w in words[:2]] == ["sb3-vla", "doctor"]
+    # What was started stands before its arguments, and behind Python's own options.
+    return sys.argv[1:2] == ["doctor"] and Path(sys.orig_argv[-len(sys.argv)]).name in ("sb3-vla", "sb3_vla")
 
 
 # The doctor is asked why what this imports fails, hangs or crashes.

@@ -223,30 +223,37 @@ def run_sft(command: SFTCommand, console: Console) -> None:
     }
     # Until the result is there, what a second start goes on from after an interrupt.
     unfinished = hidden_beside(output, "unfinished")
-    made = read_json(output / "config.json").get("notes", {}).get("sft", {}).get("inputs")
-    if made == fingerprint_of(inputs):
-        current_ranks().first_does(lambda: shutil.rmtree(unfinished, ignore_errors=True))  # of a kill at the very end
-        console.print(f"{output} is complete; to repeat it choose another output", highlight=False)
-        return
-    if (output / "config.json").exists() and not command.overwrite:
-        raise InTheWayError(
-            f"{output} holds a checkpoint that was made with other settings; choose another output, or give "
-            "overwrite=true to replace it"
-        )
-    with SharedRun(unfinished, command) as run:
-        data = Demonstrations.load(command.data, **load)
-        data.camera = view_of_data(command.data, data.camera, view)
-        with run.stage("sft", inputs) as stage:
-            result = sft(
-                data,
-                command.sft,
-                output=output,
-                save_state=lambda step: run.checkpoint("sft", step),
-                resume_from=run.latest_checkpoint("sft", check_training_state) if stage.resumed else None,
-                notes={"inputs": fingerprint_of(inputs)},
+    fingerprint = fingerprint_of(inputs)
+
+    def made() -> bool:
+        found = read_json(output / "config.json").get("notes", {}).get("sft", {}).get("inputs")
+        if (output / "config.json").exists() and found != fingerprint and not command.overwrite:
+            raise InTheWayError(
+                f"{output} holds a checkpoint that was made with other settings; choose another output, or give "
+                "overwrite=true to replace it"
             )
-        run.ranks.first_does(lambda: shutil.rmtree(run.path))
-    console.print(f"{output}: {result.seconds:.0f} s, loss {result.history[-1]['train_loss']:.3f}", highlight=False)
+        return found == fingerprint
+
+    result = None
+    if not made() or unfinished.exists():
+        with SharedRun(unfinished, command) as run:
+            if not made():  # asked again: another process may have had the folder until now
+                data = Demonstrations.load(command.data, **load)
+                data.camera = view_of_data(command.data, data.camera, view)
+                with run.stage("sft", inputs) as stage:
+                    result = sft(
+                        data,
+                        command.sft,
+                        output=output,
+                        save_state=lambda step: run.checkpoint("sft", step),
+                        resume_from=run.latest_checkpoint("sft", check_training_state) if stage.resumed else None,
+                        notes={"inputs": fingerprint},
+                    )
+            run.ranks.first_does(lambda: shutil.rmtree(run.path))
+    if result is None:
+        console.print(f"{output} is complete; to repeat it choose another output", highlight=False)
+    else:
+        console.print(f"{output}: {result.seconds:.0f} s, loss {result.history[-1]['train_loss']:.3f}", highlight=False)
 
 
 def run_train(command: TrainCommand, console: Console) -> None:
@@ -269,6 +276,7 @@ def run_train(command: TrainCommand, console: Console) -> None:
         "options": deciding_options(command.model_kwargs),
         "checkpoint": checkpoint_identity(command.checkpoint),
         "data": data_identity(command.data),
+        "view": view,
     }
     with (
         SharedRun(command.run, command) as run,

@@ -24,8 +24,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from sb3_vla.errors import InputError
-
 GIB = 1024**3
 # What the quickstart takes: its learner with the demonstrations, and each worker process with ten scenes (measured: 1.1
 # GiB before the first update, 0.6 GiB); what it writes, with the caches beside it.
@@ -490,10 +488,10 @@ def _probe(name: str, timeout: float = 600) -> dict[str, Any]:
         return {"error": f"no answer within {timeout:.0f} s"}
     try:
         answer = json.loads(done.stdout.splitlines()[-1])
-        if not isinstance(answer, dict):
-            raise InputError(answer)
-        return answer
     except (IndexError, ValueError):
-        if done.returncode < 0:
-            return {"error": f"it crashed with {signal.Signals(-done.returncode).name}"}
-        return {"error": f"it ended with status {done.returncode}: {''.join(done.stderr.splitlines()[-1:])}"}
+        answer = None
+    if isinstance(answer, dict):
+        return answer
+    if done.returncode < 0:
+        return {"error": f"it crashed with {signal.Signals(-done.returncode).name}"}
+    return {"error": f"it ended with status {done.returncode}: {''.join(done.stderr.splitlines()[-1:])}"}

@@ -259,15 +259,15 @@ class EvaluationResult(_Report):
 
         :param path: the file
         :return: an equal result
-        :raises FileNotFoundError: if there is no such file
-        :raises ValueError: if the file is not one
         :raises FileNotFoundError: if it is not there, or a folder
+        :raises ValueError: if the file is not one
         """
-        if not Path(path).is_file():
-            found = "is a folder" if Path(path).is_dir() else "does not exist"
+        path = local_path(path)
+        if not path.is_file():
+            found = "is a folder" if path.is_dir() else "does not exist"
             raise NotThereError(f"{path} {found}; expected the JSON file that `sb3-vla eval output=...` wrote")
         try:
-            stored = json.loads(local_path(path).read_text(encoding="utf-8"))
+            stored = json.loads(path.read_text(encoding="utf-8"))
             if stored["format"] != _FORMAT:
                 raise InputError(f"its format is {stored['format']!r}")
             trials = tuple(
@@ -276,8 +276,6 @@ class EvaluationResult(_Report):
             )
             protocol = Protocol(**stored["protocol"])
             return cls(protocol, trials, stored["versions"], stored["env_kwargs"], stored["deterministic"])
-        except FileNotFoundError as error:
-            raise NotThereError(f"There is no result {path}; expected a JSON file that sb3-vla eval wrote") from error
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{path} is not a file of the format {_FORMAT!r}: {error!r}.") from error
 

@@ -157,7 +157,8 @@ class RunDirectory:
 
         It is complete when the block ends without an exception. With other inputs it starts afresh: the earlier
         checkpoints are renamed to ``checkpoints/<name>.replaced-<n>``, outputs and metrics go to
-        ``replaced/<name>-<n>``.
+        ``replaced/<name>-<n>``. They come back if the block raises before it has made anything, as for a setting that
+        nobody knows, and the stage is what it was.
 
         :param inputs: whatever decides the result, and only that; JSON types and dataclasses
         :param length: how far the stage goes, of one that can go on from its last checkpoint: with a greater one it
@@ -185,11 +186,17 @@ class RunDirectory:
                 return
             if not same and self._goes_further(name, length, before):
                 same = _canonical({part: before[part] for part in basis}) == canonical
-            if not same:
-                self._set_aside(name, outputs, _differences(before, marker))
+            put_back = (lambda: None) if same else self._set_aside(name, outputs, _differences(before, marker))
+            found = self._left(name, outputs), self.latest_checkpoint(name)
             self.write_json(f"stages/{name}.json", {"complete": False, **marker})
             start = time.monotonic()
-            yield Stage(done=False, resumed=same)
+            try:
+                yield Stage(done=False, resumed=same)
+            except BaseException:
+                if before and found == (self._left(name, outputs), self.latest_checkpoint(name)):
+                    put_back()
+                    self.write_json(f"stages/{name}.json", before)
+                raise
             if self._missing(outputs):
                 raise RunError(f"stage {name!r} ended without {', '.join(self._missing(outputs))} in {self.path}")
             times = {"finished": _now(), "last_attempt_seconds": round(time.monotonic() - start, 3)}
@@ -276,38 +283,56 @@ class RunDirectory:
         further = length is not None and reached is not None and length > reached
         return further and (not self.done(stage) or self.latest_checkpoint(stage) is not None)
 
-    def _set_aside(self, stage: str, outputs: Sequence[str], differences: str) -> None:
-        """Move away what a stage with other inputs has left, so that nothing of it is lost."""
-        checkpoints = self.path / "checkpoints" / stage
-        found = [output for output in (*outputs, f"tensorboard/{stage}") if (self.path / output).exists()]
+    def _left(self, stage: str, outputs: Sequence[str]) -> tuple[list[str], list[dict[str, Any]]]:
+        """What is there of a stage: paths below the run directory, and rows of metrics."""
+        places = (*outputs, f"tensorboard/{stage}", f"checkpoints/{stage}")
         rows = [row for row in self.metrics() if row.get("stage") == stage]
-        if not (found or rows or checkpoints.exists()):
-            return
+        return [place for place in places if (self.path / place).exists()], rows
+
+    def _set_aside(self, stage: str, outputs: Sequence[str], differences: str) -> Callable[[], None]:
+        """Move away what a stage with other inputs has left, so that nothing of it is lost.
+
+        :return: what undoes it.
+        """
+        found, rows = self._left(stage, outputs)
+        if not (found or rows):
+            return lambda: None
+        checkpoints = f"checkpoints/{stage}"
         folders = (
-            (checkpoints.with_name(f"{stage}.replaced-{number}"), self.path / "replaced" / f"{stage}-{number}")
+            (self.path / f"{checkpoints}.replaced-{number}", self.path / "replaced" / f"{stage}-{number}")
             for number in itertools.count(1)
         )
         earlier, results = next(pair for pair in folders if not (pair[0].exists() or pair[1].exists()))
         told = []
-        if found or rows:
+        if rows or found != [checkpoints]:
             told.append(f"its earlier results are in {results}")
             self.write_json(f"replaced/{results.name}/{stage}.json", self._marker(stage))
             _write_atomically(results / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-            for output in found:
-                target = results / output
-                with file_errors("rename", self.path / output):
-                    target.parent.mkdir(parents=True, exist_ok=True)
-                    (self.path / output).rename(target)
+        moves = [(self.path / place, earlier if place == checkpoints else results / place) for place in found]
+        for place, target in moves:
+            with file_errors("rename", place):
+                target.parent.mkdir(parents=True, exist_ok=True)
+                place.rename(target)
+        if rows:
             self.rewind_metrics(lambda row: row.get("stage") != stage)
-        if checkpoints.exists():
+        if checkpoints in found:
             told.append(f"its earlier checkpoints are in {earlier}")
-            with file_errors("rename", checkpoints):
-                checkpoints.rename(earlier)
         warnings.warn(
             f"{stage} has other settings than before in {self.path}{differences}: it starts afresh, and "
             f"{', and '.join(told)}; stages/{stage}.json tells the settings",
             stacklevel=4,
         )
+
+        def put_back() -> None:
+            for place, target in moves:
+                with file_errors("rename", target):
+                    target.rename(place)
+            for row in rows:
+                self.append_metrics(row)
+            shutil.rmtree(results, ignore_errors=True)
+            warnings.warn(f"{stage} made nothing with these settings; what was there before is back", stacklevel=2)
+
+        return put_back
 
 
 def fingerprint_of(inputs: Any) -> str:
@@ -351,7 +376,7 @@ def _hold(folder: Path) -> Callable[[], None]:
             lock.acquire()
         except Timeout:
             raise RunError(
-                f"{folder} is in use by {_holder(place)}; wait until it has ended, or give another run directory"
+                f"{folder} is in use by {_holder(place)}; wait until it has ended, or choose another directory"
             ) from None
     holder = {"process": os.getpid(), "host": platform.node(), "since": _now(), "command": sys.argv}
     _write_atomically(place / ".lock.json", json.dumps(holder) + "\n")

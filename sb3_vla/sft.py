@@ -68,7 +68,10 @@ class SFTConfig:
     """
 
     #: see :func:`sb3_vla.config.deciding_settings`; of the checkpoint the contents decide
-    INCIDENTAL: ClassVar[tuple[str, ...]] = ("checkpoint", "model_kwargs", "gradient_checkpointing", "device")
+    INCIDENTAL: ClassVar[tuple[str, ...]] = (
+        *("checkpoint", "model_kwargs", "gradient_checkpointing", "device"),
+        *("validation_interval", "checkpoint_interval"),
+    )
 
     model: str = "compact"
     model_kwargs: dict[str, Any] = field(default_factory=dict)

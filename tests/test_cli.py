@@ -18,6 +18,7 @@ from toy import tiny_model, toy_demonstrations
 
 import sb3_vla.demonstrations
 import sb3_vla.evaluation
+import sb3_vla.run
 import sb3_vla.sft
 import sb3_vla.training
 from sb3_vla import VLAPolicy
@@ -323,7 +324,7 @@ def test_what_does_not_decide_the_result_begins_nothing_anew(
     assert not (tmp_path / "r" / "replaced").exists()
 
 
-@pytest.mark.parametrize("changed", ["seed", "checkpoint", "data", "tasks", "length"])
+@pytest.mark.parametrize("changed", ["seed", "checkpoint", "data", "tasks", "length", "view"])
 def test_what_decides_the_result_moves_the_earlier_one_aside(
     changed: str, checkpoint: Path, demonstrations: Path, trained: list[tuple[str, bool]], tmp_path: Path
 ) -> None:
@@ -335,7 +336,12 @@ def test_what_decides_the_result_moves_the_earlier_one_aside(
     if changed == "data":
         stats = data / "meta" / "stats.json"
         stats.write_text(stats.read_text().replace("0", "1", 1))
-    settings = {"seed": "ppo.seed=1", "tasks": "tasks=[reach-v3]", "length": "ppo.iterations=59"}.get(changed)
+    settings = {
+        "seed": "ppo.seed=1",
+        "tasks": "tasks=[reach-v3]",
+        "length": "ppo.iterations=59",
+        "view": "crop=workspace",
+    }.get(changed)
     with pytest.warns(UserWarning, match="ppo has other settings than before"):
         assert main([*command, *([settings] if settings else [])]) == 0
     assert trained == [("ppo", False)] * 2
@@ -356,14 +362,39 @@ def test_imitation_is_neither_repeated_nor_overwritten(
     first = weights.read_bytes()
     with monkeypatch.context() as patch:
         patch.setattr(sb3_vla.sft, "sft", lambda *_, **__: pytest.fail("it began"))
-        assert main([*command, "output=big disk", "sft.device=cpu"]) == 0
-        assert "big disk is complete" in " ".join(capsys.readouterr().out.split())
+        for setting in ("sft.device=cpu", "sft.checkpoint_interval=7", "sft.validation_interval=7"):
+            assert main([*command, "output=big disk", setting]) == 0
+            assert "big disk is complete" in " ".join(capsys.readouterr().out.split())
         assert main([*command, "sft.seed=1"]) == 2
         assert "made with other settings; choose another output" in " ".join(capsys.readouterr().err.split())
     assert weights.read_bytes() == first
     assert main([*command, "sft.seed=1", "overwrite=true"]) == 0
     assert weights.read_bytes() != first and (tmp_path / "link").is_symlink()
     assert sorted(os.listdir(tmp_path)) == ["big disk", "link"]
+
+
+def test_imitations_into_one_folder_wait_for_each_other(
+    demonstrations: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A second one begins when the first has ended, or ends without touching what the first has under way."""
+    monkeypatch.chdir(tmp_path)
+    command = ["sft", f"data={demonstrations}", "output=s", *SFT, "sft.steps=2"]
+    hold, status = sb3_vla.run._hold, []
+
+    def holding(folder: Path) -> Any:
+        monkeypatch.setattr(sb3_vla.run, "_hold", hold)
+        status.append(main([*command, "sft.seed=1"]))  # another process, which has the folder until it has ended
+        return hold(folder)
+
+    monkeypatch.setattr(sb3_vla.run, "_hold", holding)
+    assert main(command) == 2 and status == [0]
+    assert "made with other settings" in " ".join(capsys.readouterr().err.split())
+    assert main([*command, "sft.seed=1"]) == 0  # which is complete
+    with RunDirectory(".s.unfinished", {}) as other:  # as of another process
+        monkeypatch.setattr(sb3_vla.run, "_PATIENCE_SECONDS", 0.0)
+        other.write_json("state.json", {})
+        main([*command, "sft.seed=1"])
+        assert (other.path / "state.json").exists()
 
 
 def test_imitation_into_the_working_directory_goes_on_too(

@@ -177,13 +177,14 @@ def test_a_probe_may_fail_crash_or_hang(
     assert probe("x", timeout=1 if "sleep" in body else 120) == answer
 
 
-def test_it_answers_where_nothing_can_be_imported(tmp_path: Path) -> None:
-    """torch, MuJoCo, NumPy and PyAV are broken; the package itself cannot be imported."""
+@pytest.mark.parametrize("options", [[], ["-W", "ignore"]])
+def test_it_answers_where_nothing_can_be_imported(options: list[str], tmp_path: Path) -> None:
+    """torch, MuJoCo, NumPy and PyAV are broken; the package cannot be imported, with whatever options of Python."""
     for name in ("torch", "mujoco", "numpy", "av"):
         (tmp_path / f"{name}.py").write_text(f"raise ImportError('lib{name}.so is missing')\n")
     root = str(Path(doctor.__file__).parents[1])
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), root])}
-    command = [sys.executable, "-m", "sb3_vla"]
+    command = [sys.executable, *options, "-m", "sb3_vla"]
     done = subprocess.run([*command, "doctor", "--json"], env=environment, capture_output=True, text=True, cwd=root)
     assert done.returncode == 1 and done.stderr == ""
     findings = {finding["name"]: finding for finding in json.loads(done.stdout)["findings"]}

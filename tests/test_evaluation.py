@@ -585,13 +585,14 @@ def test_missing_groups_are_left_out_and_named() -> None:
     assert "leaves out" not in mt50_with({"easy": 1, "medium": 1, "hard": 1, "very_hard": 1}).to_markdown()
 
 
-def test_json_round_trip(tmp_path: Path) -> None:
+def test_json_round_trip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     env_kwargs = make_trial_env(PROTOCOLS["rlinf-160"], {"crop": (0.1, 0.2, 0.5, 0.5)}).settings["env_kwargs"]
     successes = {"reach-v3": [1, 0, 1], "pick-place-v3": [0, 0, 1]}
     result = result_of(successes, env_kwargs=env_kwargs, deterministic=False)
     assert "sampled actions, crop=[0.1, 0.2, 0.5, 0.5]" in result.to_markdown()
     result.to_json(tmp_path / "deeper" / "result.json")
-    assert EvaluationResult.from_json(tmp_path / "deeper" / "result.json") == result
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert EvaluationResult.from_json("~/deeper/result.json") == result
     assert [path.name for path in (tmp_path / "deeper").iterdir()] == ["result.json"]
     stored = json.loads((tmp_path / "deeper" / "result.json").read_text())
     assert stored["average"]["value"] == pytest.approx(0.5) and stored["average"]["groups"] == ["easy", "hard"]

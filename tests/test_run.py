@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -303,6 +304,34 @@ def test_what_another_start_would_overwrite_is_moved_aside(run: RunDirectory) ->
     assert json.loads((aside / "ppo.json").read_text())["inputs"] == {"config": {"rate": 0.1, "steps": 3}}
     assert run.metrics() == [{"stage": "sft"}, {"stage": "ppo", "rate": 0.2}]
     assert (run.path / "ppo" / "model").read_text() == "0.2"
+
+
+@pytest.mark.parametrize("changed", ["setting", "length"])
+@pytest.mark.parametrize("complete", [True, False])
+def test_a_stage_that_fails_at_once_costs_nothing(complete: bool, changed: str, run: RunDirectory) -> None:
+    """As with a setting that nobody knows: with the right one again, it is done, or goes on."""
+
+    def train(rate: float = 0.1, length: int = 3, fails: bool = False, makes: bool = False) -> tuple[bool, bool]:
+        with run.stage("ppo", {"rate": rate}, length=length, outputs=["ppo"]) as stage:
+            if not stage.done and not fails:
+                write_checkpoint(run, "ppo", length)
+                run.append_metrics({"stage": "ppo", "rate": rate})
+                assert complete or makes
+                (run.path / "ppo").mkdir()
+            if fails:
+                raise RunError("nobody knows it")
+        return stage.done, stage.resumed
+
+    with nullcontext() if complete else pytest.raises(AssertionError):
+        train()
+    rows = run.metrics()
+    other = {"rate": 0.2} if changed == "setting" else {"length": 4}
+    warned = pytest.warns(UserWarning, match="what was there before is back") if changed == "setting" else nullcontext()
+    with pytest.raises(RunError, match="nobody knows it"), warned:
+        train(**other, fails=True)  # type: ignore[arg-type]
+    assert run.metrics() == rows and not (run.path / "replaced" / "ppo-1").exists()
+    assert names(run.path / "checkpoints") == ["ppo"]
+    assert train(makes=True) == ((True, False) if complete else (False, True))
 
 
 def test_a_longer_stage_goes_on_and_a_shorter_one_begins_anew(run: RunDirectory) -> None:
