@@ -949,6 +949,10 @@ def test_success_that_nothing_tells_of_is_unknown() -> None:
     algorithm._record_episodes(ended(("a", None), ("b", None)), np.ones(2, dtype=bool))
     assert algorithm.task_success() == {} and episode_metrics(algorithm._episodes, 2) == {}
     assert not algorithm.ep_success_buffer
+    # Monitor tells the rest.
+    algorithm._record_episodes(ended(("a", None), episode={"r": 3.0, "l": 2}), np.ones(1, dtype=bool))
+    expected = {"env/return": 3.0, "env/episode_len": 2.0, "env/reward": 1.5, "env/num_trajectories": 3.0}
+    assert episode_metrics(algorithm._episodes, 3) == expected
 
 
 def test_the_death_of_a_worker_says_nothing_about_the_policy() -> None:
