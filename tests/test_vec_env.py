@@ -523,6 +523,43 @@ def test_an_error_comes_with_its_traceback_and_the_workers_go_on(five: SharedMem
     assert assert_same_course(five, dummy, 6) > 0
 
 
+class Shrinking(gym.ObservationWrapper[Any, Any, Any]):
+    """Gives pictures in 0..1, or in whole numbers, under a space of bytes."""
+
+    def __init__(self, env: gym.Env, factor: float) -> None:
+        super().__init__(env)
+        self.factor = factor
+
+    def observation(self, observation: Any) -> Any:
+        return {**observation, "image": observation["image"] * self.factor}
+
+
+def test_a_picture_that_the_space_cannot_hold() -> None:
+    """Stable-Baselines3 would make it black."""
+    space = spaces.Dict(
+        {"image": spaces.Box(0, 255, (2, 2, 3), np.uint8), "state": spaces.Box(-1, 1, (2,), np.float32)}
+    )
+
+    def make(factor: float) -> gym.Env:
+        toy = Toy()
+        toy.observation_space = copy.deepcopy(space)
+        return Shrinking(toy, factor)
+
+    env = SharedMemoryVecEnv([functools.partial(make, 1.0)], "fork")
+    try:
+        assert env.reset()["image"].dtype == np.uint8  # type: ignore[index,call-overload]
+    finally:
+        env.close()
+    env = SharedMemoryVecEnv([functools.partial(make, 1 / 255)], "fork")
+    try:
+        with pytest.raises(
+            RuntimeError, match="The observation's image has type float64 with numbers that are not whole"
+        ):
+            env.reset()
+    finally:
+        env.close()
+
+
 def test_a_request_that_cannot_be_sent(five: SharedMemoryVecEnv) -> None:
     """The first worker has been asked to reset when the second's options turn out to be impossible."""
     five.set_options([{}] * 4 + [{"lock": threading.Lock}])
