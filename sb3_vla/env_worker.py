@@ -270,8 +270,8 @@ class Share(DummyVecEnv):
             if given.dtype.kind == "f" and stored.dtype.kind in "iu" and (given % 1 != 0).any():
                 named = "The observation" if key is None else f"The observation's {key}"
                 raise InputError(
-                    f"{named} has type {given.dtype} with numbers that are not whole, but its space has {stored.dtype}; "
-                    "give it as the space says, such as (255 * image).round().astype(np.uint8)"
+                    f"{named} has type {given.dtype} with numbers that are not whole, but its space has "
+                    f"{stored.dtype}; give it as the space says, such as (255 * image).round().astype(np.uint8)"
                 )
         super()._save_obs(env_idx, obs)
 

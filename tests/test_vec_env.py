@@ -494,7 +494,7 @@ def test_bad_arguments(five: SharedMemoryVecEnv) -> None:
         five.step(np.zeros((4, 2), np.float32))
     with pytest.raises(RuntimeError, match=r"call step_async\(\) first"):
         five.step_wait()
-    with pytest.raises(RuntimeError, match=r"ValueError: The observation space's part None is Text.*as bytes: Box"):
+    with pytest.raises(RuntimeError, match=r"InputError: The observation space's part None is Text.*as bytes: Box"):
         SharedMemoryVecEnv(toys(2, "text"), "fork")
     for workers in (1, 2):
         with pytest.raises((ValueError, RuntimeError), match="must have the same shapes and types"):
