@@ -263,6 +263,18 @@ class Share(DummyVecEnv):
         self.buf_obs = _map_arrays(memory, self.layout, self.num_envs)  # type: ignore[assignment]
         os.close(memory)
 
+    def _save_obs(self, env_idx: int, obs: Any) -> None:
+        """As in Stable-Baselines3, but what the space cannot hold is told: a picture in 0..1 would be black."""
+        for key, stored in self.buf_obs.items():
+            given = np.asarray(obs if key is None else obs[key])
+            if given.dtype.kind == "f" and stored.dtype.kind in "iu" and (given % 1 != 0).any():
+                named = "The observation" if key is None else f"The observation's {key}"
+                raise InputError(
+                    f"{named} has type {given.dtype} with numbers that are not whole, but its space has "
+                    f"{stored.dtype}; give it as the space says, such as (255 * image).round().astype(np.uint8)"
+                )
+        super()._save_obs(env_idx, obs)
+
     def reply(self, request: bytes) -> bytes:
         """The pickled answer to a pickled request; nothing to the request to close."""
         command = ""

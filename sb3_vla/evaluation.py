@@ -37,7 +37,7 @@ from mw_envs import Trial, suite_tasks
 from mw_envs.tasks import GOALS_PER_TASK, select_tasks
 from sb3_vla.distributed import current_ranks
 from sb3_vla.errors import InputError
-from sb3_vla.policies import CRITIC_KEYS
+from sb3_vla.policies import CRITIC_KEYS, VLAPolicy
 from sb3_vla.results import (
     PROTOCOLS,
     TRIAL_SEED,
@@ -61,7 +61,7 @@ from sb3_vla.trial_envs import (
 )
 from sb3_vla.vec_env import SharedMemoryVecEnv
 from sb3_vla.videos import temporary_path
-from sb3_vla.views import FULL_VIEW, known_view, view_of_envs, warn_of_another_view
+from sb3_vla.views import FULL_VIEW, described, known_view, view_of_envs, warn_of_another_view, warn_once
 
 __all__ = [
     "PROTOCOLS",
@@ -176,7 +176,8 @@ def evaluate(
     :return: the outcomes, in the order of the trials
     :raises ValueError: for unknown names, no trials, or a policy that does not fit the environment
     :raises RuntimeError: if an environment fails or a worker stops; none is left behind then, nor after Ctrl-C
-    :warns UserWarning: if the policy was trained on another camera or crop than it is to see
+    :warns UserWarning: if the policy was trained on another camera or crop than it is to see, or a loaded algorithm
+        does not say on which
     """
     trials = trials_for(_chosen_tasks(tasks, suite, split), trials_per_task, trial_seed)
     resolved = _with_chunk(find_protocol(protocol), policy)
@@ -248,9 +249,14 @@ def _view_of(policy: Policy) -> dict[str, Any] | None:
 
 
 def _check_view(policy: Policy, env_kwargs: Mapping[str, Any]) -> None:
-    view = _view_of(policy)
+    view, shown = _view_of(policy), known_view(env_kwargs)
     if view is not None:
-        warn_of_another_view(view, known_view(env_kwargs) or FULL_VIEW)
+        warn_of_another_view(view, shown or FULL_VIEW)
+    elif shown is None and isinstance(policy, BaseAlgorithm) and isinstance(policy.policy, VLAPolicy):
+        warn_once(  # such as one of stable_baselines3 that was loaded; of a checkpoint load_policy tells
+            f"The policy does not say which view it was trained on; {described(FULL_VIEW)} is shown. Give "
+            "env_kwargs={'crop': ..., 'camera': ...} if it was another, or load the algorithm with its environment"
+        )
 
 
 def _chosen_tasks(tasks: Sequence[str] | None, suite: str | None, split: str) -> Sequence[str]:

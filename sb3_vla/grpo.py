@@ -338,8 +338,8 @@ class GRPO(PPO):
         :param number: its own among the groups of all ranks in this rollout.
         """
         whole = [episode for episode in group if not episode.lost]
-        if any(episode.success is not None for episode in whole):
-            for episode in whole:  # one that a limit cut without a word has not succeeded
+        if self.ep_success_buffer or any(episode.success is not None for episode in whole):
+            for episode in whole:  # one that a limit cut without a word, where others tell, has not succeeded
                 episode.success = bool(episode.success)
         returns = [self._return_of(episode) for episode in whole]
         taught = self._teaches(whole, returns)

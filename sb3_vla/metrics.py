@@ -114,24 +114,21 @@ def episode_metrics(
     :param group: what names begin with: ``env``, or ``eval`` for those of an evaluation.
     """
     success = success_rates(episodes)
-    if not success:
-        return {}
     known = [each for window in episodes.values() for each in window]
     lengths = [each.length for each in known if each.length is not None]
     rewards = [each.reward for each in known if each.reward is not None]
     told: dict[str, float] = {}
+    if success:
+        told[f"{group}/success_once"] = float(np.mean(list(success.values())))
     if lengths:
         told[f"{group}/episode_len"] = float(np.mean(lengths))
     if rewards:
         told[f"{group}/return"] = float(np.mean(rewards))
     if lengths and rewards and any(lengths):
         told[f"{group}/reward"] = told[f"{group}/return"] / told[f"{group}/episode_len"]
-    return {
-        f"{group}/success_once": float(np.mean(list(success.values()))),
-        **told,
-        f"{group}/num_trajectories": float(ended),
-        **{f"{group}/success_once/{task}": rate for task, rate in success.items()},
-    }
+    if told:
+        told[f"{group}/num_trajectories"] = float(ended)
+    return told | {f"{group}/success_once/{task}": rate for task, rate in success.items()}
 
 
 def success_rates(episodes: Mapping[str, Iterable[EpisodeRecord]]) -> dict[str, float]:

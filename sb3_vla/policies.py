@@ -45,6 +45,8 @@ STACKED = (
     "A policy decides on one picture: leave VecFrameStack, FrameStackObservation and GrayscaleObservation out. Where "
     "one picture does not tell enough, add numbers to the state"
 )
+#: what helps whoever compiles a policy
+COMPILING = "in its place give policy_kwargs=dict(compile={}), which compiles the towers of pi0 and pi0.5"
 _NORMALISED = 'Where VecNormalize made it that, name what it may change: VecNormalize(env, norm_obs_keys=["state"])'
 # What helps where an observation does not fit.
 _HINTS = {
@@ -199,14 +201,13 @@ class VLAPolicy(BasePolicy):
         )
         self._frozen_backbone = trainable != "all"
         perceives_alike = self._frozen_backbone and not any(p.requires_grad for p in self.model.backbone())
-        if cache_perception is None:
-            cache_perception = perceives_alike and self.model.caches_perception
-        if cache_perception and not perceives_alike:
+        caches = perceives_alike and self.model.caches_perception if cache_perception is None else cache_perception
+        if caches and not perceives_alike:
             adapted = "" if lora is None else f" and lora={dict(lora)}"
             raise InputError(
                 f'cache_perception=True keeps what changes with trainable={trainable!r}{adapted}; use "expert"'
             )
-        self._caches_perception = cache_perception
+        self._caches_perception = caches
         self._frozen: FrozenWeights | None = None
         if self._frozen_backbone and checkpoint is not None:
             frozen = [f"model.{name}" for name, weights in self.model.named_parameters() if not weights.requires_grad]
@@ -275,6 +276,22 @@ class VLAPolicy(BasePolicy):
     @view.setter
     def view(self, view: dict[str, Any]) -> None:
         self.portable_kwargs["view"] = view
+
+    @property
+    def notes(self) -> dict[str, Any]:
+        """What a checkpoint of its model must say of the pictures: the view, and the size in which they are drawn."""
+        height, width = _height_and_width(self.observation_space["image"], self._channels_first)  # type: ignore[index]
+        drawn = {"render_size": height if height == width else [height, width]}
+        resized = {} if self._resize == "model" else {"resize": self._resize}
+        return {"view": {**(self.view or {}), **drawn, **resized}}
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if hasattr(value, "_orig_mod"):  # its weights have other names, under which no archive is read
+            raise InputError(
+                f"policy.{name} is what torch.compile(...) made; {COMPILING}. A part with a forward() of its own can "
+                f"be compiled where it is: policy.{name}.compile()"
+            )
+        super().__setattr__(name, value)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Weights by name; without those of a frozen backbone that a checkpoint holds."""
@@ -529,8 +546,8 @@ def fitted(observation: Mapping[str, Any], space: spaces.Dict) -> dict[str, np.n
 
     :param observation: arrays of the space's shapes; or batches, which all have the same further axis in front. What
         only a critic reads may be missing, and what nobody reads is left out.
-    :raises ValueError: for a missing key, for a shape, a type or an integer that the space has not, and for a number
-        that is not finite.
+    :raises ValueError: for a missing key, for a shape, a type or an integer that the space has not, for a number that
+        is not finite, and for a batch of none.
     """
     missing = [key for key in MODEL_KEYS if key not in observation]
     if missing:
@@ -541,6 +558,8 @@ def fitted(observation: Mapping[str, Any], space: spaces.Dict) -> dict[str, np.n
     if len(set(counts.values())) > 1:
         told = (f"{key} of {'one, without a batch axis' if n is None else n}" for key, n in counts.items())
         raise InputError(f"The observation's arrays are batches of different sizes: {'; '.join(told)}")
+    if 0 in counts.values():
+        raise InputError("The observation is a batch of none; expected at least one")
     return found
 
 

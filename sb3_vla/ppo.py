@@ -45,7 +45,7 @@ from sb3_vla.metrics import (
 )
 from sb3_vla.models.lora import adapted_layers
 from sb3_vla.noise import part_of_batch
-from sb3_vla.policies import STACKED, Evaluation, VLAPolicy
+from sb3_vla.policies import COMPILING, STACKED, Evaluation, VLAPolicy
 from sb3_vla.precision import acting_precision, autocast
 from sb3_vla.progress import SuccessBar
 from sb3_vla.sft import DemonstrationBatches, shared_imitation_loss
@@ -104,6 +104,8 @@ _OWN_OPTIONS = (
 )
 TASK_SAMPLING = ("uniform", "signal")
 GAMMA_PER = ("decision", "env_step")
+# Parameters of the constructor that do not come from an archive.
+_NOT_LOADED = ("env", "device", "_init_setup_model")
 _CHOICES = {"gamma_per": GAMMA_PER, "task_sampling": TASK_SAMPLING, "sharding": SHARDING}
 # A ratio of e^20 says no more than one of e^10, and the gradient of e^90 is not finite.
 _LARGEST_LOG_RATIO = 20.0
@@ -320,9 +322,8 @@ class PPO(stable_baselines3.PPO):
         if name == "policy" and issubclass(self.policy_class, VLAPolicy) and not isinstance(value, VLAPolicy):
             raise InputError(
                 f"policy is now of class {type(value).__name__}; expected the VLAPolicy itself, of which an update "
-                "calls more than forward(). In the place of torch.compile(policy) give policy_kwargs="
-                "dict(compile={}), which compiles the towers of pi0 and pi0.5; several GPUs train under torchrun, "
-                "adapters by policy_kwargs=dict(lora={})"
+                f"calls more than forward(). Where torch.compile(policy) is meant, {COMPILING}; several GPUs train "
+                "under torchrun, adapters by policy_kwargs=dict(lora={})"
             )
         super().__setattr__(name, value)
 
@@ -379,6 +380,7 @@ class PPO(stable_baselines3.PPO):
         )
         self._ended: list[tuple[tuple[int, ...], dict[str, Any]]] = []
         self._ended_episodes, self._rollout_seconds = 0, 0.0  # of the last rollout
+        self._silent_episodes = 0  # before the first that told of success
         self._reference: VLAPolicy | None = None
         self._idle_batch: DecisionBatch | None = None
         self._idle_updates = 0
@@ -530,7 +532,7 @@ class PPO(stable_baselines3.PPO):
     def _prepare_rollout(self, env: VecEnv) -> None:
         """Which tasks are drawn, and how strongly the policy explores."""
         self.ranks.take_generators()
-        if self.task_sampling == "signal" and self._episodes:
+        if self.task_sampling == "signal" and self.task_success():
             env.env_method("set_task_weights", self._task_weights())
         elif self.task_sampling == "signal" and self._ended_episodes:
             warnings.warn(
@@ -901,8 +903,14 @@ class PPO(stable_baselines3.PPO):
         self._ended_episodes += 1
         if info.get("worker_restarted"):  # which says nothing about the policy's success
             info = {"episode": info.get("episode")}
+        elif "is_success" in info:
+            assert self.ep_success_buffer is not None
+            self.ep_success_buffer.extend([False] * self._silent_episodes)
+            self._silent_episodes = 0
         elif self.ep_success_buffer:  # others have told of success, so this one was cut before it could
             info = {"is_success": False, **info}
+        else:
+            self._silent_episodes += 1
         self._update_info_buffer([info], np.ones(1, dtype=bool))
         if "task" in info:
             success = info.get("is_success")
@@ -995,6 +1003,8 @@ class PPO(stable_baselines3.PPO):
     ) -> None:
         """As in Stable-Baselines3; where there are shards all ranks must call it."""
         check_archive(load_path_or_dict, type(self).__name__)
+        if isinstance(load_path_or_dict, dict) and isinstance(self.policy, VLAPolicy):
+            load_path_or_dict = self._with_fitting_optimizer(load_path_or_dict)
         super().set_parameters(load_path_or_dict, exact_match, device)
         if not isinstance(self.policy, VLAPolicy):
             return
@@ -1004,6 +1014,18 @@ class PPO(stable_baselines3.PPO):
             for group in self.policy.optimizer.param_groups:
                 group["fused"] = None  # that of an archive of one process
             load_optimizer_state(self.policy.optimizer, self.policy, self.policy.optimizer.state_dict()["state"])
+
+    def _with_fitting_optimizer(self, parameters: dict[str, Any]) -> dict[str, Any]:
+        """Parameters with the present optimiser's state in the place of one of other weights than are trained now."""
+        own, given = self.policy.optimizer.state_dict(), parameters.get("policy.optimizer")
+        if given is None or _group_sizes(given) == _group_sizes(own):
+            return parameters
+        warnings.warn(
+            "The saved state of the optimizer is of other weights than are trained now, such as by another trainable= "
+            "in policy_kwargs; the optimizer begins anew",
+            stacklevel=4,
+        )
+        return {**parameters, "policy.optimizer": own}
 
     def save(self, path: Any, exclude: Any = None, include: Any = None) -> None:
         """As in Stable-Baselines3; of several ranks, all of which must call it, the first writes."""
@@ -1057,7 +1079,7 @@ class PPO(stable_baselines3.PPO):
         :raises IsADirectoryError: for a folder; the message says how a checkpoint is used.
         """
         check_archive(path, cls.__name__)
-        keywords = set(inspect.signature(cls).parameters) - {"env", "device", "_init_setup_model"}
+        keywords = [name for name in inspect.signature(cls).parameters if name not in _NOT_LOADED]
         given = {name: value for name, value in (custom_objects or {}).items() if name in keywords} | kwargs
         for name in kwargs:
             if name not in keywords:
@@ -1066,6 +1088,11 @@ class PPO(stable_baselines3.PPO):
         model = super().load(
             path, env, device, custom_objects, print_system_info, force_reset, **cls._as_attributes(given)
         )
+        for name in custom_objects or {}:  # they may also take the place of other things that an archive holds
+            if name not in keywords and not hasattr(model, name):
+                raise TypeError(
+                    f"custom_objects names {name!r}, which no archive holds; {did_you_mean(name, keywords)}"
+                )
         if policy not in (None, model.policy_class) and cls.policy_aliases.get(policy) is not model.policy_class:
             raise InputError(f"policy={policy!r}, but {path} is of {model.policy_class.__name__}; leave it out")
         for name in ("ep_info_buffer", "ep_success_buffer"):
@@ -1078,15 +1105,21 @@ class PPO(stable_baselines3.PPO):
     def _as_attributes(cls, given: dict[str, Any]) -> dict[str, Any]:
         """What the constructor makes of keywords whose attributes have other names."""
         names = {"stats_window_size": "_stats_window_size", "policy_kwargs": "_changed_policy_kwargs"}
-        return {names.get(name, name): value for name, value in given.items()}
+        attributes = {names.get(name, name): value for name, value in given.items()}
+        if attributes.get("rollout_buffer_kwargs", {}) is None:
+            attributes["rollout_buffer_kwargs"] = {}
+        return attributes
 
     def _setup_learn(
         self, total_timesteps: int, callback: MaybeCallback = None, *args: Any, **kwargs: Any
     ) -> tuple[int, BaseCallback]:
         """As in Stable-Baselines3, but progress is known from the first rollout on, which explores by it."""
         total_timesteps, callback = super()._setup_learn(total_timesteps, callback, *args, **kwargs)
-        if isinstance(self.policy, VLAPolicy) and total_timesteps > self.num_timesteps:
-            self._update_current_progress_remaining(self.num_timesteps, total_timesteps)
+        if isinstance(self.policy, VLAPolicy):
+            if self.num_timesteps == 0:  # its windows are new
+                self._silent_episodes = 0
+            if total_timesteps > self.num_timesteps:
+                self._update_current_progress_remaining(self.num_timesteps, total_timesteps)
         return total_timesteps, callback
 
     def _update_current_progress_remaining(self, num_timesteps: int, total_timesteps: int) -> None:
@@ -1124,6 +1157,10 @@ def _fuse(optimizer: torch.optim.Optimizer) -> None:
         for weights in group["params"]:  # the kernel wants the number of steps beside them
             if "step" in optimizer.state.get(weights, {}):
                 optimizer.state[weights]["step"] = optimizer.state[weights]["step"].to(weights.device)
+
+
+def _group_sizes(optimizer_state: Mapping[str, Any]) -> list[int]:
+    return [len(group["params"]) for group in optimizer_state["param_groups"]]
 
 
 def _number_or_schedule(name: str, value: Any) -> Any:

@@ -33,6 +33,7 @@ _COUNTERS = (
     "updates",
     "_n_updates",
     "_current_progress_remaining",
+    "_silent_episodes",
     "_trial_entropy",  # of GRPO alone
 )
 

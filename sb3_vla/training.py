@@ -376,7 +376,7 @@ def train(
             model.replicas = seat.replicas(model.policy)
         if config.kl_coef > 0:  # also after an interrupt it is the policy at the start
             model.anchor()
-        seen = {**said, **view, "render_size": options["image_size"]}
+        seen = {**said, **model.policy.notes["view"]}
         save = functools.partial(_save_policy, model, config, {**notes, "view": seen}, tasks)
         logger = Logger(str(run.path), [])
         model.set_logger(logger)

@@ -522,12 +522,34 @@ def test_load_refuses_what_the_constructor_does_not_take(tmp_path: Path) -> None
     with pytest.raises(ValueError, match="Unknown gamma_per='env_steps'; did you mean 'env_step'"):
         PPO.load(tmp_path / "ppo", gamma_per="env_steps")
     GRPO("VLAPolicy", toy_vec(8), policy_kwargs={"model_kwargs": TINY}, device="cpu").save(tmp_path / "grpo")
+    with pytest.raises(TypeError, match="names 'clip_range_hihg', which no archive holds; did you mean 'clip_range_h"):
+        PPO.load(tmp_path / "ppo", custom_objects={"clip_range_hihg": 0.3})
+    kept = {"lr_schedule": lambda _: 0.0, "learning_rate": 0.0, "observation_space": toy_vec(2).observation_space}
+    assert PPO.load(tmp_path / "ppo", custom_objects=kept).learning_rate == 0.0
     for option in ("gamma", "value_lr", "overlap"):
         with pytest.raises(TypeError, match=f"GRPO has no option '{option}'"):
             GRPO.load(tmp_path / "grpo", **{option: 0.5})  # type: ignore[arg-type]
     for option, value in REFUSED.items():
         with pytest.raises(ValueError, match="VLAPolicy"):
             PPO.load(tmp_path / "ppo", **{option: value})
+    nothing: dict[str, Any] = {"rollout_buffer_class": None, "rollout_buffer_kwargs": None, "policy_kwargs": None}
+    assert PPO.load(tmp_path / "ppo", **nothing).rollout_buffer_kwargs == {}
+
+
+@pytest.mark.parametrize("trained", [("all", "expert"), ("expert", "all")])
+def test_a_loaded_algorithm_may_train_other_weights(trained: tuple[str, str], tmp_path: Path) -> None:
+    """Whose moments the archive does not have."""
+    algorithm = toy_ppo(trainable=trained[0])
+    algorithm.learn(16)
+    algorithm.save(tmp_path / "saved")
+    with pytest.warns(UserWarning, match="optimizer is of other weights than are trained now"):
+        loaded = PPO.load(tmp_path / "saved", toy_vec(2), device="cpu", policy_kwargs={"trainable": trained[1]})
+    for name, weights in algorithm.policy.named_parameters():
+        assert torch.equal(weights, loaded.policy.get_parameter(name)), name
+    backbone = [weights.clone() for weights in loaded.policy.model.backbone()]
+    loaded.learn(16)
+    moved = [not torch.equal(*pair) for pair in zip(backbone, loaded.policy.model.backbone(), strict=True)]
+    assert any(moved) == (trained[1] == "all")
 
 
 def test_a_loaded_window_of_statistics_is_the_one_that_was_asked_for(tmp_path: Path) -> None:

@@ -384,6 +384,20 @@ def test_a_folder_that_does_not_say_its_view_says_so(tmp_path: Path) -> None:
     assert check_fit(told, BRIEF, {})["env_kwargs"] == {"image_size": 48, "camera": "corner2", "crop": "workspace"}
 
 
+def test_an_algorithm_of_theirs_that_was_loaded_does_not_know_its_view(tmp_path: Path) -> None:
+    shown = {"image_size": 32, "crop": "workspace", "action_chunk": 5}
+    made = functools.partial(gym.make, "mw_envs:MetaWorldMT1-v0", task="reach-v3", **shown)
+    kwargs: dict[str, Any] = {"policy_kwargs": {"model_kwargs": TINY}, "n_steps": 2, "batch_size": 2, "device": "cpu"}
+    PPO("VLAPolicy", DummyVecEnv([made]), **kwargs).save(tmp_path / "theirs")
+    loaded = PPO.load(tmp_path / "theirs", device="cpu")
+    with pytest.warns(UserWarning, match="does not say which view it was trained on; camera=corner2 with crop=full"):
+        check_fit(loaded, BRIEF, None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_fit(loaded, BRIEF, {"crop": "workspace"})
+        check_fit(PPO.load(tmp_path / "theirs", DummyVecEnv([made]), device="cpu"), BRIEF, None)
+
+
 def test_videos_show_every_step(tmp_path: Path) -> None:
     """Two episodes of one process are filmed at the same time."""
     films = VideoOptions(tmp_path, per_task=1, fps=40)

@@ -72,6 +72,16 @@ def test_flow_cps_on_recorded_velocities(level: float) -> None:
     torch.testing.assert_close(found.double(), total, atol=2e-3, rtol=1e-5)
 
 
+def test_flow_cps_has_no_more_noise_than_there_is() -> None:
+    flow = FlowCPS(2, noise_level=0.5)
+    flow.noise_scale = math.sqrt(2)
+    exchanged = flow.noise(torch.tensor(0.5), torch.tensor(0.25))
+    assert [part.item() for part in exchanged] == pytest.approx([0, 0.25], abs=1e-6)
+    flow.noise_scale = 1.5
+    with pytest.raises(ValueError, match=r"noise_scale=1.5 with noise_level=0.5 .* a noise_scale of at most 1.41421,"):
+        flow.noise(torch.tensor(0.5), torch.tensor(0.25))
+
+
 def test_flow_cps_never_draws_the_step_that_has_no_noise() -> None:
     model, context = Point(0.4).of(4000)
     _, trace = FlowCPS(1, denoising_steps=3).sample(model, context, torch.Generator().manual_seed(0))

@@ -632,6 +632,15 @@ def test_an_episode_that_ends_without_a_word_has_not_succeeded() -> None:
     assert kept(algorithm).advantages.tolist() == pytest.approx(by_decision)
 
 
+def test_a_group_that_ends_without_a_word_has_failed_where_others_tell() -> None:
+    """A limit outside the environment may cut all of a group."""
+    scripts = [[HALF[i], (HALF[i][0], None, True), HALF[i]] for i in range(len(HALF))]
+    algorithm = toy_grpo(scripted(*scripts), n_groups=2, max_groups=3, episode_return="success")
+    learn(algorithm, 1)
+    found = metrics(algorithm)
+    assert (found["rollout/groups_played"], found["rollout/groups_kept"]) == (3, 2)
+
+
 def test_a_reward_that_is_not_finite() -> None:
     with pytest.raises(ValueError, match="rewards sum to nan; expected a finite number"):
         toy_grpo(toy_vec(4, reward=math.nan)).learn(1)

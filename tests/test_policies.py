@@ -457,6 +457,10 @@ def test_an_environment_of_another_size_than_the_data_is_told(tmp_path: Path) ->
         drawn = PPO("VLAPolicy", toy_vec(action_dim=4, image_size=64), device="cpu", **options)
     drawn.save(tmp_path / "algorithm")
     assert PPO.load(tmp_path / "algorithm").policy.portable_kwargs["resize"] == "area"
+    save_checkpoint(tmp_path / "practised", drawn.policy.model, notes=drawn.policy.notes)
+    again, seen = load_policy(tmp_path / "practised", 2), observations(1, action_dim=4, image_size=64)
+    assert again.observation_space["image"].shape == (64, 64, 3)  # type: ignore[index]
+    np.testing.assert_array_equal(*(each.predict(seen, deterministic=True)[0] for each in (again, drawn)))
     with pytest.raises(ValueError, match="Unknown resize='aera'; did you mean 'area'"):
         policy_for(ToyEnv(), resize="aera")
 
@@ -622,6 +626,8 @@ def test_what_fits_the_space_gives_the_same_action(order: str, both_orders: dict
         policy.predict({**seen, "image": seen["image"][:1]})
     with pytest.raises(ValueError, match="image of one, without a batch axis; state of 2"):
         policy.predict({**seen, "image": seen["image"][0]})
+    with pytest.raises(ValueError, match="a batch of none; expected at least one"):
+        policy.predict({key: array[:0] for key, array in seen.items()})
 
 
 def test_a_model_of_another_state_is_refused(tmp_path: Path) -> None:

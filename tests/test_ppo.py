@@ -949,6 +949,10 @@ def test_success_that_nothing_tells_of_is_unknown() -> None:
     algorithm._record_episodes(ended(("a", None), ("b", None)), np.ones(2, dtype=bool))
     assert algorithm.task_success() == {} and episode_metrics(algorithm._episodes, 2) == {}
     assert not algorithm.ep_success_buffer
+    # Monitor tells the rest.
+    algorithm._record_episodes(ended(("a", None), episode={"r": 3.0, "l": 2}), np.ones(1, dtype=bool))
+    expected = {"env/return": 3.0, "env/episode_len": 2.0, "env/reward": 1.5, "env/num_trajectories": 3.0}
+    assert episode_metrics(algorithm._episodes, 3) == expected
 
 
 def test_the_death_of_a_worker_says_nothing_about_the_policy() -> None:
@@ -1012,17 +1016,37 @@ class Unweighted(gym.Wrapper):
         return super().get_wrapper_attr(name)
 
 
-class Nameless(gym.Wrapper):
-    """An environment that does not say which task it plays."""
+class Silent(gym.Wrapper):
+    """An environment whose info lacks something, or all of it until an episode."""
+
+    def __init__(self, env: gym.Env, lacks: str, until: float = math.inf) -> None:
+        super().__init__(env)
+        self.lacks, self.until, self.ended = lacks, until, 0
 
     def step(self, action: Any) -> Any:
         *outcome, info = self.env.step(action)
-        del info["task"]
+        if self.ended < self.until:
+            del info[self.lacks]
+        self.ended += outcome[2] or outcome[3]
         return *outcome, info
 
 
-def test_tasks_that_nobody_tells_cannot_be_drawn_by_their_signal() -> None:
-    algorithm = toy_ppo(DummyVecEnv([lambda: Nameless(ToyEnv())] * 2), task_sampling="signal")  # type: ignore[list-item]
+def test_episodes_before_the_first_that_tells_of_success_have_failed() -> None:
+    def silent() -> gym.Env:
+        return Silent(ToyEnv(), "is_success", until=3)
+
+    algorithm = toy_ppo(DummyVecEnv([silent] * 2))
+    algorithm.learn(16)
+    assert list(algorithm.ep_success_buffer or ())[:6] == [False] * 6
+    assert len(algorithm.ep_success_buffer or ()) == 16
+
+
+@pytest.mark.parametrize("lacks", ["task", "is_success"])
+def test_tasks_that_nobody_tells_cannot_be_drawn_by_their_signal(lacks: str) -> None:
+    def silent() -> gym.Env:
+        return Silent(ToyEnv(), lacks)
+
+    algorithm = toy_ppo(DummyVecEnv([silent] * 2), task_sampling="signal")
     with pytest.warns(UserWarning, match=r'"signal" is without effect: no episode has ended with both info\["task"\]'):
         algorithm.learn(32)
 
@@ -1136,6 +1160,18 @@ def test_a_wrapped_policy_is_refused_where_it_is_set(wrap: Callable[[nn.Module],
         algorithm.policy = wrap(algorithm.policy)
     algorithm.learn(16)
     algorithm.policy = copy.deepcopy(algorithm.policy)
+
+
+@pytest.mark.parametrize("part", ["model", "value_head", "distribution"])
+def test_a_compiled_part_is_refused_where_it_is_set(part: str, tmp_path: Path) -> None:
+    """Its weights would be saved under names that nothing reads."""
+    algorithm = toy_ppo()
+    with pytest.raises(ValueError, match=rf"policy\.{part} is what torch.compile.* made; .*policy\.{part}\.compile"):
+        setattr(algorithm.policy, part, torch.compile(getattr(algorithm.policy, part), backend="eager"))
+    algorithm.policy.value_head.compile(backend="eager")
+    algorithm.learn(16)
+    algorithm.save(tmp_path / "saved")
+    assert PPO.load(tmp_path / "saved", device="cpu").num_timesteps == 16
 
 
 def test_adam_steps_by_one_kernel(tmp_path: Path) -> None:

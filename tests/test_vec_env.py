@@ -494,7 +494,7 @@ def test_bad_arguments(five: SharedMemoryVecEnv) -> None:
         five.step(np.zeros((4, 2), np.float32))
     with pytest.raises(RuntimeError, match=r"call step_async\(\) first"):
         five.step_wait()
-    with pytest.raises(RuntimeError, match=r"ValueError: The observation space's part None is Text.*as bytes: Box"):
+    with pytest.raises(RuntimeError, match=r"InputError: The observation space's part None is Text.*as bytes: Box"):
         SharedMemoryVecEnv(toys(2, "text"), "fork")
     for workers in (1, 2):
         with pytest.raises((ValueError, RuntimeError), match="must have the same shapes and types"):
@@ -521,6 +521,43 @@ def test_an_error_comes_with_its_traceback_and_the_workers_go_on(five: SharedMem
     for env in (five, dummy):
         env.seed(9)
     assert assert_same_course(five, dummy, 6) > 0
+
+
+class Shrinking(gym.ObservationWrapper[Any, Any, Any]):
+    """Gives pictures in 0..1, or in whole numbers, under a space of bytes."""
+
+    def __init__(self, env: gym.Env, factor: float) -> None:
+        super().__init__(env)
+        self.factor = factor
+
+    def observation(self, observation: Any) -> Any:
+        return {**observation, "image": observation["image"] * self.factor}
+
+
+def test_a_picture_that_the_space_cannot_hold() -> None:
+    """Stable-Baselines3 would make it black."""
+    space = spaces.Dict(
+        {"image": spaces.Box(0, 255, (2, 2, 3), np.uint8), "state": spaces.Box(-1, 1, (2,), np.float32)}
+    )
+
+    def make(factor: float) -> gym.Env:
+        toy = Toy()
+        toy.observation_space = copy.deepcopy(space)
+        return Shrinking(toy, factor)
+
+    env = SharedMemoryVecEnv([functools.partial(make, 1.0)], "fork")
+    try:
+        assert env.reset()["image"].dtype == np.uint8  # type: ignore[index,call-overload]
+    finally:
+        env.close()
+    env = SharedMemoryVecEnv([functools.partial(make, 1 / 255)], "fork")
+    try:
+        with pytest.raises(
+            RuntimeError, match="The observation's image has type float64 with numbers that are not whole"
+        ):
+            env.reset()
+    finally:
+        env.close()
 
 
 def test_a_request_that_cannot_be_sent(five: SharedMemoryVecEnv) -> None:

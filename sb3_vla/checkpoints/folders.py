@@ -75,7 +75,7 @@ def _kind_of_file(path: Path) -> str:
         return (
             f"an algorithm that was saved; a checkpoint is a folder. Load it with PPO.load({str(path)!r}), or make a "
             "checkpoint of it: sb3_vla.checkpoints.save_checkpoint(folder, model.policy.model, "
-            'notes={"view": model.policy.view})'
+            "notes=model.policy.notes)"
         )
     if (path.parent / "config.json").is_file():
         return f"a file; a checkpoint is the folder with its config.json: {path.parent}"

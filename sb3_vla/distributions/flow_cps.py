@@ -7,6 +7,7 @@ import math
 from torch import Tensor
 
 from sb3_vla.distributions.chain import FlowChain
+from sb3_vla.errors import InputError
 
 
 class FlowCPS(FlowChain):
@@ -34,5 +35,11 @@ class FlowCPS(FlowChain):
 
     def noise(self, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
         """See :meth:`FlowChain.noise`."""
-        fresh = self.noise_scale * math.sin(math.pi * self.noise_level / 2)
+        most = math.sin(math.pi * self.noise_level / 2)
+        fresh = self.noise_scale * most
+        if fresh > 1:
+            raise InputError(
+                f"noise_scale={self.noise_scale:g} with noise_level={self.noise_level:g} asks flow_cps for more noise "
+                f"than there is; expected a noise_scale of at most {1 / most:g}, or a lower noise_level"
+            )
         return s * math.sqrt(1 - fresh**2), s * fresh
