@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import gc
 import time
 from pathlib import Path
 from typing import Any, TypeVar
@@ -171,6 +172,7 @@ def _practise(
                 films=_into(plan.films, run, "train"),
                 **plan.train,
             )
+            gc.collect()  # callbacks and algorithm hold each other, and the next stage needs the memory of both
     return name
 
 

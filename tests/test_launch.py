@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,16 +19,17 @@ import torch
 from rich.console import Console
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from stable_baselines3.common.callbacks import CallbackList
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from toy import tiny_model
+from toy import tiny_model, toy_ppo
 from toy_pi0 import HEADS, write_layout
 
-from sb3_vla import identity, launch
+from sb3_vla import PPO, identity, launch
 from sb3_vla.checkpoints import LoadedCheckpoint, load_checkpoint, native, save_checkpoint
 from sb3_vla.cli import main
 from sb3_vla.evaluation import EvaluationResult
 from sb3_vla.plan import make_plan
-from sb3_vla.policies import load_policy
+from sb3_vla.policies import VLAPolicy, load_policy
 from sb3_vla.recipes import load_recipe
 from sb3_vla.run import RunDirectory
 from sb3_vla.shared_run import SharedRun
@@ -168,9 +170,12 @@ def test_compact_from_nothing(algorithm: str, environment: dict[str, str], tmp_p
 
 
 def test_each_stage_reads_its_checkpoint_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Weights are read by the policy that acts, and nowhere else; and their digest is computed once."""
+    """Weights are read by the policy that acts, and nowhere else; and their digest is computed once. What was trained
+    is gone when the result is measured, though callbacks have bound it into a cycle."""
     save_checkpoint(tmp_path / "start", tiny_model(action_horizon=5))
     read: list[str] = []
+    trained: list[weakref.ref[PPO]] = []
+    held: list[list[PPO | None]] = []
     native_reader, digest = native.load_checkpoint, identity.checkpoint_digest
 
     def reading(folder: Path) -> LoadedCheckpoint:
@@ -185,6 +190,13 @@ def test_each_stage_reads_its_checkpoint_once(tmp_path: Path, monkeypatch: pytes
 
     def train(run: RunDirectory, stage: str, config: Any, *, checkpoint: str, output: Path, **_: Any) -> None:
         save_checkpoint(output, load_policy(checkpoint).model)
+        algorithm = toy_ppo()
+        algorithm.learn(16, CallbackList([]))
+        trained.append(weakref.ref(algorithm))
+
+    def evaluate(policy: VLAPolicy, **_: Any) -> Measured:
+        held.append([algorithm() for algorithm in trained])
+        return Measured()
 
     class Measured:
         def to_json(self, path: Path) -> None:
@@ -193,13 +205,14 @@ def test_each_stage_reads_its_checkpoint_once(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(native, "load_checkpoint", reading)
     monkeypatch.setattr(identity, "checkpoint_digest", digesting)
     monkeypatch.setattr(launch, "train", train)
-    monkeypatch.setattr(launch, "evaluate", lambda policy, **_: Measured())
+    monkeypatch.setattr(launch, "evaluate", evaluate)
     monkeypatch.setattr(launch, "_tell", lambda *_: None)
     settings = [f"actor.model.model_path={tmp_path / 'start'}", f"runner.logger.log_path={tmp_path}"]
     settings += ["algorithm.rehearsal_coef=0"]
     recipe = load_recipe("metaworld_50_ppo_compact", settings)
     launch.launch(recipe, make_plan(recipe), Console(quiet=True))
     assert read == ["digest", "start", "start", "ppo"]  # evaluated, trained, and the result evaluated
+    assert held == [[], [None]]
 
 
 @pytest.mark.slow

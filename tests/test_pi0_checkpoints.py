@@ -484,16 +484,20 @@ def with_template(tokenizer: str, single: str) -> Path:
 
 
 @both
-@pytest.mark.parametrize("template", [None, "<bos> $A", "$A <eos>", "<bos> $A <eos>"])
+@pytest.mark.parametrize(
+    ("template", "written"),
+    [(None, "model"), ("<bos> $A", "~/model"), ("$A <eos>", "model"), ("<bos> $A <eos>", "model")],
+)
 def test_lerobot_reads_the_models_tokens_from_any_directory(
-    tmp_path: Path, name: str, template: str | None, tokenizer: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, name: str, template: str | None, written: str, tokenizer: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Released LeRobot looks names up in the working directory or on the hub, and has <bos> from the file alone."""
     source = tokenizer if template is None else str(with_template(tokenizer, template))
     model = reference_model(name, tokenizer=source, convention="lerobot", prompt_tokens=20)
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path)
-    save_lerobot("model", model)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    save_lerobot(written, model)
     monkeypatch.chdir(tmp_path / "elsewhere")
     step = tokenizer_step(tmp_path / "model")
     assert step["config"]["tokenizer_name"] == str(tmp_path / "model" / "tokenizer")

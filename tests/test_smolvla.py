@@ -350,12 +350,14 @@ def ids_by_transformers(folder: Path | str, texts: list[str]) -> list[list[int]]
     return AutoTokenizer.from_pretrained(folder)(texts, padding="longest", padding_side="right").input_ids
 
 
-def test_lerobot_finds_all_from_any_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Released LeRobot looks names up in the working directory or on the hub. Written by a relative path."""
+@pytest.mark.parametrize("written", ["model", "~/model"])
+def test_lerobot_finds_all_from_any_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: str) -> None:
+    """Released LeRobot looks names up in the working directory or on the hub."""
     model = SmolVLA(**TINY)
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path)
-    save_smolvla("model", model)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    save_smolvla(written, model)
     monkeypatch.chdir(tmp_path / "elsewhere")
     step = tokenizer_step(tmp_path / "model")
     assert step["config"]["tokenizer_name"] == str(tmp_path / "model" / "tokenizer")

@@ -81,7 +81,7 @@ def save_diffusion_policy(
     if name not in ("ddpm", "ddim"):
         raise InputError(f"distribution={name!r}; expected 'ddpm' or 'ddim', the samplers that LeRobot knows")
     size, clip = model.image_size[0], sampler.get("clip_sample", 1.0)
-    folder, given = Path(folder), model.config
+    folder, given = local_path(folder), model.config
     horizon, step = given["action_horizon"], 2 ** len(given["down_dims"])
     tell_unreadable(
         folder,

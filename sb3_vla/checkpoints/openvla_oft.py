@@ -124,7 +124,7 @@ def save_openvla_oft(
     :param max_shard_bytes: size from which the weights are written in several files.
     :raises FileExistsError: if the folder holds something else than a checkpoint.
     """
-    folder, given, sizes = Path(folder), model.config, model.sizes
+    folder, given, sizes = local_path(folder), model.config, model.sizes
     tell_unreadable(folder, "RLinf", {name: (getattr(sizes, name), getattr(OFT_SIZES["7B"], name)) for name in _TOWERS})
     action = {
         "q01": model.action_q01.tolist(),

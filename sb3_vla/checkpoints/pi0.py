@@ -131,7 +131,7 @@ def save_lerobot(folder: str | Path, model: Pi0) -> None:
     with new_folder(folder) as partial:
         weights = {f"model.{key}": tensor for key, tensor in _openpi_weights(model).items()}
         save_file(weights, partial / "model.safetensors", metadata={"format": "pt"})
-        pi0_lerobot.write(partial, name, model, statistics_for(model, "lerobot"), Path(folder))
+        pi0_lerobot.write(partial, name, model, statistics_for(model, "lerobot"), local_path(folder))
 
 
 def save_openpi(folder: str | Path, model: Pi0, asset_id: str = "lerobot/metaworld_mt50") -> None:

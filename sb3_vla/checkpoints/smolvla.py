@@ -111,7 +111,7 @@ def save_smolvla(
     :param max_shard_bytes: size from which the weights are written in several files, which LeRobot does not read.
     :raises FileExistsError: if the folder holds something else than a checkpoint.
     """
-    folder, given = Path(folder), model.config
+    folder, given = local_path(folder), model.config
     published = VLM_NAMES.get(given["vlm"]) if isinstance(given["vlm"], str) else None
     size, action_dim, horizon = given["image_size"], given["action_dim"], given["action_horizon"]
     inputs = {

@@ -150,7 +150,7 @@ def save_tinyvla(folder: str | Path, model: TinyVLA) -> None:
 
     :raises FileExistsError: if the folder holds something else than a checkpoint.
     """
-    folder, given = Path(folder), model.config
+    folder, given = local_path(folder), model.config
     theirs, own = published_options("tinyvla"), {"down_dims": tuple(given["down_dims"]), "step_dim": given["step_dim"]}
     tell_unreadable(folder, "TinyVLA's code", {name: (size, theirs[name]) for name, size in own.items()})
     vision, language = (part.config.to_dict() for part in (model.vision_tower, model.gpt_neox))
