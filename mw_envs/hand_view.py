@@ -157,7 +157,7 @@ class HandView:
         """The part of the window that is in the view.
 
         :param row: where the window begins, as :meth:`corner` tells.
-        :return: (top, left, height, width) in pixels of the full picture, and row and column of that part in the window.
+        :return: (top, left, height, width) in pixels of the full picture; row and column of that part in the window.
         """
         top, left = max(row, 0), max(column, 0)
         height = max(min(row + self.size, self.resolution) - top, 0)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -328,7 +327,7 @@ class VLAPolicy(BasePolicy):
                 'coherence="offset" is no diagonal Gaussian; use coherence="independent" with this algorithm'
             )
         assert isinstance(obs, dict)
-        with _twice_differentiable(self.model):
+        with sdpa_kernel(SDPBackend.MATH):  # trust regions need second derivatives, which fused attention has not
             context = self.model.encode(self.prepare(obs))
             mean, std = self.distribution.transition(self.model, context, {})
         gaussian = DiagGaussianDistribution(mean[0].numel())
@@ -444,20 +443,6 @@ class ValueHead(nn.Module):
     def forward(self, features: Tensor, critic_only: list[Tensor]) -> Tensor:
         """Values, float32 (N,)."""
         return self.layers(torch.cat([self.norm(features), *critic_only], dim=1)).float()[:, 0]
-
-
-@contextmanager
-def _twice_differentiable(model: nn.Module) -> Iterator[None]:
-    """Only operations with second derivatives, which trust regions need: fused attention has none, and the gradient of
-    a group norm's weights alone crashes the process for pictures in channels-last layout (torch 2.13, CPU)."""
-    norms = [module for module in model.modules() if isinstance(module, nn.GroupNorm)]
-    hooks = [norm.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),)) for norm in norms]
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _check_spaces(observation_space: spaces.Space, action_space: spaces.Space) -> None:
