@@ -97,7 +97,7 @@ class HandView:
     border: str = "shift"
 
     def __post_init__(self) -> None:
-        if isinstance(self.size, bool) or self.size != int(self.size) or self.size < 1:
+        if isinstance(self.size, bool) or not isinstance(self.size, (int, np.integer)) or self.size < 1:
             raise ValueError(f"hand_view={self.size!r}; expected the side of a picture, a whole number of pixels")
         if not 0 < self.window <= 1:
             raise ValueError(f"hand_window={self.window!r}; expected a fraction of the view, above 0 and at most 1")
