@@ -14,7 +14,7 @@ from mw_envs.env import CAMERAS, MetaWorldEnv
 from mw_envs.hand_view import CARRIED, STANDING, HandView
 from mw_envs.rendering import View, get_renderer, renderer_available, resolve_crop
 from mw_envs.scene import acquire_simulator, release_simulator
-from mw_envs.tasks import TASKS, Trial
+from mw_envs.tasks import Trial
 
 
 def played(seed: int = 0, steps: int = 6, **options: Any) -> list[dict[str, Any]]:
