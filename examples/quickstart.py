@@ -11,31 +11,29 @@ then, and is measured again on the same trials. Started a second time, it goes o
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-
-# Worker processes and the learner take turns on the same cores: threads that wait must soon give theirs up.
-os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 
 from mw_envs import suite_tasks
+from sb3_vla.checkpoints.training_state import check_training_state
 from sb3_vla.collecting import collect
-from sb3_vla.config import ConfigError, load_config
+from sb3_vla.command import run_command
+from sb3_vla.config import deciding, load_config
 from sb3_vla.demonstrations import Demonstrations
 from sb3_vla.evaluation import Comparison, EvaluationResult, VideoOptions, compare, evaluate, find_protocol
 from sb3_vla.figures import before_after_bars, learning_curve
+from sb3_vla.identity import checkpoint_identity, deciding_options
 from sb3_vla.policies import load_policy
 from sb3_vla.report import write_report
 from sb3_vla.results import TRIAL_SEED
 from sb3_vla.run import RunDirectory, RunError
 from sb3_vla.sft import SFTConfig, sft
-from sb3_vla.stopping import Stopped, stopped_by_signals
-from sb3_vla.training import PPOConfig, train, view_of
+from sb3_vla.training import PPOConfig, train
 
 # Three sets of trials that share no goal: demonstrations and PPO use seeds below these.
 TEST_SEED, CHOICE_SEED = TRIAL_SEED, TRIAL_SEED + 1_000_000
@@ -99,26 +97,23 @@ FULL = [
 def main() -> int:
     """Run all stages; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, help="run directory (default: runs/quickstart[-full][-seedN])")
+    parser.add_argument("--run", help="run directory (default: runs/quickstart[-full][-seedN])")
     parser.add_argument("--full", action="store_true", help="all 50 tasks instead of 10")
+    parser.add_argument("--traceback", action="store_true", help="print the traceback of an error")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings, such as seed=1 or sft.steps=500")
     arguments = parser.parse_args()
-    console = Console()
-    folder = arguments.run
-    try:
+
+    def work() -> None:
+        folder = arguments.run
         config = load_config(QuickstartConfig, overrides=(FULL if arguments.full else []) + arguments.settings)
         if folder is None:  # another seed is another run, and does not take the place of the first
             name = "quickstart-full" if arguments.full else "quickstart"
             folder = Path("runs") / (name if config.seed == 0 else f"{name}-seed{config.seed}")
-        with stopped_by_signals():
-            quickstart(RunDirectory(folder, config), config, console)
-    except (ConfigError, RunError, ValueError, RuntimeError, OSError) as error:
-        console.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)
-        return 2
-    except Stopped as stopped:
-        console.print(f"\nInterrupted by {stopped}; the same command goes on from here ({folder}).")
-        return stopped.exit_code
-    return 0
+        with RunDirectory(folder, config) as run:
+            quickstart(run, config, Console())
+
+    again = "the same command goes on"
+    return run_command(work, again=again, show_traceback=arguments.traceback, errors=Console())
 
 
 def quickstart(run: RunDirectory, config: QuickstartConfig, console: Console) -> None:
@@ -128,8 +123,7 @@ def quickstart(run: RunDirectory, config: QuickstartConfig, console: Console) ->
     seed = config.seed
 
     console.rule(f"1  demonstrations by scripted experts, {suite}")
-    inputs = {"collect": config.collect, "seed": seed, "renderer": config.renderer}
-    with run.stage("collect", inputs, outputs=["demonstrations"]) as stage:
+    with run.stage("collect", {"collect": config.collect, "seed": seed}, outputs=["demonstrations"]) as stage:
         if not stage.done:
             report = collect(
                 run.path / "demonstrations",
@@ -147,7 +141,8 @@ def quickstart(run: RunDirectory, config: QuickstartConfig, console: Console) ->
 
     console.rule("2  imitation")
     demonstrations = None
-    with run.stage("sft", {"sft": config.sft}, after=["collect"], outputs=["sft"]) as stage:
+    start = {"checkpoint": checkpoint_identity(config.sft.checkpoint), **deciding_options(config.sft.model_kwargs)}
+    with run.stage("sft", {"sft": deciding(config.sft), "start": start}, after=["collect"], outputs=["sft"]) as stage:
         if not stage.done:
             demonstrations = Demonstrations.load(run.path / "demonstrations")
             result = sft(
@@ -155,18 +150,19 @@ def quickstart(run: RunDirectory, config: QuickstartConfig, console: Console) ->
                 config.sft,
                 output=run.path / "sft",
                 save_state=lambda step: run.checkpoint("sft", step),
-                resume_from=run.latest_checkpoint("sft") if stage.resumed else None,
+                resume_from=run.latest_checkpoint("sft", check_training_state) if stage.resumed else None,
             )
             run.write_json("sft_history.json", result.history)
-    env_kwargs = {
-        "image_size": config.collect.image_size,
-        "renderer": config.renderer,
-        **view_of({"view": {"crop": config.collect.crop}}),
-    }
 
-    def measure(name: str, checkpoint: Path, trials: int, trial_seed: int, films: bool) -> EvaluationResult:
+    def trials(count: int) -> dict[str, Any]:
+        return {"trials": count, "protocol": config.evaluation.protocol}
+
+    def films(name: str) -> list[str]:
+        return [f"videos/{name}"] if config.evaluation.videos_per_task else []
+
+    def measure(name: str, checkpoint: Path, trials: int, trial_seed: int, filmed: bool) -> EvaluationResult:
         videos = None
-        if films and config.evaluation.videos_per_task:
+        if filmed and config.evaluation.videos_per_task:
             videos = VideoOptions(run.path / "videos" / name, per_task=config.evaluation.videos_per_task)
         result = evaluate(
             load_policy(checkpoint, find_protocol(config.evaluation.protocol).action_chunk),
@@ -174,7 +170,7 @@ def quickstart(run: RunDirectory, config: QuickstartConfig, console: Console) ->
             trials_per_task=trials,
             trial_seed=trial_seed,
             protocol=config.evaluation.protocol,
-            env_kwargs=env_kwargs,
+            env_kwargs={"renderer": config.renderer},
             videos=videos,
         )
         result.to_json(run.path / f"evaluation_{name}.json")
@@ -182,10 +178,10 @@ def quickstart(run: RunDirectory, config: QuickstartConfig, console: Console) ->
 
     console.rule("3  which tasks give a signal to practise on")
     with run.stage(
-        "choose", {"evaluation": config.evaluation}, after=["sft"], outputs=["evaluation_choice.json"]
+        "choose", trials(config.evaluation.choice_trials), after=["sft"], outputs=["evaluation_choice.json"]
     ) as stage:
         if not stage.done:
-            measure("choice", run.path / "sft", config.evaluation.choice_trials, CHOICE_SEED, films=False)
+            measure("choice", run.path / "sft", config.evaluation.choice_trials, CHOICE_SEED, filmed=False)
     choice = EvaluationResult.from_json(run.path / "evaluation_choice.json").per_task()
     rates = {task: rate.rate.value for task, rate in choice.items()}
     tasks = [task for task, rate in rates.items() if config.evaluation.lowest < rate < config.evaluation.highest]
@@ -201,13 +197,18 @@ def quickstart(run: RunDirectory, config: QuickstartConfig, console: Console) ->
 
     console.rule("4  measurement before")
     with run.stage(
-        "before", {"evaluation": config.evaluation}, after=["sft"], outputs=["evaluation_before.json"]
+        "before",
+        trials(config.evaluation.test_trials),
+        after=["sft"],
+        outputs=["evaluation_before.json", *films("before")],
     ) as stage:
         if not stage.done:
-            measure("before", run.path / "sft", config.evaluation.test_trials, TEST_SEED, films=True)
+            measure("before", run.path / "sft", config.evaluation.test_trials, TEST_SEED, filmed=True)
 
     console.rule(f"5  PPO on {len(tasks)} tasks")
-    with run.stage("ppo", {"ppo": config.ppo, "tasks": tasks + solved}, after=["choose"], outputs=["ppo"]) as stage:
+    inputs = {"ppo": deciding(config.ppo), "tasks": tasks + solved}
+    length = config.ppo.total_decisions
+    with run.stage("ppo", inputs, length=length, after=["choose"], outputs=["ppo"]) as stage:
         if not stage.done:
             if config.ppo.rehearsal_coef > 0 and demonstrations is None:
                 demonstrations = Demonstrations.load(run.path / "demonstrations")
@@ -226,10 +227,13 @@ def quickstart(run: RunDirectory, config: QuickstartConfig, console: Console) ->
 
     console.rule("6  measurement after, on the same trials")
     with run.stage(
-        "after", {"evaluation": config.evaluation}, after=["ppo"], outputs=["evaluation_after.json"]
+        "after",
+        trials(config.evaluation.test_trials),
+        after=["ppo"],
+        outputs=["evaluation_after.json", *films("after")],
     ) as stage:
         if not stage.done:
-            measure("after", run.path / "ppo", config.evaluation.test_trials, TEST_SEED, films=True)
+            measure("after", run.path / "ppo", config.evaluation.test_trials, TEST_SEED, filmed=True)
 
     before = EvaluationResult.from_json(run.path / "evaluation_before.json")
     after = EvaluationResult.from_json(run.path / "evaluation_after.json")

@@ -40,7 +40,14 @@ stage() {
     fi
 }
 
-# apt_install REASON PACKAGE...: install system packages where this user may, else name the command and stop.
+# Whether this is root in a container, which is there for one purpose and may be changed for it.
+is_container_root() {
+    [ "$(id -u)" = 0 ] || return
+    [ -e /.dockerenv ] || [ -e /run/.containerenv ] || [ -n "${container:-}" ] ||
+        systemd-detect-virt --container --quiet 2>/dev/null
+}
+
+# apt_install REASON PACKAGE...: install system packages as root in a container; elsewhere name the command and stop.
 apt_install() {
     local reason="$1" as_root="" command
     shift
@@ -48,12 +55,12 @@ apt_install() {
     command="${as_root}apt-get update && ${as_root}apt-get install -y --no-install-recommends $*"
     if ! command -v apt-get >/dev/null; then
         fail "$reason. Install what your system calls these Debian packages, then start again: $*"
-    elif [ -n "$as_root" ] && ! sudo -n true 2>/dev/null; then
+    elif ! is_container_root; then
         fail "$reason. Run this, then start again: $command"
     fi
     say "$reason. Running: $command"
-    ${as_root}apt-get update -qq >/dev/null || say "apt-get update failed; going on with the package lists at hand"
-    ${as_root}env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$@" >/dev/null ||
+    apt-get update -qq >/dev/null || say "apt-get update failed; going on with the package lists at hand"
+    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$@" >/dev/null ||
         fail "apt-get failed. Run this, then start again: $command"
 }
 

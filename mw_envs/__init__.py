@@ -15,6 +15,7 @@ from mw_envs.tasks import (
     Trial,
     decode_instruction,
     encode_instruction,
+    fit_instruction,
     get_task,
     suite_tasks,
 )
@@ -30,6 +31,7 @@ __all__ = [
     "__version__",
     "decode_instruction",
     "encode_instruction",
+    "fit_instruction",
     "get_task",
     "register_envs",
     "suite_tasks",

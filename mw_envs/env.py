@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from gymnasium import spaces
 
+from mw_envs.errors import InputError
 from mw_envs.hand_view import DEFAULT_WINDOW, HandView
 from mw_envs.rendering import FULL_VIEW, RENDERERS, View, get_renderer, resolve_crop
 from mw_envs.scene import Simulator, acquire_simulator, release_simulator
@@ -36,6 +37,7 @@ _STATE_LOW = np.array([-0.525, 0.348, -0.0525, 0.0], dtype=np.float32)
 _STATE_HIGH = np.array([0.525, 1.025, 0.7, 1.0], dtype=np.float32)
 _PRIVILEGED_LIMIT = 10.0
 _RENDER_SIZE = 480
+_STEPS_PER_SECOND = 80  # of the simulated time
 _SETTLE_ACTION = np.zeros(ACTION_DIM, dtype=np.float32)
 
 
@@ -43,9 +45,10 @@ class MetaWorldEnv(gym.Env[dict[str, Any], npt.NDArray[np.float32]]):
     """Manipulation tasks of MetaWorld, seen through a camera and told by a sentence.
 
     **Observation** (``Dict``): ``image`` uint8 (H, W, 3); ``state`` float32 (4,), the hand's x, y, z in metres and the
-    gripper's opening 0..1; ``instruction`` uint8 (64,), zero-padded UTF-8 (:func:`mw_envs.decode_instruction`); with
-    ``hand_view`` also ``hand_image`` uint8 (hand_view, hand_view, 3), a window of the same camera's view around the
-    hand; with ``privileged_state`` also MetaWorld's own vector with the goal, float32 (39,).
+    gripper's opening 0..1; ``instruction`` uint8 (instruction_bytes,), zero-padded UTF-8
+    (:func:`mw_envs.decode_instruction`); with ``hand_view`` also ``hand_image`` uint8 (hand_view, hand_view, 3), a
+    window of the same camera's view around the hand; with ``privileged_state`` also MetaWorld's own vector with the
+    goal, float32 (39,).
 
     **Action**: ``Box(-1, 1, (4,))``, three displacements of the hand (1 is a centimetre) and the gripper (-1 opens, 1
     closes); with ``action_chunk=k > 1`` ``Box(-1, 1, (k, 4))``, of which a step runs as many as the episode lasts and
@@ -58,8 +61,12 @@ class MetaWorldEnv(gym.Env[dict[str, Any], npt.NDArray[np.float32]]):
     ``task_weights``. ``reset(options={"snapshot": s})`` goes on from :meth:`snapshot` instead.
 
     **Info**: ``task``, ``goal``, ``trial_seed``, ``instruction``, ``success`` (at this step), ``success_once`` (so
-    far), ``env_steps`` (run by this call), ``elapsed_steps`` (run since the reset), ``is_success`` and
-    ``episode_return`` (sum of rewards) when the episode ends, and ``frames`` with ``record_frames``.
+    far), ``is_success`` (the same, under the name that others look for), ``env_steps`` (run by this call),
+    ``elapsed_steps`` (run since the reset), ``episode_return`` (sum of rewards so far), and ``frames`` with
+    ``record_frames``. All are there at every step, because a time limit outside may make any of them the last one.
+
+    ``metadata["render_fps"]`` is the number of pictures that a second of the simulation gives, 80 / ``action_chunk``.
+    ``copy.deepcopy`` and ``pickle`` give an environment that goes on as this one does, with a simulator of its own.
 
     :param suite: ``MT1``, ``MT10``, ``MT50``, ``ML10`` or ``ML45``.
     :param task: the task of ``MT1``.
@@ -74,6 +81,7 @@ class MetaWorldEnv(gym.Env[dict[str, Any], npt.NDArray[np.float32]]):
     :param terminate_on_success: whether success ends the episode.
     :param settle_steps: zero actions after a reset, not counted.
     :param image_size: side of the square picture, or (height, width).
+    :param instruction_bytes: length of the observation's ``instruction``.
     :param camera: a camera of MetaWorld's; ``corner2`` stands where the published data has it.
     :param crop: window of the view, a name in :data:`mw_envs.rendering.CROPS` or (top, left, height, width).
     :param hand_view: side of ``hand_image`` in pixels, see :class:`mw_envs.hand_view.HandView`; None for no such image.
@@ -90,7 +98,7 @@ class MetaWorldEnv(gym.Env[dict[str, Any], npt.NDArray[np.float32]]):
     :raises ValueError: for a value that is not among those above; the message names the value and what is expected.
     """
 
-    metadata = {"render_modes": ["rgb_array"], "render_fps": 80}  # noqa: RUF012 (as Gymnasium declares it)
+    metadata = {"render_modes": ["rgb_array"], "render_fps": _STEPS_PER_SECOND}  # noqa: RUF012 (as Gymnasium has it)
 
     def __init__(
         self,
@@ -107,6 +115,7 @@ class MetaWorldEnv(gym.Env[dict[str, Any], npt.NDArray[np.float32]]):
         terminate_on_success: bool = True,
         settle_steps: int = 15,
         image_size: int | tuple[int, int] = 480,
+        instruction_bytes: int = INSTRUCTION_BYTES,
         camera: str = "corner2",
         crop: str | Sequence[float] | None = None,
         hand_view: int | None = None,
@@ -121,11 +130,16 @@ class MetaWorldEnv(gym.Env[dict[str, Any], npt.NDArray[np.float32]]):
         self.tasks = _tasks_of(suite, task, split, tasks)
         self.set_task_weights(task_weights or {})
         self.action_chunk = _positive("action_chunk", action_chunk)
+        rate = _STEPS_PER_SECOND / self.action_chunk
+        self.metadata = {**self.metadata, "render_fps": int(rate) if rate.is_integer() else rate}
         self.horizon = _positive("horizon", horizon)
         self.settle_steps = _positive("settle_steps", settle_steps, minimum=0)
         self.reward = _one_of("reward", reward, REWARDS)
         self.reward_coef = _finite("reward_coef", reward_coef)
         self.terminate_on_success = _flag("terminate_on_success", terminate_on_success)
+        self.instruction_bytes = _positive("instruction_bytes", instruction_bytes)
+        for name in self.tasks:
+            encode_instruction(TASKS[name].instruction, self.instruction_bytes, f"task {name}")
         height, width = _height_and_width(image_size)
         self._view = View(
             _one_of("camera", camera, CAMERAS),
@@ -139,13 +153,13 @@ class MetaWorldEnv(gym.Env[dict[str, Any], npt.NDArray[np.float32]]):
         self._renderer = _one_of("renderer", renderer, RENDERERS)
         self.record_frames = _flag("record_frames", record_frames)
         if render_mode not in (None, "rgb_array"):
-            raise ValueError(f"render_mode={render_mode!r}; expected None or 'rgb_array'")
+            raise InputError(f"render_mode={render_mode!r}; expected None or 'rgb_array'")
         self.render_mode = render_mode
 
         observation: dict[str, spaces.Space[Any]] = {
             "image": spaces.Box(0, 255, (self._view.height, self._view.width, 3), np.uint8),
             "state": spaces.Box(_STATE_LOW, _STATE_HIGH, dtype=np.float32),
-            "instruction": spaces.Box(0, 255, (INSTRUCTION_BYTES,), np.uint8),
+            "instruction": spaces.Box(0, 255, (self.instruction_bytes,), np.uint8),
         }
         if self._hand is not None:
             observation["hand_image"] = spaces.Box(0, 255, (self._hand.size, self._hand.size, 3), np.uint8)
@@ -174,10 +188,10 @@ class MetaWorldEnv(gym.Env[dict[str, Any], npt.NDArray[np.float32]]):
         """
         for name in weights:
             if name not in self.tasks:
-                raise ValueError(f"task_weights names {name!r}; {did_you_mean(name, self.tasks)}")
+                raise InputError(f"task_weights names {name!r}; {did_you_mean(name, self.tasks)}")
         values = np.array([float(weights.get(name, 1.0)) for name in self.tasks])
         if not np.all(np.isfinite(values)) or values.min() < 0 or values.sum() == 0:
-            raise ValueError(f"task_weights must be finite, not negative and not all zero; got {dict(weights)}")
+            raise InputError(f"task_weights must be finite, not negative and not all zero; got {dict(weights)}")
         self._task_probabilities = values / values.sum()
 
     def reset(
@@ -204,6 +218,11 @@ class MetaWorldEnv(gym.Env[dict[str, Any], npt.NDArray[np.float32]]):
             info["frames"], info["frame_rewards"] = self._draw(self._render_view)[None], [0.0]
         return self._observation(), info
 
+    @property
+    def camera_view(self) -> dict[str, Any]:
+        """What the pictures show: ``camera``, and ``crop`` as (top, left, height, width)."""
+        return {"camera": self._view.camera, "crop": list(self._view.crop)}
+
     def snapshot(self) -> dict[str, Any]:
         """All that decides what this environment does next, in JSON types.
 
@@ -224,17 +243,17 @@ class MetaWorldEnv(gym.Env[dict[str, Any], npt.NDArray[np.float32]]):
 
     def _restore(self, options: Mapping[str, Any]) -> None:
         if len(options) > 1:
-            raise ValueError(f"Reset option 'snapshot' goes alone; got also {sorted(options.keys() - {'snapshot'})}")
+            raise InputError(f"Reset option 'snapshot' goes alone; got also {sorted(options.keys() - {'snapshot'})}")
         snapshot = options["snapshot"]
         try:
             trial = Trial(*snapshot["trial"])
             probabilities = np.array(snapshot["task_probabilities"], dtype=np.float64)
             if trial.task not in self.tasks or probabilities.shape != (len(self.tasks),):
-                raise ValueError(f"it is of other tasks than {', '.join(self.tasks)}")
+                raise InputError(f"it is of other tasks than {', '.join(self.tasks)}")
             self.np_random.bit_generator.state = snapshot["generator"]
             self._trial_seed, actions = snapshot["trial_seed"], snapshot["actions"]
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(
+            raise InputError(
                 f"Reset option 'snapshot' is not what snapshot() of such an environment gave: {error}"
             ) from error
         self._task_probabilities = probabilities
@@ -245,15 +264,31 @@ class MetaWorldEnv(gym.Env[dict[str, Any], npt.NDArray[np.float32]]):
     def _begin(self, trial: Trial) -> None:
         """Place a trial and let it settle."""
         self._trial = trial
-        if self._simulator is None or self._simulator.task != self._trial.task:
-            self._release()
-            self._simulator = acquire_simulator(self._trial.task)
-        self._metaworld_observation = self._simulator.place(self._trial)
-        for _ in range(self.settle_steps):
-            self._metaworld_observation, _, _ = self._simulator.step(_SETTLE_ACTION, reward_wanted=False)
+        self._place(trial)
         self._elapsed_steps, self._return = 0, 0.0
         self._success = self._success_once = self._ended = False
         self._actions = []
+
+    def _place(self, trial: Trial) -> None:
+        if self._simulator is None or self._simulator.task != trial.task:
+            self._release()
+            self._simulator = acquire_simulator(trial.task)
+        self._metaworld_observation = self._simulator.place(trial)
+        for _ in range(self.settle_steps):
+            self._metaworld_observation, _, _ = self._simulator.step(_SETTLE_ACTION, reward_wanted=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy is made of: all but the simulator."""
+        return {**vars(self), "_simulator": self._simulator is not None, "_actions": list(self._actions)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Become the environment of that state; a simulator of its own runs the episode again."""
+        vars(self).update(state, _simulator=None)
+        if state["_simulator"]:
+            assert self._trial is not None
+            self._place(self._trial)
+            for action in self._actions:
+                self._simulate(np.array(action, dtype=np.float32))
 
     def step(self, action: npt.NDArray[np.float32]) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
         """Run an action, or the chunk's actions until the episode ends.
@@ -263,11 +298,11 @@ class MetaWorldEnv(gym.Env[dict[str, Any], npt.NDArray[np.float32]]):
         """
         action = np.asarray(action, dtype=np.float32)
         if action.shape != self.action_space.shape:
-            raise ValueError(
+            raise InputError(
                 f"Action of shape {action.shape}; expected {self.action_space.shape} (action_chunk={self.action_chunk})"
             )
         if not np.all(np.isfinite(action)):
-            raise ValueError(f"Action has a value that is not finite: {action.tolist()}")
+            raise InputError(f"Action has a value that is not finite: {action.tolist()}")
         if self._simulator is None or self._ended:
             raise gym.error.ResetNeeded("The episode has ended or not begun; call reset() first")
 
@@ -283,17 +318,13 @@ class MetaWorldEnv(gym.Env[dict[str, Any], npt.NDArray[np.float32]]):
             if self._ended:
                 break
         info = self._info(env_steps)
-        if self._ended:
-            info["is_success"] = self._success_once
-            info["episode_return"] = self._return
         if self.record_frames:
             info["frames"], info["frame_rewards"] = np.stack(frames), rewards
         return self._observation(), total_reward, terminated, truncated, info
 
     def _advance(self, action: npt.NDArray[np.float32]) -> tuple[float, bool, bool]:
         """One environment step: reward, terminated, truncated."""
-        assert self._simulator is not None
-        self._metaworld_observation, dense_reward, success = self._simulator.step(action, self.reward == "dense")
+        dense_reward, success = self._simulate(action)
         reward = self._step_reward(dense_reward, success)
         self._success, self._success_once = success, self._success_once or success
         self._elapsed_steps += 1
@@ -303,6 +334,12 @@ class MetaWorldEnv(gym.Env[dict[str, Any], npt.NDArray[np.float32]]):
         truncated = not terminated and self._elapsed_steps >= self.horizon
         self._ended = terminated or truncated
         return reward, terminated, truncated
+
+    def _simulate(self, action: npt.NDArray[np.float32]) -> tuple[float, bool]:
+        """MetaWorld's reward, nan where nothing asks for it, and success."""
+        assert self._simulator is not None
+        self._metaworld_observation, dense_reward, success = self._simulator.step(action, self.reward == "dense")
+        return dense_reward, success
 
     def render(self) -> npt.NDArray[np.uint8] | None:  # type: ignore[override]
         """The camera's full view now, uint8 (480, 480, 3), if ``render_mode`` is ``rgb_array``."""
@@ -325,13 +362,13 @@ class MetaWorldEnv(gym.Env[dict[str, Any], npt.NDArray[np.float32]]):
     def _choose_trial(self, options: Mapping[str, Any]) -> Trial:
         for key in options:
             if key not in _RESET_OPTIONS:
-                raise ValueError(f"Unknown reset option {key!r}; {did_you_mean(key, _RESET_OPTIONS)}")
+                raise InputError(f"Unknown reset option {key!r}; {did_you_mean(key, _RESET_OPTIONS)}")
         task = options.get("task")
         if task is None:
             task = self.tasks[self.np_random.choice(len(self.tasks), p=self._task_probabilities)]
         elif task not in self.tasks:
             get_task(task)
-            raise ValueError(f"Task {task!r} is not in this environment; {did_you_mean(task, self.tasks)}")
+            raise InputError(f"Task {task!r} is not in this environment; {did_you_mean(task, self.tasks)}")
         goal = options.get("goal")
         if goal is None:
             goal = self.np_random.integers(GOALS_PER_TASK)
@@ -354,7 +391,7 @@ class MetaWorldEnv(gym.Env[dict[str, Any], npt.NDArray[np.float32]]):
         observation: dict[str, npt.NDArray[Any]] = {
             "image": self._draw(self._view),
             "state": np.clip(metaworld[:4], _STATE_LOW, _STATE_HIGH),
-            "instruction": encode_instruction(TASKS[self._trial.task].instruction),
+            "instruction": encode_instruction(TASKS[self._trial.task].instruction, self.instruction_bytes),
         }
         if self._hand is not None:
             observation["hand_image"] = self._draw_hand(self._hand, observation)
@@ -389,18 +426,20 @@ class MetaWorldEnv(gym.Env[dict[str, Any], npt.NDArray[np.float32]]):
             "instruction": TASKS[self._trial.task].instruction,
             "success": self._success,
             "success_once": self._success_once,
+            "is_success": self._success_once,
             "env_steps": env_steps,
             "elapsed_steps": self._elapsed_steps,
+            "episode_return": self._return,
         }
 
 
 def _tasks_of(suite: str, task: str | None, split: str, tasks: Sequence[str] | None) -> tuple[str, ...]:
     if suite != "MT1":
         if task is not None:
-            raise ValueError(f"task={task!r} belongs to MetaWorldMT1-v0; for {suite} use tasks=[{task!r}]")
+            raise InputError(f"task={task!r} belongs to MetaWorldMT1-v0; for {suite} use tasks=[{task!r}]")
         return select_tasks(suite, split, tasks)
     if task is None or tasks is not None or split != "train":
-        raise ValueError(
+        raise InputError(
             'MT1 takes one task and neither tasks nor split: gym.make("MetaWorldMT1-v0", task="reach-v3"); '
             f"got task={task!r}, tasks={tasks!r}, split={split!r}"
         )
@@ -410,7 +449,7 @@ def _tasks_of(suite: str, task: str | None, split: str, tasks: Sequence[str] | N
 def _height_and_width(image_size: int | Sequence[int]) -> tuple[int, int]:
     if isinstance(image_size, (tuple, list)):
         if len(image_size) != 2:
-            raise ValueError(f"image_size={image_size!r}; expected one number or (height, width)")
+            raise InputError(f"image_size={image_size!r}; expected one number or (height, width)")
         height, width = image_size
         return _positive("image_size", height), _positive("image_size", width)
     side = _positive("image_size", image_size)
@@ -419,13 +458,13 @@ def _height_and_width(image_size: int | Sequence[int]) -> tuple[int, int]:
 
 def _positive(name: str, value: Any, minimum: int = 1) -> int:
     if not _is_whole(value) or value < minimum:
-        raise ValueError(f"{name}={value!r}; expected a whole number of at least {minimum}")
+        raise InputError(f"{name}={value!r}; expected a whole number of at least {minimum}")
     return int(value)
 
 
 def _whole_number(name: str, value: Any, end: int) -> int:
     if not _is_whole(value) or not 0 <= value < end:
-        raise ValueError(f"Reset option {name}={value!r}; expected a whole number from 0 to {end - 1}")
+        raise InputError(f"Reset option {name}={value!r}; expected a whole number from 0 to {end - 1}")
     return int(value)
 
 
@@ -435,17 +474,17 @@ def _is_whole(value: Any) -> bool:
 
 def _finite(name: str, value: Any) -> float:
     if not isinstance(value, numbers.Real) or not np.isfinite(float(value)):
-        raise ValueError(f"{name}={value!r}; expected a finite number")
+        raise InputError(f"{name}={value!r}; expected a finite number")
     return float(value)
 
 
 def _flag(name: str, value: Any) -> bool:
     if not isinstance(value, (bool, np.bool_)):  # the string "false" would be true
-        raise ValueError(f"{name}={value!r}; expected True or False")
+        raise InputError(f"{name}={value!r}; expected True or False")
     return bool(value)
 
 
 def _one_of(name: str, value: str, known: Sequence[str]) -> str:
     if value not in known:
-        raise ValueError(f"Unknown {name} {value!r}; {did_you_mean(value, known)}")
+        raise InputError(f"Unknown {name} {value!r}; {did_you_mean(value, known)}")
     return value

@@ -13,6 +13,7 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
+from mw_envs.errors import InputError
 from mw_envs.tasks import did_you_mean
 
 BORDERS = ("shift", "black")
@@ -98,11 +99,11 @@ class HandView:
 
     def __post_init__(self) -> None:
         if isinstance(self.size, bool) or not isinstance(self.size, (int, np.integer)) or self.size < 1:
-            raise ValueError(f"hand_view={self.size!r}; expected the side of a picture, a whole number of pixels")
+            raise InputError(f"hand_view={self.size!r}; expected the side of a picture, a whole number of pixels")
         if not 0 < self.window <= 1:
-            raise ValueError(f"hand_window={self.window!r}; expected a fraction of the view, above 0 and at most 1")
+            raise InputError(f"hand_window={self.window!r}; expected a fraction of the view, above 0 and at most 1")
         if self.border not in BORDERS:
-            raise ValueError(f"Unknown hand_border {self.border!r}; {did_you_mean(self.border, BORDERS)}")
+            raise InputError(f"Unknown hand_border {self.border!r}; {did_you_mean(self.border, BORDERS)}")
 
     @property
     def resolution(self) -> int:
@@ -138,7 +139,7 @@ class HandView:
         """
         height, width = pictures.shape[1:3]
         if height != width:
-            raise ValueError(f"A hand view is cut from square pictures; got {height}x{width} pixels")
+            raise InputError(f"A hand view is cut from square pictures; got {height}x{width} pixels")
         windows = np.zeros((len(pictures), self.size, self.size, 3), np.uint8)
         weights = _reduction(height, self.resolution)
         for picture, corner, window in zip(pictures, self.corner(camera, states), windows, strict=True):

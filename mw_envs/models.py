@@ -25,6 +25,7 @@ from typing import IO
 import numpy as np
 import numpy.typing as npt
 
+from mw_envs.errors import InputError
 from mw_envs.rendering.view import explained_mujoco_import
 
 with explained_mujoco_import():
@@ -88,14 +89,14 @@ def cache_directory() -> Path:
     :raises OSError: if the assets cannot be read.
     :raises RuntimeError: if the user has no home.
     """
+    given = os.environ.get("XDG_CACHE_HOME", "")
+    root = Path(given) if os.path.isabs(given) else Path.home() / ".cache"
     assets = Path(metaworld.__file__).parent / "assets"
     digest = hashlib.sha256(f"{mujoco.__version__} {platform.machine()}".encode())
     for path in sorted(path for path in assets.rglob("*") if path.is_file()):
         content = path.read_bytes()
         digest.update(f"\0{path.relative_to(assets)}\0{len(content)}\0".encode())
         digest.update(content)
-    given = os.environ.get("XDG_CACHE_HOME", "")
-    root = Path(given) if os.path.isabs(given) else Path.home() / ".cache"
     return root / "mw_envs" / f"models-{digest.hexdigest()[:24]}"
 
 
@@ -109,14 +110,14 @@ def _read(directory: Path, name: str) -> mujoco.MjModel:
     # MuJoCo copies a file's content faster than a buffer's, and Linux copies from file to file.
     with (directory / _WHOLE_FILE).open("rb") as source, os.fdopen(os.memfd_create(name), "wb", 0) as model:
         if _digest(source) != whole:
-            raise ValueError(f"{source.name} is not what {name} was taken apart with")
+            raise InputError(f"{source.name} is not what {name} was taken apart with")
         taken = 0
         for start, length in runs:
             if start == _ADDED:
                 model.write(added[taken : taken + length])
                 taken += length
             elif os.sendfile(model.fileno(), source.fileno(), start, length) != length:
-                raise ValueError(f"{source.name} is short")
+                raise InputError(f"{source.name} is short")
         return mujoco.MjModel.from_binary_path(f"/proc/self/fd/{model.fileno()}")
 
 

@@ -154,8 +154,9 @@ class Simulator:
         too near the object) depend on the random vectors alone, so the hand need not move. Leaves the simulation
         disturbed: :meth:`place` restores it.
         """
-        if (self.task, seed) in _goal_tables:
-            return _goal_tables[self.task, seed]
+        known = _goal_tables.get((self.task, seed))
+        if known is not None:
+            return known
         sawyer = self._sawyer
         generator = np.random.RandomState(seed)
         space = cast(spaces.Box, sawyer._random_reset_space)
@@ -175,15 +176,17 @@ class Simulator:
             set_state=stand_still,
             _get_obs=look_away,
         )
-        table = []
+        rows = []
         for _ in range(GOALS_PER_TASK):
             sawyer.reset_model()
             sawyer.reset_model()
-            table.append(sawyer._last_rand_vec)
-        while len(_goal_tables) >= _GOAL_TABLES:
-            del _goal_tables[next(iter(_goal_tables))]
-        _goal_tables[self.task, seed] = np.array(table)
-        return _goal_tables[self.task, seed]
+            rows.append(sawyer._last_rand_vec)
+        table = np.array(rows)
+        with _shared_lock:
+            while len(_goal_tables) >= _GOAL_TABLES:
+                del _goal_tables[next(iter(_goal_tables))]
+            _goal_tables[self.task, seed] = table
+        return table
 
 
 def _detached(value: Any) -> Any:
@@ -198,14 +201,14 @@ def _detached(value: Any) -> Any:
 _UNCHANGING = (bool, int, float, str, np.generic, type(None), spaces.Space)
 _goal_tables: dict[tuple[str, int], npt.NDArray[np.float64]] = {}
 _idle: list[Simulator] = []  # those given back last at the end
-_idle_lock = threading.Lock()
+_shared_lock = threading.Lock()  # of what the process's threads share
 
 
 def acquire_simulator(task: str) -> Simulator:
     """Take from the process an idle simulator of this task, or make one, of an idle one of the same scene if it can."""
     wanted = scene_file(task)
     predecessor = None
-    with _idle_lock:
+    with _shared_lock:
         of_scene = [simulator for simulator in reversed(_idle) if simulator.scene_file == wanted]
         if of_scene:
             predecessor = next((simulator for simulator in of_scene if simulator.task == task), of_scene[0])
@@ -217,6 +220,6 @@ def acquire_simulator(task: str) -> Simulator:
 
 def release_simulator(simulator: Simulator) -> None:
     """Give a simulator back for the next environment of this process that wants its task or its scene."""
-    with _idle_lock:
+    with _shared_lock:
         _idle.append(simulator)
         del _idle[:-_IDLE_SIMULATORS]

@@ -17,9 +17,11 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from mw_envs.errors import InputError
+
 DIFFICULTIES = ("easy", "medium", "hard", "very_hard")
 GOALS_PER_TASK = 50
-INSTRUCTION_BYTES = 64
+INSTRUCTION_BYTES = 64  # of an observation, where nothing else is said
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ def get_task(name: str) -> Task:
     :raises ValueError: for an unknown name; the message offers the nearest known one.
     """
     if name not in TASKS:
-        raise ValueError(f"Unknown MetaWorld task {name!r}; {did_you_mean(name, TASKS)}")
+        raise InputError(f"Unknown MetaWorld task {name!r}; {did_you_mean(name, TASKS)}")
     return TASKS[name]
 
 
@@ -90,10 +92,10 @@ def suite_tasks(suite: str, split: str = "train") -> tuple[str, ...]:
     :raises ValueError: for an unknown suite or a split that the suite does not have.
     """
     if suite not in SUITES:
-        raise ValueError(f"Unknown MetaWorld suite {suite!r}; {did_you_mean(suite, SUITES)} (a single task is MT1)")
+        raise InputError(f"Unknown MetaWorld suite {suite!r}; {did_you_mean(suite, SUITES)} (a single task is MT1)")
     splits = SUITES[suite]
     if split not in splits:
-        raise ValueError(f"Suite {suite} has no split {split!r}; expected one of {', '.join(splits)}")
+        raise InputError(f"Suite {suite} has no split {split!r}; expected one of {', '.join(splits)}")
     return splits[split]
 
 
@@ -104,38 +106,45 @@ def select_tasks(suite: str, split: str = "train", tasks: Sequence[str] | None =
     """
     if suite == "MT1":
         if split != "train":
-            raise ValueError(f"Suite MT1 has no split {split!r}; expected train")
+            raise InputError(f"Suite MT1 has no split {split!r}; expected train")
         if tasks is None or isinstance(tasks, str) or len(tasks) != 1:
-            raise ValueError(f"MT1 is a single task: pass tasks=['reach-v3'] or another one, got tasks={tasks!r}")
+            raise InputError(f"MT1 is a single task: pass tasks=['reach-v3'] or another one, got tasks={tasks!r}")
         return (get_task(tasks[0]).name,)
     available = suite_tasks(suite, split)
     if tasks is None:
         return available
     if isinstance(tasks, str):
-        raise ValueError(f"tasks must be a list of task names, got the string {tasks!r}; write tasks=[{tasks!r}]")
+        raise InputError(f"tasks must be a list of task names, got the string {tasks!r}; write tasks=[{tasks!r}]")
     if len(tasks) == 0:
-        raise ValueError("tasks is empty; name at least one task, or pass None for the whole suite")
+        raise InputError("tasks is empty; name at least one task, or pass None for the whole suite")
     for name in tasks:
         get_task(name)
         if name not in available:
-            raise ValueError(f"Task {name!r} is not in the {split} split of {suite}; {did_you_mean(name, available)}")
+            raise InputError(f"Task {name!r} is not in the {split} split of {suite}; {did_you_mean(name, available)}")
     if len(set(tasks)) != len(tasks):
-        raise ValueError(f"tasks names a task twice: {list(tasks)}; use task_weights to draw one more often")
+        raise InputError(f"tasks names a task twice: {list(tasks)}; use task_weights to draw one more often")
     return tuple(tasks)
 
 
-def encode_instruction(instruction: str) -> npt.NDArray[np.uint8]:
-    """UTF-8 bytes of an instruction, zero padded: uint8, shape (64,).
+def encode_instruction(
+    instruction: str, length: int = INSTRUCTION_BYTES, owner: str = "an observation"
+) -> npt.NDArray[np.uint8]:
+    """UTF-8 bytes of an instruction, zero padded: uint8, shape (length,).
 
-    :raises ValueError: if the sentence is longer than 64 bytes, is empty or holds a zero byte.
+    :param length: what the environment's ``instruction_bytes`` says.
+    :param owner: whose instruction it is, for the message.
+    :raises ValueError: if the sentence is longer than that, is empty or holds a zero byte.
     """
     encoded = instruction.encode("utf-8")
-    if not 0 < len(encoded) <= INSTRUCTION_BYTES or 0 in encoded:
-        raise ValueError(
-            f"An instruction must be 1 to {INSTRUCTION_BYTES} bytes of UTF-8 without zeros; "
-            f"got {len(encoded)} bytes: {instruction!r}"
+    if not 0 < len(encoded) <= length or 0 in encoded:
+        advice = (
+            f"; make the environment with instruction_bytes={len(encoded)} or more" if len(encoded) > length else ""
         )
-    padded = np.zeros(INSTRUCTION_BYTES, dtype=np.uint8)
+        raise InputError(
+            f"The instruction of {owner} must be 1 to {length} bytes of UTF-8 without zeros; "
+            f"got {len(encoded)} bytes: {instruction!r}{advice}"
+        )
+    padded = np.zeros(length, dtype=np.uint8)
     padded[: len(encoded)] = np.frombuffer(encoded, dtype=np.uint8)
     return padded
 
@@ -143,3 +152,19 @@ def encode_instruction(instruction: str) -> npt.NDArray[np.uint8]:
 def decode_instruction(encoded: npt.NDArray[np.uint8]) -> str:
     """Inverse of :func:`encode_instruction`."""
     return bytes(np.asarray(encoded, dtype=np.uint8)).rstrip(b"\0").decode("utf-8")
+
+
+def fit_instruction(encoded: npt.NDArray[np.uint8], length: int) -> npt.NDArray[np.uint8]:
+    """Encoded instructions, (..., L), with as many zeros at their end as makes them (..., length).
+
+    :raises ValueError: if one has more bytes than that; the message shows it.
+    """
+    missing = length - encoded.shape[-1]
+    if missing < 0 and encoded[..., length:].any():
+        longest = next(row for row in encoded.reshape(-1, encoded.shape[-1]) if row[length:].any())
+        raise InputError(
+            f"The instruction {decode_instruction(longest)!r} is longer than the {length} bytes that are read"
+        )
+    if missing <= 0:
+        return encoded[..., :length]
+    return np.concatenate([encoded, np.zeros((*encoded.shape[:-1], missing), encoded.dtype)], axis=-1)

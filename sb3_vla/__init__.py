@@ -1,27 +1,76 @@
 """Reinforcement learning of vision-language-action policies with Stable-Baselines3.
 
-Importing this package registers the MetaWorld environments with Gymnasium, and ``"VLAPolicy"`` with the PPO of
-Stable-Baselines3 and the TRPO of sb3-contrib.
+Importing this package registers the MetaWorld environments with Gymnasium, and ``"VLAPolicy"`` with the PPO and A2C of
+Stable-Baselines3 and the TRPO of sb3-contrib. What it offers is imported when it is first asked for.
 """
 
+from __future__ import annotations
+
+import importlib
+import os
 import sys
-from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-# `sb3-vla doctor` and `python -m sb3_vla doctor` are asked why what is imported here fails, hangs or crashes.
-if sys.argv[1:2] != ["doctor"] or Path(sys.argv[0]).name not in ("sb3-vla", "-m"):
-    import sb3_contrib
-    import stable_baselines3
-
-    import mw_envs as mw_envs
+if TYPE_CHECKING:
     from sb3_vla.grpo import GRPO
     from sb3_vla.holding import HoldAtEnd
     from sb3_vla.policies import VLAPolicy
     from sb3_vla.ppo import PPO
     from sb3_vla.vec_env import SharedMemoryVecEnv
 
-    stable_baselines3.PPO.policy_aliases["VLAPolicy"] = VLAPolicy  # type: ignore[assignment]
-    sb3_contrib.TRPO.policy_aliases["VLAPolicy"] = VLAPolicy  # type: ignore[assignment]
-    __version__ = version("sb3-vla")
+    __version__: str
+
+# Worker processes and the learner take turns on the same cores, so threads that wait must soon give theirs up. OpenMP
+# reads it when torch is imported, which nothing has done yet in a command of ours.
+os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 __all__ = ["GRPO", "PPO", "HoldAtEnd", "SharedMemoryVecEnv", "VLAPolicy", "__version__"]
+_MODULES = {
+    "GRPO": "grpo",
+    "PPO": "ppo",
+    "HoldAtEnd": "holding",
+    "SharedMemoryVecEnv": "vec_env",
+    "VLAPolicy": "policies",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("sb3-vla")
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(f"sb3_vla.{_MODULES[name]}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def _register() -> None:
+    import sb3_contrib
+    import stable_baselines3
+
+    import mw_envs  # noqa: F401 (registers its environments)
+    from sb3_vla.policies import NoVLAPolicy, VLAPolicy
+
+    for module in (stable_baselines3, sb3_contrib):
+        for name in module.__all__:
+            algorithm = getattr(module, name)
+            if hasattr(algorithm, "policy_aliases"):
+                trains_it = name in ("PPO", "A2C", "TRPO")
+                algorithm.policy_aliases["VLAPolicy"] = VLAPolicy if trains_it else NoVLAPolicy
+
+
+def _is_doctor() -> bool:
+    """Whether this process is ``sb3-vla doctor`` or ``python -m sb3_vla doctor``, as it was started."""
+    words = sys.orig_argv[1:]
+    return words[:3] == ["-m", "sb3_vla", "doctor"] or [Path(w).name for w in words[:2]] == ["sb3-vla", "doctor"]
+
+
+# The doctor is asked why what this imports fails, hangs or crashes.
+if not _is_doctor():
+    _register()

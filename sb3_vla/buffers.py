@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -137,6 +137,9 @@ class ChunkRolloutBuffer(DecisionBuffer):
     :param gae_lambda: of generalised advantage estimation (Schulman et al. 2016), per decision.
     :param gamma_per: ``decision`` or ``env_step``, what ``gamma`` is for.
     """
+
+    #: of a decision, besides what was seen and drawn
+    bytes_of_numbers: ClassVar[int] = torch.int64.itemsize + 5 * torch.float32.itemsize
 
     def __init__(
         self,

@@ -7,7 +7,6 @@ Each command takes its settings as ``key=value``, a YAML file by ``--config``, a
 from __future__ import annotations
 
 import argparse
-import os
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -15,24 +14,21 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-# Before torch is imported: worker processes and the learner take turns on the same cores, so threads that wait must
-# soon give theirs up.
-os.environ.setdefault("GOMP_SPINCOUNT", "20000")
-
 from rich.console import Console
-from rich.markup import escape
-from safetensors import SafetensorError
 
-from mw_envs.tasks import select_tasks
+from mw_envs.tasks import INSTRUCTION_BYTES, select_tasks
 from sb3_vla import doctor
-from sb3_vla.config import ConfigError, load_config, to_yaml
+from sb3_vla.command import run_command
+from sb3_vla.config import ConfigError, deciding_settings, given_view, load_config, to_yaml
 from sb3_vla.distributed import current_ranks, torchrun
+from sb3_vla.errors import InTheWayError
+from sb3_vla.paths import finish_exchange, hidden_beside, writable_file
 from sb3_vla.results import TRIAL_SEED
-from sb3_vla.run import RunError
+from sb3_vla.run import fingerprint_of
 from sb3_vla.sft import SFTConfig
 from sb3_vla.shared_run import SharedRun
-from sb3_vla.stopping import Stopped, stopped_by_signals
 from sb3_vla.training import GRPOConfig, PPOConfig
+from sb3_vla.views import view_of_data
 
 
 @dataclass
@@ -73,15 +69,24 @@ class SFTCommand:
     :param data: folder of a LeRobot dataset.
     :param output: folder of the checkpoint.
     :param image_size: shrink the pictures to this while loading.
+    :param crop: window of the view that the pictures are of, where the dataset does not say it: ``workspace``, ``full``
+        or ``[top, left, height, width]`` in fractions.
+    :param camera: which camera's view, where the dataset does not say it.
     :param rename: the dataset's feature names to ours.
+    :param instruction_bytes: bytes of UTF-8 that a sentence may have.
+    :param overwrite: replace a checkpoint that is there.
     """
 
     data: str = "demonstrations"
     output: str = "checkpoints/sft"
     image_size: int | None = None
+    crop: Any = None
+    camera: str | None = None
     tasks: list[str] | None = None
     rename: dict[str, str] = field(default_factory=dict)
+    instruction_bytes: int = INSTRUCTION_BYTES
     sft: SFTConfig = field(default_factory=SFTConfig)
+    overwrite: bool = False
 
 
 @dataclass
@@ -94,6 +99,9 @@ class TrainCommand:
     :param algorithm: ``ppo`` or ``grpo``, whose settings are in the section of that name.
     :param checkpoint: where to start.
     :param model_kwargs: what a published checkpoint does not say, such as ``{tokenizer: FOLDER}``.
+    :param crop: window of the view that the model sees: ``workspace``, ``full`` or ``[top, left, height, width]`` in
+        fractions; None for the one that the checkpoint says.
+    :param camera: whose view it sees; None for the one that the checkpoint says.
     :param run: run directory; the result is its folder ``ppo`` or ``grpo``.
     :param tasks: which of the suite's tasks to practise.
     :param data: demonstrations for rehearsal, with ``ppo.rehearsal_coef`` or ``grpo.rehearsal_coef``.
@@ -102,6 +110,8 @@ class TrainCommand:
     algorithm: Literal["ppo", "grpo"] = "ppo"
     checkpoint: str = "checkpoints/sft"
     model_kwargs: dict[str, Any] = field(default_factory=dict)
+    crop: Any = None
+    camera: str | None = None
     run: str = "runs/${algorithm}"
     suite: str = "MT10"
     split: str = "train"
@@ -123,6 +133,9 @@ class EvalCommand:
         OpenVLA-OFT with its one, needs it.
     :param trials_per_task: trials, fixed by ``trial_seed``.
     :param model_kwargs: what a published checkpoint does not say, such as ``{tokenizer: FOLDER}``.
+    :param crop: window of the view that the model sees: ``workspace``, ``full`` or ``[top, left, height, width]`` in
+        fractions; None for the one that the checkpoint says.
+    :param camera: whose view it sees; None for the one that the checkpoint says.
     :param device: ``cpu``, ``cuda`` or ``auto``.
     :param bf16: bfloat16 autocast of the policy.
     :param videos: folder for a video of each task's first trials.
@@ -138,6 +151,8 @@ class EvalCommand:
     trials_per_task: int = 20
     trial_seed: int = TRIAL_SEED
     model_kwargs: dict[str, Any] = field(default_factory=dict)
+    crop: Any = None
+    camera: str | None = None
     device: str = "auto"
     bf16: bool = False
     videos: str | None = None
@@ -182,48 +197,92 @@ def run_collect(command: CollectCommand, console: Console) -> None:
 
 def run_sft(command: SFTCommand, console: Console) -> None:
     """``sb3-vla sft``."""
+    from sb3_vla.checkpoints.folders import read_json
     from sb3_vla.checkpoints.native import refuse_other_files
+    from sb3_vla.checkpoints.training_state import check_training_state
     from sb3_vla.demonstrations import Demonstrations
+    from sb3_vla.identity import checkpoint_identity, data_identity, deciding_options
     from sb3_vla.sft import sft
 
-    data = Demonstrations.load(
-        command.data, tasks=command.tasks, image_size=command.image_size, rename=command.rename or None
-    )
-    output = Path(command.output)
+    view = given_view(command.crop, command.camera)
+    output = finish_exchange(command.output)
     refuse_other_files(output)  # before the work
+    load: dict[str, Any] = {
+        "tasks": command.tasks,
+        "image_size": command.image_size,
+        "rename": command.rename or None,
+        "instruction_bytes": command.instruction_bytes,
+    }
+    inputs: dict[str, Any] = {
+        "sft": deciding_settings(command.sft),
+        "options": deciding_options(command.sft.model_kwargs),
+        "checkpoint": checkpoint_identity(command.sft.checkpoint),
+        "data": data_identity(command.data),
+        "load": load,
+        "view": view,
+    }
     # Until the result is there, what a second start goes on from after an interrupt.
-    unfinished = SharedRun(output.parent / f".{output.name}.unfinished", command)
-    with unfinished.stage("sft", {"sft": command}) as stage:
-        result = sft(
-            data,
-            command.sft,
-            output=output,
-            save_state=lambda step: unfinished.checkpoint("sft", step),
-            resume_from=unfinished.latest_checkpoint("sft") if stage.resumed else None,
+    unfinished = hidden_beside(output, "unfinished")
+    made = read_json(output / "config.json").get("notes", {}).get("sft", {}).get("inputs")
+    if made == fingerprint_of(inputs):
+        current_ranks().first_does(lambda: shutil.rmtree(unfinished, ignore_errors=True))  # of a kill at the very end
+        console.print(f"{output} is complete; to repeat it choose another output", highlight=False)
+        return
+    if (output / "config.json").exists() and not command.overwrite:
+        raise InTheWayError(
+            f"{output} holds a checkpoint that was made with other settings; choose another output, or give "
+            "overwrite=true to replace it"
         )
-    unfinished.ranks.first_does(lambda: shutil.rmtree(unfinished.path))
+    with SharedRun(unfinished, command) as run:
+        data = Demonstrations.load(command.data, **load)
+        data.camera = view_of_data(command.data, data.camera, view)
+        with run.stage("sft", inputs) as stage:
+            result = sft(
+                data,
+                command.sft,
+                output=output,
+                save_state=lambda step: run.checkpoint("sft", step),
+                resume_from=run.latest_checkpoint("sft", check_training_state) if stage.resumed else None,
+                notes={"inputs": fingerprint_of(inputs)},
+            )
+        run.ranks.first_does(lambda: shutil.rmtree(run.path))
     console.print(f"{output}: {result.seconds:.0f} s, loss {result.history[-1]['train_loss']:.3f}", highlight=False)
 
 
 def run_train(command: TrainCommand, console: Console) -> None:
     """``sb3-vla train``."""
-    from sb3_vla.checkpoints import checkpoint_digest, load_checkpoint
+    from sb3_vla.checkpoints import load_checkpoint
     from sb3_vla.demonstrations import Demonstrations
+    from sb3_vla.identity import checkpoint_identity, data_identity, deciding_options
     from sb3_vla.training import train
 
-    name = command.algorithm
+    name, view = command.algorithm, given_view(command.crop, command.camera)
     config = command.grpo if name == "grpo" else command.ppo
+    if command.data is not None and config.rehearsal_coef == 0:
+        raise ConfigError(f"data={command.data} is for rehearsal; set {name}.rehearsal_coef as well")
     # The same folder may hold another checkpoint by now; where there is none, no run is begun.
-    inputs = {"train": command, "checkpoint": checkpoint_digest(command.checkpoint)}
-    run = SharedRun(command.run, command)
-    with run.stage(name, inputs, outputs=[name]) as stage:
+    inputs = {
+        "config": deciding_settings(config),
+        "suite": command.suite,
+        "split": command.split,
+        "tasks": command.tasks,
+        "options": deciding_options(command.model_kwargs),
+        "checkpoint": checkpoint_identity(command.checkpoint),
+        "data": data_identity(command.data),
+    }
+    with (
+        SharedRun(command.run, command) as run,
+        run.stage(name, inputs, length=config.total_decisions, outputs=[name]) as stage,
+    ):
         if not stage.done:
             data = None
             if command.data is not None:
-                if config.rehearsal_coef == 0:
-                    raise ConfigError(f"data={command.data} is for rehearsal; set {name}.rehearsal_coef as well")
-                size = load_checkpoint(command.checkpoint, command.model_kwargs).model.image_size[0]
-                data = Demonstrations.load(command.data, image_size=size)
+                start = load_checkpoint(command.checkpoint, command.model_kwargs, weights=False)
+                data = Demonstrations.load(
+                    command.data,
+                    image_size=start.model.image_size[0],
+                    instruction_bytes=start.notes.get("view", {}).get("instruction_bytes", INSTRUCTION_BYTES),
+                )
             train(
                 run,
                 name,
@@ -237,6 +296,7 @@ def run_train(command: TrainCommand, console: Console) -> None:
                 demonstrations=data,
                 resume=stage.resumed,
                 renderer=command.renderer,
+                env_kwargs=view,
             )
     console.print(f"checkpoint {run.path / name}, TensorBoard {run.path / 'tensorboard'}", highlight=False)
 
@@ -272,23 +332,27 @@ def run_recipe(parsed: argparse.Namespace, settings: list[str], console: Console
 
 def run_eval(command: EvalCommand, console: Console) -> None:
     """``sb3-vla eval``."""
-    from sb3_vla.checkpoints import load_checkpoint
     from sb3_vla.evaluation import VideoOptions, evaluate, find_protocol
     from sb3_vla.policies import load_policy
     from sb3_vla.precision import autocast, get_device
-    from sb3_vla.training import view_of
 
-    output = Path(command.output)
-    if output.suffix == ".md" or output.is_dir():
+    output = writable_file(command.output, "output")  # before the work
+    if output.suffix == ".md":
         raise ConfigError(f"output={command.output}; expected the name of a JSON file, beside which a table is written")
-    output.parent.mkdir(parents=True, exist_ok=True)  # or fail now, not after the work
-    options = command.model_kwargs or None
-    view = view_of(load_checkpoint(command.checkpoint, options).notes)
+    videos = VideoOptions(command.videos) if command.videos else None
+    if videos is not None:
+        current_ranks().first_does(videos.prepare)
     protocol = find_protocol(command.protocol)
     if command.action_chunk is not None and command.action_chunk != protocol.action_chunk:
         chunk = command.action_chunk
         protocol = replace(protocol, name=f"{protocol.name} with chunk {chunk}", action_chunk=chunk)
-    policy = load_policy(command.checkpoint, protocol.action_chunk, get_device(command.device), model_kwargs=options)
+    policy = load_policy(
+        command.checkpoint,
+        protocol.action_chunk,
+        get_device(command.device),
+        model_kwargs=command.model_kwargs or None,
+        view=given_view(command.crop, command.camera),
+    )
     with autocast(command.bf16, policy.device.type):
         result = evaluate(
             policy,
@@ -296,8 +360,8 @@ def run_eval(command: EvalCommand, console: Console) -> None:
             trials_per_task=command.trials_per_task,
             trial_seed=command.trial_seed,
             protocol=protocol,
-            env_kwargs={"image_size": policy.model.image_size[0], "renderer": command.renderer, **view},
-            videos=VideoOptions(command.videos) if command.videos else None,
+            env_kwargs={"renderer": command.renderer},
+            videos=videos,
         )
     if current_ranks().leads:
         result.to_json(output)
@@ -309,6 +373,8 @@ def run_compare(command: CompareCommand, console: Console) -> None:
     """``sb3-vla compare``."""
     from sb3_vla.evaluation import EvaluationResult, compare
 
+    if command.output is not None:
+        writable_file(command.output, "output")
     comparison = compare(EvaluationResult.from_json(command.before), EvaluationResult.from_json(command.after))
     if command.output is not None:
         comparison.to_markdown(command.output)
@@ -341,7 +407,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status: 0, 2 for an error told in one message, 130 for Ctrl-C, 143 for SIGTERM.
 
     After a signal ``train`` finishes the iteration that is under way, ``sft`` the step, and writes a checkpoint; a
-    second signal ends them at once, and the same command then goes on from the checkpoint before.
+    second signal ends them at once, and the same command then goes on from the checkpoint before. The traceback of an
+    error that nobody expected is kept in the run directory, or in a temporary file.
 
     ``doctor`` returns 1 if the quickstart cannot run here.
     """
@@ -356,6 +423,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         sub.add_argument("--config", type=Path, help="YAML file with settings")
+        sub.add_argument("--traceback", action="store_true", help="print the traceback of an error")
         if name == "train":
             sub.add_argument("--list", action="store_true", help="print the recipes")
             sub.add_argument("--dry-run", action="store_true", help="print a recipe's settings, and what they need")
@@ -371,26 +439,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     settings = [*parsed.settings, *rest]  # argparse takes no settings after an option
     if parsed.command == "report" and settings and "=" not in settings[0]:
         settings = [f"run={settings[0]}", *settings[1:]]
-    try:
-        with stopped_by_signals(), torchrun() as ranks:
+
+    def work() -> None:
+        with torchrun() as ranks:
             console = Console(quiet=not ranks.leads)
             if parsed.command == "train" and (parsed.list or parsed.dry_run or (settings and "=" not in settings[0])):
                 run_recipe(parsed, settings, console)
             elif ranks.leads or parsed.command in _SHARED_COMMANDS:
                 run(load_config(kind, parsed.config, settings), console)
-    except (ConfigError, RunError, ValueError, RuntimeError, OSError, SafetensorError) as error:
-        # What every rank finds in the same settings is said once.
-        if os.environ.get("RANK", "0") == "0" or not isinstance(error, (ConfigError, RunError)):
-            Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)
-        return 2
-    except Stopped as stopped:
-        then = "goes on" if parsed.command in ("train", "sft") else "starts again"
-        Console().print(f"\ninterrupted by {stopped}; the same command {then}")
-        return stopped.exit_code
-    except KeyboardInterrupt:
-        Console().print("\ninterrupted")
-        return 130
-    return 0
+
+    again = f"the same command {'goes on' if parsed.command in ('train', 'sft') else 'starts again'}"
+    return run_command(work, again=again, show_traceback=parsed.traceback)
 
 
 if __name__ == "__main__":

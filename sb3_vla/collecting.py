@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
-import os
 import pickle
 import signal
 import time
@@ -26,7 +25,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from mw_envs.experts import ScriptedExpert
 from mw_envs.tasks import GOALS_PER_TASK, Trial, get_task, select_tasks
+from sb3_vla.errors import FailedError, InputError, file_errors
 from sb3_vla.lerobot_writer import DemonstrationWriter, Episode, ImageStorage, encode_png
+from sb3_vla.paths import local_path
+from sb3_vla.vec_env import available_cores
 
 # Length of a burst of noise, environment steps: long enough to push the hand off its path, short enough to come back.
 _BURST_STEPS = (3, 10)
@@ -142,7 +144,7 @@ def collect(
     :param noise_std: Standard deviation of the bursts' displacement, in action units; 0 for none.
     :param noise_probability: Probability that a burst begins at a step outside a burst.
     :param seed: Seed of the trials' goals and of the noise.
-    :param num_workers: Worker processes; None for one a CPU.
+    :param num_workers: Worker processes; None for one a core that this process may use.
     :param image_storage: ``png`` (exact) or ``mp4`` (smaller).
     :param renderer: ``auto``, ``software``, ``egl`` or ``osmesa``.
     :param camera: A camera of MetaWorld's.
@@ -158,7 +160,7 @@ def collect(
     """
     names = select_tasks(suite, split, tasks)
     if num_workers is None:
-        num_workers = os.cpu_count() or 1
+        num_workers = available_cores()
     _check_at_least(
         ("episodes_per_task", episodes_per_task, 1),
         ("num_workers", num_workers, 1),
@@ -167,7 +169,7 @@ def collect(
         ("seed", seed, 0),
     )
     if not 0.0 <= noise_probability <= 1.0:
-        raise ValueError(f"noise_probability must lie in [0, 1], got {noise_probability}")
+        raise InputError(f"noise_probability must lie in [0, 1], got {noise_probability}")
     settings = _WorkerSettings(
         env_kwargs={
             "tasks": list(names),
@@ -207,14 +209,15 @@ def collect(
                 schedule.finish(outcome)
                 bar.update(shown, description=f"collecting {outcome.job.task}", advance=outcome.episode is not None)
             for episode in schedule.ready():
-                writer.add_episode(episode)
-    return CollectReport(Path(root), schedule.reports, time.perf_counter() - begin)
+                with file_errors("write", writer.root):
+                    writer.add_episode(episode)
+    return CollectReport(local_path(root), schedule.reports, time.perf_counter() - begin)
 
 
 def _check_at_least(*arguments: tuple[str, float, float]) -> None:
     for name, value, minimum in arguments:
         if not value >= minimum:
-            raise ValueError(f"{name} must be at least {minimum}, got {value}")
+            raise InputError(f"{name} must be at least {minimum}, got {value}")
 
 
 @dataclass(frozen=True)
@@ -283,7 +286,7 @@ class _Schedule:
             report.episodes += 1
             report.frames += len(outcome.episode)
         elif self._needed(task) > self._attempt_limit:
-            raise RuntimeError(
+            raise FailedError(
                 f"The scripted expert of {task} succeeded in {report.episodes} of {report.attempts} attempts, and "
                 f"{self._episodes_per_task} episodes are wanted. Raise horizon (now {self._horizon} steps) or "
                 "max_attempts_factor, lower noise_std, or leave the task out with tasks=[...]."
@@ -344,7 +347,7 @@ class _Workers:
     def __init__(self, count: int, settings: _WorkerSettings, start_method: str) -> None:
         known = multiprocessing.get_all_start_methods()
         if start_method not in known:
-            raise ValueError(f"Unknown start_method {start_method!r}; expected one of {', '.join(known)}")
+            raise InputError(f"Unknown start_method {start_method!r}; expected one of {', '.join(known)}")
         self._count = count
         self._settings = settings
         self._context: Any = multiprocessing.get_context(start_method)
@@ -387,7 +390,7 @@ class _Workers:
                 result = worker.connection.recv()
             except (EOFError, ConnectionResetError):
                 worker.process.join(timeout=5)
-                raise RuntimeError(
+                raise FailedError(
                     f"A collecting process died (exit code {worker.process.exitcode}) in {worker.job}. Exit code -9 "
                     "mostly means that memory ran out: lower num_workers or image_size."
                 ) from None

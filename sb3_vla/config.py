@@ -14,8 +14,9 @@ The schema is an ordinary dataclass; its annotations are the types that are chec
 The order is defaults, then the file, then the overrides from left to right. ``${sft.steps}`` refers to another value
 and is resolved last, so it sees the overrides. A check across fields belongs into the dataclass's ``__post_init__``.
 
-A file may build on another: ``base: other.yaml``, beside it, is read first. A schema may have two class attributes:
-``ALIASES``, other names of its keys, and ``REFUSED``, keys or sections that are known and not taken, with the reason.
+A file may build on another: ``base: other.yaml``, beside it, is read first. A schema may have three class attributes:
+``ALIASES``, other names of its keys; ``REFUSED``, keys or sections that are known and not taken, with the reason; and
+``BASES``, a folder of files that can be built on from anywhere.
 """
 
 from __future__ import annotations
@@ -32,11 +33,26 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
+from mw_envs.env import CAMERAS
+from mw_envs.rendering import resolve_crop
+from mw_envs.tasks import did_you_mean
+from sb3_vla.errors import InputError
+from sb3_vla.paths import local_path
+
 T = TypeVar("T")
 
 
-class ConfigError(ValueError):
-    """A configuration that cannot be used. The message is complete: a command prints it and exits."""
+class ConfigError(InputError):
+    """A configuration that cannot be used."""
+
+
+def deciding_settings(config: Any) -> dict[str, Any]:
+    """The values of a dataclass instance that decide the result of a run.
+
+    Its class attribute ``INCIDENTAL`` names the others, which say how, where and how far a run goes.
+    """
+    names = [field.name for field in dataclasses.fields(config)]
+    return {name: getattr(config, name) for name in names if name not in getattr(config, "INCIDENTAL", ())}
 
 
 def load_config(cls: type[T], yaml_path: str | PathLike[str] | None = None, overrides: Iterable[str] = ()) -> T:
@@ -52,7 +68,7 @@ def load_config(cls: type[T], yaml_path: str | PathLike[str] | None = None, over
         broken ``${...}``, an unreadable file, or a ValueError of a ``__post_init__``
     """
     merged = OmegaConf.structured(cls)
-    for path, layer in [] if yaml_path is None else read_layers(Path(yaml_path)):
+    for path, layer in [] if yaml_path is None else read_layers(local_path(yaml_path), getattr(cls, "BASES", None)):
         merged = _merge(cls, merged, layer, f"{path}")
     for override in overrides:
         merged = _override(cls, merged, override)
@@ -83,17 +99,21 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, PurePath) else value  # else YAML would get Python's own tags
 
 
-def read_layers(path: Path) -> list[tuple[Path, DictConfig]]:
+def read_layers(path: Path, shipped: Path | None = None) -> list[tuple[Path, DictConfig]]:
     """A YAML file after those that it builds on, each with its path.
 
+    :param shipped: folder of files that can be built on from anywhere; one beside the file that names it comes first.
     :raises ConfigError: for a file that cannot be read, or that builds on itself
     """
     layers: list[tuple[Path, DictConfig]] = []
     base: str | None = str(path)
     while base is not None:
-        path = path.parent / base if layers else path
-        if any(path.resolve() == seen.resolve() for seen, _ in layers):
-            raise ConfigError(f"{layers[0][0]}: base: {base} leads back to {path}; a file cannot build on itself")
+        places = [path] if not layers else [path.parent / local_path(base)] + ([shipped / base] if shipped else [])
+        found = [place for place in places if place.is_file()] or places[:1]  # whose reading says what is wrong
+        new = [place for place in found if all(place.resolve() != seen.resolve() for seen, _ in layers)]
+        if not new:
+            raise ConfigError(f"{layers[-1][0]}: base: {base} leads back to {found[0]}; a file cannot build on itself")
+        path = new[0]
         layer = _read_yaml(path)
         base = layer.pop("base", None)
         if not isinstance(base, str | None):
@@ -230,3 +250,17 @@ def _type_name(hint: Any) -> str:
     if isinstance(hint, type) and issubclass(hint, Enum):
         return f"one of {', '.join(member.name for member in hint)}"
     return hint.__name__ if isinstance(hint, type) and not get_args(hint) else str(hint).replace("typing.", "")
+
+
+def given_view(crop: Any, camera: str | None) -> dict[str, Any]:
+    """What the settings ``crop`` and ``camera`` say of a view; None says nothing.
+
+    :raises ConfigError: for what no environment has; the message names what there is.
+    """
+    try:
+        resolve_crop(crop)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    if camera is not None and camera not in CAMERAS:
+        raise ConfigError(f"Unknown camera {camera!r}; {did_you_mean(camera, CAMERAS)}")
+    return {name: value for name, value in (("camera", camera), ("crop", crop)) if value is not None}

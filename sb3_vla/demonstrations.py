@@ -12,9 +12,12 @@ Letters: N frames, E episodes, B frames of a batch, H x W pixels, S state and A 
 
 from __future__ import annotations
 
-import contextlib
+import hashlib
 import logging
+import math
 import os
+import socket
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,14 +25,17 @@ from typing import Any
 
 import numpy as np
 
-from mw_envs.tasks import TASKS, Trial, did_you_mean
+from mw_envs.tasks import INSTRUCTION_BYTES, TASKS, Trial, did_you_mean, encode_instruction
 from sb3_vla.collecting import CollectReport, TaskReport, collect
+from sb3_vla.errors import InputError
 from sb3_vla.lerobot_reader import ACTION, IMAGE, STATE, LeRobotReader
 from sb3_vla.lerobot_writer import DemonstrationWriter, Episode
+from sb3_vla.machine import available_memory
 
 __all__ = ["CollectReport", "DemonstrationWriter", "Demonstrations", "Episode", "TaskReport", "collect"]
 
 _log = logging.getLogger(__name__)
+_SMALLEST_STD = np.float32(1e-2)
 
 
 @dataclass
@@ -44,13 +50,15 @@ class Demonstrations:
     :param actions: float32 ``(N, A)``.
     :param instructions: The different sentences.
     :param instruction_index: int64 ``(N,)``, each frame's row of ``instructions``.
-    :param tasks: Task name of each episode: MetaWorld's if the dataset has ``task_id``, else the sentence.
+    :param tasks: Task name of each episode: MetaWorld's if the dataset has ``task_id``, else its first sentence.
     :param episode_index: int64 ``(N,)``, 0 to E - 1 (after a selection of tasks, not the dataset's own numbers).
     :param frame_index: int64 ``(N,)``, number of the frame in its episode.
     :param episode_starts: int64 ``(E,)``, first frame of each episode.
     :param episode_ends: int64 ``(E,)``, one past its last frame.
     :param trials: Trial of each episode, None where the dataset does not name it.
-    :param camera: How the pictures were taken, as far as the dataset says (``camera``, ``crop``, ...).
+    :param camera: How the pictures were taken, as far as the dataset says (``camera``, ``crop``, ...); where they were
+        brought to another size, also from which (``render_size``), and how (``resize``).
+    :param instruction_bytes: Bytes that a sentence may have, and to which a model's are padded.
     """
 
     images: np.ndarray
@@ -65,6 +73,7 @@ class Demonstrations:
     episode_ends: np.ndarray
     trials: list[Trial | None]
     camera: dict[str, Any]
+    instruction_bytes: int = INSTRUCTION_BYTES
 
     def __len__(self) -> int:
         return len(self.actions)
@@ -77,69 +86,79 @@ class Demonstrations:
         tasks: Sequence[str] | None = None,
         image_size: int | None = None,
         rename: Mapping[str, str] | None = None,
+        instruction_bytes: int = INSTRUCTION_BYTES,
     ) -> Demonstrations:
         """Load a LeRobot dataset v3.0 with pictures as PNG or as video.
 
+        Ranks (:mod:`sb3_vla.distributed`) must all call it. Those on one machine that load the same pictures have them
+        in memory once: the first one decodes them to a file without a name in the folder for temporary files, which all
+        of them map, read-only.
+
         :param root: Folder of the dataset.
-        :param tasks: Only the episodes of these tasks; MetaWorld names or sentences.
-        :param image_size: Bring the pictures to ``image_size x image_size`` while decoding (area average).
+        :param tasks: Only the episodes of these tasks; MetaWorld names, or sentences that are said in them.
+        :param image_size: Bring the pictures to ``image_size x image_size`` while decoding (area average). A model that
+            is trained on them is then shown what the environment draws at their own size, brought to this one alike.
         :param rename: The dataset's feature name -> ours, e.g. ``{"observation.images.camera1": "observation.image"}``.
+        :param instruction_bytes: Bytes of UTF-8 that a sentence may have.
         :raises FileNotFoundError: If the folder or one of its files is missing.
         :raises ValueError: If the dataset has another version, lacks a feature, is empty or damaged, does not have a
-            requested task, or does not fit in memory.
+            requested task, has a longer sentence, or does not fit in memory, or ranks have no room for their file.
         """
         if image_size is not None and image_size < 1:
-            raise ValueError(f"image_size must be at least 1 pixel, got {image_size}")
+            raise InputError(f"image_size must be at least 1 pixel, got {image_size}")
         reader = LeRobotReader(root, rename=rename)
         reader.require([IMAGE, STATE, ACTION, "episode_index", "frame_index", "task_index"])
         has_task_id = "task_id" in reader.features
         names = [STATE, ACTION, "episode_index", "frame_index", "task_index", *(["task_id"] if has_task_id else [])]
         columns = reader.columns(names)
-        # Rows of one episode are contiguous, in the order of meta/episodes; lengths tell where each begins.
-        lengths = np.array([episode["length"] for episode in reader.episodes], dtype=np.int64)
-        starts = np.cumsum(lengths) - lengths
-        expected = np.repeat([episode["episode_index"] for episode in reader.episodes], lengths)
-        if not np.array_equal(columns["episode_index"], expected):
-            raise ValueError(f"The data files of {root} do not hold the episodes of meta/episodes. Download it again.")
-        numbers = [int(columns["task_index"][start]) for start in starts]
-        unknown = sorted(set(numbers) - reader.instructions.keys())
+        starts, lengths = reader.starts, reader.lengths
+        numbers = _unique_of_each(columns["task_index"], starts)
+        said = set().union(*numbers)
+        unknown = sorted(number for number in said if not isinstance(reader.instructions.get(number), str))
         if unknown:
-            raise ValueError(
+            raise InputError(
                 f"Episodes of {root} have the task_index {unknown}, which meta/tasks.parquet has no sentence for. "
                 "Download it again."
             )
-        sentences = [reader.instructions[number] for number in numbers]
-        episode_tasks = sentences
+        sentences = [[reader.instructions[number] for number in of_episode] for of_episode in numbers]
+        episode_tasks = [of_episode[0] for of_episode in sentences]
         if has_task_id:
             by_id = {task.task_id: task.name for task in TASKS.values()}
-            ids = columns["task_id"][starts].astype(int)
-            episode_tasks = [by_id.get(number, sentence) for number, sentence in zip(ids, sentences, strict=True)]
+            for episode, ids in enumerate(_unique_of_each(columns["task_id"], starts)):
+                if len(ids) == 1:
+                    episode_tasks[episode] = by_id.get(ids[0], episode_tasks[episode])
 
         kept = _select_episodes(root, episode_tasks, sentences, tasks)
         rows = np.concatenate([np.arange(starts[i], starts[i] + lengths[i]) for i in kept])
         _check_memory(root, reader, len(rows), image_size)
-        states, actions = (columns[name][rows].astype(np.float32) for name in (STATE, ACTION))
+        # A feature of one number is stored as a plain column, or as lists of one.
+        states, actions = (columns[name][rows].reshape(len(rows), -1).astype(np.float32) for name in (STATE, ACTION))
         for name, values in ((STATE, states), (ACTION, actions)):
             if not np.isfinite(values).all():
-                raise ValueError(f"{name} of {root} has {np.sum(~np.isfinite(values))} values that are not finite.")
+                raise InputError(f"{name} of {root} has {np.sum(~np.isfinite(values))} values that are not finite.")
         outside = int(np.any(np.abs(actions) > 1.0, axis=1).sum())
         if outside:
             _log.warning("%s: %d of %d actions lay outside [-1, 1] and were clipped.", root, outside, len(rows))
-        instructions = list(dict.fromkeys(sentences[i] for i in kept))
+        said_by_frame = columns["task_index"][rows].tolist()
+        spoken = {number: reader.instructions[number] for number in dict.fromkeys(said_by_frame)}
+        _check_instructions(root, spoken, instruction_bytes)
+        instructions = list(dict.fromkeys(spoken.values()))
+        index = {number: instructions.index(sentence) for number, sentence in spoken.items()}
         ends = np.cumsum(lengths[kept])
         return cls(
-            images=reader.images(rows, image_size),
+            images=_images(reader, rows, image_size),
             states=states,
             actions=np.clip(actions, -1.0, 1.0),
             instructions=instructions,
-            instruction_index=np.repeat([instructions.index(sentences[i]) for i in kept], lengths[kept]),
+            instruction_index=np.array([index[number] for number in said_by_frame], dtype=np.int64),
             tasks=[episode_tasks[i] for i in kept],
             episode_index=np.repeat(np.arange(len(kept)), lengths[kept]),
             frame_index=columns["frame_index"][rows].astype(np.int64),
             episode_starts=ends - lengths[kept],
             episode_ends=ends,
             trials=[_trial(reader.episodes[i]) for i in kept],
-            camera=(reader.features[IMAGE].get("info") or {}).get("camera", {}),
+            camera=_view(reader, image_size),
+            instruction_bytes=instruction_bytes,
         )
 
     def action_chunks(self, indices: np.ndarray, horizon: int) -> tuple[np.ndarray, np.ndarray]:
@@ -152,7 +171,7 @@ class Demonstrations:
         :raises ValueError: If ``horizon`` is not positive.
         """
         if horizon < 1:
-            raise ValueError(f"horizon must be at least 1 action, got {horizon}")
+            raise InputError(f"horizon must be at least 1 action, got {horizon}")
         indices = np.asarray(indices)
         ends = self.episode_ends[self.episode_index[indices]][:, None]
         frames = indices[:, None] + np.arange(horizon)
@@ -169,7 +188,7 @@ class Demonstrations:
         :raises ValueError: If the fraction lies outside [0, 1).
         """
         if not 0.0 <= validation_fraction < 1.0:
-            raise ValueError(f"validation_fraction must lie in [0, 1), got {validation_fraction}")
+            raise InputError(f"validation_fraction must lie in [0, 1), got {validation_fraction}")
         generator = np.random.default_rng(seed)
         names = np.array(self.tasks)
         order = generator.permutation(np.unique(names))
@@ -188,43 +207,138 @@ class Demonstrations:
     def statistics(self) -> dict[str, dict[str, np.ndarray]]:
         """Statistics for the normalisation of a model, of the clipped actions.
 
+        What a model divides by is never next to nothing, or a number that hardly moves in the data would be magnified
+        without bound where it does move: a deviation is at least 0.01, and the upper end of a range at least 0.02 above
+        the lower one. Alone the ``max`` of an action that is always the same is its ``min``: what a model gives lies
+        between the two, so it gives that action.
+
         :return: ``{"state": {...}, "action": {...}}``, each with ``mean``, ``std``, ``min``, ``max`` and the
             quantiles ``q01`` and ``q99``, float32 ``(S,)`` or ``(A,)``.
         """
-        return {
-            name: {
+        found = {}
+        for name, values in (("state", self.states), ("action", self.actions)):
+            low, high = values.min(axis=0), values.max(axis=0)
+            always = (low == high) & (name == "action")
+            q01, q99 = (np.quantile(values, share, axis=0).astype(np.float32) for share in (0.01, 0.99))
+            found[name] = {
                 "mean": values.mean(axis=0, dtype=np.float64).astype(np.float32),
-                "std": values.std(axis=0, dtype=np.float64).astype(np.float32),
-                "min": values.min(axis=0),
-                "max": values.max(axis=0),
-                "q01": np.quantile(values, 0.01, axis=0).astype(np.float32),
-                "q99": np.quantile(values, 0.99, axis=0).astype(np.float32),
+                "std": np.maximum(values.std(axis=0, dtype=np.float64).astype(np.float32), _SMALLEST_STD),
+                "min": low,
+                "max": np.where(always, high, np.maximum(high, low + 2 * _SMALLEST_STD)),
+                "q01": q01,
+                "q99": np.maximum(q99, q01 + 2 * _SMALLEST_STD),
             }
-            for name, values in (("state", self.states), ("action", self.actions))
-        }
+        return found
 
 
 def _select_episodes(
-    root: str | Path, tasks: Sequence[str], sentences: Sequence[str], wanted: Sequence[str] | None
+    root: str | Path, tasks: Sequence[str], sentences: Sequence[Sequence[str]], wanted: Sequence[str] | None
 ) -> np.ndarray:
+    """Numbers of the episodes of the wanted tasks.
+
+    :param tasks: each episode's name.
+    :param sentences: what is said in each episode.
+    """
     if wanted is None:
         return np.arange(len(tasks))
     if isinstance(wanted, str):
-        raise ValueError(f"tasks must be a list of task names, got the string {wanted!r}; write tasks=[{wanted!r}]")
-    known = dict.fromkeys([*tasks, *sentences])
+        raise InputError(f"tasks must be a list of task names, got the string {wanted!r}; write tasks=[{wanted!r}]")
+    names = [{task, *said} for task, said in zip(tasks, sentences, strict=True)]
+    known = sorted(set().union(*names))
     for name in wanted:
         if name not in known:
-            raise ValueError(f"The dataset {root} has no episode of {name!r}; {did_you_mean(name, known)}")
-    kept = [i for i, names in enumerate(zip(tasks, sentences, strict=True)) if set(names) & set(wanted)]
+            raise InputError(f"The dataset {root} has no episode of {name!r}; {did_you_mean(name, known)}")
+    kept = [i for i, found in enumerate(names) if found & set(wanted)]
     if not kept:
-        raise ValueError("tasks is empty; name at least one task, or pass None for all of the dataset")
+        raise InputError("tasks is empty; name at least one task, or pass None for all of the dataset")
     return np.array(kept)
 
 
+def _unique_of_each(values: np.ndarray, starts: np.ndarray) -> list[list[Any]]:
+    """The different values of each episode, in the order in which they come."""
+    return [list(dict.fromkeys(part.tolist())) for part in np.split(values, starts[1:])]
+
+
+def _check_instructions(root: str | Path, sentences: Mapping[int, str], limit: int) -> None:
+    for number, sentence in sentences.items():
+        try:
+            encode_instruction(sentence, limit, f"task_index {number} in the dataset {root}")
+        except ValueError as error:
+            longest = max(len(text.encode("utf-8")) for text in sentences.values())
+            advice = f"; load the dataset with instruction_bytes={longest} as well" if longest > limit else ""
+            raise InputError(f"{error}{advice}") from error
+
+
+def _view(reader: LeRobotReader, image_size: int | None) -> dict[str, Any]:
+    """How the pictures were taken, as far as the dataset says, and at which size where they are given another."""
+    camera = (reader.features[IMAGE].get("info") or {}).get("camera")
+    view = dict(camera) if isinstance(camera, Mapping) else {}
+    height, width = reader.image_shape()
+    if image_size is None or (height, width) == (image_size, image_size):
+        return view
+    return {"render_size": height if height == width else [height, width], "resize": "area", **view}
+
+
 def _trial(episode: Mapping[str, Any]) -> Trial | None:
-    if episode.get("trial/task") is None:
-        return None
-    return Trial(episode["trial/task"], episode["trial/seed"], episode["trial/goal"])
+    """The trial; in a merged dataset, of which not all name it, numbers come as floats and nothing as None or NaN."""
+    task = episode.get("trial/task")
+    return Trial(task, int(episode["trial/seed"]), int(episode["trial/goal"])) if isinstance(task, str) else None
+
+
+def _images(reader: LeRobotReader, rows: np.ndarray, size: int | None) -> np.ndarray:
+    """Pictures of frames, once for all ranks of a machine that ask for the same."""
+    from sb3_vla.distributed import current_ranks  # imports torch, which takes seconds and which reading needs not
+
+    ranks = current_ranks()
+    wanted = (socket.gethostname(), str(reader.root.resolve()), size, hashlib.sha256(rows.tobytes()).hexdigest())
+    asked = ranks.gather(wanted)
+    first = asked.index(wanted)
+    file: Path | None = None
+    images: np.ndarray | None = None
+    error: Exception | None = None
+    shape = (len(rows), *((size, size) if size is not None else reader.image_shape()), 3)
+    try:
+        if ranks.rank == first:
+            try:
+                if asked.count(wanted) > 1:
+                    file, images = _shared_array(shape)
+                images = reader.images(rows, size, images)
+                images.setflags(write=file is None)  # what is shared nobody may change
+            except Exception as raised:  # the others shall not wait for pictures that do not come
+                error = raised
+        place, error = ranks.gather((file, error))[first]
+        if error is not None:
+            raise error
+        if images is None:
+            assert place is not None
+            images = np.memmap(place, np.uint8, "r", shape=shape)
+        ranks.wait()  # until all have opened the file, which then needs no name
+    finally:
+        if file is not None:
+            file.unlink()
+    return np.asarray(images)
+
+
+def _shared_array(shape: tuple[int, ...]) -> tuple[Path, np.ndarray]:
+    """A new file in the folder for temporary files, and its content, uint8, as an array.
+
+    :raises ValueError: if there is no room for it.
+    """
+    handle, name = tempfile.mkstemp(prefix="sb3_vla_pictures.")
+    needed = math.prod(shape)
+    try:
+        if hasattr(os, "posix_fallocate"):  # a write to a mapped file that finds the disk full ends the process
+            os.posix_fallocate(handle, 0, needed)
+        os.ftruncate(handle, needed)
+        return Path(name), np.memmap(name, np.uint8, "r+", shape=shape)
+    except OSError as error:
+        os.unlink(name)
+        raise InputError(
+            f"The pictures that ranks of this machine share need {needed / 1e9:.1f} GB in {tempfile.gettempdir()}: "
+            f"{error.strerror}. Set the variable TMPDIR to a folder with more room, or pass fewer tasks or image_size"
+        ) from error
+    finally:
+        os.close(handle)
 
 
 def _check_memory(root: str | Path, reader: LeRobotReader, frames: int, image_size: int | None) -> None:
@@ -234,19 +348,7 @@ def _check_memory(root: str | Path, reader: LeRobotReader, frames: int, image_si
         return
     fitting = [size for size in (224, 128, 96, 64) if size < min(height, width) and frames * size * size * 3 <= free]
     advice = f"image_size={fitting[0]} ({frames * fitting[0] ** 2 * 3 / 1e9:.1f} GB) or " if fitting else ""
-    raise ValueError(
+    raise InputError(
         f"{frames} frames of {height}x{width} pixels of {root} need {needed / 1e9:.1f} GB of memory and "
         f"{free / 1e9:.1f} GB are free. Pass {advice}fewer tasks (tasks=[...])."
     )
-
-
-def available_memory() -> int:
-    """Bytes that this process may still take: of the machine, and of the control group where there is a limit."""
-    limits = []
-    with contextlib.suppress(OSError, ValueError):
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        limits += [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")]
-    with contextlib.suppress(OSError, ValueError):
-        group = Path("/sys/fs/cgroup")
-        limits.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
-    return min(limits, default=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))

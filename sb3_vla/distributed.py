@@ -6,6 +6,10 @@
         model = PPO("VLAPolicy", make_envs(512 // ranks.count, first=ranks.rank * 512 // ranks.count))
         model.learn(1_000_000)
 
+A script without that context is a rank, too: an algorithm that is made with an environment, imitation and
+:func:`~sb3_vla.training.train` join the others for the rest of the process. Each rank then has as many environments as
+the script makes.
+
 Every rank has environments, a replica of the policy and a rollout buffer of its own; ``batch_size``, ``n_groups`` and
 ``total_timesteps`` count what all of them have. The ranks' environments in the order of the ranks are those of one
 process: noise is drawn, decisions are shuffled, advantages are normalised and tasks are weighted as one process would,
@@ -17,10 +21,12 @@ all ranks with the same numbers. Rank 0 writes logs, checkpoints and videos.
 
 from __future__ import annotations
 
+import atexit
 import os
 import random
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -31,20 +37,27 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from sb3_vla.errors import ExpectedError, InputError
+
 T = TypeVar("T")
 #: longest wait for a rank that lives but does not answer, seconds: such as for rank 0 while experts play; the death of
 #: one is noticed at once
 TIMEOUT_SECONDS = 7200.0
 # Gradients that travel at a time: enough to fill a network, little beside a model.
 _BUCKET_NUMBERS = 8 * 2**20
+# Numbers that a checksum looks at at a time, and what their bits are read as, by their size in bytes.
+_CHECKED_NUMBERS = 2**18
+_WHOLE_NUMBERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 _TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _LOCAL_VARIABLES = (("RANK", "0"), ("WORLD_SIZE", "1"))
 # How many of the ranks are on this machine.
 _ranks_here = 1
+# Whether this process is or was a rank.
+_has_joined = False
 
 
-class RankLostError(RuntimeError):
-    """Another rank has ended, or does not answer. The message is complete: a command prints it and exits."""
+class RankLostError(ExpectedError, RuntimeError):
+    """Another rank has ended, or does not answer."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +83,7 @@ class Ranks:
         :raises ValueError: if they cannot be shared equally.
         """
         if total % self.count:
-            raise ValueError(
+            raise InputError(
                 f"{name}={total} cannot be shared by {self.count} ranks; expected a multiple of {self.count}, "
                 f"such as {-(-total // self.count) * self.count}"
             )
@@ -84,7 +97,7 @@ class Ranks:
         :raises ValueError: if some rank would have none.
         """
         if total < self.count:
-            raise ValueError(f"{total} {name} for {self.count} ranks; expected at least one for each")
+            raise InputError(f"{total} {name} for {self.count} ranks; expected at least one for each")
         return np.array_split(np.arange(total), self.count)[self.rank]
 
     def gather(self, value: T) -> list[T]:
@@ -183,7 +196,7 @@ class Ranks:
         for rank, other in enumerate(self.gather(sums)):
             different = [name for name in sums if other.get(name) != sums[name]]
             if different or other.keys() != sums.keys():
-                raise ValueError(
+                raise InputError(
                     f"The weights of {what} on rank {rank} are not those on rank {self.rank} "
                     f"({', '.join(different[:3]) or 'other names'}); give all ranks the same checkpoint and seed"
                 )
@@ -227,8 +240,8 @@ def torchrun(timeout_seconds: float = TIMEOUT_SECONDS) -> Iterator[Ranks]:
     :raises ValueError: if a machine has more ranks than GPUs.
     :raises RankLostError: if the others do not come.
     """
-    count = int(os.environ.get("WORLD_SIZE", "1"))
-    if count == 1 or not all(name in os.environ for name in _TORCHRUN_VARIABLES) or dist.is_initialized():
+    count = _invited()
+    if count == 1 or dist.is_initialized():
         yield current_ranks()
         return
     local_rank, local_count = (int(os.environ.get(f"LOCAL_{name}", least)) for name, least in _LOCAL_VARIABLES)
@@ -237,13 +250,56 @@ def torchrun(timeout_seconds: float = TIMEOUT_SECONDS) -> Iterator[Ranks]:
         yield ranks
 
 
+def join_for_good() -> Ranks:
+    """Join the other ranks until the process ends, if ``torchrun`` started it and it has not been a rank before.
+
+    :raises ValueError: see :func:`torchrun`.
+    :raises RankLostError: see there.
+    """
+    if is_left_out():
+        membership = ExitStack()
+        membership.enter_context(torchrun())
+        atexit.register(membership.close)
+    return current_ranks()
+
+
+def check_membership(algorithm: str) -> None:
+    """Find out whether a training is one of several that do not know of one another.
+
+    :param algorithm: name of its class, for the message.
+    :raises ValueError: if this process has not joined the ranks that ``torchrun`` started.
+    :warns UserWarning: if it has left them.
+    """
+    if is_left_out():
+        raise InputError(
+            "torchrun started several ranks, which join where an algorithm is made with its environment. Give it "
+            f"there, such as {algorithm}.load(path, env), or put all into `with torchrun():` of sb3_vla.distributed"
+        )
+    if _invited() > 1 and current_ranks().count == 1:
+        warnings.warn(
+            f"Rank {os.environ['RANK']} trains alone: this is behind the end of `with torchrun():`. Put it into the "
+            "context, or let one rank do it",
+            stacklevel=3,
+        )
+
+
+def is_left_out() -> bool:
+    """Whether ``torchrun`` started other ranks which this process has not joined."""
+    return _invited() > 1 and not _has_joined and not dist.is_initialized()
+
+
+def _invited() -> int:
+    """How many ranks ``torchrun`` started, of which this process is one; 1 if it did not."""
+    return int(os.environ["WORLD_SIZE"]) if all(name in os.environ for name in _TORCHRUN_VARIABLES) else 1
+
+
 @contextmanager
 def joined(invitation: Invitation, timeout_seconds: float = TIMEOUT_SECONDS) -> Iterator[Ranks]:
     """Be one of the ranks for as long as the context lasts, whoever started this process.
 
     :param timeout_seconds: see :func:`torchrun`, as for what is raised.
     """
-    global _ranks_here
+    global _ranks_here, _has_joined
     device = _own_device(invitation.local_rank)
     if invitation.count == 1:
         yield current_ranks()
@@ -259,7 +315,7 @@ def joined(invitation: Invitation, timeout_seconds: float = TIMEOUT_SECONDS) -> 
             timeout=timedelta(seconds=timeout_seconds),
         )
         dist.barrier() if device.type == "cpu" else dist.barrier(device_ids=[device.index])
-    _ranks_here = invitation.local_count
+    _ranks_here, _has_joined = invitation.local_count, True
     try:
         yield current_ranks()
     finally:
@@ -273,15 +329,15 @@ def is_shard(tensor: Tensor) -> bool:
 
 
 def ranks_on_this_machine() -> int:
-    """How many ranks share the machine's cores."""
-    return _ranks_here
+    """How many ranks share the machine's cores, also before they have joined."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if is_left_out() else _ranks_here
 
 
 def _own_device(local_rank: int) -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
     if local_rank >= torch.cuda.device_count():
-        raise ValueError(
+        raise InputError(
             f"Rank {local_rank} of this machine has no GPU, there are {torch.cuda.device_count()}; give torchrun "
             f"--nproc-per-node {torch.cuda.device_count()}, or hide the GPUs with CUDA_VISIBLE_DEVICES="
         )
@@ -333,9 +389,25 @@ def set_generators(state: Mapping[str, Any]) -> None:
         torch.cuda.set_rng_state(state["cuda"])
 
 
-def _checksum(tensor: Tensor) -> tuple[float, float]:
+def _checksum(tensor: Tensor) -> tuple[int, int]:
+    """Of all bits, as whole numbers: their sum, and their sum by place, so that an exchange shows; no rounding."""
     if is_shard(tensor):
         tensor = tensor.full_tensor()  # type: ignore[attr-defined]
-    values = tensor.detach().flatten().double()
-    places = torch.arange(1, len(values) + 1, dtype=torch.float64, device=values.device)
-    return values.sum().item(), (values / places).sum().item()
+    total = by_place = torch.zeros((), dtype=torch.int64, device=tensor.device)
+    first = 1
+    for part in _in_parts(tensor.detach()):
+        bits = part.flatten().contiguous().view(_WHOLE_NUMBERS.get(part.element_size(), torch.int64)).long()
+        places = torch.arange(first, first + len(bits), device=bits.device)
+        total, by_place = total + bits.sum(), by_place + (bits * places).sum()
+        first += len(bits)
+    return int(total), int(by_place)
+
+
+def _in_parts(tensor: Tensor) -> Iterator[Tensor]:
+    """A tensor's numbers in their order, not too many at a time, whatever their order in memory is."""
+    if tensor.numel() <= _CHECKED_NUMBERS:
+        yield tensor
+        return
+    rows = _CHECKED_NUMBERS * len(tensor) // tensor.numel()
+    for part in tensor.split(max(rows, 1)):
+        yield from [part] if rows else _in_parts(part[0])

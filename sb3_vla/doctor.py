@@ -24,6 +24,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from sb3_vla.errors import InputError
+
 GIB = 1024**3
 # What the quickstart takes: its learner with the demonstrations, and each worker process with ten scenes (measured: 1.1
 # GiB before the first update, 0.6 GiB); what it writes, with the caches beside it.
@@ -139,7 +141,9 @@ def check_packages() -> Iterator[Finding]:
 
 def check_machine() -> Iterator[Finding]:
     """Cores, memory, disk, and the shared memory through which workers send pictures."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    from sb3_vla.machine import memory, usable_cores
+
+    cores = usable_cores()
     workers = min(cores, MOST_WORKERS)
     yield Finding("Machine", "cores", "ok", f"{cores}, so {workers} worker processes in the quickstart")
     free, total = memory()
@@ -162,16 +166,13 @@ def check_folders() -> Iterator[Finding]:
     value = f"runs are written below {Path.cwd()}"
     yield _judged("Folders", "runs", _writable(Path.cwd()), value, "start in a folder that you may write to")
     given = os.environ.get("XDG_CACHE_HOME", "")
-    caches = Path(given) if os.path.isabs(given) else Path("~/.cache").expanduser()
-    rendering = Path(__file__).parents[1] / "mw_envs" / "rendering" / "__pycache__"
-    renderer = Path(os.environ.get("NUMBA_CACHE_DIR") or rendering)
+    caches = Path(given if os.path.isabs(given) else os.path.expanduser("~/.cache"))  # as it stands without a home
     models = Path(os.environ.get("HF_HOME") or caches / "huggingface")
     for name, folder, variable, without in (
         ("compiled scenes", caches / "mw_envs", "XDG_CACHE_HOME", "each change of task takes 0.1 s more"),
-        ("compiled renderer", renderer, "NUMBA_CACHE_DIR", "each process may compile anew, for half a minute"),
         ("published models", models, "HF_HOME", "they cannot be downloaded"),
     ):
-        fits = _writable(folder)
+        fits = folder.parts[0] != "~" and _writable(folder)
         value = f"{folder}{'' if fits else f' cannot be written: {without}'}"
         yield _judged("Folders", name, fits, value, f"set {variable} to a folder that you may write to", needed=False)
 
@@ -182,19 +183,25 @@ def check_folders() -> Iterator[Finding]:
 def check_import() -> Iterator[Finding]:
     """Whether the package can be imported at all."""
     answer = _probe("package")
-    remedy = "install again: bash examples/setup.sh"
-    yield _judged("Programs", "import sb3_vla", "error" not in answer, answer.get("error", "works"), remedy)
+    error = answer.get("error", "")
+    yield _judged("Programs", "import sb3_vla", not error, error or "works", _remedy(error, "import sb3_vla.cli"))
 
 
 def check_renderer() -> Iterator[Finding]:
     """Whether the environment steps and is drawn, and how fast; OpenGL is a note."""
     answer = _probe("environment")
     if "error" in answer:
-        yield _judged("Programs", "software renderer", False, answer["error"], "install again: bash examples/setup.sh")
+        code = "import gymnasium; gymnasium.make('mw_envs:MetaWorldMT1-v0', task='reach-v3').reset()"
+        yield _judged("Programs", "software renderer", False, answer["error"], _remedy(answer["error"], code))
     else:
-        compiled = "compiled just now, and kept" if answer["compiled_now"] else "was compiled before"
+        compiled = "compiled just now" if answer["compiled_now"] else "was compiled before"
         value = f"works; {compiled}; first picture after {answer['first_seconds']:.1f} s"
         yield Finding("Programs", "software renderer", "ok", value)
+        folder = answer["folder"]
+        value = f"kept in {folder}" if folder else "kept nowhere: each process compiles anew, for half a minute"
+        remedy = "set NUMBA_CACHE_DIR to a folder that you may write to and that stays"
+        stays = folder and not Path(folder).is_relative_to(tempfile.gettempdir())
+        yield _judged("Programs", "compiled renderer", bool(stays), value, remedy, needed=False)
         value = f"{answer['steps_per_second']:.0f} steps/s in one process, a 96x96 picture each 5 steps"
         yield Finding("Programs", "environment", "ok", value)
     for kind in ("egl", "osmesa"):
@@ -258,8 +265,10 @@ def check_recipes() -> Iterator[Finding]:
     if "error" in answer:
         yield Finding("Recipes that fit", "recipes", "note", f"unknown: {answer['error']}")
         return
+    from sb3_vla.machine import available_memory
+
     apart, free, _ = _where_the_learner_is()
-    main = memory()[0]
+    main = available_memory()
     for name, needs in answer.items():
         if "error" in needs:
             yield Finding("Recipes that fit", name, "note", f"unknown: {needs['error']}")
@@ -275,10 +284,12 @@ def check_recipes() -> Iterator[Finding]:
 
 def _where_the_learner_is() -> tuple[bool, int, str]:
     """Whether it has memory of its own, how many bytes of it are free, and whose they are."""
+    from sb3_vla.machine import available_memory
+
     devices = _probe("torch").get("devices") or []
     if devices:
         return True, max(device["free"] for device in devices), "of the GPU"
-    return False, memory()[0], "of the machine"
+    return False, available_memory(), "of the machine"
 
 
 CHECKS = (
@@ -298,15 +309,11 @@ CHECKS = (
 # What the checks share
 
 
-def memory() -> tuple[int, int]:
-    """Bytes of memory that are free and in all, as far as this process's control group may use them."""
-    lines = (line.split() for line in _read("/proc/meminfo").splitlines())
-    known = {words[0].rstrip(":"): 1024 * int(words[1]) for words in lines if len(words) > 1}
-    total, free = known["MemTotal"], known["MemAvailable"]
-    limit, used = (_read(f"/sys/fs/cgroup/memory.{name}").strip() for name in ("max", "current"))
-    if limit.isdigit() and used.isdigit():  # "max" where there is no limit
-        total, free = min(total, int(limit)), min(free, int(limit) - int(used))
-    return max(free, 0), total
+def _remedy(error: str, code: str) -> str:
+    """What to do about a program that failed: only an import may be mended by another installation."""
+    if error.startswith(("ImportError", "ModuleNotFoundError", "PackageNotFoundError", "it crashed")):
+        return "install again: bash examples/setup.sh"
+    return f'see all that it says: python -c "{code}"'
 
 
 def _judged(group: str, name: str, fits: bool, value: str, remedy: str, *, needed: bool = True) -> Finding:
@@ -341,7 +348,7 @@ def _probe_environment() -> dict[str, Any]:
     import gymnasium as gym
     import numpy as np
 
-    from mw_envs.rendering.warming import compiled_before
+    from mw_envs.rendering.warming import cache_folder, compiled_before
 
     compiled_now = not compiled_before()
     started = time.perf_counter()
@@ -355,7 +362,12 @@ def _probe_environment() -> dict[str, Any]:
         steps += 5
         if terminated or truncated:
             env.reset()
-    return {"first_seconds": first_seconds, "compiled_now": compiled_now, "steps_per_second": steps / elapsed}
+    return {
+        "first_seconds": first_seconds,
+        "compiled_now": compiled_now,
+        "folder": cache_folder(),
+        "steps_per_second": steps / elapsed,
+    }
 
 
 def _probe_egl() -> dict[str, Any]:
@@ -479,7 +491,7 @@ def _probe(name: str, timeout: float = 600) -> dict[str, Any]:
     try:
         answer = json.loads(done.stdout.splitlines()[-1])
         if not isinstance(answer, dict):
-            raise ValueError(answer)
+            raise InputError(answer)
         return answer
     except (IndexError, ValueError):
         if done.returncode < 0:

@@ -30,6 +30,8 @@ from gymnasium import spaces
 from stable_baselines3.common.vec_env import CloudpickleWrapper, DummyVecEnv
 from stable_baselines3.common.vec_env.util import obs_space_info
 
+from sb3_vla.errors import InputError
+
 Layout = dict[Any, tuple[tuple[int, ...], np.dtype[Any]]]
 Arrays = dict[Any, npt.NDArray[Any]]
 
@@ -177,7 +179,7 @@ def layout_of(space: spaces.Space[Any]) -> Layout:
     for key in keys:
         if shapes[key] is None or dtypes[key] is None:
             part = space if key is None else space[key]  # type: ignore[index]
-            raise ValueError(
+            raise InputError(
                 f"The observation space's part {key!r} is {part}; expected a Box, Discrete, MultiDiscrete or "
                 "MultiBinary, which have a fixed shape. Text fits as bytes: Box(0, 255, (length,), np.uint8)"
             )
@@ -251,7 +253,7 @@ class Share(DummyVecEnv):
         self.layout = layout_of(self.observation_space)
         for number, env in enumerate(self.envs):
             if layout_of(env.observation_space) != self.layout:
-                raise ValueError(
+                raise InputError(
                     f"The environments' observations must have the same shapes and types, but number {number} of this "
                     f"worker gives {env.observation_space} and number 0 {self.observation_space}"
                 )

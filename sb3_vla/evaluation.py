@@ -3,7 +3,7 @@ Evaluation: a fixed list of trials under a named protocol, and a table with inte
 
 ::
 
-    result = evaluate(model, suite="MT10", trials_per_task=20, env_kwargs={"image_size": 96})
+    result = evaluate(load_policy("checkpoints/sft"), suite="MT10", trials_per_task=20)
     result.print_table()
     compare(EvaluationResult.from_json("before.json"), result).to_markdown("comparison.md")
 
@@ -30,11 +30,14 @@ import numpy as np
 import numpy.typing as npt
 from gymnasium import spaces
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.vec_env import VecEnv
 
 from mw_envs import Trial, suite_tasks
 from mw_envs.tasks import GOALS_PER_TASK, select_tasks
 from sb3_vla.distributed import current_ranks
+from sb3_vla.errors import InputError
+from sb3_vla.policies import CRITIC_KEYS
 from sb3_vla.results import (
     PROTOCOLS,
     TRIAL_SEED,
@@ -58,6 +61,7 @@ from sb3_vla.trial_envs import (
 )
 from sb3_vla.vec_env import SharedMemoryVecEnv
 from sb3_vla.videos import temporary_path
+from sb3_vla.views import FULL_VIEW, known_view, view_of_envs, warn_of_another_view
 
 __all__ = [
     "PROTOCOLS",
@@ -76,6 +80,7 @@ __all__ = [
     "find_protocol",
     "make_trial_env",
     "make_trial_vec_env",
+    "seen_by",
     "trials_for",
 ]
 
@@ -118,7 +123,7 @@ def trials_for(tasks: Sequence[str], trials_per_task: int, seed: int = TRIAL_SEE
     :raises ValueError: for an unknown or repeated task, no task, or no trial
     """
     if trials_per_task < 1:
-        raise ValueError(f"An evaluation needs at least one trial per task, got trials_per_task={trials_per_task}.")
+        raise InputError(f"An evaluation needs at least one trial per task, got trials_per_task={trials_per_task}.")
     return [
         Trial(task, int(seed) + number // GOALS_PER_TASK, number % GOALS_PER_TASK)
         for task in select_tasks("MT50", tasks=tasks)
@@ -159,8 +164,9 @@ def evaluate(
     :param protocol: a name in :data:`PROTOCOLS`, or a protocol of your own
     :param num_envs: number of environments, and size of the policy's batch; ``None`` takes eight per worker process, at
         most one per trial
-    :param num_workers: number of worker processes; ``None`` takes one per CPU core, at most one per environment
-    :param env_kwargs: what the policy sees: ``image_size``, ``crop``, ``camera``, ``renderer``, ``privileged_state``
+    :param num_workers: number of worker processes; ``None`` takes one per usable core, at most one per environment
+    :param env_kwargs: what the policy sees: ``image_size``, ``crop``, ``camera``, ``renderer``, ``privileged_state``;
+        what is left out is as the policy knows it, see :func:`seen_by`
     :param deterministic: passed to ``predict``
     :param videos: films the first trials of each task
     :param progress: shows a progress bar
@@ -170,6 +176,7 @@ def evaluate(
     :return: the outcomes, in the order of the trials
     :raises ValueError: for unknown names, no trials, or a policy that does not fit the environment
     :raises RuntimeError: if an environment fails or a worker stops; none is left behind then, nor after Ctrl-C
+    :warns UserWarning: if the policy was trained on another camera or crop than it is to see
     """
     trials = trials_for(_chosen_tasks(tasks, suite, split), trials_per_task, trial_seed)
     resolved = _with_chunk(find_protocol(protocol), policy)
@@ -183,8 +190,10 @@ def evaluate(
     if vec_env is not None:
         settings = _settings_of(vec_env, resolved, env_kwargs)
         _check_spaces(policy, vec_env.observation_space, vec_env.action_space)
+        _check_view(policy, settings["env_kwargs"])
         outcomes = _run(policy, vec_env, part, deterministic, progress)
     else:
+        env_kwargs = seen_by(policy, env_kwargs)
         settings = check_fit(policy, resolved, env_kwargs)
         count = min(len(part.trials), env_count(num_envs, num_workers))
         own_env = make_trial_vec_env(
@@ -203,9 +212,45 @@ def check_fit(policy: Policy, protocol: str | Protocol, env_kwargs: Mapping[str,
     :return: what the environments are made with, as JSON gives it back
     :raises ValueError: if it cannot
     """
+    env_kwargs = seen_by(policy, env_kwargs)
     probe = make_trial_env(_with_chunk(find_protocol(protocol), policy), env_kwargs)
     _check_spaces(policy, probe.observation_space, probe.action_space)
+    _check_view(policy, env_kwargs)
     return probe.settings
+
+
+def seen_by(policy: Policy, env_kwargs: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """
+    Arguments of environments that show a policy what it was trained on, as far as it says: camera and crop of a
+    :class:`~sb3_vla.VLAPolicy`, the size of the pictures and what is for its critic of any with an observation space.
+
+    :param env_kwargs: what is chosen in place of that
+    """
+    seen = dict(_view_of(policy) or {})
+    space = getattr(policy, "observation_space", None)
+    observed = space.spaces if isinstance(space, spaces.Dict) else {}
+    shape = observed["image"].shape if "image" in observed else None
+    if shape is not None and len(shape) == 3:
+        # Stable-Baselines3 puts the channels first.
+        height, width = shape[:2] if shape[2] == 3 else shape[1:]
+        seen["image_size"] = height if height == width else [height, width]
+    seen.update({key: True for key in CRITIC_KEYS if key in observed})
+    return {**seen, **(env_kwargs or {})}
+
+
+def _view_of(policy: Policy) -> dict[str, Any] | None:
+    """Of a policy, of the policy in an algorithm, or of the algorithm's environment."""
+    view = getattr(getattr(policy, "policy", policy), "view", None)
+    if isinstance(view, dict):
+        return view
+    env = policy.get_env() if isinstance(policy, BaseAlgorithm) else None
+    return None if env is None or getattr(env, "closed", False) else view_of_envs(env)
+
+
+def _check_view(policy: Policy, env_kwargs: Mapping[str, Any]) -> None:
+    view = _view_of(policy)
+    if view is not None:
+        warn_of_another_view(view, known_view(env_kwargs) or FULL_VIEW)
 
 
 def _chosen_tasks(tasks: Sequence[str] | None, suite: str | None, split: str) -> Sequence[str]:
@@ -213,7 +258,7 @@ def _chosen_tasks(tasks: Sequence[str] | None, suite: str | None, split: str) ->
         return tasks
     if tasks is None and suite is not None:
         return suite_tasks(suite, split)
-    raise ValueError(f"Give either tasks=[...] or a suite such as 'MT10', got tasks={tasks!r} and suite={suite!r}.")
+    raise InputError(f"Give either tasks=[...] or a suite such as 'MT10', got tasks={tasks!r} and suite={suite!r}.")
 
 
 def _with_chunk(protocol: Protocol, policy: Policy) -> Protocol:
@@ -221,7 +266,7 @@ def _with_chunk(protocol: Protocol, policy: Policy) -> Protocol:
         return protocol
     space = getattr(policy, "action_space", None)
     if not isinstance(space, spaces.Box):
-        raise ValueError(
+        raise InputError(
             f"Protocol {protocol.name} executes the policy's own chunk, but {type(policy).__name__} has no "
             "action_space to tell it. Give it Box(-1, 1, (k, 4)), or use dataclasses.replace(protocol, action_chunk=k)."
         )
@@ -230,14 +275,14 @@ def _with_chunk(protocol: Protocol, policy: Policy) -> Protocol:
 
 def _settings_of(vec_env: VecEnv, protocol: Protocol, env_kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
     if not all(vec_env.env_is_wrapped(TrialQueue)):
-        raise ValueError("vec_env cannot follow a list of trials; make it with sb3_vla.evaluation.make_trial_vec_env.")
+        raise InputError("vec_env cannot follow a list of trials; make it with sb3_vla.evaluation.make_trial_vec_env.")
     settings: dict[str, Any] = vec_env.get_attr("settings")[0]
     for name, wanted in (
         ("protocol", protocol),
         ("env_kwargs", None if env_kwargs is None else plain_env_kwargs(env_kwargs)),
     ):
         if wanted is not None and wanted != settings[name]:
-            raise ValueError(f"vec_env was made with {name}={settings[name]}, but the evaluation asks for {wanted}.")
+            raise InputError(f"vec_env was made with {name}={settings[name]}, but the evaluation asks for {wanted}.")
     return settings
 
 
@@ -247,10 +292,12 @@ def _check_spaces(policy: Policy, observation_space: spaces.Space[Any], action_s
     wanted = getattr(policy, "observation_space", None)
     for key, space in wanted.items() if isinstance(wanted, spaces.Dict) else ():
         given = observation_space.spaces.get(key)
+        if key == "instruction" and given is not None:  # of any length
+            continue
         # Sorted, since a model's image may be channels first.
         if given is None or sorted(given.shape or ()) != sorted(space.shape or ()):
             came = "does not have it" if given is None else f"gives {given.shape}"
-            raise ValueError(
+            raise InputError(
                 f"The policy reads {key!r} of shape {space.shape}, the environment {came}. Pass what the policy was "
                 "trained with, e.g. env_kwargs={'image_size': 96, 'crop': 'workspace', 'privileged_state': True}."
             )
@@ -260,7 +307,7 @@ def _check_spaces(policy: Policy, observation_space: spaces.Space[Any], action_s
 
 
 def _misfit(what: str, expected: tuple[int, ...] | None) -> ValueError:
-    return ValueError(
+    return InputError(
         f"The policy {what}, but the protocol executes {expected} per decision. Use a protocol with the policy's "
         "chunk: dataclasses.replace(PROTOCOLS['rlinf-160'], name='...', action_chunk=k)."
     )
@@ -398,7 +445,7 @@ class _Run:
             number = int(np.argmin(finite))
             running = self._slots[number].running
             trial = "no trial" if running is None else self.trials[running]
-            raise ValueError(
+            raise InputError(
                 f"The policy's action for environment {number} ({trial}) is not finite: {actions[number].tolist()}"
             )
 

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, PercentFormatter
 from PIL import Image
 
+from sb3_vla.errors import InputError
 from sb3_vla.results import Comparison
 from sb3_vla.statistics import Estimate
 from sb3_vla.videos import Frame, annotate, atomic_path
@@ -48,7 +49,7 @@ def learning_curve(
     steps, rates = metric_series(table, env_steps, success)
     if not len(steps):
         known = sorted({key for row in table for key in row})
-        raise ValueError(f"A learning curve needs {env_steps!r} and {success!r} in a row, got {known}.")
+        raise InputError(f"A learning curve needs {env_steps!r} and {success!r} in a row, got {known}.")
     figure, axes = _figure(4.0, title)
     tasks = sorted({key for row in table for key in row if key.startswith(f"{success}/")})
     for number, task in enumerate(tasks):
@@ -118,7 +119,7 @@ def contact_sheet(frames: Sequence[Frame], captions: Sequence[str], path: str | 
     """
     if len(frames) == 0 or len(frames) != len(captions) or len({frame.shape for frame in frames}) != 1:
         shapes = sorted({frame.shape for frame in frames})
-        raise ValueError(
+        raise InputError(
             f"Expected pictures of one size with a caption each, got {len(frames)} pictures of the shapes {shapes} and "
             f"{len(captions)} captions."
         )

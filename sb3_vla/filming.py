@@ -17,6 +17,8 @@ import gymnasium as gym
 from stable_baselines3.common.callbacks import BaseCallback
 
 from mw_envs import Trial
+from sb3_vla.errors import InputError
+from sb3_vla.paths import local_path
 from sb3_vla.run import RunError
 from sb3_vla.videos import Mp4Writer, annotate, enlarge
 
@@ -45,10 +47,12 @@ class FilmOptions:
     max_mb: float | None = None
 
     def __post_init__(self) -> None:
+        # Here and not where films are written: a worker process may have been started with another environment.
+        object.__setattr__(self, "directory", local_path(self.directory))
         for name in ("fps", "max_mb"):
             value = getattr(self, name)
             if value is not None and not value > 0:
-                raise ValueError(f"{name}={value} of films; expected more than 0")
+                raise InputError(f"{name}={value} of films; expected more than 0")
 
     def prepare(self) -> None:
         """
@@ -82,7 +86,7 @@ class TrainingFilms(FilmOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.every < 1:
-            raise ValueError(f"every={self.every} iterations between films; expected at least 1")
+            raise InputError(f"every={self.every} iterations between films; expected at least 1")
 
 
 def captions(instruction: str, trial: Trial, step: int, horizon: int, reward: float, success: bool) -> list[str]:

@@ -5,9 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import json
-import warnings
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +16,7 @@ from sb3_vla.memory import MemoryPlan, plan_memory
 from sb3_vla.models import VLAModel, make_model
 from sb3_vla.models.lora import prepare_training
 from sb3_vla.models.sizes import published_options
+from sb3_vla.paths import local_path
 from sb3_vla.plan import Plan, can_begin
 from sb3_vla.precision import uses_bf16
 from sb3_vla.sft import SFTConfig
@@ -28,7 +27,16 @@ _DIMENSIONS = {"action_dim": 4, "state_dim": 4}
 #: options that say more than a checkpoint's size
 _OF_ANY_SIZE = ("action_horizon", "precision")
 #: options of readers, which say how a published folder is read and leave its size to it
-_OF_READING = ("acting", "max_prompt_tokens", "norm_stats", "precision", "stop_token", "tokenizer", "unnorm_key")
+_OF_READING = (
+    "acting",
+    "max_prompt_tokens",
+    "norm_stats",
+    "precision",
+    "shifted_positions",
+    "stop_token",
+    "tokenizer",
+    "unnorm_key",
+)
 
 
 def footprint(plan: Plan, sizes: Mapping[str, Any] | None = None) -> dict[str, MemoryPlan]:
@@ -74,8 +82,8 @@ def _on_meta(plan: Plan, sizes: Mapping[str, Any] | None) -> VLAModel:
     if plan.begins and plan.sft is not None and plan.load is not None:
         own = {"action_horizon": plan.sft.action_horizon, "image_size": plan.load["image_size"]}
         options = {**_DIMENSIONS, **own, **options}
-    elif sizes is None and plan.checkpoint is not None and Path(plan.checkpoint).expanduser().is_dir():
-        return _read(plan.checkpoint, options)
+    elif sizes is None and plan.checkpoint is not None and local_path(plan.checkpoint).is_dir():
+        return load_checkpoint(plan.checkpoint, options, weights=False).model
     elif sizes is None and _sized(plan.model, options):
         options = {**_DIMENSIONS, "action_horizon": plan.action_chunk, **options}
     else:  # what else it says may be no option of the model itself
@@ -87,13 +95,6 @@ def _on_meta(plan: Plan, sizes: Mapping[str, Any] | None) -> VLAModel:
 def _sized(model: str, options: Mapping[str, Any]) -> bool:
     """Whether options describe a new model, whose checkpoint is yet to come, and not how a published one is read."""
     return "base" not in options and can_begin(model, {k: v for k, v in options.items() if k not in _OF_READING})
-
-
-def _read(checkpoint: str, options: Mapping[str, Any]) -> VLAModel:
-    """A checkpoint's model without its weights: files are mapped into memory, and not copied."""
-    with torch.device("meta"), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".* is a no-op")
-        return load_checkpoint(checkpoint, options).model
 
 
 @functools.cache

@@ -14,7 +14,7 @@ DIGEST = "frozen_digest"
 
 
 class FrozenWeights:
-    """Parameters that a checkpoint holds; they must keep their values.
+    """Parameters that are elsewhere already, such as in a checkpoint; they must keep their values.
 
     :param names: as their module names them.
     """
@@ -56,3 +56,27 @@ class FrozenWeights:
                 sha256.update(weights.flatten().view(torch.uint8).numpy().data)
             self._digest = torch.tensor(list(sha256.digest()), dtype=torch.uint8)
         return self._digest
+
+
+class Unfrozen:
+    """A module's state without its frozen weights.
+
+    :param module: holds them, also where it shares them with another module.
+    :param frozen: which they are.
+    """
+
+    def __init__(self, module: nn.Module, frozen: FrozenWeights) -> None:
+        self._module, self._frozen = module, frozen
+
+    def state_dict(self) -> dict[str, Any]:
+        """See ``torch.nn.Module.state_dict``; the digest is in the place of the frozen weights."""
+        state = self._module.state_dict()
+        self._frozen.take_out(self._module, state)
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> Any:
+        """See ``torch.nn.Module.load_state_dict``.
+
+        :raises RuntimeError: see :meth:`FrozenWeights.put_back`.
+        """
+        return self._module.load_state_dict(self._frozen.put_back(self._module, state))

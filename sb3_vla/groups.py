@@ -15,6 +15,7 @@ from mw_envs.tasks import did_you_mean
 from sb3_vla.buffers import DecisionBatch, DecisionBuffer
 from sb3_vla.distributed import ALONE, Ranks
 from sb3_vla.distributions import Trace
+from sb3_vla.errors import InputError
 
 ADVANTAGE_TYPES = ("standardised", "leave_one_out")
 # What a reset tells of the trial that it placed, beside what can be seen.
@@ -74,7 +75,7 @@ def group_advantages(returns: Sequence[float], advantage_type: str) -> Tensor:
         return (centred / (values.std() + _EPSILON)).float()
     if advantage_type == "leave_one_out":
         return (centred * len(values) / (len(values) - 1)).float()
-    raise ValueError(f"Unknown advantage_type={advantage_type!r}; {did_you_mean(advantage_type, ADVANTAGE_TYPES)}")
+    raise InputError(f"Unknown advantage_type={advantage_type!r}; {did_you_mean(advantage_type, ADVANTAGE_TYPES)}")
 
 
 class Episode:
@@ -105,6 +106,11 @@ class Episode:
         self.rewards.append(float(reward))
         self.executed.append(int(executed))
 
+    def forget(self) -> None:
+        """Let go of what was seen and drawn; how it ended is still known."""
+        self._observations.clear()
+        self._traces.clear()
+
     def decision(self, step: int) -> tuple[dict[str, Tensor], Trace]:
         """What one decision saw, and its trace."""
         return self._observations[step], self._traces[step]
@@ -118,6 +124,7 @@ class GroupBuffer(DecisionBuffer):
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self._places: list[tuple[Episode, int]] = []
         self.reset()
 
     def __len__(self) -> int:
@@ -125,8 +132,10 @@ class GroupBuffer(DecisionBuffer):
         return len(self._places)
 
     def reset(self) -> None:
-        """Forget all episodes."""
-        self._places: list[tuple[Episode, int]] = []
+        """Forget all episodes, whoever else still holds them, such as a callback the last rollout's locals."""
+        for episode, _ in self._places:
+            episode.forget()
+        self._places = []
         self._keys: list[int] = []
         self._lengths: list[int] = []
         self._episode_advantages: list[float] = []

@@ -20,7 +20,8 @@ from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 
 from mw_envs.tasks import did_you_mean
-from sb3_vla.distributed import current_ranks
+from sb3_vla.distributed import current_ranks, join_for_good
+from sb3_vla.errors import InputError
 from sb3_vla.groups import (
     ADVANTAGE_TYPES,
     Episode,
@@ -42,6 +43,21 @@ _END_OF_SEEDS = 2**31
 _ATTEMPTS = 4
 # An environment whose episode is not over after so many decisions has none.
 _MOST_DECISIONS = 10_000
+
+
+def groups_begun(n_groups: int, max_groups: int | None) -> int:
+    """How many groups a rollout plays at most, but for the rest of a turn; see :class:`GRPO`."""
+    return _ATTEMPTS * n_groups if max_groups is None else max_groups
+
+
+def groups_held(n_groups: int, max_groups: int | None, group_size: int, num_envs: int, ranks: int = 1) -> int:
+    """How many groups' decisions a rank holds at most: one less than are wanted, and a turn, which may all be kept.
+
+    :param num_envs: of this rank.
+    """
+    at_once = max(1, num_envs // group_size)
+    turns = -(-groups_begun(n_groups, max_groups) // (at_once * ranks))
+    return min(n_groups - 1 + at_once, turns * at_once)
 
 
 class GRPO(PPO):
@@ -125,8 +141,9 @@ class GRPO(PPO):
         self.advantage_type = advantage_type
         self.normalize_length = normalize_length
         #: with the environment steps so far, what the trials of a rollout are drawn from
-        self._trial_entropy = int(np.random.SeedSequence().generate_state(1)[0]) if seed is None else seed
-        self._trial_entropy = current_ranks().from_first(self._trial_entropy)
+        if env is not None:
+            join_for_good()
+        self._trial_entropy = _trial_entropy(seed)
         super().__init__(
             policy,
             env,
@@ -161,35 +178,49 @@ class GRPO(PPO):
             sharding=sharding,
         )
 
+    @classmethod
+    def _as_attributes(cls, given: dict[str, Any]) -> dict[str, Any]:
+        attributes = super()._as_attributes(given)
+        if "batch_size" in given:
+            attributes["n_steps"] = given["batch_size"]
+        if "seed" in given:
+            attributes["_trial_entropy"] = _trial_entropy(given["seed"])
+        return attributes
+
     def _setup_model(self) -> None:
         if not issubclass(self.policy_class, VLAPolicy):
-            raise ValueError(f'GRPO trains VLAPolicy alone; got {self.policy_class.__name__}. Use "VLAPolicy"')
+            raise InputError(f'GRPO trains VLAPolicy alone; got {self.policy_class.__name__}. Use "VLAPolicy"')
         self._check_groups()
         super()._setup_model()
         self.rollout_buffer = GroupBuffer(self.device)  # type: ignore[assignment]
 
     def _check_groups(self) -> None:
         if self.group_size < 2:
-            raise ValueError(
+            raise InputError(
                 f"group_size={self.group_size}; expected at least 2: an episode is compared with the others of its "
                 "group. 8 is usual; sb3_vla.PPO needs no groups"
             )
         if self.n_groups < 1:
-            raise ValueError(f"n_groups={self.n_groups}; expected at least 1")
+            raise InputError(f"n_groups={self.n_groups}; expected at least 1")
         if self.max_groups is not None and self.max_groups < self.n_groups:
-            raise ValueError(f"max_groups={self.max_groups}; expected at least n_groups={self.n_groups}")
+            raise InputError(f"max_groups={self.max_groups}; expected at least n_groups={self.n_groups}")
         if self.n_envs % self.group_size and self.group_size % self.n_envs:
-            raise ValueError(
+            raise InputError(
                 f"{self.n_envs} environments for groups of group_size={self.group_size} episodes; expected a multiple "
                 "of the group's size, or a divisor of it, with which a group takes several turns"
             )
         low, high = self.success_bounds
         if not 0 <= low <= high <= 1:
-            raise ValueError(f"success_bounds={self.success_bounds}; expected 0 <= least <= greatest <= 1")
+            raise InputError(f"success_bounds={self.success_bounds}; expected 0 <= least <= greatest <= 1")
+        if not any(low <= successes / self.group_size <= high for successes in range(self.group_size + 1)):
+            raise InputError(
+                f"success_bounds={self.success_bounds} keep no group of group_size={self.group_size}: no share of its "
+                f"episodes is between them; expected some multiple of 1/{self.group_size} to be"
+            )
         for name, known in (("episode_return", EPISODE_RETURNS), ("advantage_type", ADVANTAGE_TYPES)):
             value = getattr(self, name)
             if value not in known:
-                raise ValueError(f"Unknown {name}={value!r}; {did_you_mean(value, known)}")
+                raise InputError(f"Unknown {name}={value!r}; {did_you_mean(value, known)}")
 
     def collect_rollouts(self, env: VecEnv, callback: BaseCallback, rollout_buffer: Any, n_rollout_steps: int) -> bool:
         """Play groups until enough of them can teach something; ``n_rollout_steps`` is not looked at."""
@@ -199,7 +230,7 @@ class GRPO(PPO):
         callback.on_rollout_start()
         decisions_before, env_steps_before, clock = self.num_timesteps, self.env_steps, Clock()
         generator = np.random.default_rng([self._trial_entropy, self.env_steps])
-        most = _ATTEMPTS * self.n_groups if self.max_groups is None else self.max_groups
+        most = groups_begun(self.n_groups, self.max_groups)
         at_once = max(1, self.n_envs // self.group_size)
         played: list[list[Episode]] = []
         kept, begun, ranks = 0, 0, self.ranks
@@ -302,32 +333,41 @@ class GRPO(PPO):
         )
 
     def _keep(self, group: list[Episode], buffer: GroupBuffer, number: int) -> bool:
-        """Store a group that can teach something.
+        """Store a group that can teach something; of others, and of lost episodes, what was seen is let go.
 
         :param number: its own among the groups of all ranks in this rollout.
         """
-        group = [episode for episode in group if not episode.lost]
-        returns = [self._return_of(episode) for episode in group]
+        whole = [episode for episode in group if not episode.lost]
+        if any(episode.success is not None for episode in whole):
+            for episode in whole:  # one that a limit cut without a word has not succeeded
+                episode.success = bool(episode.success)
+        returns = [self._return_of(episode) for episode in whole]
+        taught = self._teaches(whole, returns)
+        for episode in group:
+            if episode.lost or not taught:
+                episode.forget()
+        if taught:
+            buffer.add(whole, returns, group_advantages(returns, self.advantage_type), number)
+        return taught
+
+    def _teaches(self, group: list[Episode], returns: list[float]) -> bool:
         if len(set(returns)) < 2:
             return False
-        if tuple(self.success_bounds) != (0.0, 1.0):
-            low, high = self.success_bounds
-            success = np.mean([self._success_of(episode) for episode in group])
-            if not low <= success <= high:
-                return False
-        buffer.add(group, returns, group_advantages(returns, self.advantage_type), number)
-        return True
+        if tuple(self.success_bounds) == (0.0, 1.0):
+            return True
+        low, high = self.success_bounds
+        return bool(low <= np.mean([self._success_of(episode) for episode in group]) <= high)
 
     def _return_of(self, episode: Episode) -> float:
         if self.episode_return == "success":
             return self._success_of(episode)
         if not math.isfinite(total := sum(episode.rewards)):
-            raise ValueError(f"An episode's rewards sum to {total}; expected a finite number from the environment")
+            raise InputError(f"An episode's rewards sum to {total}; expected a finite number from the environment")
         return total
 
     def _success_of(self, episode: Episode) -> float:
         if episode.success is None:
-            raise ValueError(
+            raise InputError(
                 f'The environment does not give info["is_success"] at an episode\'s end, which episode_return='
                 f"{self.episode_return!r}, success_bounds={self.success_bounds} needs; use 'reward' and (0, 1)"
             )
@@ -376,3 +416,8 @@ class GRPO(PPO):
         """Train for at least ``total_timesteps`` decisions; see ``stable_baselines3.PPO.learn``."""
         super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
         return self
+
+
+def _trial_entropy(seed: int | None) -> int:
+    """What trials are drawn from: the seed, or, without one, something that no other training has."""
+    return current_ranks().from_first(int(np.random.SeedSequence().generate_state(1)[0]) if seed is None else seed)

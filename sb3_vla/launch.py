@@ -15,22 +15,28 @@ from typing import Any, TypeVar
 import torch
 from rich.console import Console
 
-from sb3_vla.checkpoints import checkpoint_digest, load_checkpoint
+from sb3_vla.checkpoints import load_checkpoint
+from sb3_vla.checkpoints.training_state import check_training_state
 from sb3_vla.cluster.launch import train_on_cluster
 from sb3_vla.collecting import collect
-from sb3_vla.config import ConfigError
+from sb3_vla.config import ConfigError, deciding_settings
 from sb3_vla.demonstrations import Demonstrations
+from sb3_vla.errors import InputError
 from sb3_vla.evaluation import EvaluationResult, VideoOptions, compare, evaluate
 from sb3_vla.filming import TrainingFilms
+from sb3_vla.identity import checkpoint_identity, data_identity, deciding_options, without
 from sb3_vla.periodic import PeriodicEvaluation
 from sb3_vla.plan import Plan
 from sb3_vla.policies import load_policy
+from sb3_vla.precision import acting_precision
 from sb3_vla.recipes import Recipe
 from sb3_vla.report import write_report
 from sb3_vla.sft import sft
 from sb3_vla.shared_run import SharedRun
-from sb3_vla.training import GRPOConfig, train, view_of
+from sb3_vla.training import GRPOConfig, train
+from sb3_vla.views import FULL_VIEW
 
+Places = dict[str, str | None]
 Films = TypeVar("Films", VideoOptions | None, TrainingFilms | None)
 
 
@@ -42,26 +48,31 @@ def launch(recipe: Recipe, plan: Plan, console: Console) -> Path:
     :return: the run's directory.
     """
     _check_start(plan)
-    run = SharedRun(plan.run, recipe)
-    started = time.monotonic()
+    with SharedRun(plan.run, recipe) as run:
+        started = time.monotonic()
+        _run_stages(run, plan, console)
+        if run.ranks.leads:
+            _tell(run, plan, console)
+        console.print(f"{(time.monotonic() - started) / 60:.1f} minutes for this start", highlight=False)
+    return run.path
+
+
+def _run_stages(run: SharedRun, plan: Plan, console: Console) -> None:
+    places = run.ranks.first_does(lambda: _places(plan))  # all files are read for it, so once, and by one rank
     stages: list[str] = []
     if plan.collect is not None:
         stages.append(_demonstrate(run, plan, console))
     if plan.sft is not None:
-        stages.append(_imitate(run, plan, stages, console))
+        stages.append(_imitate(run, plan, places, stages, console))
     start = str(run.path / "sft") if plan.sft is not None else str(plan.checkpoint)
     options = {} if plan.sft is not None else plan.model_kwargs
     trained = plan.config is not None
     if plan.evaluate is not None:
-        _measure(run, plan, "before" if trained else "after", start, options, stages, console)
+        _measure(run, plan, places, "before" if trained else "after", start, options, stages, console)
     if plan.config is not None:
-        after = [_practise(run, plan, start, options, stages, console)]
+        after = [_practise(run, plan, places, start, options, stages, console)]
         if plan.evaluate is not None:
-            _measure(run, plan, "after", str(run.path / after[0]), {}, after, console)
-    if run.ranks.leads:
-        _tell(run, plan, console)
-    console.print(f"{(time.monotonic() - started) / 60:.1f} minutes for this start", highlight=False)
-    return run.path
+            _measure(run, plan, places, "after", str(run.path / after[0]), {}, after, console)
 
 
 def _check_start(plan: Plan) -> None:
@@ -74,16 +85,17 @@ def _check_start(plan: Plan) -> None:
                 "new model as actor.model.model_kwargs; the recipes with compact or laptop in their names need neither"
             )
         return
-    found = load_checkpoint(plan.checkpoint, plan.model_kwargs).model_name
+    found = load_checkpoint(plan.checkpoint, plan.model_kwargs, weights=False).model_name
     if found != plan.model:
-        raise ValueError(
+        raise InputError(
             f"actor.model.model_path={plan.checkpoint} is a checkpoint of {found}, but actor.model.model_type="
             f"{plan.model}; give another checkpoint, or a recipe of {found}"
         )
 
 
 def _demonstrate(run: SharedRun, plan: Plan, console: Console) -> str:
-    with run.stage("collect", {"collect": plan.collect}, outputs=["demonstrations"]) as stage:
+    inputs = {"collect": without(plan.collect, "num_workers", "renderer")}
+    with run.stage("collect", inputs, outputs=["demonstrations"]) as stage:
         if not stage.done:
             console.rule("demonstrations by scripted experts")
             assert plan.collect is not None
@@ -99,9 +111,14 @@ def _demonstrations(run: SharedRun, plan: Plan) -> Demonstrations:
     return Demonstrations.load(**{**plan.load, "root": root})
 
 
-def _imitate(run: SharedRun, plan: Plan, after: list[str], console: Console) -> str:
+def _imitate(run: SharedRun, plan: Plan, places: Places, after: list[str], console: Console) -> str:
     assert plan.sft is not None
-    inputs = {"sft": plan.sft, "data": plan.load, "checkpoint": _identity(plan.checkpoint)}
+    inputs = {
+        "sft": deciding_settings(plan.sft),
+        "load": without(plan.load, "root"),
+        "options": deciding_options(plan.sft.model_kwargs),
+        **places,
+    }
     with run.stage("sft", inputs, after=after, outputs=["sft"]) as stage:
         if not stage.done:
             console.rule("imitation")
@@ -110,19 +127,33 @@ def _imitate(run: SharedRun, plan: Plan, after: list[str], console: Console) -> 
                 plan.sft,
                 output=run.path / "sft",
                 save_state=lambda step: run.checkpoint("sft", step),
-                resume_from=run.latest_checkpoint("sft") if stage.resumed else None,
+                resume_from=run.latest_checkpoint("sft", check_training_state) if stage.resumed else None,
             )
             run.write_json("sft_history.json", result.history)
     return "sft"
 
 
 def _practise(
-    run: SharedRun, plan: Plan, start: str, options: dict[str, Any], after: list[str], console: Console
+    run: SharedRun,
+    plan: Plan,
+    places: Places,
+    start: str,
+    options: dict[str, Any],
+    after: list[str],
+    console: Console,
 ) -> str:
     assert plan.config is not None and plan.algorithm is not None
     name = plan.algorithm
-    inputs = {"config": plan.config, "train": plan.train, "checkpoint": _identity(plan.checkpoint), "options": options}
-    with run.stage(name, inputs, after=after, outputs=[name]) as stage:
+    rehearses = plan.config.rehearsal_coef > 0
+    inputs = {
+        "config": deciding_settings(plan.config),
+        "train": without(plan.train, "renderer"),
+        "load": without(plan.load, "root") if rehearses else None,
+        "options": deciding_options(options),
+        **places,
+    }
+    length = plan.config.total_decisions
+    with run.stage(name, inputs, length=length, after=after, outputs=[name]) as stage:
         if not stage.done:
             console.rule("GRPO" if isinstance(plan.config, GRPOConfig) else "PPO")
             begin = train if plan.cluster is None else functools.partial(train_on_cluster, plan.cluster)
@@ -132,7 +163,7 @@ def _practise(
                 plan.config,
                 checkpoint=start,
                 output=run.path / name,
-                demonstrations=_demonstrations(run, plan) if plan.config.rehearsal_coef > 0 else None,
+                demonstrations=_demonstrations(run, plan) if rehearses else None,
                 resume=stage.resumed,
                 model_kwargs=options,
                 loggers=plan.loggers,
@@ -146,6 +177,7 @@ def _practise(
 def _measure(
     run: SharedRun,
     plan: Plan,
+    places: Places,
     name: str,
     checkpoint: str,
     options: dict[str, Any],
@@ -153,28 +185,29 @@ def _measure(
     console: Console,
 ) -> None:
     assert plan.evaluate is not None
-    output = f"evaluation_{name}.json"
-    inputs = {"evaluate": plan.evaluate, "videos": plan.videos, "checkpoint": _identity(plan.checkpoint)}
-    with run.stage(f"evaluate_{name}", inputs, after=after, outputs=[output]) as stage:
+    output, videos = f"evaluation_{name}.json", _into(plan.videos, run, name)
+    view = {key: value for key, value in plan.train.get("env_kwargs", {}).items() if key in FULL_VIEW}
+    inputs = {
+        "evaluate": without(plan.evaluate, "num_envs", "num_workers", "renderer"),
+        "acting": plan.acting,
+        "options": deciding_options(options),
+        "checkpoint": places["checkpoint"],
+        **view,
+    }
+    films = [] if plan.videos is None else [str(Path(plan.videos.directory) / name)]
+    with run.stage(f"evaluate_{name}", inputs, after=after, outputs=[output, *films]) as stage:
         if not stage.done:
             console.rule(f"measurement {name}")
-            videos = _into(plan.videos, run, name)
             if videos is not None:
                 run.ranks.first_does(videos.prepare)
-            loaded = load_checkpoint(checkpoint, options)
             how = {key: value for key, value in plan.evaluate.items() if key != "renderer"}
-            result = evaluate(
-                load_policy(
-                    checkpoint, plan.action_chunk, "cuda" if torch.cuda.is_available() else "cpu", options or None
-                ),
-                env_kwargs={
-                    "image_size": loaded.model.image_size[0],
-                    "renderer": plan.evaluate["renderer"],
-                    **view_of(loaded.notes),
-                },
-                videos=videos,
-                **how,
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            frozen_bf16 = bool(plan.acting["frozen_bf16"])
+            policy = load_policy(
+                checkpoint, plan.action_chunk, device, options or None, view=view, frozen_bf16=frozen_bf16
             )
+            with acting_precision(plan.acting["bf16"], device):
+                result = evaluate(policy, env_kwargs={"renderer": plan.evaluate["renderer"]}, videos=videos, **how)
             if run.ranks.leads:
                 result.to_json(run.path / output)
 
@@ -190,11 +223,12 @@ def _with_films(evaluation: PeriodicEvaluation | None, videos: VideoOptions | No
     return None if evaluation is None else dataclasses.replace(evaluation, videos=videos)
 
 
-def _identity(checkpoint: str | None) -> str | None:
-    """What tells a checkpoint from another one in the same place: its files where they are here, else its name."""
-    if checkpoint is None or not (Path(checkpoint) / "config.json").is_file():
-        return checkpoint
-    return checkpoint_digest(checkpoint)
+def _places(plan: Plan) -> Places:
+    """What lies where a recipe's paths point to; of demonstrations that the run collects itself that stage tells."""
+    return {
+        "checkpoint": checkpoint_identity(plan.checkpoint),
+        "data": None if plan.load is None else data_identity(plan.load["root"]),
+    }
 
 
 def _tell(run: SharedRun, plan: Plan, console: Console) -> None:

@@ -21,7 +21,6 @@ import contextlib
 import io
 import json
 import shutil
-import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
@@ -36,13 +35,17 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from mw_envs.tasks import Trial, get_task
+from sb3_vla.errors import InputError, InTheWayError, file_errors
 from sb3_vla.lerobot_reader import ACTION, ENVIRONMENT_STATE, IMAGE, STATE, VERSION, decode_picture
+from sb3_vla.paths import begin_folder, entries, finish_folder, local_path
 
 ImageStorage = Literal["png", "mp4"]
 
 _DATA_PATH = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
 _VIDEO_PATH = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
 _EPISODES_PATH = "meta/episodes/chunk-000/file-000.parquet"
+#: of a dataset; a folder that holds more is not replaced
+_FOLDERS = ("meta", "data", "videos")
 _FILES_PER_CHUNK = 1000
 _DATA_FILE_MB = 100
 _VIDEO_FILE_MB = 200
@@ -210,7 +213,7 @@ class DemonstrationWriter:
         camera: Mapping[str, Any] | None = None,
         overwrite: bool = False,
     ) -> None:
-        self.root = Path(root).absolute()
+        self.root = local_path(root).resolve()
         self.image_shape = tuple(image_shape)
         self.fps = fps
         self.image_storage = image_storage
@@ -218,20 +221,17 @@ class DemonstrationWriter:
         self.camera = dict(camera or {})
         self.overwrite = overwrite
         if image_storage not in ("png", "mp4"):
-            raise ValueError(f"image_storage must be 'png' or 'mp4', got {image_storage!r}")
+            raise InputError(f"image_storage must be 'png' or 'mp4', got {image_storage!r}")
         if fps <= 0:
-            raise ValueError(f"fps must be positive, got {fps}")
+            raise InputError(f"fps must be positive, got {fps}")
         if len(image_shape) != 3 or image_shape[2] != 3 or min(image_shape) < 1:
-            raise ValueError(f"image_shape must be (height, width, 3), got {image_shape}")
+            raise InputError(f"image_shape must be (height, width, 3), got {image_shape}")
         if image_storage == "mp4" and (image_shape[0] % 2 or image_shape[1] % 2):
-            raise ValueError(
+            raise InputError(
                 f"Video needs an even height and width, got {image_shape[0]}x{image_shape[1]}. "
                 "Choose an even image size, or image_storage='png'."
             )
-        self._check_destination()
-
-        self._directory = self.root.with_name(f".{self.root.name}.{uuid.uuid4().hex[:8]}.partial")
-        self._directory.mkdir(parents=True)
+        self._directory = begin_folder(self.root, self._check_destination)
         self._data_file = _FileNumber(0, 0)
         self._data_writer: pq.ParquetWriter | None = None
         self._video_file = _FileNumber(0, 0)
@@ -313,15 +313,15 @@ class DemonstrationWriter:
             return
         try:
             if not self._episodes:
-                raise ValueError(f"No episode was added to the dataset {self.root}: a dataset needs at least one.")
-            self._close_files()
-            self._write_metadata()
-            self._check_destination()
-            self._move_into_place()
+                raise InputError(f"No episode was added to the dataset {self.root}: a dataset needs at least one.")
+            with file_errors("write", self.root):
+                self._close_files()
+                self._write_metadata()
         except BaseException:
             self.abort()
             raise
         self._open = False
+        finish_folder(self._directory, self.root, self._check_destination)
 
     def abort(self) -> None:
         """Give up: remove everything written so far. ``root`` stays as it was."""
@@ -332,26 +332,29 @@ class DemonstrationWriter:
             self._close_files()
         shutil.rmtree(self._directory, ignore_errors=True)
 
-    def _check_destination(self) -> None:
-        if not self.root.exists() or (self.root.is_dir() and not any(self.root.iterdir())):
+    def _check_destination(self, root: Path) -> None:
+        found = [path.name for path in entries(root)]
+        if not root.exists() or (root.is_dir() and not found):
             return
-        if not (self.root / "meta" / "info.json").is_file():
-            raise FileExistsError(
-                f"{self.root} exists and is not a LeRobot dataset, so it is left alone. "
+        others = [name for name in found if name not in _FOLDERS]
+        if others or not (root / "meta" / "info.json").is_file():
+            told = f" alone (it holds {', '.join(others[:3])})" if others else ""
+            raise InTheWayError(
+                f"{root} exists and is not a LeRobot dataset{told}, so it is left as it is. "
                 "Choose another folder for the dataset, or move that one away."
             )
         if not self.overwrite:
-            raise FileExistsError(
-                f"{self.root} holds a dataset already. Choose another folder, or pass overwrite=True to replace it."
+            raise InTheWayError(
+                f"{root} holds a dataset already. Choose another folder, or pass overwrite=True to replace it."
             )
 
     def _check_episode(self, episode: Episode) -> None:
         if not self._open:
-            raise ValueError(f"The writer of {self.root} is closed; create a new one for another dataset.")
+            raise InputError(f"The writer of {self.root} is closed; create a new one for another dataset.")
         get_task(episode.trial.task)
         length = len(episode)
         if length == 0:
-            raise ValueError("The episode is empty: expected at least one frame.")
+            raise InputError("The episode is empty: expected at least one frame.")
         expected: list[tuple[str, Any, tuple[int, ...]]] = [
             ("states", episode.states, (length, *_COLUMNS[STATE][1])),
             ("actions", episode.actions, (length, *_COLUMNS[ACTION][1])),
@@ -362,12 +365,12 @@ class DemonstrationWriter:
         if isinstance(episode.images, np.ndarray):
             expected.append(("images", episode.images, (length, *self.image_shape)))
         elif self.image_storage == "mp4":
-            raise ValueError("image_storage='mp4' needs the episode's images as an array, got PNG pictures.")
+            raise InputError("image_storage='mp4' needs the episode's images as an array, got PNG pictures.")
         elif len(episode.images) != length:
-            raise ValueError(f"The episode has {length} actions but {len(episode.images)} images.")
+            raise InputError(f"The episode has {length} actions but {len(episode.images)} images.")
         for name, values, shape in expected:
             if np.shape(values) != shape:
-                raise ValueError(f"The episode's {name} have shape {np.shape(values)}, expected {shape}.")
+                raise InputError(f"The episode's {name} have shape {np.shape(values)}, expected {shape}.")
 
     def _features(self) -> dict[str, dict[str, Any]]:
         features: dict[str, dict[str, Any]] = {
@@ -492,15 +495,6 @@ class DemonstrationWriter:
             "features": self._features(),
         }
         _write_json(meta / "info.json", info)
-
-    def _move_into_place(self) -> None:
-        if not self.root.exists():
-            self._directory.rename(self.root)
-            return
-        replaced = self._directory.with_suffix(".replaced")
-        self.root.rename(replaced)
-        self._directory.rename(self.root)
-        shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -22,6 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from mw_envs.tasks import encode_instruction
+from sb3_vla.distributions import ActionDistribution
+from sb3_vla.errors import InputError
 from sb3_vla.models.base import PERCEPTION, VLAModel
 from sb3_vla.models.prompts import PromptTokenizer
 from sb3_vla.models.recomputing import Recomputing
@@ -39,8 +41,8 @@ _FLOAT = 4
 class MemoryPlan:
     """Bytes that a training takes, on each rank.
 
-    :param weights: of the model, trained or not.
-    :param copies: of what is trained: averaged weights, or the anchor of a divergence.
+    :param weights: of model, distribution and critic, trained or not, as a rollout needs them; and this rank's shards.
+    :param copies: of what is trained: averaged weights, or the anchor of a divergence; and what a distribution copied.
     :param gradients: of what is trained.
     :param optimizer: state of the optimiser.
     :param activations: what an update holds at its worst moment besides, for one micro batch.
@@ -48,6 +50,9 @@ class MemoryPlan:
     :param prefix_per_decision: what a rollout keeps of a decision where it keeps what a frozen backbone perceived.
     :param buffer: the rollout, which lies in the machine's own memory, not on the device.
     :param settings: what was planned, for the table.
+    :param released: of the weights those that an update gives back, where they are in shards.
+    :param compared: what an update compares each decision with, and keeps in main memory beside the rollout: the
+        rollout's log-probability, mean and deviation, which are a vocabulary wide for tokens, and a reference's.
     """
 
     weights: int
@@ -59,11 +64,14 @@ class MemoryPlan:
     prefix_per_decision: int
     buffer: int
     settings: str
+    released: int = 0
+    compared: int = 0
 
     @property
     def device(self) -> int:
         """On the device at the worst moment, of updates and rollouts, which take turns."""
-        return self.weights + self.copies + self.optimizer + max(self.gradients + self.activations, self.rollout)
+        update = self.gradients + self.activations - self.released
+        return self.weights + self.copies + self.optimizer + max(update, self.rollout)
 
     def rows(self) -> list[tuple[str, int]]:
         """What takes how many bytes."""
@@ -77,6 +85,7 @@ class MemoryPlan:
             ("device, at most", self.device),
             ("perception kept per decision", self.prefix_per_decision),
             ("rollout buffer, in main memory", self.buffer),
+            ("compared with, in main memory", self.compared),
         ]
 
     def __str__(self) -> str:
@@ -87,18 +96,19 @@ class MemoryPlan:
         """Refuse what does not fit.
 
         :param available: bytes of the device; a tenth of it is left to what is not counted.
-        :param main_memory: bytes of the machine, for the rollout buffer; None where it is not known.
+        :param main_memory: bytes of the machine, for the rollout; None where it is not known.
         :raises ValueError: with the table, and what to change, what helps most first.
         """
         usable = int(available * (1 - HEADROOM))
         if self.device > usable:
-            raise ValueError(
+            raise InputError(
                 f"This training needs {self.device / GIB:.1f} GiB on the device; {usable / GIB:.1f} GiB of its "
                 f"{available / GIB:.1f} GiB are to be had. {self._advice(usable)}\n{self}"
             )
-        if main_memory is not None and self.buffer > main_memory:
-            raise ValueError(
-                f"The rollout buffer needs {self.buffer / GIB:.1f} GiB of main memory; {main_memory / GIB:.1f} GiB are "
+        rollout = self.buffer + self.compared
+        if main_memory is not None and rollout > main_memory:
+            raise InputError(
+                f"The rollout buffer needs {rollout / GIB:.1f} GiB of main memory; {main_memory / GIB:.1f} GiB are "
                 f"free. Take fewer decisions or environments a rollout, or cache_perception=False\n{self}"
             )
 
@@ -128,7 +138,9 @@ def plan_memory(
     decisions: int = 0,
     cache_perception: bool = False,
     denoisings: int = 1,
-    denoising_steps: int = 5,
+    distribution: ActionDistribution | None = None,
+    critic: nn.Module | None = None,
+    noted: int = 0,
     copies: int = 0,
     optimizer_states: int = 2,
 ) -> MemoryPlan:
@@ -140,12 +152,15 @@ def plan_memory(
     :param bf16: autocast of the update, as the device that is planned for will have it.
     :param gradient_checkpointing: see :meth:`VLAModel.set_gradient_checkpointing`.
     :param world_size: ranks over which what is trained, its gradients and its optimiser state are spread (FSDP2); 1
-        where each rank holds all of it, as with DDP.
+        where each rank holds all of it, as with DDP. Between updates each rank has all weights beside its shards.
     :param num_envs: environments of this rank.
     :param decisions: of each in a rollout.
     :param cache_perception: whether the rollout keeps what a frozen backbone perceived.
     :param denoisings: denoising steps with a gradient, per decision: one for Flow-SDE, all of them for Flow-Noise.
-    :param denoising_steps: of a decision, all of whose stages the rollout keeps.
+    :param distribution: that acts: what it learns, what it has copied and what the rollout keeps of its draws count.
+        None for imitation. It must be on the CPU or the meta device, and may hold parameters of the model.
+    :param critic: what is trained beside it; None for none.
+    :param noted: bytes that the rollout keeps of a decision beside what the model reads and what was drawn.
     :param copies: of what is trained: 1 for imitation's averaged weights, 1 for the anchor of a divergence.
     :param optimizer_states: numbers that the optimiser keeps per parameter; Adam's two moments.
     :raises ValueError: for a number below its least value, or a part that the model has not.
@@ -158,106 +173,172 @@ def plan_memory(
         ("denoisings", denoisings, 1),
     ):
         if value < least:
-            raise ValueError(f"plan_memory {name}={value}; expected at least {least}")
+            raise InputError(f"plan_memory {name}={value}; expected at least {least}")
     chosen = model.default_trainable if trainable is None else trainable
     with _left_as_it_was(model), _full_prompts(model):
         model.set_trainable(chosen)
         if gradient_checkpointing:
             model.set_gradient_checkpointing(True)
-        trained = [p for p in model.parameters() if p.requires_grad]
-        frozen = [p for p in model.parameters() if not p.requires_grad]
-        buffers = sum(_bytes(buffer) for buffer in model.buffers())
-        key = (*_likeness(model), batch_size, bf16, num_envs, denoisings)
+        own = [*model.parameters(), *model.buffers()]
+        beside = _apart([*_tensors(distribution), *_tensors(critic)], own)
+        trained = [tensor for tensor in (*own, *beside) if tensor.requires_grad]
+        # What a distribution froze is a copy that it made of the model.
+        copied = [tensor for tensor in _apart(_tensors(distribution), own) if not tensor.requires_grad]
+        frozen = [tensor for tensor in _apart([*own, *beside], copied) if not tensor.requires_grad]
+        key = (*_likeness(model), *_likeness(distribution), batch_size, bf16, num_envs, denoisings)
         if key not in _PLAYED:
-            _PLAYED[key] = _play(model, batch_size, bf16, num_envs, denoisings)
-        activations, rollout, prefix = _PLAYED[key]
-    kept = prefix if cache_perception else _picture_bytes(model)
-    kept += model.action_horizon * model.latent_dim * _FLOAT * (denoising_steps + 1)
-    ours = -(-sum(map(_bytes, trained)) // world_size)
+            _PLAYED[key] = _play(model, distribution, batch_size, bf16, num_envs, denoisings)
+        played = _PLAYED[key]
+        read = sum(_bytes(value) for value in _observation(model, 1, FakeTensorMode()).values())
+        total, learning = (sum(p.numel() for p in some) for some in (model.parameters(), _learning(model)))
+        gathered = _gathered(model, sum(map(_bytes, trained))) if world_size > 1 else 0
+    kept = played.drawn + noted + (played.prefix if cache_perception else read)
+    whole = sum(map(_bytes, trained))
+    ours = -(-whole // world_size)
     numbers = -(-sum(p.numel() for p in trained) // world_size)
-    counted = sum(p.numel() for p in trained)
     return MemoryPlan(
-        weights=ours + sum(map(_bytes, frozen)) + buffers,
-        copies=copies * ours,
-        gradients=ours,
+        weights=whole + sum(map(_bytes, frozen)) + (ours if world_size > 1 else 0),
+        copies=copies * ours + sum(map(_bytes, copied)),
+        gradients=ours + gathered,
         optimizer=optimizer_states * numbers * _FLOAT,
-        activations=activations,
-        rollout=rollout,
-        prefix_per_decision=prefix,
+        activations=played.activations,
+        rollout=played.rollout,
+        prefix_per_decision=played.prefix,
         buffer=num_envs * decisions * kept,
         settings=(
-            f"{type(model).__name__}, trainable={chosen}: {counted:,} of {counted + sum(p.numel() for p in frozen):,} "
+            f"{type(model).__name__}, trainable={chosen}: {learning:,} of {total:,} "
             f"parameters; micro batch {batch_size}, bf16={bf16}, gradient_checkpointing={gradient_checkpointing}, "
             f"{world_size} rank{'s' if world_size > 1 else ''}"
         ),
+        released=max(whole - gathered, 0) if world_size > 1 else 0,
+        compared=num_envs * decisions * played.compared * (1 + copies),
     )
 
 
+def _tensors(module: nn.Module | None) -> list[Tensor]:
+    return [] if module is None else [*module.parameters(), *module.buffers()]
+
+
+def _apart(tensors: Sequence[Tensor], others: Sequence[Tensor]) -> list[Tensor]:
+    """Those that are not among others."""
+    known = {id(tensor) for tensor in others}
+    return [tensor for tensor in tensors if id(tensor) not in known]
+
+
+def _learning(module: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]
+
+
+def _gathered(model: VLAModel, whole: int) -> int:
+    """Of weights in shards, bytes that are whole at a time in an update: a block, the next one, which is on its way,
+    and all that is in no block."""
+    blocks = [sum(map(_bytes, _learning(block))) for block in model.sharding_units()]
+    return min(whole, whole - sum(blocks) + 2 * max(blocks, default=0))
+
+
+@dataclass(frozen=True)
+class _Played:
+    """Bytes of an update and of a decision at their worst moments; and of what is perceived, drawn, and compared with
+    later, for one environment."""
+
+    activations: int
+    rollout: int
+    prefix: int
+    drawn: int
+    compared: int
+
+
 #: what was played already: recipes differ in much that it does not depend on
-_PLAYED: dict[Hashable, tuple[int, int, int]] = {}
+_PLAYED: dict[Hashable, _Played] = {}
 
 
-def _likeness(model: VLAModel) -> tuple[Hashable, ...]:
-    """What models that take the same memory have in common."""
-    tensors = [*model.named_parameters(), *model.named_buffers()]
+def _likeness(module: VLAModel | ActionDistribution | None) -> tuple[Hashable, ...]:
+    """What models, or distributions, that take the same memory have in common."""
+    if module is None:
+        return ()
+    tensors = [*module.named_parameters(), *module.named_buffers()]
     likeness = [(name, tensor.shape, tensor.dtype, tensor.requires_grad) for name, tensor in tensors]
-    return type(model), repr(model.config), model.gradient_checkpointing, tuple(likeness)
+    return type(module), repr(getattr(module, "config", None)), _settings(module), tuple(likeness)
 
 
-def _play(model: VLAModel, batch_size: int, bf16: bool, num_envs: int, denoisings: int) -> tuple[int, int, int]:
-    """Bytes of an update and of a decision at their worst moments, and of what is perceived for one environment."""
-    stand_in = _StandIn(model)
+def _play(
+    model: VLAModel,
+    distribution: ActionDistribution | None,
+    batch_size: int,
+    bf16: bool,
+    num_envs: int,
+    denoisings: int,
+) -> _Played:
+    stand_in = _StandIn(model, distribution)
     fake = stand_in.fake
     activations = stand_in.run(lambda: _update(model, _observation(model, batch_size, fake), bf16, denoisings))
-    prefix = 0
+    prefix = drawn = compared = 0
 
     def decide() -> None:
-        nonlocal prefix
+        nonlocal prefix, drawn
         with autocast(bf16):
             perceived = model.perceive(_observation(model, num_envs, fake))
         prefix = sum(_bytes(value) for key, value in perceived.items() if key.startswith(PERCEPTION)) // num_envs
-        _loss(model, perceived, bf16, 1)
+        if distribution is None:
+            _loss(model, perceived, bf16, 1)
+            return
+        with autocast(bf16):
+            _, trace = distribution.sample(model, model.encode(perceived))
+        drawn = sum(map(_bytes, trace.values())) // num_envs
+
+    def compare() -> None:
+        nonlocal compared
+        assert distribution is not None
+        with autocast(bf16):
+            context = model.encode(_observation(model, 1, fake))
+            kept = distribution.transition(model, context, distribution.sample(model, context)[1])
+        compared = sum(map(_bytes, kept)) + _FLOAT  # and the log-probability
 
     with torch.no_grad():
         rollout = stand_in.run(decide)
-    return activations, rollout, prefix
+        if distribution is not None:
+            stand_in.run(compare)
+    return _Played(activations, rollout, prefix, drawn, compared)
 
 
 class _StandIn:
-    """A model whose parameters are fake."""
+    """A model, and a distribution, whose parameters are fake."""
 
-    def __init__(self, model: VLAModel) -> None:
+    def __init__(self, model: VLAModel, distribution: ActionDistribution | None) -> None:
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self.model = model
+        self.distribution = distribution
 
     def run(self, call: Callable[[], None]) -> int:
         """Bytes that a call holds at its worst moment, besides the model."""
-        tensors = self._tensors()
+        calling = _Calling(self.model, self.distribution, call)
+        tensors = self._tensors(calling)
         with _LiveBytes() as counted, _one_of_alike(self.model, counted):
-            torch.func.functional_call(_Calling(self.model, call), tensors, ())
+            torch.func.functional_call(calling, tensors, ())
         return counted.peak
 
-    def _tensors(self) -> dict[str, Tensor]:
+    def _tensors(self, calling: nn.Module) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = {}
         with self.fake:
-            for name, parameter in self.model.named_parameters():
+            for name, parameter in calling.named_parameters():
                 like = torch.empty(parameter.shape, dtype=parameter.dtype, device="cpu")
-                tensors[f"model.{name}"] = like.requires_grad_(parameter.requires_grad)
+                tensors[name] = like.requires_grad_(parameter.requires_grad)
         for tensor in tensors.values():
             if tensor.requires_grad:  # counted apart, so they leave at once
                 tensor.register_post_accumulate_grad_hook(_forget_gradient)
-        for name, buffer in self.model.named_buffers():  # small, and prompts are made of some
+        for name, buffer in calling.named_buffers():  # small, and prompts are made of some
             missing = buffer.device.type == "meta"
-            tensors[f"model.{name}"] = torch.ones(buffer.shape, dtype=buffer.dtype) if missing else buffer.cpu()
+            tensors[name] = torch.ones(buffer.shape, dtype=buffer.dtype) if missing else buffer.cpu()
         return tensors
 
 
 class _Calling(nn.Module):
     """A call during which the model's tensors are others, recomputation in the backward pass included."""
 
-    def __init__(self, model: VLAModel, call: Callable[[], None]) -> None:
+    def __init__(self, model: VLAModel, distribution: ActionDistribution | None, call: Callable[[], None]) -> None:
         super().__init__()
         self.model = model
+        self.distribution = distribution
         self.call = call
 
     def forward(self) -> Any:
@@ -300,7 +381,8 @@ class _LiveBytes(TorchDispatchMode):
 
 @contextmanager
 def _one_of_alike(model: nn.Module, counted: _LiveBytes) -> Iterator[None]:
-    """Run one frozen layer of each kind; the others hold what it held and give what it gave, without contents."""
+    """Run one layer of each kind, of those that keep nothing for a gradient; the others hold what it held and give what
+    it gave, without contents."""
     layers = [module for module in model.modules() if isinstance(module, Recomputing)]
     run: dict[Hashable, tuple[int, list[Any], Any]] = {}
     for layer in layers:
@@ -324,7 +406,7 @@ def _run_once(
         given, spec = tree_flatten((args, kwargs))
         own = [*layer.named_parameters(), *layer.named_buffers()]
         read = [*given, *(tensor for _, tensor in own)]
-        if any(isinstance(value, Tensor) and value.requires_grad for value in read):
+        if torch.is_grad_enabled() and any(isinstance(value, Tensor) and value.requires_grad for value in read):
             return forward(*args, **kwargs)
         told = tuple(_shape(value) if isinstance(value, Tensor) else repr(value) for value in read)
         key = told_layer, tuple(name for name, _ in own), str(spec), told, torch.is_autocast_enabled("cpu")
@@ -383,10 +465,6 @@ def _observation(model: VLAModel, count: int, fake: FakeTensorMode) -> dict[str,
         "state": torch.zeros(count, int(model.config.get("state_dim", 4))),
         "instruction": sentence.expand(count, -1),
     }
-
-
-def _picture_bytes(model: VLAModel) -> int:
-    return 3 * model.image_size[0] * model.image_size[1]
 
 
 def _bytes(tensor: Tensor) -> int:

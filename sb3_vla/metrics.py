@@ -19,11 +19,11 @@ from sb3_vla.buffers import SharedRollout
 
 
 class EpisodeRecord(NamedTuple):
-    """What is remembered of an episode: success (0 or 1), environment steps, sum of rewards."""
+    """What is remembered of an episode: success (0 or 1), environment steps, sum of rewards; None where not known."""
 
-    success: float
-    length: int
-    reward: float
+    success: float | None
+    length: int | None
+    reward: float | None
 
 
 def ratio_metrics(ratio: Tensor, clipped: Tensor, bounded: Tensor, counted: Tensor) -> dict[str, float]:
@@ -107,23 +107,43 @@ def episode_metrics(
 ) -> dict[str, float]:
     """How the latest episodes went.
 
-    :param episodes: by task; empty where an environment tells of none.
+    What no episode tells has no metric.
+
+    :param episodes: by task.
     :param ended: how many ended in this rollout.
     :param group: what names begin with: ``env``, or ``eval`` for those of an evaluation.
     """
-    success = {task: float(np.mean([each.success for each in known])) for task, known in sorted(episodes.items())}
-    known = [each for window in episodes.values() for each in window]
-    if not known:
+    success = success_rates(episodes)
+    if not success:
         return {}
-    length = float(np.mean([each.length for each in known]))
-    reward = float(np.mean([each.reward for each in known]))
+    known = [each for window in episodes.values() for each in window]
+    lengths = [each.length for each in known if each.length is not None]
+    rewards = [each.reward for each in known if each.reward is not None]
+    told: dict[str, float] = {}
+    if lengths:
+        told[f"{group}/episode_len"] = float(np.mean(lengths))
+    if rewards:
+        told[f"{group}/return"] = float(np.mean(rewards))
+    if lengths and rewards and any(lengths):
+        told[f"{group}/reward"] = told[f"{group}/return"] / told[f"{group}/episode_len"]
     return {
         f"{group}/success_once": float(np.mean(list(success.values()))),
-        f"{group}/episode_len": length,
-        f"{group}/return": reward,
-        f"{group}/reward": reward / length if length else 0.0,
+        **told,
         f"{group}/num_trajectories": float(ended),
         **{f"{group}/success_once/{task}": rate for task, rate in success.items()},
+    }
+
+
+def success_rates(episodes: Mapping[str, Iterable[EpisodeRecord]]) -> dict[str, float]:
+    """Share of successes of each task, 0..1; empty where no episode told of success.
+
+    One that ended without a word, where others tell, was cut before its end: it has not succeeded.
+    """
+    told = any(each.success is not None for window in episodes.values() for each in window)
+    return {
+        task: float(np.mean([each.success or 0.0 for each in window]))
+        for task, window in sorted(episodes.items())
+        if told
     }
 
 

@@ -16,6 +16,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from sb3_vla.errors import InputError
+
 
 @dataclass(frozen=True)
 class _Part:
@@ -88,6 +90,6 @@ def _of_part(shape: Sequence[int], draw: Callable[[Sequence[int]], Tensor]) -> T
         return draw(shape)
     draws, rest = divmod(shape[0], len(part.rows))
     if rest:
-        raise ValueError(f"{shape[0]} samples; expected a multiple of the {len(part.rows)} of this part of a batch")
+        raise InputError(f"{shape[0]} samples; expected a multiple of the {len(part.rows)} of this part of a batch")
     whole = draw((draws * part.total, *shape[1:]))
     return whole.unflatten(0, (draws, part.total))[:, part.rows.to(whole.device)].flatten(0, 1)

@@ -18,8 +18,10 @@ from typing import Any
 from stable_baselines3.common.callbacks import BaseCallback
 
 from sb3_vla.distributed import generators, set_generators
+from sb3_vla.errors import InputError
 from sb3_vla.evaluation import check_fit, evaluate
 from sb3_vla.metrics import EpisodeRecord, episode_metrics, in_terminal
+from sb3_vla.precision import acting_precision
 from sb3_vla.results import TRIAL_SEED, EvaluationResult, Protocol, find_protocol
 from sb3_vla.trial_envs import VideoOptions
 
@@ -59,7 +61,7 @@ class PeriodicEvaluation:
 
     def __post_init__(self) -> None:
         if self.every < 1:
-            raise ValueError(f"every={self.every} updates between evaluations; expected at least 1")
+            raise InputError(f"every={self.every} updates between evaluations; expected at least 1")
 
     def measured(self) -> dict[str, Any]:
         """What two results must have in common to be compared, in JSON types."""
@@ -124,7 +126,7 @@ class EvaluatePeriodically(BaseCallback):
     def measure(self) -> dict[str, float]:
         """Evaluate the present policy, and keep it if it is the best."""
         started, how = time.monotonic(), self.evaluation
-        with _undisturbed():
+        with _undisturbed(), acting_precision(self.model.bf16, self.model.device.type):
             result = evaluate(
                 self.model.policy,
                 tasks=how.tasks,

@@ -8,12 +8,13 @@ from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from mw_envs.tasks import did_you_mean, select_tasks
+from mw_envs.tasks import INSTRUCTION_BYTES, did_you_mean, select_tasks
 from sb3_vla.cluster import ClusterOptions
-from sb3_vla.config import ConfigError
+from sb3_vla.config import ConfigError, given_view
 from sb3_vla.filming import TrainingFilms
 from sb3_vla.loggers import LoggerOptions
 from sb3_vla.models import MODELS
+from sb3_vla.paths import local_path
 from sb3_vla.periodic import PeriodicEvaluation
 from sb3_vla.recipes import (
     ClusterSection,
@@ -61,6 +62,9 @@ class Plan:
     :param cluster: where training runs; None for this machine alone.
     :param action_chunk: actions executed per decision.
     :param evaluate: arguments of :func:`sb3_vla.evaluation.evaluate`; None for no evaluation.
+    :param acting: in which precision the policy is evaluated: ``bf16``, for
+        :func:`sb3_vla.precision.acting_precision`, and
+        ``frozen_bf16``.
     :param videos: how its trials are filmed; None for no films. A relative folder is one of the run's.
     :param periodic: evaluations in the course of training; None for none.
     :param films: films of training; None for none. A relative folder is one of the run's.
@@ -79,6 +83,7 @@ class Plan:
     cluster: ClusterOptions | None
     action_chunk: int
     evaluate: dict[str, Any] | None
+    acting: dict[str, bool | None]
     videos: VideoOptions | None
     periodic: PeriodicEvaluation | None
     films: TrainingFilms | None
@@ -144,7 +149,7 @@ def _resolve(recipe: Recipe) -> Plan:
     videos = _videos(recipe.env.eval) if evaluates else None
     suite, split = _suite("train", recipe.env.train)
     return Plan(
-        run=Path(recipe.runner.logger.log_path) / (recipe.runner.logger.experiment_name or ""),
+        run=local_path(recipe.runner.logger.log_path) / (recipe.runner.logger.experiment_name or ""),
         model=model.model_type,
         checkpoint=model.model_path,
         model_kwargs=dict(model.model_kwargs),
@@ -157,6 +162,7 @@ def _resolve(recipe: Recipe) -> Plan:
         cluster=ClusterSection.options(recipe.cluster) if trains else None,  # notes which keys it reads
         action_chunk=model.num_action_chunks,
         evaluate=evaluate,
+        acting={"bf16": _bf16(recipe), "frozen_bf16": trains and model.frozen_bf16},
         videos=videos,
         periodic=_periodic(recipe.runner.val_check_interval, evaluate, videos) if trains else None,
         films=_films(recipe.env.train) if trains else None,
@@ -208,6 +214,7 @@ def _load(recipe: Recipe, suite: str, split: str) -> dict[str, Any]:
         "rename": None if own else dict(recipe.data.rename) or None,
         "tasks": tasks,
         "image_size": recipe.data.image_size,
+        "instruction_bytes": INSTRUCTION_BYTES if own else recipe.data.instruction_bytes,
     }
 
 
@@ -329,7 +336,14 @@ def _success_bounds(recipe: Recipe) -> tuple[float, float]:
         raise ConfigError("algorithm.filter_rewards=true bounds a reward of success; set env.train.dense_reward=false")
     coefficient = env.reward_coef if env.use_rel_reward else 1.0
     low, high = algorithm.rewards_lower_bound / coefficient, algorithm.rewards_upper_bound / coefficient
-    return min(low, 1.0), min(high, 1.0)
+    if not any(low <= successes / algorithm.group_size <= high for successes in range(1, algorithm.group_size)):
+        raise ConfigError(
+            f"algorithm.rewards_lower_bound={algorithm.rewards_lower_bound} and rewards_upper_bound="
+            f"{algorithm.rewards_upper_bound} keep no group of algorithm.group_size={algorithm.group_size} episodes in "
+            f"which some succeed and some fail: a success earns {coefficient:g}, so they are shares of {low:g} and "
+            f"{high:g}; {0.1 * coefficient:g} and {0.9 * coefficient:g} are usual"
+        )
+    return low, min(high, 1.0)
 
 
 def _train(recipe: Recipe, suite: str, split: str) -> dict[str, Any]:
@@ -341,6 +355,8 @@ def _train(recipe: Recipe, suite: str, split: str) -> dict[str, Any]:
     }
     if env_kwargs["reward"] == "difference":
         env_kwargs["reward_coef"] = env.reward_coef
+    if model.model_path is not None:
+        env_kwargs.update(given_view(model.crop, model.camera))
     return {
         "suite": suite,
         "split": split,
@@ -407,4 +423,4 @@ def _film_style(which: str, section: VideoSection) -> dict[str, Any] | None:
         raise ConfigError(f"env.{which}.video_cfg.max_mb={most}; expected more than 0, or null for no limit")
     if not section.save_video:
         return None
-    return {"directory": "videos" if base is None else str(Path(base).absolute()), "info": info, "max_mb": most}
+    return {"directory": "videos" if base is None else str(local_path(base).absolute()), "info": info, "max_mb": most}

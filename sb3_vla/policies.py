@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,20 +19,40 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import register_dataclass
 
-from mw_envs.tasks import INSTRUCTION_BYTES
+from mw_envs.tasks import INSTRUCTION_BYTES, did_you_mean, fit_instruction
 from sb3_vla.checkpoints import LoadedCheckpoint, load_checkpoint
-from sb3_vla.checkpoints.loading import takes_options
+from sb3_vla.checkpoints.folders import is_saved_algorithm
+from sb3_vla.checkpoints.loading import check_archive, takes_options
 from sb3_vla.distributions import Trace, default_distribution, make_distribution
+from sb3_vla.errors import InputError
 from sb3_vla.frozen import FrozenWeights
 from sb3_vla.models import Context, Pi0, VLAModel, make_model
 from sb3_vla.models.base import is_perceived
 from sb3_vla.models.lora import prepare_training
 from sb3_vla.models.prompts import same_tokenizer
+from sb3_vla.models.resizing import resize_by_area
+from sb3_vla.paths import local_path
 from sb3_vla.sharding import as_shards, in_shards, is_sharded
+from sb3_vla.views import known_view, settled_view
 
 MODEL_KEYS = ("image", "state", "instruction")
 #: observations that only the critic reads, where an environment gives them
 CRITIC_KEYS = ("privileged_state", "elapsed_time")
+RESIZES = ("model", "area")
+#: what helps whoever stacks pictures
+STACKED = (
+    "A policy decides on one picture: leave VecFrameStack, FrameStackObservation and GrayscaleObservation out. Where "
+    "one picture does not tell enough, add numbers to the state"
+)
+_NORMALISED = 'Where VecNormalize made it that, name what it may change: VecNormalize(env, norm_obs_keys=["state"])'
+# What helps where an observation does not fit.
+_HINTS = {
+    "image": "; its channels may come first or last",
+    "state": "",
+    "instruction": "; mw_envs.encode_instruction makes one of a sentence",
+    **dict.fromkeys(CRITIC_KEYS, ""),
+    "float image": ". Give it as it was drawn; one in 0..1 is (255 * image).round().astype(np.uint8)",
+}
 _LARGEST_NATIVE_IMAGE = 128
 _DEFAULT_IMAGE = 96
 
@@ -84,11 +105,16 @@ class VLAPolicy(BasePolicy):
     :param frozen_bf16: keep a frozen backbone's weights in bfloat16, which halves their memory; what is trained, and
         adapters, stay float32. pi0 and pi0.5 alone.
     :param gradient_checkpointing: see :meth:`sb3_vla.models.VLAModel.set_gradient_checkpointing`.
+    :param resize: how pictures of another size than the model reads are brought to it: ``model`` for the model's own
+        way, or ``area`` for that of demonstrations that are shrunk while they are loaded; None for the checkpoint's.
     :param compile: arguments of ``torch.compile``, such as ``{"mode": "reduce-overhead"}``, for the towers of pi0 and
         pi0.5; ``{}`` for its defaults, None to run them as they are.
     :param cache_perception: whether a rollout keeps what a frozen backbone perceived instead of the picture, so that an
         update costs the expert alone. A decision takes 114 kB with CompactVLA's default size, and megabytes with pi0.
         None for the model's default: not with pi0 and pi0.5.
+    :param view: ``camera`` and ``crop`` of the pictures that it is trained on, which
+        :func:`sb3_vla.evaluation.evaluate` shows it; None for those that the checkpoint says. :class:`sb3_vla.PPO`
+        takes them from the environment.
     :param optimizer_class: optimiser.
     :param optimizer_kwargs: its options besides the learning rate.
     :raises ValueError: if the spaces are not those of a vision-language-action environment, or the checkpoint is of
@@ -112,13 +138,15 @@ class VLAPolicy(BasePolicy):
         lora: Mapping[str, Any] | None = None,
         frozen_bf16: bool = False,
         gradient_checkpointing: bool = False,
+        resize: str | None = None,
         compile: Mapping[str, Any] | None = None,
         cache_perception: bool | None = None,
+        view: Mapping[str, Any] | None = None,
         optimizer_class: type[torch.optim.Optimizer] = torch.optim.Adam,
         optimizer_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         if use_sde:
-            raise ValueError("use_sde=True has no meaning for VLAPolicy; choose policy_kwargs=dict(distribution=...)")
+            raise InputError("use_sde=True has no meaning for VLAPolicy; choose policy_kwargs=dict(distribution=...)")
         _check_spaces(observation_space, action_space)
         super().__init__(
             observation_space,
@@ -139,6 +167,10 @@ class VLAPolicy(BasePolicy):
             _check_checkpoint(checkpoint, loaded, model, asked)
             self.model: VLAModel = loaded.model
             model, model_kwargs = loaded.model_name, loaded.model_kwargs
+            said = loaded.notes.get("view", {})
+            view = known_view(said) if view is None else view
+            resize = said.get("resize") if resize is None else resize
+            _check_size(checkpoint, said, observation_space["image"], self._channels_first)
         else:
             model = "compact" if model is None else model
             model_kwargs = {
@@ -150,6 +182,9 @@ class VLAPolicy(BasePolicy):
             }
             self.model = make_model(model, model_kwargs)
         self._check_model(action_dim)
+        self._resize = "model" if resize is None else resize
+        if self._resize not in RESIZES:
+            raise InputError(f"Unknown resize={self._resize!r}; {did_you_mean(self._resize, RESIZES)}")
         trainable = self.model.default_trainable if trainable is None else trainable
         if lora is None and trainable == "lora":
             lora = {}
@@ -167,7 +202,7 @@ class VLAPolicy(BasePolicy):
             cache_perception = perceives_alike and self.model.caches_perception
         if cache_perception and not perceives_alike:
             adapted = "" if lora is None else f" and lora={dict(lora)}"
-            raise ValueError(
+            raise InputError(
                 f'cache_perception=True keeps what changes with trainable={trainable!r}{adapted}; use "expert"'
             )
         self._caches_perception = cache_perception
@@ -188,7 +223,7 @@ class VLAPolicy(BasePolicy):
         # With the checkpoint's contents in the weights, a saved algorithm needs the checkpoint's folder no more.
         source: dict[str, Any] = {"model": model, "model_kwargs": dict(model_kwargs)}
         if self._frozen is not None and checkpoint is not None:
-            where = Path(checkpoint)  # or a name on the hub
+            where = local_path(checkpoint)  # or a name on the hub
             source = {
                 "model": model,
                 "checkpoint": str(where.resolve() if where.exists() else checkpoint),
@@ -205,8 +240,10 @@ class VLAPolicy(BasePolicy):
             "lora": None if lora is None else dict(lora),
             "frozen_bf16": frozen_bf16,
             "gradient_checkpointing": gradient_checkpointing,
+            "resize": self._resize,
             "compile": None if compile is None else dict(compile),
             "cache_perception": cache_perception,
+            "view": None if view is None else dict(view),
             "optimizer_class": optimizer_class,
             "optimizer_kwargs": dict(optimizer_kwargs or {}),
         }
@@ -216,6 +253,27 @@ class VLAPolicy(BasePolicy):
             lr=lr_schedule(1),  # type: ignore[call-arg]
             **self.optimizer_kwargs,
         )
+
+    @classmethod
+    def load(cls, path: str, device: torch.device | str = "auto") -> VLAPolicy:
+        """As in Stable-Baselines3, of what :meth:`save` wrote; :func:`load_policy` reads a checkpoint.
+
+        :raises IsADirectoryError: for a folder; the message says how a checkpoint is used.
+        :raises ValueError: for a saved algorithm.
+        """
+        check_archive(path, kind=cls.__name__)
+        if isinstance(path, (str, Path)) and Path(path).is_file() and is_saved_algorithm(Path(path)):
+            raise InputError(f"{path} is a saved algorithm; its policy is PPO.load({str(path)!r}).policy")
+        return super().load(path, device)
+
+    @property
+    def view(self) -> dict[str, Any] | None:
+        """Camera and crop of the pictures that it is trained on; None where nobody said."""
+        return self.portable_kwargs["view"]
+
+    @view.setter
+    def view(self, view: dict[str, Any]) -> None:
+        self.portable_kwargs["view"] = view
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Weights by name; without those of a frozen backbone that a checkpoint holds."""
@@ -321,9 +379,9 @@ class VLAPolicy(BasePolicy):
         """The action distribution as Stable-Baselines3 knows it, for algorithms such as sb3-contrib's TRPO."""
         self._check_stock("this algorithm")
         if self._frozen_backbone:
-            raise ValueError('This algorithm asks every parameter for a gradient; use trainable="all" with it')
+            raise InputError('This algorithm asks every parameter for a gradient; use trainable="all" with it')
         if self.distribution.coherent:  # type: ignore[union-attr]
-            raise ValueError(
+            raise InputError(
                 'coherence="offset" is no diagonal Gaussian; use coherence="independent" with this algorithm'
             )
         assert isinstance(obs, dict)
@@ -348,14 +406,14 @@ class VLAPolicy(BasePolicy):
         if is_perceived(obs):
             return dict(obs)
         prepared = {key: obs[key] for key in (*MODEL_KEYS, *CRITIC_KEYS) if key in obs}
-        if prepared["instruction"].dtype != torch.uint8:
-            raise ValueError(
-                f"VLAPolicy needs instruction as uint8, its bytes; got {prepared['instruction'].dtype}. "
-                'Where VecNormalize made it that, name what it may change: norm_obs_keys=["state"]'
-            )
+        for key in ("image", "instruction"):
+            if prepared[key].dtype != torch.uint8:
+                raise InputError(f"VLAPolicy needs {key} as uint8; got {prepared[key].dtype}. {_NORMALISED}")
         image = prepared["image"]
         if not self._channels_first and image.shape[1] != 3:
             image = image.permute(0, 3, 1, 2)
+        if self._resize == "area":
+            image = resize_by_area(image, self.model.image_size)
         prepared["image"] = self.model.fit_image(image)
         if not self._caches_perception:
             return prepared
@@ -370,12 +428,19 @@ class VLAPolicy(BasePolicy):
         episode_start: np.ndarray | None = None,
         deterministic: bool = False,
     ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
-        """As in Stable-Baselines3.
+        """As in Stable-Baselines3; of an observation what the policy does not read is left out.
 
-        :raises ValueError: for a state that is not finite, from which no action would be either.
+        :param observation: one, or a batch of them in which each array has a further axis in front. Pictures may have
+            their channels first or last, an instruction any number of zeros at its end.
+        :raises ValueError: for what does not fit the observation space, see :func:`fitted`; or for what is no dict.
         """
-        if isinstance(observation, dict) and not np.isfinite(observation.get("state", 0)).all():
-            raise ValueError(f"The observation's state is {observation['state']}; expected finite numbers")
+        if isinstance(observation, Mapping):
+            observation = fitted(observation, self.observation_space)  # type: ignore[arg-type]
+        elif not isinstance(observation, tuple):  # for which Stable-Baselines3 has a message
+            raise InputError(
+                f"VLAPolicy reads a dict with {', '.join(MODEL_KEYS)}, as the environment gives it; got "
+                f"{type(observation).__name__}"
+            )
         return super().predict(observation, state, episode_start, deterministic)
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> Tensor:
@@ -397,7 +462,7 @@ class VLAPolicy(BasePolicy):
 
     def _check_stock(self, who: str) -> None:
         if self.distribution.needs_trace:
-            raise ValueError(
+            raise InputError(
                 f"{who} cannot train the {type(self.distribution).__name__} distribution: its log-probability needs "
                 'more than the action. Use sb3_vla.PPO, or policy_kwargs=dict(distribution="gaussian").'
             )
@@ -405,7 +470,7 @@ class VLAPolicy(BasePolicy):
     def _check_model(self, action_dim: int) -> None:
         horizon = self.model.action_horizon - self.model.first_action
         if self.model.action_dim != action_dim or horizon < self.action_chunk:
-            raise ValueError(
+            raise InputError(
                 f"The model predicts {horizon} actions of {self.model.action_dim} dimensions; the "
                 f"environment takes chunks of {self.action_chunk} of {action_dim}. Make the environment with "
                 f"action_chunk <= {horizon}, or train a model for this one."
@@ -413,7 +478,7 @@ class VLAPolicy(BasePolicy):
         known = dict(self.model.named_buffers()).get("state_mean")
         state = self.observation_space["state"].shape  # type: ignore[index]
         if known is not None and tuple(known.shape) != tuple(state):
-            raise ValueError(
+            raise InputError(
                 f"The model reads a state of {len(known)} numbers; the environment's is {tuple(state)}. Train a model "
                 "for this environment, or make the environment that this one was trained for."
             )
@@ -422,6 +487,16 @@ class VLAPolicy(BasePolicy):
         data = super()._get_constructor_parameters()
         del data["normalize_images"]
         return {**data, **self.portable_kwargs, "lr_schedule": self._dummy_schedule}
+
+
+class NoVLAPolicy:
+    """What ``"VLAPolicy"`` means to algorithms that cannot train it."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        raise InputError(
+            '"VLAPolicy" is trained by PPO and GRPO of sb3_vla, by PPO and A2C of stable_baselines3 and by TRPO of '
+            "sb3_contrib; this algorithm needs a policy of another kind"
+        )
 
 
 class ValueHead(nn.Module):
@@ -445,23 +520,75 @@ class ValueHead(nn.Module):
         return self.layers(torch.cat([self.norm(features), *critic_only], dim=1)).float()[:, 0]
 
 
+def fitted(observation: Mapping[str, Any], space: spaces.Dict) -> dict[str, np.ndarray]:
+    """What a policy reads of an observation, in the types of its space and with the space's order of a picture's axes.
+
+    Other integers and other floats are converted, and integers to floats. An instruction in bytes may have any number
+    of zeros at its end.
+
+    :param observation: arrays of the space's shapes; or batches, which all have the same further axis in front. What
+        only a critic reads may be missing, and what nobody reads is left out.
+    :raises ValueError: for a missing key, for a shape, a type or an integer that the space has not, and for a number
+        that is not finite.
+    """
+    missing = [key for key in MODEL_KEYS if key not in observation]
+    if missing:
+        raise InputError(f"The observation has no {', '.join(missing)}; it has {', '.join(map(str, observation))}")
+    read = [key for key in (*MODEL_KEYS, *CRITIC_KEYS) if key in observation and key in space.spaces]
+    found = {key: _fitted(key, np.asarray(observation[key]), space[key]) for key in read}
+    counts = {key: len(array) if array.ndim > len(space[key].shape or ()) else None for key, array in found.items()}
+    if len(set(counts.values())) > 1:
+        told = (f"{key} of {'one, without a batch axis' if n is None else n}" for key, n in counts.items())
+        raise InputError(f"The observation's arrays are batches of different sizes: {'; '.join(told)}")
+    return found
+
+
+def _fitted(key: str, array: np.ndarray, space: spaces.Space) -> np.ndarray:
+    assert isinstance(space, spaces.Box)
+    where, whole = f"The observation's {key}", np.issubdtype(space.dtype, np.integer)
+    if key == "image" and array.ndim in (3, 4):
+        # As it is, (H, W, C) as (C, H, W), or the other way round.
+        orders = [np.moveaxis(array, axes, (-3, -2, -1)) for axes in ((-3, -2, -1), (-1, -3, -2), (-2, -1, -3))]
+        array = next((turned for turned in orders if turned.shape[-3:] == space.shape), array)
+    if key == "instruction" and array.dtype == np.uint8 and array.ndim in (1, 2):
+        array = fit_instruction(array, space.shape[0])
+    if array.shape not in (space.shape, array.shape[:1] + space.shape):
+        raise InputError(f"{where} has shape {array.shape}; expected {space.shape}, or a batch of such{_HINTS[key]}")
+    if array.dtype.kind not in ("iu" if whole else "iuf"):
+        hint = _HINTS["float image"] if (key, array.dtype.kind) == ("image", "f") else ""
+        raise InputError(f"{where} has type {array.dtype}; expected {space.dtype}{hint}")
+    if whole and array.size and not space.low.min() <= array.min() <= array.max() <= space.high.max():
+        raise InputError(f"{where} has values from {array.min()} to {array.max()}; expected those of {space}")
+    with np.errstate(over="ignore"):
+        fitting = array.astype(space.dtype, copy=False)
+    # Bounds of floats are not looked at: VecNormalize leaves those of what it changes as they were.
+    if not whole and not np.isfinite(fitting).all():
+        raise InputError(f"{where} is {array}; expected finite numbers")
+    return fitting
+
+
 def _check_spaces(observation_space: spaces.Space, action_space: spaces.Space) -> None:
     fix = 'Use an environment such as gym.make("mw_envs:MetaWorldMT50-v0").'
     if not isinstance(observation_space, spaces.Dict):
-        raise ValueError(
+        raise InputError(
             f"VLAPolicy needs a Dict observation with {', '.join(MODEL_KEYS)}; got {observation_space}. {fix}"
         )
     missing = [key for key in MODEL_KEYS if key not in observation_space.spaces]
     if missing:
-        raise ValueError(
+        raise InputError(
             f"VLAPolicy needs an observation with {', '.join(MODEL_KEYS)}; {', '.join(missing)} is missing among "
             f"{', '.join(observation_space.spaces)}. {fix}"
         )
     image = observation_space["image"]
-    if image.dtype != np.uint8 or len(image.shape or ()) != 3:
-        raise ValueError(f"VLAPolicy needs image as uint8 with three axes; got {image}. {fix}")
+    if image.dtype != np.uint8:
+        raise InputError(f"VLAPolicy needs image as uint8 with three axes; got {image}. {_NORMALISED}. Else: {fix}")
+    if len(image.shape or ()) != 3:
+        raise InputError(f"VLAPolicy needs image as uint8 with three axes; got {image}. {STACKED}. {fix}")
+    instruction = observation_space["instruction"]
+    if instruction.dtype != np.uint8:
+        raise InputError(f"VLAPolicy needs instruction as uint8; got {instruction}. {_NORMALISED}")
     if not isinstance(action_space, spaces.Box) or len(action_space.shape) not in (1, 2):
-        raise ValueError(f"VLAPolicy needs a Box action space of shape (A,) or (K, A); got {action_space}. {fix}")
+        raise InputError(f"VLAPolicy needs a Box action space of shape (A,) or (K, A); got {action_space}. {fix}")
 
 
 def _check_checkpoint(
@@ -469,7 +596,7 @@ def _check_checkpoint(
 ) -> None:
     fix = "leave model and model_kwargs out, or give another checkpoint"
     if model not in (None, loaded.model_name):
-        raise ValueError(f"model={model!r}, but the checkpoint {folder} is of {loaded.model_name!r}; {fix}")
+        raise InputError(f"model={model!r}, but the checkpoint {folder} is of {loaded.model_name!r}; {fix}")
     asked, found = _as_json(model_kwargs), _as_json(loaded.model_kwargs)
     if (
         isinstance(loaded.model, Pi0)
@@ -479,7 +606,7 @@ def _check_checkpoint(
         del asked["tokenizer"]  # a checkpoint has its own copy
     other = [key for key in asked if key not in found or asked[key] != found[key]]
     if other:
-        raise ValueError(
+        raise InputError(
             f"model_kwargs with {', '.join(f'{key}={asked[key]!r}' for key in other)}, but the checkpoint {folder} has "
             f"{', '.join(f'{key}={found[key]!r}' if key in found else f'no {key}' for key in other)}; {fix}"
         )
@@ -487,23 +614,38 @@ def _check_checkpoint(
 
 def _with_full_paths(options: Mapping[str, Any]) -> dict[str, Any]:
     """Options of pi0 that name a file or folder here, so that they do it from another working directory, too."""
-    paths = {key: Path(options[key]).expanduser() for key in ("tokenizer", "norm_stats") if options.get(key)}
+    paths = {key: local_path(options[key]) for key in ("tokenizer", "norm_stats") if options.get(key)}
     return {**options, **{key: str(path.resolve()) for key, path in paths.items() if path.exists()}}
 
 
 def _channels_first(image: spaces.Space) -> bool:
     shape = image.shape or ()
     if 3 not in (shape[0], shape[2]):
-        raise ValueError(
-            f"VLAPolicy needs one colour image, (H, W, 3) or (3, H, W); got shape {shape}. It takes no stack of them, "
-            "such as VecFrameStack makes"
-        )
+        raise InputError(f"VLAPolicy needs one colour image, (H, W, 3) or (3, H, W); got shape {shape}. {STACKED}")
     return shape[2] != 3
+
+
+def _height_and_width(image: spaces.Space, channels_first: bool) -> list[int]:
+    shape = list(image.shape or ())
+    return shape[1:] if channels_first else shape[:2]
+
+
+def _check_size(checkpoint: str | Path, view: Mapping[str, Any], image: spaces.Space, channels_first: bool) -> None:
+    """Warn of pictures that are not drawn at the size at which those were that the model has learned from."""
+    found = _height_and_width(image, channels_first)
+    drawn = np.broadcast_to(view.get("render_size", found), 2).tolist()
+    if found != drawn:
+        warnings.warn(
+            f"The model of {checkpoint} was trained on pictures that were drawn with {drawn[0]}x{drawn[1]} pixels and "
+            f"brought to its size; the environment's have {found[0]}x{found[1]} and look different. Make it with "
+            f"image_size={view['render_size']}",
+            stacklevel=3,
+        )
 
 
 def _native_image_size(image: spaces.Space, channels_first: bool) -> int:
     """The observation's own size where a small model can read it as it is."""
-    height, width = (image.shape or ())[1:] if channels_first else (image.shape or ())[:2]
+    height, width = _height_and_width(image, channels_first)
     if height == width and height % 16 == 0 and 32 <= height <= _LARGEST_NATIVE_IMAGE:
         return height
     return _DEFAULT_IMAGE
@@ -526,30 +668,33 @@ def load_policy(
     action_chunk: int | None = None,
     device: torch.device | str = "cpu",
     model_kwargs: Mapping[str, Any] | None = None,
+    view: Mapping[str, Any] | None = None,
+    frozen_bf16: bool = False,
 ) -> VLAPolicy:
-    """A policy to act with, from a checkpoint alone.
+    """A policy to act with, from a checkpoint alone; with a warning where the checkpoint does not say its view.
 
     :param checkpoint: see :class:`VLAPolicy`.
     :param action_chunk: K, actions executed per decision; None for the whole predicted horizon.
     :param model_kwargs: what a published checkpoint does not say.
+    :param view: ``camera``, ``crop`` or both, where the checkpoint does not say them or they are to be others.
+    :param frozen_bf16: keep the backbone's weights in bfloat16, see :class:`VLAPolicy`.
     :raises ValueError: if the model predicts fewer actions than that.
     """
-    loaded = load_checkpoint(checkpoint, model_kwargs)
+    loaded = load_checkpoint(checkpoint, model_kwargs, weights=False)
     model = loaded.model
     name, options = loaded.distribution or (default_distribution(model), {})
     state_dim = int(model.config.get("state_dim", 4))
-    size = loaded.notes.get("view", {}).get("render_size")
-    picture = (size, size) if size else model.image_size
+    said = loaded.notes.get("view", {})
+    picture = np.broadcast_to(said.get("render_size", model.image_size), 2).tolist()
     observation_space = spaces.Dict(
         {
             "image": spaces.Box(0, 255, (*picture, 3), np.uint8),
             "state": spaces.Box(-np.inf, np.inf, (state_dim,), np.float32),
-            "instruction": spaces.Box(0, 255, (INSTRUCTION_BYTES,), np.uint8),
+            "instruction": spaces.Box(0, 255, (said.get("instruction_bytes", INSTRUCTION_BYTES),), np.uint8),
         }
     )
     chunk = model.action_horizon - model.first_action if action_chunk is None else action_chunk
     shape = (model.action_dim,) if chunk == 1 else (chunk, model.action_dim)
-    del loaded, model  # one of billions of weights need not be in memory twice
     policy = VLAPolicy(
         observation_space,
         spaces.Box(-1.0, 1.0, shape, np.float32),
@@ -558,5 +703,7 @@ def load_policy(
         model_kwargs=model_kwargs,
         distribution=name,
         distribution_kwargs=options,
+        view=settled_view(checkpoint, said, view or {}),
+        frozen_bf16=frozen_bf16,
     )
     return policy.to(device)

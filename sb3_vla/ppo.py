@@ -14,6 +14,7 @@ import warnings
 from collections import defaultdict, deque
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from numbers import Real
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -25,18 +26,27 @@ from stable_baselines3.common.callbacks import BaseCallback, ConvertCallback
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 from stable_baselines3.common.utils import FloatSchedule, obs_as_tensor
-from stable_baselines3.common.vec_env import VecEnv
+from stable_baselines3.common.vec_env import VecEnv, VecFrameStack, unwrap_vec_wrapper
 from torch import Tensor
 
 from mw_envs.tasks import did_you_mean
 from sb3_vla.buffers import ChunkRolloutBuffer, DecisionBatch, DecisionBuffer, Minibatch, SharedRollout
-from sb3_vla.distributed import Ranks, current_ranks
+from sb3_vla.checkpoints.loading import check_archive
+from sb3_vla.distributed import Ranks, check_membership, current_ranks, join_for_good
 from sb3_vla.distributions.base import logprob_mask
-from sb3_vla.metrics import EpisodeRecord, episode_metrics, in_terminal, ratio_metrics, update_metrics
+from sb3_vla.errors import InputError
+from sb3_vla.metrics import (
+    EpisodeRecord,
+    episode_metrics,
+    in_terminal,
+    ratio_metrics,
+    success_rates,
+    update_metrics,
+)
 from sb3_vla.models.lora import adapted_layers
 from sb3_vla.noise import part_of_batch
-from sb3_vla.policies import Evaluation, VLAPolicy
-from sb3_vla.precision import autocast
+from sb3_vla.policies import STACKED, Evaluation, VLAPolicy
+from sb3_vla.precision import acting_precision, autocast
 from sb3_vla.progress import SuccessBar
 from sb3_vla.sft import DemonstrationBatches, shared_imitation_loss
 from sb3_vla.sharding import (
@@ -58,6 +68,7 @@ from sb3_vla.stepping import (
     step_by_halves,
     step_together,
 )
+from sb3_vla.views import view_of_envs, warn_of_another_view
 
 if TYPE_CHECKING:
     from sb3_vla.cluster.rollout import Replicas
@@ -67,7 +78,11 @@ _RANGES = (
     ("gamma", 0.0, 1.0),
     ("gae_lambda", 0.0, 1.0),
     *((name, 0.0, math.inf) for name in ("ent_coef", "vf_coef", "kl_coef", "rehearsal_coef", "max_grad_norm")),
+    *((name, 0, math.inf) for name in ("critic_warmup", "actor_warmup")),
+    *((name, 1, math.inf) for name in ("batch_size", "n_steps", "n_epochs", "rehearsal_batch_size")),
 )
+# What may be a number or a function of the share of the training that is left.
+_SCHEDULES = ("learning_rate", "clip_range", "clip_range_vf", "clip_range_high", "noise_scale")
 
 _OWN_OPTIONS = (
     "value_lr",
@@ -89,12 +104,13 @@ _OWN_OPTIONS = (
 )
 TASK_SAMPLING = ("uniform", "signal")
 GAMMA_PER = ("decision", "env_step")
+_CHOICES = {"gamma_per": GAMMA_PER, "task_sampling": TASK_SAMPLING, "sharding": SHARDING}
 # A ratio of e^20 says no more than one of e^10, and the gradient of e^90 is not finite.
 _LARGEST_LOG_RATIO = 20.0
 # Least weight of a task that is always or never solved, where 1 is that of a task solved every other time.
 _LEAST_TASK_WEIGHT = 0.1
 # What a training remembers of an episode that ended.
-_EPISODE_KEYS = ("task", "is_success", "elapsed_steps", "episode_return", "episode")
+_EPISODE_KEYS = ("task", "is_success", "elapsed_steps", "episode_return", "episode", "worker_restarted")
 # Episodes of a task that tell how often it is solved now; more would lag behind the policy.
 _RECENT_EPISODES = 30
 
@@ -130,12 +146,14 @@ class PPO(stable_baselines3.PPO):
     ``n_steps``, ``batch_size`` and ``total_timesteps`` count decisions; environment steps are logged beside them.
     ``gae_lambda`` is per decision, and so is ``gamma`` unless ``gamma_per`` says otherwise. ``target_kl`` stops an
     update at the exact divergence of the action distributions, averaged over the epoch so far; what was drawn, and so
-    an outlier among the ratios, has no part in it. ``normalize_advantage`` is over a minibatch. A step whose gradient
-    is not finite is left out and counted in ``train/skipped_steps``.
+    an outlier among the ratios, has no part in it. ``normalize_advantage`` is over a minibatch. A step whose loss or
+    gradient is not finite is left out and counted in ``train/skipped_steps``.
+    Schedules are functions of the share of a ``learn`` that is left, which is never outside of 0 to 1.
 
-    Under ``torchrun`` (:mod:`sb3_vla.distributed`) each rank gives its share of the environments, ``batch_size`` and
-    ``total_timesteps`` count what all ranks have, and what is learned is what one process with all the environments
-    would learn, up to rounding. A callback that stops training stops all ranks, at the end of the rollout.
+    Under ``torchrun`` (:mod:`sb3_vla.distributed`), which it joins where it is given an environment, each rank gives
+    its share of the environments, ``batch_size`` and ``total_timesteps`` count what all ranks have, and what is learned
+    is what one process with all the environments would learn, up to rounding. A callback that stops training stops all
+    ranks, at the end of the rollout. The first rank prints and logs.
 
     :param value_lr: the critic's learning rate at the start; it follows the schedule of ``learning_rate``. None: that
         of the actor.
@@ -233,10 +251,10 @@ class PPO(stable_baselines3.PPO):
         overlap: bool = False,
         sharding: str = "none",
     ) -> None:
+        if env is not None:
+            join_for_good()
         self.value_lr = value_lr
-        self.clip_range_high = None if clip_range_high is None else FloatSchedule(clip_range_high)
-        if gamma_per not in GAMMA_PER:
-            raise ValueError(f"Unknown gamma_per={gamma_per!r}; {did_you_mean(gamma_per, GAMMA_PER)}")
+        self.clip_range_high: Any = clip_range_high
         self.gamma_per = gamma_per
         self.dual_clip = dual_clip
         self.huber_delta = huber_delta
@@ -250,13 +268,9 @@ class PPO(stable_baselines3.PPO):
         self.rehearsal_batch_size = rehearsal_batch_size
         self.bf16 = bf16
         self.bootstrap_truncated = bootstrap_truncated
-        self.noise_scale = FloatSchedule(noise_scale)
-        if task_sampling not in TASK_SAMPLING:
-            raise ValueError(f"Unknown task_sampling={task_sampling!r}; {did_you_mean(task_sampling, TASK_SAMPLING)}")
+        self.noise_scale: Any = noise_scale
         self.task_sampling = task_sampling
         self.overlap = overlap
-        if sharding not in SHARDING:
-            raise ValueError(f"Unknown sharding={sharding!r}; {did_you_mean(sharding, SHARDING)}")
         self.sharding = sharding
         self.env_steps = 0
         #: rollouts that have been trained on; ``_n_updates`` counts epochs, which ``target_kl`` may cut short
@@ -286,28 +300,60 @@ class PPO(stable_baselines3.PPO):
             stats_window_size=stats_window_size,
             tensorboard_log=tensorboard_log,
             policy_kwargs=policy_kwargs,
-            verbose=verbose,
+            verbose=verbose if self.ranks.leads else 0,
             seed=seed,
             device=device,
             _init_setup_model=_init_setup_model,
         )
+
+    @staticmethod
+    def _wrap_env(env: GymEnv, verbose: int = 0, monitor_wrapper: bool = True) -> VecEnv:
+        # A saved algorithm is given its environment before it is made.
+        return stable_baselines3.PPO._wrap_env(env, verbose if join_for_good().leads else 0, monitor_wrapper)
 
     @property
     def ranks(self) -> Ranks:
         """Those that train together, see :mod:`sb3_vla.distributed`."""
         return current_ranks()
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "policy" and issubclass(self.policy_class, VLAPolicy) and not isinstance(value, VLAPolicy):
+            raise InputError(
+                f"policy is now of class {type(value).__name__}; expected the VLAPolicy itself, of which an update "
+                "calls more than forward(). In the place of torch.compile(policy) give policy_kwargs="
+                "dict(compile={}), which compiles the towers of pi0 and pi0.5; several GPUs train under torchrun, "
+                "adapters by policy_kwargs=dict(lora={})"
+            )
+        super().__setattr__(name, value)
+
     def _setup_model(self) -> None:
+        for name in _SCHEDULES:
+            setattr(self, name, _number_or_schedule(name, getattr(self, name)))
+        self.noise_scale = FloatSchedule(self.noise_scale)
+        if self.clip_range_high is not None:
+            self.clip_range_high = FloatSchedule(self.clip_range_high)
+        for name, known in _CHOICES.items():
+            value = getattr(self, name)
+            if value not in known:
+                raise InputError(f"Unknown {name}={value!r}; {did_you_mean(str(value), known)}")
+        changed = vars(self).pop("_changed_policy_kwargs", None)  # by load
+        if not self.ranks.leads:  # the first prints and logs; a saved algorithm may say so of each
+            self.verbose, self.tensorboard_log = 0, None
         if not issubclass(self.policy_class, VLAPolicy):
+            if changed not in (None, self.policy_kwargs):  # Stable-Baselines3's rule
+                raise InputError(f"policy_kwargs={changed}, but those of the archive are {self.policy_kwargs}")
             self._refuse_own_options()
             if self.ranks.count > 1:
-                raise ValueError(f"Several ranks train VLAPolicy alone; got {self.policy_class.__name__}")
+                raise InputError(f"Several ranks train VLAPolicy alone; got {self.policy_class.__name__}")
             super()._setup_model()
             return
+        self.policy_kwargs = {**self.policy_kwargs, **(changed or {})}
+        self._check_numbers()  # before a model of billions of weights is read
+        self._check_task_sampling()
         # The stock set-up would allocate its own buffer at the size of the raw images.
         stock = (None, DictRolloutBuffer)  # an algorithm that stable_baselines3.PPO saved names its own
         if self.rollout_buffer_class not in stock or self.rollout_buffer_kwargs:
-            raise ValueError(
+            raise InputError(
                 f"rollout_buffer_class={self.rollout_buffer_class!r}, rollout_buffer_kwargs="
                 f"{self.rollout_buffer_kwargs!r}: VLAPolicy has its own rollout buffer"
             )
@@ -316,6 +362,8 @@ class PPO(stable_baselines3.PPO):
         super()._setup_model()
         self.rollout_buffer_class = None
         self._check_options()
+        if self.policy.view is None:
+            self._take_view()
         self.policy.value_head.requires_grad_(self.has_critic)
         if self.sharding == "fsdp" and self.ranks.count > 1:
             policy, methods = self.policy, ("evaluate", "imitation_loss")
@@ -347,63 +395,91 @@ class PPO(stable_baselines3.PPO):
         """Options that only VLAPolicy's update knows must not be given in vain."""
         defaults = inspect.signature(PPO.__init__).parameters
         if (self.noise_scale(0.0), self.noise_scale(1.0)) != (1.0, 1.0):
-            raise ValueError(f"noise_scale acts on VLAPolicy alone; got {self.policy_class.__name__}")
+            raise InputError(f"noise_scale acts on VLAPolicy alone; got {self.policy_class.__name__}")
         for name in _OWN_OPTIONS:
             if getattr(self, name) != defaults[name].default:
-                raise ValueError(
+                raise InputError(
                     f"{name}={getattr(self, name)!r} acts on VLAPolicy alone; got {self.policy_class.__name__}"
                 )
 
+    def _take_view(self) -> None:
+        """From now on the policy is trained on what the environment shows."""
+        shown = None if self.env is None else view_of_envs(self.env)
+        if shown is not None:
+            if self.policy.view is not None:
+                warn_of_another_view(self.policy.view, shown)
+            self.policy.view = shown
+
     def anchor(self) -> None:
         """Take the present policy as the reference of ``kl_coef``; the first update does so if nobody did."""
-        self._reference = copy.deepcopy(self.policy).requires_grad_(False)
+        # What is frozen is shared: it is most of a large model. The reference needs no optimiser, nor its state.
+        shared = [self.policy.optimizer, *(p for p in self.policy.parameters() if not p.requires_grad)]
+        self._reference = copy.deepcopy(self.policy, {id(each): each for each in shared}).requires_grad_(False)
 
     def _check_numbers(self) -> None:
+        rate, clip_range = FloatSchedule(self.learning_rate), FloatSchedule(self.clip_range)
         for left in (0.0, 1.0):
-            if not (math.isfinite(self.noise_scale(left)) and self.noise_scale(left) > 0):
-                raise ValueError(f"noise_scale is {self.noise_scale(left)} at one end of training; expected above 0")
-            for name, schedule in (("learning_rate", self.lr_schedule), ("clip_range", self.clip_range)):
-                if not 0 <= schedule(left) < math.inf:  # type: ignore[operator]
-                    raise ValueError(f"{name} is {schedule(left)} at one end of training; expected at least 0")  # type: ignore[operator]
+            if not 0 < self.noise_scale(left) < math.inf:
+                raise InputError(f"noise_scale is {self.noise_scale(left)} at one end of training; expected above 0")
+            for name, schedule in (("learning_rate", rate), ("clip_range", clip_range)):
+                if not 0 <= schedule(left) < math.inf:
+                    raise InputError(f"{name} is {schedule(left)} at one end of training; expected at least 0")
             if self.clip_range_high is not None and not self.clip_range_high(left) >= 0:
-                raise ValueError(f"clip_range_high is {self.clip_range_high(left)}; expected at least 0")
+                raise InputError(f"clip_range_high is {self.clip_range_high(left)}; expected at least 0")
+            if self.clip_range_vf is not None and not FloatSchedule(self.clip_range_vf)(left) > 0:
+                raise InputError(f"clip_range_vf={self.clip_range_vf}; expected more than 0, or None")
         for name, least, most in _RANGES:
             value = getattr(self, name, least)
             if not least <= value <= most:
                 allowed = f"at least {least:g}" if most == math.inf else f"{least:g} to {most:g}"
-                raise ValueError(f"{name}={value}; expected {allowed}")
-        for name, least in {"dual_clip": 1, "huber_delta": 0, "micro_batch_size": 0}.items():
+                raise InputError(f"{name}={value}; expected {allowed}")
+        for name, least in {"dual_clip": 1, "huber_delta": 0, "micro_batch_size": 0, "target_kl": 0}.items():
             value = getattr(self, name)
             if value is not None and not value > least:
-                raise ValueError(f"{name}={value}; expected more than {least}, or None")
+                raise InputError(f"{name}={value}; expected more than {least}, or None")
+        if self.value_lr is not None and not 0 <= self.value_lr < math.inf:
+            raise InputError(f"value_lr={self.value_lr}; expected at least 0, or None")
+        if self.value_lr is not None and rate(1.0) <= 0:
+            raise InputError("value_lr needs a learning_rate schedule that does not begin at zero")
+        if self.normalize_advantage and self.batch_size == 1:
+            raise InputError(
+                "batch_size=1 leaves nothing to normalize; expected at least 2, or normalize_advantage=False"
+            )
+
+    def _check_task_sampling(self) -> None:
+        if self.task_sampling == "signal" and self.env is not None and not self.env.has_attr("set_task_weights"):
+            raise InputError(
+                "task_sampling='signal' draws tasks by the environments' method set_task_weights(weights by task), "
+                "which these have not, such as those of mw_envs; use task_sampling='uniform'"
+            )
 
     def _check_options(self) -> None:
-        self._check_numbers()
+        stack = None if self.env is None else unwrap_vec_wrapper(self.env, VecFrameStack)
+        if stack is not None:  # of what is stacked along an axis of a picture, its space does not tell
+            raise InputError(f"{type(stack).__name__} gives VLAPolicy several pictures in one. {STACKED}")
         model, distribution = self.policy.model, self.policy.distribution
         distribution.check_trainable(model)
         distribution.check_logprob_type(self.logprob_type)
         if self.ent_coef != 0 and not distribution.has_entropy:
-            raise ValueError(
+            raise InputError(
                 f"ent_coef={self.ent_coef} has nothing to act on: the entropy of this action distribution is fixed. "
                 "Set ent_coef=0, or distribution_kwargs=dict(learn_std=True) with the Gaussian, or use flow_noise"
             )
         if self.sharding == "fsdp" and adapted_layers(self.policy):
-            raise ValueError(
+            raise InputError(
                 "sharding='fsdp' does not take adapters (lora), which are small enough for every rank to have them "
                 "whole; use sharding='none'"
             )
         if self.sharding == "fsdp" and self.kl_coef > 0:
-            raise ValueError(
+            raise InputError(
                 f"kl_coef={self.kl_coef} needs a whole copy of the policy, which sharding='fsdp' has not; choose one"
             )
-        if self.value_lr is not None and self.lr_schedule(1.0) <= 0:
-            raise ValueError("value_lr needs a learning_rate schedule that does not begin at zero")
         if self.rehearsal is not None:
             data = self.rehearsal.demonstrations
             found = (self.rehearsal.horizon, data.actions.shape[1], data.images.shape[1:3])
             expected = (model.action_horizon, model.action_dim, model.image_size)
             if found != expected:
-                raise ValueError(
+                raise InputError(
                     f"rehearsal has (horizon, action dimensions, image size) {found}; the model needs {expected}"
                 )
 
@@ -454,11 +530,21 @@ class PPO(stable_baselines3.PPO):
     def _prepare_rollout(self, env: VecEnv) -> None:
         """Which tasks are drawn, and how strongly the policy explores."""
         self.ranks.take_generators()
-        self._ended_episodes = 0
         if self.task_sampling == "signal" and self._episodes:
             env.env_method("set_task_weights", self._task_weights())
+        elif self.task_sampling == "signal" and self._ended_episodes:
+            warnings.warn(
+                'task_sampling="signal" is without effect: no episode has ended with both info["task"] and '
+                'info["is_success"]; let the environments give them, or use task_sampling="uniform"',
+                stacklevel=2,
+            )
+        self._ended_episodes = 0
         self.policy.set_training_mode(False)
-        self.policy.distribution.noise_scale = self.noise_scale(self._current_progress_remaining)
+        noise_scale = self.noise_scale(self._current_progress_remaining)
+        if not 0 < noise_scale < math.inf:
+            left = self._current_progress_remaining
+            raise InputError(f"noise_scale is {noise_scale} where {left:.0%} of the training is left; expected above 0")
+        self.policy.distribution.noise_scale = noise_scale
         if self.replicas is not None:
             self.replicas.take_weights()
 
@@ -489,11 +575,8 @@ class PPO(stable_baselines3.PPO):
         self.logger.record("perf/inference_share", clock.seconds["inference"] / seconds)
 
     def _deciding(self) -> AbstractContextManager[None]:
-        """The precision of a rollout; the update computes log-probabilities anew, in its own.
-
-        On a GPU it is that of the update, where float32 would take several times as long; on a CPU float32.
-        """
-        return autocast(self.bf16 if self.device.type != "cpu" else False, self.device.type)
+        """The precision of a rollout."""
+        return acting_precision(self.bf16, self.device.type)
 
     @torch.no_grad()
     def _decide(
@@ -574,7 +657,7 @@ class PPO(stable_baselines3.PPO):
                 minibatches = rollout.minibatches(self.batch_size)
             for minibatch in minibatches:
                 loss, kl = self._accumulate_gradient(rollout.buffer, minibatch, old, clip_range, clip_range_vf, metrics)
-                if kl is not None:
+                if kl is not None and math.isfinite(loss):
                     divergence.append(kl)
                     metrics["approx_kl"].append(kl)
                     if self.target_kl is not None and np.mean(divergence) > 1.5 * self.target_kl:
@@ -614,6 +697,7 @@ class PPO(stable_baselines3.PPO):
             advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
         advantages = advantages[minibatch.mine]
         sums: defaultdict[str, float] = defaultdict(float)
+        ratio_max: list[float] = []
         start = 0
         for part in self._micro_batches(minibatch.indices):
             batch, share = buffer.batch(part), len(part) / len(minibatch)
@@ -631,7 +715,7 @@ class PPO(stable_baselines3.PPO):
                     sums["divergence"] += share * self._divergence(found, old, batch).item()
             (share * loss).backward()
             sums["total"] += share * loss.item()
-            metrics["ratio_max"] += noted.pop("ratio_max", [])
+            ratio_max += noted.pop("ratio_max", [])
             for name, (value,) in noted.items():
                 sums[name] += share * value
         if self._idle_batch is not None:
@@ -653,8 +737,10 @@ class PPO(stable_baselines3.PPO):
             sums["total"] += self.rehearsal_coef * sums["rehearsal_loss"]
         whole = self.ranks.sum_gradients(self.policy.parameters(), sums)
         total, divergence = whole.pop("total"), whole.pop("divergence", None)
-        for name, value in whole.items():
-            metrics[name].append(value)
+        if math.isfinite(total):  # what is not is of a step that is left out
+            metrics["ratio_max"] += ratio_max
+            for name, value in whole.items():
+                metrics[name].append(value)
         return total, divergence
 
     def _some_batch(self, buffer: DecisionBuffer) -> DecisionBatch:
@@ -741,7 +827,8 @@ class PPO(stable_baselines3.PPO):
 
     def _optimizer_step(self, loss: float, metrics: defaultdict[str, list[float]]) -> None:
         norm = whole_tensor(torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm))
-        finite = bool(torch.isfinite(norm))
+        # A clamp gives what is not a number a gradient of zero, so the gradient alone does not tell.
+        finite = math.isfinite(loss) and bool(torch.isfinite(norm))
         metrics["skipped_steps"].append(float(not finite))
         if finite:
             metrics["grad_norm"].append(norm.item())
@@ -812,22 +899,29 @@ class PPO(stable_baselines3.PPO):
 
     def _remember_episode(self, info: dict[str, Any]) -> None:
         self._ended_episodes += 1
+        if info.get("worker_restarted"):  # which says nothing about the policy's success
+            info = {"episode": info.get("episode")}
+        elif self.ep_success_buffer:  # others have told of success, so this one was cut before it could
+            info = {"is_success": False, **info}
         self._update_info_buffer([info], np.ones(1, dtype=bool))
-        if "is_success" in info and "task" in info:
-            length, reward = info.get("elapsed_steps", 0), info.get("episode_return", 0.0)
-            self._episodes[info["task"]].append(EpisodeRecord(float(info["is_success"]), length, reward))
+        if "task" in info:
+            success = info.get("is_success")
+            monitored = info.get("episode", {})  # by Monitor, for environments that do not tell it themselves
+            length = info.get("elapsed_steps", monitored.get("l"))
+            reward = info.get("episode_return", monitored.get("r"))
+            record = EpisodeRecord(None if success is None else float(success), length, reward)
+            self._episodes[info["task"]].append(record)
 
     def task_success(self) -> dict[str, float]:
         """Share of successes among each task's last ``stats_window_size`` training episodes."""
-        known = sorted(self._episodes.items())
-        return {task: float(np.mean([each.success for each in episodes])) for task, episodes in known}
+        return success_rates(self._episodes)
 
     def _task_weights(self) -> dict[str, float]:
         weights = {}
         for task, episodes in self._episodes.items():
             # Laplace's rule: a task without a success among a few episodes is not yet hopeless.
             recent = list(episodes)[-_RECENT_EPISODES:]
-            rate = (sum(each.success for each in recent) + 1) / (len(recent) + 2)
+            rate = (sum(each.success or 0.0 for each in recent) + 1) / (len(recent) + 2)
             weights[task] = max(_LEAST_TASK_WEIGHT, 4 * rate * (1 - rate))
         return weights
 
@@ -884,18 +978,23 @@ class PPO(stable_baselines3.PPO):
         ]
 
     def get_parameters(self) -> dict[str, dict[str, Any]]:
-        """As in Stable-Baselines3; of shards the whole, for which all ranks must call it."""
+        """As in Stable-Baselines3; of shards the whole, for which all ranks must call it. The optimiser's state, which
+        is twice as large, the first rank gets alone."""
         if not is_sharded(self.policy):
             return super().get_parameters()
-        with whole_weights(self.policy):
+        with whole_weights(self.policy, everywhere=True):
             weights = {name: tensor.clone() for name, tensor in self.policy.state_dict().items()}
-        optimizer = {**self.policy.optimizer.state_dict(), "state": whole_optimizer_state(self.policy.optimizer)}
+        optimizer = {
+            **self.policy.optimizer.state_dict(),
+            "state": whole_optimizer_state(self.policy.optimizer, self.policy),
+        }
         return {"policy": weights, "policy.optimizer": optimizer}
 
     def set_parameters(
         self, load_path_or_dict: Any, exact_match: bool = True, device: torch.device | str = "auto"
     ) -> None:
         """As in Stable-Baselines3; where there are shards all ranks must call it."""
+        check_archive(load_path_or_dict, type(self).__name__)
         super().set_parameters(load_path_or_dict, exact_match, device)
         if not isinstance(self.policy, VLAPolicy):
             return
@@ -904,7 +1003,7 @@ class PPO(stable_baselines3.PPO):
         else:
             for group in self.policy.optimizer.param_groups:
                 group["fused"] = None  # that of an archive of one process
-            load_optimizer_state(self.policy.optimizer, self.policy.optimizer.state_dict()["state"])
+            load_optimizer_state(self.policy.optimizer, self.policy, self.policy.optimizer.state_dict()["state"])
 
     def save(self, path: Any, exclude: Any = None, include: Any = None) -> None:
         """As in Stable-Baselines3; of several ranks, all of which must call it, the first writes."""
@@ -923,14 +1022,85 @@ class PPO(stable_baselines3.PPO):
         reset_num_timesteps: bool = True,
         progress_bar: bool = False,
     ) -> PPO:
-        """Train for at least ``total_timesteps`` decisions; see ``stable_baselines3.PPO.learn``."""
+        """Train for at least ``total_timesteps`` decisions; see ``stable_baselines3.PPO.learn``.
+
+        :raises ValueError: if ``torchrun`` started other ranks that this one has not joined.
+        """
+        check_membership(type(self).__name__)
         if isinstance(self.policy, VLAPolicy):
-            check_batch_size(self.batch_size, self.n_steps, self.n_envs * self.ranks.count)
+            check_batch_size(self.batch_size, self.n_steps, self.n_envs * self.ranks.count, type(self).__name__)
+            self._check_task_sampling()
             self.ranks.check_same(dict(self.policy.named_parameters()), "the policy")
             if reset_num_timesteps:
                 self.env_steps = 0
-        super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
+            self._take_view()
+        shown = progress_bar and self.ranks.leads
+        super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, shown)
         return self
+
+    @classmethod
+    def load(
+        cls,
+        path: Any,
+        env: GymEnv | None = None,
+        device: torch.device | str = "auto",
+        custom_objects: dict[str, Any] | None = None,
+        print_system_info: bool = False,
+        force_reset: bool = True,
+        **kwargs: Any,
+    ) -> Any:
+        """As in Stable-Baselines3; each of the constructor's keywords, here or in ``custom_objects``, takes the place
+        of what was saved and is checked as there. Of ``policy_kwargs`` here those that are given do.
+
+        :raises TypeError: for a keyword that the constructor does not have.
+        :raises ValueError: for a value that the constructor refuses, or the ``policy`` of another archive.
+        :raises IsADirectoryError: for a folder; the message says how a checkpoint is used.
+        """
+        check_archive(path, cls.__name__)
+        keywords = set(inspect.signature(cls).parameters) - {"env", "device", "_init_setup_model"}
+        given = {name: value for name, value in (custom_objects or {}).items() if name in keywords} | kwargs
+        for name in kwargs:
+            if name not in keywords:
+                raise TypeError(f"{cls.__name__} has no option {name!r}; {did_you_mean(name, keywords)}")
+        policy = given.pop("policy", None)
+        model = super().load(
+            path, env, device, custom_objects, print_system_info, force_reset, **cls._as_attributes(given)
+        )
+        if policy not in (None, model.policy_class) and cls.policy_aliases.get(policy) is not model.policy_class:
+            raise InputError(f"policy={policy!r}, but {path} is of {model.policy_class.__name__}; leave it out")
+        for name in ("ep_info_buffer", "ep_success_buffer"):
+            known = getattr(model, name)
+            if known is not None:  # what was saved has the window that it had
+                setattr(model, name, deque(known, maxlen=model._stats_window_size))
+        return model
+
+    @classmethod
+    def _as_attributes(cls, given: dict[str, Any]) -> dict[str, Any]:
+        """What the constructor makes of keywords whose attributes have other names."""
+        names = {"stats_window_size": "_stats_window_size", "policy_kwargs": "_changed_policy_kwargs"}
+        return {names.get(name, name): value for name, value in given.items()}
+
+    def _setup_learn(
+        self, total_timesteps: int, callback: MaybeCallback = None, *args: Any, **kwargs: Any
+    ) -> tuple[int, BaseCallback]:
+        """As in Stable-Baselines3, but progress is known from the first rollout on, which explores by it."""
+        total_timesteps, callback = super()._setup_learn(total_timesteps, callback, *args, **kwargs)
+        if isinstance(self.policy, VLAPolicy) and total_timesteps > self.num_timesteps:
+            self._update_current_progress_remaining(self.num_timesteps, total_timesteps)
+        return total_timesteps, callback
+
+    def _update_current_progress_remaining(self, num_timesteps: int, total_timesteps: int) -> None:
+        super()._update_current_progress_remaining(num_timesteps, total_timesteps)
+        if isinstance(self.policy, VLAPolicy):  # the last rollout goes beyond the end where it does not fit
+            self._current_progress_remaining = max(self._current_progress_remaining, 0.0)
+
+    def set_env(self, env: GymEnv, force_reset: bool = True) -> None:
+        """As in Stable-Baselines3.
+
+        :raises ValueError: for environments that cannot draw tasks as ``task_sampling`` says.
+        """
+        super().set_env(env, force_reset)
+        self._check_task_sampling()
 
     def _init_callback(self, callback: MaybeCallback, progress_bar: bool = False) -> BaseCallback:
         """As in Stable-Baselines3, but the bar tells the success rate too."""
@@ -956,22 +1126,38 @@ def _fuse(optimizer: torch.optim.Optimizer) -> None:
                 optimizer.state[weights]["step"] = optimizer.state[weights]["step"].to(weights.device)
 
 
+def _number_or_schedule(name: str, value: Any) -> Any:
+    """What Stable-Baselines3 takes for a schedule, which NumPy's numbers are not.
+
+    :raises ValueError: for anything else.
+    """
+    optional = name in ("clip_range_vf", "clip_range_high")
+    if isinstance(value, Real):
+        return float(value)
+    if callable(value) or (optional and value is None):
+        return value
+    or_none = ", None" if optional else ""
+    raise InputError(f"{name}={value!r}; expected a number{or_none} or a function of the share of training left")
+
+
 class _NoBuffer:
     """Stands in for the stock rollout buffer while VLAPolicy's own is not built yet."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
 
 
-def check_batch_size(batch_size: int, n_steps: int, n_envs: int) -> None:
+def check_batch_size(batch_size: int, n_steps: int, n_envs: int, algorithm: str | None = None) -> None:
     """Find out whether minibatches divide a rollout.
 
+    :param algorithm: name of the class that may have been loaded with other environments, for the message.
     :raises ValueError: if they do not; the message names the nearest size that does.
     """
     decisions = n_steps * n_envs
     if decisions % batch_size:
         divisors = [size for size in range(1, decisions + 1) if decisions % size == 0]
         nearest = min(divisors, key=lambda size: abs(size - batch_size))
-        raise ValueError(
+        fix = f"; for a saved algorithm {algorithm}.load(path, env, batch_size={nearest})" if algorithm else ""
+        raise InputError(
             f"batch_size={batch_size} does not divide a rollout of n_steps={n_steps} decisions of {n_envs} "
-            f"environments, {decisions} in all; the nearest that does is {nearest}"
+            f"environments, {decisions} in all; the nearest that does is {nearest}{fix}"
         )

@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 from stable_baselines3.common import utils
 
+from sb3_vla.errors import InputError
+
 
 def bf16_supported() -> bool:
     """Whether this processor multiplies bfloat16 in hardware."""
@@ -34,6 +36,16 @@ def autocast(enabled: bool | None, device_type: str = "cpu") -> AbstractContextM
     return torch.autocast(device_type, dtype=torch.bfloat16, enabled=uses_bf16(enabled, device_type))
 
 
+def acting_precision(enabled: bool | None, device_type: str) -> AbstractContextManager[None]:
+    """The precision in which a policy acts, in rollouts and evaluations; an update computes log-probabilities anew.
+
+    On a GPU it is that of the update, where float32 would take several times as long; on a CPU float32.
+
+    :param enabled: that of the update, see :func:`uses_bf16`.
+    """
+    return autocast(enabled if device_type != "cpu" else False, device_type)
+
+
 def get_device(name: str) -> torch.device:
     """A device by its name; ``auto`` is a GPU where there is one.
 
@@ -41,5 +53,5 @@ def get_device(name: str) -> torch.device:
     """
     device = utils.get_device(name)
     if name != "auto" and torch.device(name).type != device.type:
-        raise ValueError(f"device={name!r}, but PyTorch {torch.__version__} finds no such device; use device='auto'")
+        raise InputError(f"device={name!r}, but PyTorch {torch.__version__} finds no such device; use device='auto'")
     return device

@@ -1,8 +1,9 @@
 """Recipes: what a training in MetaWorld is made of, as typed YAML with the key paths of RLinf's recipes.
 
 A recipe lies in ``sb3_vla/embodiment/NAME.yaml``, also in an installed package. It says what differs from the defaults
-below, or from the recipe that it names as its ``base``. :mod:`sb3_vla.plan` says what its keys mean to the learner;
-every key that is taken is used. Keys of RLinf's that are not taken are refused with the reason.
+below, or from the recipe that it names as its ``base``: a file beside it, or else one of these. :mod:`sb3_vla.plan`
+says what its keys mean to the learner; every key that is taken is used. Keys of RLinf's that are not taken are refused
+with the reason.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from mw_envs.tasks import did_you_mean
+from mw_envs.tasks import INSTRUCTION_BYTES, did_you_mean
 from sb3_vla.cluster import ClusterOptions, PlacementError
 from sb3_vla.config import ConfigError, leaves, load_config, read_layers
+from sb3_vla.paths import local_path
 
 RECIPES = Path(__file__).parent / "embodiment"
 
@@ -83,7 +85,8 @@ class AlgorithmSection:
     :param task_sampling: ``uniform``, or ``signal`` to draw more often the tasks that are solved now and then.
     :param group_size: episodes of one trial (grpo).
     :param filter_rewards: whether a group counts only between the bounds (grpo).
-    :param rewards_lower_bound: least mean reward of a group's episodes (grpo).
+    :param rewards_lower_bound: least mean reward of a group's episodes (grpo); a success earns
+        ``env.train.reward_coef``.
     :param rewards_upper_bound: greatest one (grpo).
     :param normalize_length: whether each episode weighs the same, instead of each decision (grpo).
     :param rehearsal_coef: weight of the imitation loss on the demonstrations of ``data``; 0 for none.
@@ -248,10 +251,13 @@ class ModelSection:
     :param model_path: checkpoint to start from, a folder or ``hf://owner/name`` on the Hugging Face hub. None for a new
         model, which imitates the demonstrations of ``data`` first; only models that train from scratch can do without.
     :param model_kwargs: the model's own options: of a new one, or what a published checkpoint does not say.
+    :param crop: window of the view that the model sees, such as ``workspace``, where ``model_path`` does not say it.
+    :param camera: whose view it sees, where ``model_path`` does not say it.
     :param trainable: ``all``, ``expert`` to freeze the backbone, ``adaptive`` (pi0.5), or ``lora`` for adapters alone.
     :param lora: options of adapters in what ``trainable`` leaves frozen, see :class:`sb3_vla.models.lora.LoRA`; None
         for none, or with ``trainable: lora`` for the defaults.
-    :param frozen_bf16: a frozen backbone's weights in bfloat16 (pi0, pi0.5); not with ``trainable: all``.
+    :param frozen_bf16: a frozen backbone's weights in bfloat16 (pi0, pi0.5), also while it is evaluated; not with
+        ``trainable: all``.
     :param gradient_checkpointing: layers compute again what the backward pass needs, for less memory.
     :param compile: arguments of ``torch.compile``, such as ``{mode: reduce-overhead}``; None for no compilation.
     :param cache_perception: whether a rollout keeps what a frozen backbone perceived, so that an update costs no more
@@ -264,13 +270,15 @@ class ModelSection:
     :param noise_kwargs: the distribution's other options.
     :param final_noise_scale: factor of the exploration noise at the end; it falls linearly from 1.
     :param privileged_critic: whether the critic sees the simulator's state (gae).
-    :param precision: of updates, and on a GPU of rollouts: ``float32``, ``bf16``, or ``auto`` for what the machine
-        computes faster.
+    :param precision: of updates, and on a GPU of rollouts and evaluations: ``float32``, ``bf16``, or ``auto`` for what
+        the machine computes faster.
     """
 
     model_type: str = "pi0"
     model_path: str | None = None
     model_kwargs: dict[str, Any] = field(default_factory=dict)
+    crop: Any = None
+    camera: str | None = None
     trainable: str = "expert"
     lora: dict[str, Any] | None = None
     frozen_bf16: bool = False
@@ -342,6 +350,7 @@ class DataSection:
     :param noise_std: of the pushes that lead an expert off its path.
     :param image_size: side of the pictures that are kept, which is what the model reads.
     :param crop: window of the view that experts are shown in: ``workspace``, or ``full``.
+    :param instruction_bytes: bytes of UTF-8 that a sentence may have.
     """
 
     path: str | None = None
@@ -350,6 +359,7 @@ class DataSection:
     noise_std: float = 0.5
     image_size: int = 96
     crop: str = "full"
+    instruction_bytes: int = INSTRUCTION_BYTES
 
 
 @dataclass
@@ -368,6 +378,7 @@ class SFTSection:
     :param shift: pictures are shifted by up to this many pixels.
     :param validation_fraction: share of episodes kept out, for the validation loss.
     :param validation_interval: steps between validations.
+    :param checkpoint_interval: steps between the states from which an interrupted imitation goes on.
     """
 
     steps: int = 20_000
@@ -382,6 +393,7 @@ class SFTSection:
     shift: int = 2
     validation_fraction: float = 0.05
     validation_interval: int = 250
+    checkpoint_interval: int = 250
 
 
 @dataclass
@@ -397,6 +409,8 @@ class Recipe:
     data: DataSection = field(default_factory=DataSection)
     sft: SFTSection = field(default_factory=SFTSection)
 
+    #: what a recipe of one's own can build on
+    BASES: ClassVar[Path] = RECIPES
     #: RLinf's names of the same things
     ALIASES: ClassVar[dict[str, str]] = {
         "actor.model.openpi.noise_level": "actor.model.noise_level",
@@ -466,9 +480,11 @@ def find_recipe(name: str) -> Path:
 
     :raises ConfigError: if there is none; the message offers the nearest.
     """
-    path = Path(name).expanduser()
+    path = local_path(name)
     if path.suffix in (".yaml", ".yml"):
-        return path  # whoever reads it says what is wrong with it
+        shipped = RECIPES / path
+        # Of one that is not there, whoever reads it says so.
+        return shipped if shipped.is_file() and not path.exists() else path
     if name not in recipe_names():
         raise ConfigError(f"Unknown recipe {name!r}; {did_you_mean(name, recipe_names())}. sb3-vla train --list")
     return RECIPES / f"{name}.yaml"
@@ -496,7 +512,7 @@ def given_keys(name: str, overrides: Iterable[str] = ()) -> list[str]:
 
     :param name: see :func:`find_recipe`.
     """
-    _, own = read_layers(find_recipe(name))[-1]
+    _, own = read_layers(find_recipe(name), RECIPES)[-1]
     said = [override.partition("=")[0].strip() for override in overrides]
     changed = {path.rpartition(".")[0] for path in said}
     paths = [path for path in leaves(own) if path.rpartition(".")[0] not in changed]
@@ -509,6 +525,6 @@ def summary(name: str) -> str:
     :param name: see :func:`find_recipe`.
     """
     path = find_recipe(name)
-    read_layers(path)  # for the errors
+    read_layers(path, RECIPES)  # for the errors
     first = path.read_text(encoding="utf-8").splitlines()[0]
     return first.removeprefix("#").strip() if first.startswith("#") else ""

@@ -25,8 +25,10 @@ import yaml
 from mw_envs import DIFFICULTIES
 from mw_envs.tasks import suite_tasks
 from sb3_vla.charts import Line, bars, heat_map, line_chart, trial_map
+from sb3_vla.errors import InputError
 from sb3_vla.figures import metric_series, smoothed
 from sb3_vla.page import STYLE, Html, bullets, details, markup, paragraphs, table
+from sb3_vla.paths import local_path
 from sb3_vla.published import PUBLISHED
 from sb3_vla.results import Comparison, EvaluationResult, compare
 from sb3_vla.run import RunDirectory, RunError
@@ -80,9 +82,9 @@ def write_report(run: str | Path, output: str | Path | None = None, *, embed_mb:
     :raises ValueError: if ``embed_mb`` is negative
     """
     if not embed_mb >= 0:
-        raise ValueError(f"embed_mb={embed_mb}; expected 0, to link all videos, or more")
+        raise InputError(f"embed_mb={embed_mb}; expected 0, to link all videos, or more")
     content = _read(RunDirectory(run))
-    target = Path(output).expanduser() if output is not None else content.path / "report.html"
+    target = local_path(output) if output is not None else content.path / "report.html"
     page = _page(content, target, embed_mb * _MEGABYTE)
     try:
         with atomic_path(target) as temporary:

@@ -22,6 +22,8 @@ from rich.table import Table as RichTable
 
 from mw_envs import DIFFICULTIES, TASKS, Trial
 from mw_envs.tasks import did_you_mean
+from sb3_vla.errors import InputError, NotThereError
+from sb3_vla.paths import local_path
 from sb3_vla.statistics import (
     Estimate,
     PairedDifference,
@@ -86,7 +88,7 @@ def find_protocol(protocol: str | Protocol) -> Protocol:
     if isinstance(protocol, Protocol):
         return protocol
     if protocol not in PROTOCOLS:
-        raise ValueError(f"Unknown evaluation protocol {protocol!r}; {did_you_mean(protocol, PROTOCOLS)}.")
+        raise InputError(f"Unknown evaluation protocol {protocol!r}; {did_you_mean(protocol, PROTOCOLS)}.")
     return PROTOCOLS[protocol]
 
 
@@ -216,10 +218,10 @@ class EvaluationResult(_Report):
         :raises ValueError: if there is no task, or one that was not evaluated
         """
         if not tasks:
-            raise ValueError("Expected at least one task, got none.")
+            raise InputError("Expected at least one task, got none.")
         for task in tasks:
             if task not in self.tasks:
-                raise ValueError(f"Task {task!r} was not evaluated; {did_you_mean(task, self.tasks)}.")
+                raise InputError(f"Task {task!r} was not evaluated; {did_you_mean(task, self.tasks)}.")
         return dataclasses.replace(
             self, trials=tuple(outcome for outcome in self.trials if outcome.trial.task in tasks)
         )
@@ -257,20 +259,27 @@ class EvaluationResult(_Report):
 
         :param path: the file
         :return: an equal result
+        :raises FileNotFoundError: if there is no such file
         :raises ValueError: if the file is not one
+        :raises FileNotFoundError: if it is not there, or a folder
         """
+        if not Path(path).is_file():
+            found = "is a folder" if Path(path).is_dir() else "does not exist"
+            raise NotThereError(f"{path} {found}; expected the JSON file that `sb3-vla eval output=...` wrote")
         try:
-            stored = json.loads(Path(path).read_text(encoding="utf-8"))
+            stored = json.loads(local_path(path).read_text(encoding="utf-8"))
             if stored["format"] != _FORMAT:
-                raise ValueError(f"its format is {stored['format']!r}")
+                raise InputError(f"its format is {stored['format']!r}")
             trials = tuple(
                 TrialResult(Trial(row["task"], row["seed"], row["goal"]), **_without(row, *Trial._fields))
                 for row in stored["trials"]
             )
             protocol = Protocol(**stored["protocol"])
             return cls(protocol, trials, stored["versions"], stored["env_kwargs"], stored["deterministic"])
+        except FileNotFoundError as error:
+            raise NotThereError(f"There is no result {path}; expected a JSON file that sb3-vla eval wrote") from error
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} is not a file of the format {_FORMAT!r}: {error!r}.") from error
+            raise InputError(f"{path} is not a file of the format {_FORMAT!r}: {error!r}.") from error
 
     def _mean(self, weights: npt.NDArray[np.float64] | None) -> Estimate:
         rates = self.per_task().values()
@@ -396,7 +405,7 @@ def compare(
     for field in ("name", "horizon", "settle_steps"):
         one, other = getattr(before.protocol, field), getattr(after.protocol, field)
         if one != other:
-            raise ValueError(f"A comparison needs one protocol, but its {field} is {one!r} before and {other!r} after.")
+            raise InputError(f"A comparison needs one protocol, but its {field} is {one!r} before and {other!r} after.")
     check_same_trials(before.successes, after.successes)
     return Comparison(before, after, names)
 

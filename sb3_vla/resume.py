@@ -22,6 +22,7 @@ from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecTranspose
 
 from sb3_vla.checkpoints.training_state import load_training_state, save_training_state
 from sb3_vla.distributed import Ranks
+from sb3_vla.errors import InputError
 from sb3_vla.metrics import EpisodeRecord
 from sb3_vla.ppo import PPO
 from sb3_vla.sharding import whole_optimizer_state, whole_weights
@@ -60,7 +61,7 @@ def save_algorithm(folder: Path | None, algorithm: PPO) -> None:
         # An update's metrics are written with the next rollout's.
         "log": [[key, value, log.name_to_excluded[key]] for key, value in log.name_to_value.items()],
     }
-    optimizer_state = whole_optimizer_state(algorithm.policy.optimizer)
+    optimizer_state = whole_optimizer_state(algorithm.policy.optimizer, algorithm.policy)
     with whole_weights(algorithm.policy):
         if folder is not None:
             save_training_state(folder, {"policy": algorithm.policy}, optimizer_state, values)
@@ -76,7 +77,7 @@ def load_algorithm(folder: Path, algorithm: PPO) -> None:
     env, ranks = _environment(algorithm), algorithm.ranks
     count = env.num_envs * ranks.count
     if len(values["environments"]) != count:
-        raise ValueError(f"{folder} is of {len(values['environments'])} environments; this algorithm has {count}")
+        raise InputError(f"{folder} is of {len(values['environments'])} environments; this algorithm has {count}")
     own = slice(ranks.rank * env.num_envs, (ranks.rank + 1) * env.num_envs)
     if values["ranks"] != ranks.count:
         warnings.warn(
@@ -91,7 +92,7 @@ def load_algorithm(folder: Path, algorithm: PPO) -> None:
     algorithm._last_episode_starts = np.array(values["episode_starts"][own], dtype=bool)
     for task, episodes in values["episodes"].items():
         if any(len(episode) != len(EpisodeRecord._fields) for episode in episodes):
-            raise ValueError(f"{folder} is of an earlier version, which kept less; start the training anew")
+            raise InputError(f"{folder} is of an earlier version, which kept less; start the training anew")
         algorithm._episodes[task].extend(EpisodeRecord(*episode) for episode in episodes)
     algorithm.ep_info_buffer = deque(values["episode_infos"], maxlen=algorithm._stats_window_size)
     algorithm.ep_success_buffer = deque(values["successes"], maxlen=algorithm._stats_window_size)
@@ -111,10 +112,10 @@ def _environment(algorithm: PPO) -> VecEnv:
     wrapper: Any = env
     while isinstance(wrapper, VecEnvWrapper):
         if not isinstance(wrapper, VecTransposeImage):
-            raise ValueError(f"A training can go on exactly without {type(wrapper).__name__}, whose state is not kept")
+            raise InputError(f"A training can go on exactly without {type(wrapper).__name__}, whose state is not kept")
         wrapper = wrapper.venv
     if not env.has_attr("snapshot"):
-        raise ValueError(
+        raise InputError(
             "These environments cannot tell their state: a training can go on exactly only with a method snapshot() "
             'and a reset option "snapshot", such as those of mw_envs'
         )

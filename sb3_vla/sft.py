@@ -5,32 +5,34 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from torch import Tensor
+from torch import Tensor, nn
 
-from mw_envs.tasks import encode_instruction
+from mw_envs.tasks import INSTRUCTION_BYTES, encode_instruction
 from sb3_vla.checkpoints import load_checkpoint, save_checkpoint
-from sb3_vla.checkpoints.native import NORMALISED
+from sb3_vla.checkpoints.native import NORMALISED, refuse_other_files
 from sb3_vla.checkpoints.training_state import load_training_state, save_training_state
 from sb3_vla.demonstrations import Demonstrations
-from sb3_vla.distributed import Ranks, current_ranks
+from sb3_vla.distributed import Ranks, join_for_good
+from sb3_vla.errors import InputError
+from sb3_vla.frozen import FrozenWeights, Unfrozen
 from sb3_vla.models import VLAModel, make_model
 from sb3_vla.models.lora import prepare_training
 from sb3_vla.noise import part_of_batch
+from sb3_vla.paths import local_path
 from sb3_vla.precision import autocast, get_device
 from sb3_vla.sharding import whole_optimizer_state
 from sb3_vla.stopping import Stopped, stop_request
+from sb3_vla.views import known_view, warn_once
 
-# A deviation of nothing (a gripper that never moves) must not blow up what is divided by it.
-_SMALLEST_STD = 1e-2
 _VALIDATION_SAMPLES = 1024
 
 
@@ -60,9 +62,13 @@ class SFTConfig:
     :param shift: pictures are shifted by up to this many pixels.
     :param validation_fraction: share of episodes kept out, for the validation loss.
     :param validation_interval: steps between validations.
+    :param checkpoint_interval: steps between the states from which an interrupted training goes on.
     :param bf16: bfloat16 autocast; None where the processor has it.
     :param seed: of weights, order and noise.
     """
+
+    #: see :func:`sb3_vla.config.deciding_settings`; of the checkpoint the contents decide
+    INCIDENTAL: ClassVar[tuple[str, ...]] = ("checkpoint", "model_kwargs", "gradient_checkpointing", "device")
 
     model: str = "compact"
     model_kwargs: dict[str, Any] = field(default_factory=dict)
@@ -84,13 +90,14 @@ class SFTConfig:
     shift: int = 2
     validation_fraction: float = 0.05
     validation_interval: int = 250
+    checkpoint_interval: int = 250
     bf16: bool | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "draws", "action_horizon", "validation_interval"):
+        for name in ("steps", "batch_size", "draws", "action_horizon", "validation_interval", "checkpoint_interval"):
             if getattr(self, name) < 1:
-                raise ValueError(f"sft.{name}={getattr(self, name)}; expected at least 1")
+                raise InputError(f"sft.{name}={getattr(self, name)}; expected at least 1")
 
 
 @dataclass
@@ -124,7 +131,10 @@ class DemonstrationBatches:
         self.horizon = horizon
         self.shift = shift
         self.generator = np.random.default_rng(seed)
-        self._instructions = np.stack([encode_instruction(text) for text in demonstrations.instructions])
+        length = demonstrations.instruction_bytes
+        self._instructions = np.stack(
+            [encode_instruction(text, length, "the demonstrations") for text in demonstrations.instructions]
+        )
 
     def sample(self, size: int, rows: np.ndarray | None = None) -> tuple[dict[str, Tensor], Tensor, Tensor]:
         """A batch with replacement: observation, actions (N, H, A), mask (N, H).
@@ -163,9 +173,9 @@ def sft(
     output: str | Path | None = None,
     progress: bool = True,
     on_step: Callable[[dict[str, float]], None] | None = None,
-    checkpoint_interval: int = 250,
     save_state: Callable[[int], AbstractContextManager[Path]] | None = None,
     resume_from: Path | None = None,
+    notes: Mapping[str, Any] | None = None,
 ) -> SFTResult:
     """Train a model to imitate. Under ``torchrun`` ranks share each batch, and rank 0 validates and writes.
 
@@ -174,17 +184,21 @@ def sft(
     :param output: folder for the resulting checkpoint.
     :param progress: show a progress bar with losses.
     :param on_step: called with each row of the history.
-    :param checkpoint_interval: steps between saved states.
     :param save_state: gives the folder for the state at a step, such as ``RunDirectory.checkpoint``.
     :param resume_from: such a folder; training goes on from there to the same result as without the interrupt.
+    :param notes: for the resulting checkpoint, besides steps, batch size and frames.
     :raises ValueError: if data and model do not fit, or the loss stops being finite.
     """
-    ranks = current_ranks()
+    ranks = join_for_good()
+    if output is not None:
+        refuse_other_files(local_path(output).resolve())  # before the work
     torch.manual_seed(config.seed)
     train_frames, validation_frames = demonstrations.split(config.validation_fraction, config.seed)
     model = _make_model(demonstrations, config)
     batches = DemonstrationBatches(demonstrations, train_frames, model.action_horizon, config.shift, config.seed)
-    validation = _validation_batches(demonstrations, validation_frames, model.action_horizon, config.seed)
+    validation = []
+    if ranks.leads:  # the others do not validate, and need no copy of the pictures
+        validation = _validation_batches(demonstrations, validation_frames, model.action_horizon, config.seed)
     trainable = config.trainable or model.default_trainable
     prepare_training(
         model,
@@ -210,11 +224,16 @@ def sft(
 
     schedule = get_cosine_schedule_with_warmup(optimizer, config.warmup_steps, config.steps)
     history: list[dict[str, float]] = []
-    notes = {
-        "view": demonstrations.camera,
-        "sft": {"steps": config.steps, "batch_size": config.batch_size, "frames": len(demonstrations)},
+    length = demonstrations.instruction_bytes
+    view = demonstrations.camera | ({} if length == INSTRUCTION_BYTES else {"instruction_bytes": length})
+    imitated = {
+        "steps": config.steps,
+        "batch_size": config.batch_size,
+        "frames": len(demonstrations),
+        "shift": config.shift,
+        **(notes or {}),
     }
-    modules = {"model": model, "averaged": averaged}
+    modules = _saved(model, averaged, config)
     first_step = 1
     if resume_from is not None:
         state = load_training_state(resume_from, modules, optimizer)
@@ -223,6 +242,11 @@ def sft(
         schedule.load_state_dict(state["schedule"])
         for group, rate in zip(optimizer.param_groups, schedule.get_last_lr(), strict=True):
             group["lr"] = rate
+    if known_view(demonstrations.camera) is None:
+        warn_once(
+            "The demonstrations do not say which view their pictures show, so the checkpoint does not either. Give "
+            'crop and camera, or set demonstrations.camera, such as {"camera": "corner2", "crop": "workspace"}'
+        )
     ranks.check_same(model.state_dict(), "the model")
     started = time.perf_counter() - (history[-1]["seconds"] if history else 0.0)
     with stop_request() as stop, _bar(config.steps, progress and ranks.leads) as bar:
@@ -236,24 +260,25 @@ def sft(
             loss.backward()
             train_loss = ranks.sum_gradients(model.parameters(), {"loss": loss.item()})["loss"]
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-            if not torch.isfinite(norm):
-                raise ValueError(
+            if not (math.isfinite(train_loss) and torch.isfinite(norm)):
+                raise InputError(
                     f"Imitation diverged at step {step} (loss {train_loss}); lower learning_rate={config.learning_rate}"
                 )
             optimizer.step()
             schedule.step()
             _average(averaged, model, min(config.ema_decay, step / (step + 10)))
             row = {"step": step, "seconds": time.perf_counter() - started, "train_loss": train_loss}
-            if validation and ranks.leads and (step % config.validation_interval == 0 or step == config.steps):
+            if validation and (step % config.validation_interval == 0 or step == config.steps):
                 row["validation_loss"] = _validation_loss(averaged, validation, config)
             history.append(row)
             if on_step is not None and ranks.leads:
                 on_step(row)
             recent = np.mean([r["train_loss"] for r in history[-50:]])
-            shown = next((r["validation_loss"] for r in reversed(history) if "validation_loss" in r), math.nan)
-            bar.update(task, advance=1, losses=f"loss {recent:.3f}  validation {shown:.3f}")
+            validated = next((r["validation_loss"] for r in reversed(history) if "validation_loss" in r), None)
+            shown = "" if validated is None else f"  validation {validated:.3f}"
+            bar.update(task, advance=1, losses=f"loss {recent:.3f}{shown}")
             stopped_by = stop.common(ranks)
-            due = step < config.steps and (step % checkpoint_interval == 0 or stopped_by is not None)
+            due = step < config.steps and (step % config.checkpoint_interval == 0 or stopped_by is not None)
             if save_state is not None and ranks.leads and due:
                 values = {
                     "step": step,
@@ -262,12 +287,12 @@ def sft(
                     "schedule": schedule.state_dict(),
                 }
                 with save_state(step) as folder:
-                    save_training_state(folder, modules, whole_optimizer_state(optimizer), values)
+                    save_training_state(folder, modules, whole_optimizer_state(optimizer, model), values)
             if stopped_by is not None and step < config.steps:
                 raise Stopped(stopped_by)
     averaged.cpu()
     if output is not None and ranks.leads:
-        save_checkpoint(output, averaged, notes=notes)
+        save_checkpoint(output, averaged, notes={"view": view, "sft": imitated})
     return SFTResult(averaged, history, time.perf_counter() - started)
 
 
@@ -299,6 +324,16 @@ def shared_imitation_loss(
     return weight / sum(ranks.gather(weight)) * loss
 
 
+def _saved(model: VLAModel, averaged: VLAModel, config: SFTConfig) -> dict[str, nn.Module | Unfrozen]:
+    """What a state holds: frozen weights, which both models share, once, and not at all where a checkpoint has them."""
+    names = [name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad]
+    if not names:
+        return {"model": model, "averaged": averaged}
+    frozen = FrozenWeights(names)
+    whole = model if config.checkpoint is None else Unfrozen(model, frozen)
+    return {"model": whole, "averaged": Unfrozen(averaged, frozen)}
+
+
 def _make_model(demonstrations: Demonstrations, config: SFTConfig) -> VLAModel:
     if config.checkpoint is not None:
         loaded = load_checkpoint(config.checkpoint, config.model_kwargs)
@@ -314,26 +349,26 @@ def _make_model(demonstrations: Demonstrations, config: SFTConfig) -> VLAModel:
     if not normalised:
         model.set_statistics(_statistics(demonstrations, model))
     if demonstrations.images.shape[1:3] != model.image_size:
-        raise ValueError(
+        raise InputError(
             f"The demonstrations' pictures are {demonstrations.images.shape[1:3]}, the model reads {model.image_size}; "
             f"load them with image_size={model.image_size[0]}"
         )
     if demonstrations.actions.shape[1] != model.action_dim:
-        raise ValueError(
+        raise InputError(
             f"The data has {demonstrations.actions.shape[1]}-D actions, the model {model.action_dim}-D ones"
         )
     return model
 
 
 def _statistics(demonstrations: Demonstrations, model: VLAModel) -> dict[str, Tensor]:
-    """Statistics of the data, those that the model has a place for, none of them a range of next to nothing."""
-    found: dict[str, Tensor] = {}
-    for name, values in demonstrations.statistics().items():
-        values["std"] = np.maximum(values["std"], _SMALLEST_STD)
-        values["q99"] = np.maximum(values["q99"], values["q01"] + 2 * _SMALLEST_STD)
-        found |= {f"{name}_{statistic}": torch.from_numpy(value) for statistic, value in values.items()}
+    """Statistics of the data, those that the model has a place for."""
     places = dict(model.named_buffers())
-    return {name: value for name, value in found.items() if name in places}
+    return {
+        f"{name}_{statistic}": torch.from_numpy(value)
+        for name, values in demonstrations.statistics().items()
+        for statistic, value in values.items()
+        if f"{name}_{statistic}" in places
+    }
 
 
 def _validation_batches(

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sb3_vla.distributed import is_shard
+from sb3_vla.distributed import current_ranks, is_shard
 
 SHARDING = ("none", "fsdp")
 
@@ -77,12 +77,14 @@ def in_shards(module: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def whole_weights(module: nn.Module) -> Iterator[None]:
+def whole_weights(module: nn.Module, everywhere: bool = False) -> Iterator[None]:
     """Plain weights on the CPU in the place of shards, for saving.
 
-    All ranks must come and leave together, and each holds all of the weights meanwhile. Does nothing to a module that
-    is not sharded.
+    All ranks must come and leave together. Does nothing to a module that is not sharded.
+
+    :param everywhere: whether each rank gets them; else the first one, and the others get sizes alone (meta device).
     """
+    device = "cpu" if everywhere or current_ranks().leads else "meta"
     with in_shards(module):
         places = [
             (owner, name, parameter)
@@ -91,7 +93,7 @@ def whole_weights(module: nn.Module) -> Iterator[None]:
             if is_shard(parameter)
         ]
         for owner, name, parameter in places:
-            owner._parameters[name] = nn.Parameter(whole_tensor(parameter.detach()).cpu())
+            owner._parameters[name] = nn.Parameter(whole_tensor(parameter.detach()).to(device))
         try:
             yield
         finally:
@@ -108,28 +110,59 @@ def as_shards(module: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tenso
     }
 
 
-def whole_optimizer_state(optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Any]]:
-    """The optimiser's state by number of the parameter, without shards; all ranks must call it."""
-    state: dict[int, dict[str, Any]] = optimizer.state_dict()["state"]
-    return {
-        number: {key: whole_tensor(value) if isinstance(value, Tensor) else value for key, value in values.items()}
-        for number, values in state.items()
-    }
+def whole_optimizer_state(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[int, dict[str, Any]]:
+    """The optimiser's state by number of the parameter, without shards; all ranks must call it.
+
+    Of shards it is gathered tensor by tensor to the CPU of the first rank; the others get nothing.
+
+    :param module: whose parameters are optimised.
+    """
+    if not is_sharded(module) or not optimizer.state:
+        return optimizer.state_dict()["state"]
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+    with in_shards(module):
+        names = _names(optimizer, module)
+        found = get_optimizer_state_dict(module, optimizer, options=_whole())
+    state: Any = found.get("state", {})
+    return {number: state[name] for number, name in enumerate(names) if name in state}
 
 
-def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[int, dict[str, Tensor]]) -> None:
-    """Take a state of :func:`whole_optimizer_state`, in shards where parameters are; all ranks must call it."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    placed = {
-        number: {
-            key: _distributed(value, parameters[number])
-            if is_shard(parameters[number]) and value.shape == parameters[number].shape
-            else value
-            for key, value in values.items()
+def load_optimizer_state(
+    optimizer: torch.optim.Optimizer, module: nn.Module, state: Mapping[int, Mapping[str, Any]]
+) -> None:
+    """Take a state of :func:`whole_optimizer_state`; all ranks must call it. Where there are shards, it is the first
+    rank's, which is sent tensor by tensor.
+
+    :param module: whose parameters are optimised.
+    """
+    groups = optimizer.state_dict()["param_groups"]
+    if not is_sharded(module) or not current_ranks().from_first(bool(state)):
+        optimizer.load_state_dict({"state": dict(state), "param_groups": groups})
+        return
+    from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict
+
+    optimizer.state.clear()
+    with in_shards(module):
+        names = _names(optimizer, module)
+        named: dict[str, Any] = {
+            "state": {names[number]: values for number, values in state.items()},
+            "param_groups": [{**group, "params": [names[number] for number in group["params"]]} for group in groups],
         }
-        for number, values in state.items()
-    }
-    optimizer.load_state_dict({"state": placed, "param_groups": optimizer.state_dict()["param_groups"]})
+        options = _whole(broadcast_from_rank0=True)
+        set_optimizer_state_dict(module, optimizer, named if current_ranks().leads else {}, options=options)
+
+
+def _whole(**options: Any) -> Any:
+    from torch.distributed.checkpoint.state_dict import StateDictOptions
+
+    return StateDictOptions(full_state_dict=True, cpu_offload=True, **options)
+
+
+def _names(optimizer: torch.optim.Optimizer, module: nn.Module) -> list[str]:
+    """Of the optimiser's parameters, in their order; the module must be in shards."""
+    names = {parameter: name for name, parameter in module.named_parameters()}
+    return [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def whole_tensor(tensor: Tensor) -> Tensor:

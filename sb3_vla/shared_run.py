@@ -8,7 +8,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from sb3_vla.distributed import Ranks, current_ranks
+from sb3_vla.distributed import Ranks, join_for_good
 from sb3_vla.run import RunDirectory, Stage
 
 
@@ -23,16 +23,27 @@ class SharedRun(RunDirectory):
     """
 
     def __init__(self, path: str | os.PathLike[str], config: object | None = None) -> None:
-        self.ranks: Ranks = current_ranks()
-        self.ranks.first_does(lambda: RunDirectory(path, config).path)
-        super().__init__(path)
+        self.ranks: Ranks = join_for_good()
+        self.ranks.first_does(lambda: RunDirectory.__init__(self, path, config))
+        if not self.ranks.leads:
+            super().__init__(path)
+
+    def _traceback_file(self) -> Path:
+        rank = self.ranks.rank
+        return self.path / (f"traceback-rank{rank}.txt" if rank else "traceback.txt")
 
     @contextmanager
     def stage(
-        self, name: str, inputs: Mapping[str, Any], *, after: Sequence[str] = (), outputs: Sequence[str] = ()
+        self,
+        name: str,
+        inputs: Mapping[str, Any],
+        *,
+        length: int | None = None,
+        after: Sequence[str] = (),
+        outputs: Sequence[str] = (),
     ) -> Iterator[Stage]:
         """See :meth:`RunDirectory.stage`; complete when rank 0's block has ended."""
-        entered = super().stage(name, inputs, after=after, outputs=outputs)
+        entered = super().stage(name, inputs, length=length, after=after, outputs=outputs)
         if self.ranks.count == 1:
             with entered as found:
                 yield found
@@ -47,9 +58,9 @@ class SharedRun(RunDirectory):
         """See :meth:`RunDirectory.checkpoint`; a context of None on the ranks that do not write."""
         return super().checkpoint(stage, step, keep) if self.ranks.leads else nullcontext(None)
 
-    def latest_checkpoint(self, stage: str) -> Path | None:
+    def latest_checkpoint(self, stage: str, check: Callable[[Path], None] | None = None) -> Path | None:
         """See :meth:`RunDirectory.latest_checkpoint`."""
-        return self.ranks.first_does(lambda: super(SharedRun, self).latest_checkpoint(stage))
+        return self.ranks.first_does(lambda: super(SharedRun, self).latest_checkpoint(stage, check))
 
     def write_json(self, name: str, value: Any) -> Path:
         """See :meth:`RunDirectory.write_json`."""

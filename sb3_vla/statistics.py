@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mw_envs import Trial
+from sb3_vla.errors import InputError
 
 RESAMPLES = 10_000
 
@@ -61,7 +62,7 @@ def wilson_interval(successes: int, trials: int, confidence: float = 0.95) -> Es
     :raises ValueError: if a count or the confidence is out of range
     """
     if trials < 1 or not 0 <= successes <= trials:
-        raise ValueError(
+        raise InputError(
             f"Expected at least 1 trial and 0..trials successes, got {successes} successes of {trials} trials."
         )
     z = NormalDist().inv_cdf(0.5 + _checked_confidence(confidence) / 2)
@@ -84,7 +85,7 @@ def average_weights(groups: Sequence[str]) -> npt.NDArray[np.float64]:
     :raises ValueError: if there is no task
     """
     if not groups:
-        raise ValueError("Expected at least one task, got none.")
+        raise InputError("Expected at least one task, got none.")
     sizes = {group: list(groups).count(group) for group in groups}
     return np.array([1 / (len(sizes) * sizes[group]) for group in groups])
 
@@ -112,7 +113,7 @@ def bootstrap_interval(
     """
     arrays = [np.asarray(values, dtype=np.float64).ravel() for values in outcomes]
     if not arrays or any(values.size == 0 for values in arrays):
-        raise ValueError(
+        raise InputError(
             f"Expected at least one trial for each task, got the counts {[values.size for values in arrays]}."
         )
     task_weights = _checked_weights(weights, len(arrays))
@@ -150,7 +151,7 @@ def success_interval(
     :raises ValueError: if the lengths differ or a count is out of range
     """
     if len(successes) != len(trials):
-        raise ValueError(
+        raise InputError(
             f"Expected one count of trials for each task, got {len(successes)} tasks and {len(trials)} counts."
         )
     per_task = [wilson_interval(won, total, confidence) for won, total in zip(successes, trials, strict=True)]
@@ -225,11 +226,11 @@ def check_same_trials(before: Mapping[Trial, Any], after: Mapping[Trial, Any]) -
     :raises ValueError: naming the first trial that is missing in one of the two, or if there is none at all
     """
     if not before and not after:
-        raise ValueError("Expected at least one trial to compare, got none.")
+        raise InputError("Expected at least one trial to compare, got none.")
     for one, other, where in ((before, after, "only before"), (after, before, "only after")):
         missing = next((trial for trial in one if trial not in other), None)
         if missing is not None:
-            raise ValueError(
+            raise InputError(
                 f"A paired comparison needs the same trials before and after, but {missing} was run {where} "
                 f"({len(before)} trials before, {len(after)} after). Evaluate both with the same tasks, trials per "
                 "task and trial seed."
@@ -238,16 +239,16 @@ def check_same_trials(before: Mapping[Trial, Any], after: Mapping[Trial, Any]) -
 
 def _checked_confidence(confidence: float) -> float:
     if not 0 < confidence < 1:
-        raise ValueError(f"Expected a confidence between 0 and 1, such as 0.95, got {confidence}.")
+        raise InputError(f"Expected a confidence between 0 and 1, such as 0.95, got {confidence}.")
     return confidence
 
 
 def _checked_weights(weights: npt.ArrayLike | None, tasks: int) -> npt.NDArray[np.float64]:
     if tasks == 0:
-        raise ValueError("Expected at least one task, got none.")
+        raise InputError("Expected at least one task, got none.")
     if weights is None:
         return np.full(tasks, 1 / tasks)
     checked = np.asarray(weights, dtype=np.float64)
     if checked.shape != (tasks,):
-        raise ValueError(f"Expected one weight for each of {tasks} tasks, got the shape {checked.shape}.")
+        raise InputError(f"Expected one weight for each of {tasks} tasks, got the shape {checked.shape}.")
     return checked

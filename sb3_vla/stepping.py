@@ -16,6 +16,7 @@ from stable_baselines3.common.vec_env import VecEnv, VecTransposeImage
 from torch import Tensor
 
 from sb3_vla.distributions import Trace
+from sb3_vla.errors import InputError
 from sb3_vla.vec_env import SharedMemoryVecEnv
 
 Observations = dict[str, npt.NDArray[Any]]
@@ -74,7 +75,7 @@ def check_decision(actions: npt.NDArray[Any], values: Tensor, observations: Mapp
         else "their observations are finite, so the weights are at fault: go back to an earlier checkpoint and lower "
         "learning_rate or max_grad_norm"
     )
-    raise ValueError(f"Actions or values for {(~finite).sum()} of {len(finite)} environments are not finite; {cause}")
+    raise InputError(f"Actions or values for {(~finite).sum()} of {len(finite)} environments are not finite; {cause}")
 
 
 def check_rewards(rewards: npt.NDArray[Any], infos: list[dict[str, Any]]) -> None:
@@ -86,7 +87,7 @@ def check_rewards(rewards: npt.NDArray[Any], infos: list[dict[str, Any]]) -> Non
     """
     for i in np.flatnonzero(~np.isfinite(rewards)):
         task = f" (task {infos[i]['task']})" if "task" in infos[i] else ""
-        raise ValueError(f"Environment {i}{task} gave the reward {rewards[i]}; expected a finite number")
+        raise InputError(f"Environment {i}{task} gave the reward {rewards[i]}; expected a finite number")
 
 
 class Clock:

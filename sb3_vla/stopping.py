@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from sb3_vla.distributed import Ranks
+from sb3_vla.distributed import RankLostError, Ranks
+from sb3_vla.errors import ExpectedError
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -23,6 +24,13 @@ class Stopped(KeyboardInterrupt):
         super().__init__(signal.Signals(number).name)
         #: what a shell says of a process that this signal ended: 130 or 143
         self.exit_code = 128 + number
+
+    def __str__(self) -> str:
+        name, cause = super().__str__(), self.__cause__
+        if cause is None:
+            return name
+        first_line = (str(cause).splitlines() or [""])[0]
+        return f"{name}, after which this happened: {type(cause).__name__}: {first_line}"
 
 
 class StopRequest:
@@ -54,9 +62,10 @@ def stopped_by_signals() -> Iterator[None]:
 def stop_request() -> Iterator[StopRequest]:
     """Note the first signal for a loop that asks now and then, and raise :class:`Stopped` at the second.
 
-    An error that follows the first signal is taken for its consequence, as when the signal went to the workers too.
+    An error that follows the first signal may be its consequence, as when the signal went to the workers too.
 
-    :raises Stopped: in its place.
+    :raises Stopped: in its place, with the error as its cause; one that tells of something else, such as a full disk,
+        is raised itself.
     """
     request = StopRequest()
 
@@ -69,7 +78,8 @@ def stop_request() -> Iterator[StopRequest]:
         try:
             yield request
         except Exception as error:
-            if request.number is None:
+            elsewhere = isinstance(error, ExpectedError) and not isinstance(error, RankLostError)
+            if request.number is None or elsewhere:
                 raise
             raise Stopped(request.number) from error
 

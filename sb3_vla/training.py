@@ -23,31 +23,43 @@ from stable_baselines3.common.type_aliases import Schedule
 
 from mw_envs.rendering import get_renderer
 from mw_envs.tasks import did_you_mean, select_tasks
+from sb3_vla.buffers import ChunkRolloutBuffer
 from sb3_vla.checkpoints import LoadedCheckpoint, load_checkpoint, save_checkpoint
-from sb3_vla.demonstrations import Demonstrations, available_memory
-from sb3_vla.distributed import current_ranks
+from sb3_vla.checkpoints.native import refuse_other_files
+from sb3_vla.checkpoints.training_state import check_training_state
+from sb3_vla.demonstrations import Demonstrations
+from sb3_vla.distributed import join_for_good, ranks_on_this_machine
+from sb3_vla.distributions import make_distribution
+from sb3_vla.errors import InputError
 from sb3_vla.filming import Filmed, FilmEpisodes, TrainingFilms
-from sb3_vla.grpo import GRPO
+from sb3_vla.grpo import GRPO, groups_held
 from sb3_vla.holding import HoldAtEnd
 from sb3_vla.loggers import LoggerOptions, Loggers
+from sb3_vla.machine import available_memory
 from sb3_vla.memory import MemoryPlan, plan_memory
 from sb3_vla.models import VLAModel
 from sb3_vla.models.lora import prepare_training
+from sb3_vla.paths import local_path
 from sb3_vla.periodic import EvaluatePeriodically, PeriodicEvaluation
+from sb3_vla.policies import ValueHead
 from sb3_vla.ppo import PPO, check_batch_size
 from sb3_vla.precision import get_device, uses_bf16
 from sb3_vla.resume import load_algorithm, save_algorithm
 from sb3_vla.run import RunDirectory
-from sb3_vla.sft import DemonstrationBatches
+from sb3_vla.sft import DemonstrationBatches, SFTConfig
 from sb3_vla.sharding import whole_weights
+from sb3_vla.shared_run import SharedRun
 from sb3_vla.stopping import Stopped, StopRequest, stop_request
 from sb3_vla.vec_env import SharedMemoryVecEnv
+from sb3_vla.views import FULL_VIEW, known_view, settled_view, view_of, warn_of_another_view
 
 if TYPE_CHECKING:
     from sb3_vla.cluster.seat import Seat
 
 # Of progress where it is not drawn as a bar.
 _SECONDS_BETWEEN_LINES = 30.0
+# What the environments show to the critic alone, in numbers; and the width of that critic.
+_PRIVILEGED, _ELAPSED, _VALUE_WIDTH = 39, 1, 256
 
 
 def _constant(first: float, _: float) -> Schedule:
@@ -121,6 +133,11 @@ class TrainingConfig:
 
     algorithm: ClassVar[type[PPO]]
     _at_least_one: ClassVar[tuple[str, ...]] = ("num_envs", "horizon", "batch_size", "epochs", "checkpoint_interval")
+    #: see :func:`sb3_vla.config.deciding_settings`
+    INCIDENTAL: ClassVar[tuple[str, ...]] = (
+        *("num_workers", "device", "gradient_checkpointing", "compile", "cache_perception", "micro_batch_size"),
+        *("sharding", "checkpoint_interval", "keep_checkpoints"),
+    )
 
     num_envs: int = 16
     num_workers: int | None = None
@@ -163,12 +180,12 @@ class TrainingConfig:
         section = self.algorithm.__name__.lower()
         for name in self._at_least_one:
             if getattr(self, name) < 1:
-                raise ValueError(f"{section}.{name}={getattr(self, name)}; expected at least 1")
+                raise InputError(f"{section}.{name}={getattr(self, name)}; expected at least 1")
         if self.lr_scheduler not in LR_SCHEDULERS:
             known = did_you_mean(self.lr_scheduler, LR_SCHEDULERS)
-            raise ValueError(f"Unknown {section}.lr_scheduler={self.lr_scheduler!r}; {known}")
+            raise InputError(f"Unknown {section}.lr_scheduler={self.lr_scheduler!r}; {known}")
         if self.keep_checkpoints is not None and self.keep_checkpoints < 1:
-            raise ValueError(
+            raise InputError(
                 f"{section}.keep_checkpoints={self.keep_checkpoints}; expected at least 1, or null for all"
             )
 
@@ -204,6 +221,7 @@ class PPOConfig(TrainingConfig):
 
     algorithm: ClassVar[type[PPO]] = PPO
     _at_least_one: ClassVar[tuple[str, ...]] = (*TrainingConfig._at_least_one, "iterations", "decisions")
+    INCIDENTAL: ClassVar[tuple[str, ...]] = (*TrainingConfig.INCIDENTAL, "iterations")
 
     iterations: int = 60
     decisions: int = 128
@@ -251,6 +269,7 @@ class GRPOConfig(TrainingConfig):
 
     algorithm: ClassVar[type[PPO]] = GRPO
     _at_least_one: ClassVar[tuple[str, ...]] = (*TrainingConfig._at_least_one, "total_decisions", "groups")
+    INCIDENTAL: ClassVar[tuple[str, ...]] = (*TrainingConfig.INCIDENTAL, "total_decisions")
 
     total_decisions: int = 120_000
     group_size: int = 8
@@ -297,10 +316,12 @@ def train(
     :param run: the run directory.
     :param stage: name under which the run keeps the training's own checkpoints.
     :param config: settings, and by their type the algorithm.
-    :param checkpoint: where to start; its notes tell the view that the model was trained on.
+    :param checkpoint: where to start; its notes tell the view that the model was trained on, and where they do not,
+        ``env_kwargs`` should have ``camera`` and ``crop``.
     :param output: folder of the resulting checkpoint.
     :param tasks: which of the suite's tasks to practise; None for all.
-    :param demonstrations: for rehearsal.
+    :param demonstrations: for rehearsal; their pictures are shifted as far as the checkpoint's notes say that imitation
+        did, or by the default of :class:`~sb3_vla.sft.SFTConfig`.
     :param resume: go on from the stage's last checkpoint, if there is one, to the same weights and the same metrics
         that a training without an interrupt gives, bit for bit.
     :param env_kwargs: options of the environments that differ, such as ``reward``, or ``action_chunk`` where fewer
@@ -315,25 +336,30 @@ def train(
         None for this machine. The result is the same.
     :raises Stopped: after a signal.
     """
-    ranks = current_ranks()
-    start = load_checkpoint(checkpoint, model_kwargs)
-    options = _env_options(start, config, suite, split, tasks, {"renderer": renderer, **(env_kwargs or {})})
-    rehearsal = None
-    if config.rehearsal_coef > 0:
-        if demonstrations is None:
-            raise ValueError(f"rehearsal_coef={config.rehearsal_coef} needs demonstrations; give data, or set it to 0")
-        rehearsal = DemonstrationBatches(demonstrations, None, start.model.action_horizon, shift=4, seed=config.seed)
+    ranks = join_for_good()
+    if ranks.count > 1 and not isinstance(run, SharedRun):
+        raise InputError(f"{run.path} is written by {ranks.count} ranks; give them a sb3_vla.shared_run.SharedRun")
+    refuse_other_files(local_path(output).resolve())  # before the work
+    start = load_checkpoint(checkpoint, model_kwargs, weights=False)  # the policy reads them
+    said, given = start.notes.get("view", {}), dict(env_kwargs or {})
+    view = settled_view(checkpoint, said, {key: given[key] for key in FULL_VIEW if key in given}) or FULL_VIEW
+    options = _env_options(start, config, suite, split, tasks, {"renderer": renderer, **given, **view})
+    # What imitation did to the pictures: others would teach what the model has not seen.
+    shift = start.notes.get("sft", {}).get("shift", SFTConfig.shift)
+    rehearsal = _rehearsal(config, demonstrations, start.model.action_horizon, shift, view)
     make = functools.partial(gym.make, f"mw_envs:MetaWorld{suite}-v0", **options)
     if seat is None:
         _refuse_early(make, options["renderer"])
-    policy_kwargs = _policy_kwargs(config, checkpoint, model_kwargs, optimizer_kwargs)
+    policy_kwargs = {**_policy_kwargs(config, checkpoint, model_kwargs, optimizer_kwargs), "view": view}
     if isinstance(config, GRPOConfig):
         make = functools.partial(_holding, make)
     device = get_device(config.device)
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         plan = plan_training(start.model, config, action_chunk=options["action_chunk"], ranks=ranks.count)
-        plan.check(free, available_memory())
+        plan.check(free, available_memory() // ranks_on_this_machine())
+    notes = start.notes
+    del start  # of its model the sizes are known now, and the plan has changed it
     own = ranks.share(config.num_envs, "num_envs")
     makers: list[Callable[[], gym.Env]] = [make] * len(own)
     if ranks.leads:
@@ -350,11 +376,12 @@ def train(
             model.replicas = seat.replicas(model.policy)
         if config.kl_coef > 0:  # also after an interrupt it is the policy at the start
             model.anchor()
-        save = functools.partial(_save_policy, model, config, start.notes, tasks)
+        seen = {**said, **view, "render_size": options["image_size"]}
+        save = functools.partial(_save_policy, model, config, {**notes, "view": seen}, tasks)
         logger = Logger(str(run.path), [])
         model.set_logger(logger)
         env.seed(1000 * (config.seed + 1) + own.start)
-        latest = run.latest_checkpoint(stage) if resume else None
+        latest = run.latest_checkpoint(stage, check_training_state) if resume else None
         if latest is not None:
             load_algorithm(latest, model)
         done = model.num_timesteps
@@ -374,9 +401,9 @@ def train(
                     logger.output_formats += [*opened.writers, _RunMetrics(run, stage, seconds, model)]
                     callbacks += [] if films is None else [FilmEpisodes(films)]
                 if evaluation is not None:  # behind the checkpoint, from which a training goes on to the same
-                    seen, best = _seen(options), run.path / "checkpoints" / stage / "best"
+                    shown, best = _seen(options), run.path / "checkpoints" / stage / "best"
                     callbacks.append(
-                        EvaluatePeriodically(evaluation, seen, best, save, resumed=resume, say=callback.say)
+                        EvaluatePeriodically(evaluation, shown, best, save, resumed=resume, say=callback.say)
                     )
                 model.learn(remaining, callbacks, reset_num_timesteps=False)
                 callback.save()
@@ -384,7 +411,28 @@ def train(
         env.close()
         if seat is not None:
             seat.leave()
-    save(Path(output), {})
+    save(local_path(output), {})
+
+
+def _rehearsal(
+    config: PPOConfig | GRPOConfig,
+    demonstrations: Demonstrations | None,
+    horizon: int,
+    shift: int,
+    view: Mapping[str, Any],
+) -> DemonstrationBatches | None:
+    """Batches of what is rehearsed, if anything is.
+
+    :param view: of what is practised.
+    """
+    if config.rehearsal_coef <= 0:
+        return None
+    if demonstrations is None:
+        raise InputError(f"rehearsal_coef={config.rehearsal_coef} needs demonstrations; give data, or set it to 0")
+    rehearsed = known_view(demonstrations.camera)
+    if rehearsed is not None:
+        warn_of_another_view(rehearsed, view, "The demonstrations for rehearsal show")
+    return DemonstrationBatches(demonstrations, None, horizon, shift, config.seed)
 
 
 def _save_policy(
@@ -425,14 +473,18 @@ def plan_training(
     lora = {} if config.lora is None and config.trainable == "lora" else config.lora
     prepare_training(model, config.trainable, lora=lora, frozen_bf16=config.frozen_bf16)
     chunk = action_chunk or model.action_horizon - model.first_action
+    envs = -(-config.num_envs // ranks)
+    with torch.device("meta"):
+        distribution = make_distribution(config.distribution, model, chunk, **config.distribution_kwargs)
+        critic_only = _ELAPSED + (_PRIVILEGED if _sees_state(config) else 0)
+        critic = ValueHead(model.feature_dim, critic_only, _VALUE_WIDTH).requires_grad_(config.algorithm.has_critic)
+    noted = critic_only * torch.float32.itemsize
     if isinstance(config, GRPOConfig):
-        played = config.groups * config.group_size * -(-config.horizon // chunk)
-        decisions = -(-played // config.num_envs)
+        held = groups_held(config.groups, config.max_groups, config.group_size, envs, ranks)
+        decisions = -(-held * config.group_size * -(-config.horizon // chunk) // envs)
     else:
         decisions = config.decisions
-    options = config.distribution_kwargs
-    steps = int(options.get("denoising_steps") or 4)
-    joint = options.get("joint", config.distribution == "flow_noise")
+        noted += ChunkRolloutBuffer.bytes_of_numbers
     cached = model.caches_perception if config.cache_perception is None else config.cache_perception
     return plan_memory(
         model,
@@ -441,13 +493,19 @@ def plan_training(
         bf16=uses_bf16(config.bf16, "cpu" if config.device == "cpu" else "cuda"),
         gradient_checkpointing=config.gradient_checkpointing,
         world_size=ranks if config.sharding == "fsdp" else 1,
-        num_envs=-(-config.num_envs // ranks),
+        num_envs=envs,
         decisions=decisions,
         cache_perception=cached and config.trainable != "all" and lora is None,
-        denoisings=steps if joint else 1,
-        denoising_steps=steps,
+        denoisings=distribution.denoisings,
+        distribution=distribution,
+        critic=critic,
+        noted=noted,
         copies=int(config.kl_coef > 0),
     )
+
+
+def _sees_state(config: PPOConfig | GRPOConfig) -> bool:
+    return isinstance(config, GRPOConfig) or config.privileged_critic
 
 
 def _env_options(
@@ -465,7 +523,7 @@ def _env_options(
         "horizon": config.horizon,
         "tasks": tasks,
         # With GRPO it tells that a group's episodes begin alike.
-        "privileged_state": isinstance(config, GRPOConfig) or config.privileged_critic,
+        "privileged_state": _sees_state(config),
         "elapsed_time": True,
         **view_of(start.notes),
         **further,
@@ -535,16 +593,6 @@ def _policy_kwargs(
         "distribution_kwargs": config.distribution_kwargs,
         **optimizer,
     }
-
-
-def view_of(notes: dict[str, Any]) -> dict[str, Any]:
-    """Camera and crop that a checkpoint's model was trained on; the full default view if it does not say.
-
-    Where pictures were drawn larger than the model reads them, also the size.
-    """
-    camera = notes.get("view", {})
-    drawn = {"image_size": camera["render_size"]} if "render_size" in camera else {}
-    return {"camera": camera.get("camera", "corner2"), "crop": camera.get("crop"), **drawn}
 
 
 class _RunMetrics(KVWriter):

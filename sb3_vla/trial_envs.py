@@ -15,6 +15,7 @@ import numpy.typing as npt
 from gymnasium import spaces
 
 from mw_envs import Trial
+from sb3_vla.errors import InputError
 from sb3_vla.filming import EpisodeFilm, FilmOptions
 from sb3_vla.results import Protocol
 from sb3_vla.vec_env import SharedMemoryVecEnv, available_cores
@@ -131,9 +132,9 @@ def make_trial_env(protocol: Protocol, env_kwargs: Mapping[str, Any] | None = No
     chosen = plain_env_kwargs(env_kwargs or {})
     for key in chosen:
         if key in _FIXED_ENV_KWARGS:
-            raise ValueError(f"env_kwargs must not hold {key!r}: the evaluation decides it; choose another protocol.")
+            raise InputError(f"env_kwargs must not hold {key!r}: the evaluation decides it; choose another protocol.")
     if protocol.action_chunk is None:
-        raise ValueError(f"Protocol {protocol.name} leaves the chunk to the policy; give one with dataclasses.replace.")
+        raise InputError(f"Protocol {protocol.name} leaves the chunk to the policy; give one with dataclasses.replace.")
     try:
         env = gym.make(
             "mw_envs:MetaWorldMT50-v0",
@@ -145,7 +146,7 @@ def make_trial_env(protocol: Protocol, env_kwargs: Mapping[str, Any] | None = No
             **chosen,
         )
     except TypeError as error:
-        raise ValueError(f"env_kwargs={chosen} does not fit the environment: {error}") from error
+        raise InputError(f"env_kwargs={chosen} does not fit the environment: {error}") from error
     return TrialQueue(env, {"protocol": protocol, "env_kwargs": chosen})
 
 
@@ -163,7 +164,7 @@ def make_trial_vec_env(
     :param protocol: a protocol with a chunk
     :param env_kwargs: as for :func:`make_trial_env`
     :param num_envs: number of environments, and size of the policy's batch; ``None`` takes eight per worker
-    :param num_workers: number of processes; ``None`` takes one per CPU core, at most one per environment
+    :param num_workers: number of processes; ``None`` takes one per usable core, at most one per environment
     :param start_method: how processes start: ``forkserver``, ``spawn`` or ``fork``; ``None`` as for
         :class:`~sb3_vla.vec_env.SharedMemoryVecEnv`
     :return: the vector environment
@@ -180,7 +181,7 @@ def env_count(num_envs: int | None, num_workers: int | None) -> int:
     if num_envs is None:
         return _ENVS_PER_WORKER * (num_workers or available_cores())
     if num_envs < 1:
-        raise ValueError(f"Expected at least one environment, got num_envs={num_envs}.")
+        raise InputError(f"Expected at least one environment, got num_envs={num_envs}.")
     return num_envs
 
 
@@ -189,5 +190,5 @@ def plain_env_kwargs(env_kwargs: Mapping[str, Any]) -> dict[str, Any]:
     try:
         plain: dict[str, Any] = json.loads(json.dumps(dict(env_kwargs)))
     except TypeError as error:
-        raise ValueError(f"env_kwargs must hold plain numbers, words and lists, got {env_kwargs}: {error}.") from error
+        raise InputError(f"env_kwargs must hold plain numbers, words and lists, got {env_kwargs}: {error}.") from error
     return plain

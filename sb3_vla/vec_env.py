@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import itertools
 import multiprocessing as mp
-import os
 import pickle
 import time
 import warnings
@@ -35,6 +34,8 @@ from stable_baselines3.common.vec_env.util import dict_to_obs
 
 from sb3_vla.distributed import ranks_on_this_machine
 from sb3_vla.env_worker import Arrays, Worker, WorkerDiedError, layout_of
+from sb3_vla.errors import InputError
+from sb3_vla.machine import usable_cores
 
 _CLOSE_SECONDS = 5.0  # how long workers may take to finish a step and close their environments
 _TERMINATE_SECONDS = 2.0
@@ -61,11 +62,12 @@ class SharedMemoryVecEnv(SubprocVecEnv):
     environments were doing is lost: their episodes end in the step that is under way or comes next, as if a time limit
     had cut them, for the death says nothing about the policy. The reward is 0, the ``terminal_observation`` is the last
     observation that the caller got, and the info holds ``worker_restarted=True``, ``TimeLimit.truncated=True`` and
-    ``env_steps=0``: nothing is known to have been executed. ``dropped_episodes`` counts them. The new environments
-    start with a reset without options; where the last reset had seeds, with seeds made from those and the number of
-    deaths, so that no trial is repeated. What :meth:`set_attr` set, and the last call of each method whose name begins
-    with ``set_``, are applied before; any other state of an environment is lost. A request other than a step, also a
-    ``reset``, is made again in the new process.
+    ``env_steps=0``: nothing is known to have been executed. All else in it is as the caller last got it, and None where
+    that is known of an episode's end only (``is_success`` is False). ``dropped_episodes`` counts them. The new
+    environments start with a reset without options; where the last reset had seeds, with seeds made from those and the
+    number of deaths, so that no trial is repeated. What :meth:`set_attr` set, and the last call of each method whose
+    name begins with ``set_``, are applied before; any other state of an environment is lost. A request other than a
+    step, also a ``reset``, is made again in the new process.
 
     :ivar shares: numbers of the environments of each worker.
     :ivar dropped_episodes: episodes that ended because their worker died.
@@ -89,9 +91,9 @@ class SharedMemoryVecEnv(SubprocVecEnv):
         restart_workers: bool = False,
     ) -> None:
         if num_workers is not None and num_workers < 1:
-            raise ValueError(f"num_workers={num_workers}; expected at least 1")
+            raise InputError(f"num_workers={num_workers}; expected at least 1")
         if len(env_fns) == 0:
-            raise ValueError("env_fns is empty; expected at least one environment")
+            raise InputError("env_fns is empty; expected at least one environment")
         workers = min(num_workers or available_cores(), len(env_fns))
         if start_method is None:
             start_method = "forkserver" if "forkserver" in mp.get_all_start_methods() else "spawn"
@@ -113,6 +115,9 @@ class SharedMemoryVecEnv(SubprocVecEnv):
         # By environment: the last reset's seed, and the last observation that the caller got, with its row.
         self._seeded: list[int | None] = [None] * len(env_fns)
         self._seen: list[tuple[Arrays, int]] = [({}, 0)] * len(env_fns)
+        # By environment the last info of its present episode; and what an episode's end tells, once one has ended.
+        self._told: list[dict[str, Any]] = [{}] * len(env_fns)
+        self._told_at_end: dict[str, None] = {"is_success": None}
         self._lost: set[int] = set()  # environments that were replaced, of which the caller does not know yet
         self.restart_workers = False  # what dies at the start would die again
         try:
@@ -185,6 +190,7 @@ class SharedMemoryVecEnv(SubprocVecEnv):
             }
         )
         self.reset_infos = [info for infos in answers.values() for info in infos]
+        self._told = list(self.reset_infos)
         self._seeded = list(self._seeds)
         self._reset_seeds()
         self._reset_options()
@@ -310,7 +316,7 @@ class SharedMemoryVecEnv(SubprocVecEnv):
         parts = self._parts[kind]
         count = len(_numbers(parts))
         if len(actions) != count:
-            raise ValueError(f"Got {len(actions)} actions for {count} environments")
+            raise InputError(f"Got {len(actions)} actions for {count} environments")
         self._check_open()
         actions, stop = np.asarray(actions), 0
         for number, part in enumerate(parts):
@@ -342,8 +348,10 @@ class SharedMemoryVecEnv(SubprocVecEnv):
         for i in numbers:
             if i not in results:
                 results[i] = self._dropped(i)
-            if results[i][3] is not None:
-                self.reset_infos[i] = results[i][3]
+            _, done, info, reset_info = results[i]
+            if done:
+                self.reset_infos[i], self._told_at_end = reset_info, dict.fromkeys(info)
+            self._told[i] = reset_info if done else info
         rewards, dones, infos, _ = zip(*(results[i] for i in numbers), strict=True)
         return self._observe(parts), np.array(rewards, np.float32), np.array(dones, bool), list(infos)
 
@@ -356,7 +364,11 @@ class SharedMemoryVecEnv(SubprocVecEnv):
         self._lost.remove(i)
         self.dropped_episodes += 1
         arrays, row = self._seen[i]
+        last = {**self._told_at_end, **self._told[i]}
+        if "is_success" in last:
+            last["is_success"] = bool(last["is_success"])
         info = {
+            **last,
             "worker_restarted": True,
             "env_steps": 0,
             "TimeLimit.truncated": True,
@@ -398,7 +410,7 @@ class SharedMemoryVecEnv(SubprocVecEnv):
         self._layout = layout_of(observation_spaces[0])
         for worker, space in zip(self._workers, observation_spaces, strict=True):
             if layout_of(space) != self._layout:
-                raise ValueError(
+                raise InputError(
                     "The environments' observations must have the same shapes and types, but "
                     f"{self._workers[0].name} gives {observation_spaces[0]} and {worker.name} {space}"
                 )
@@ -447,8 +459,7 @@ class SharedMemoryVecEnv(SubprocVecEnv):
 
 def available_cores() -> int:
     """The CPU cores that this process may use, at least 1; the ranks of a machine share them."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // ranks_on_this_machine())
+    return max(1, usable_cores() // ranks_on_this_machine())
 
 
 def _request(command: str, argument: Any, indices: Sequence[int]) -> bytes:
@@ -465,7 +476,7 @@ def _numbers(parts: Sequence[range]) -> list[int]:
 
 def _half_step(half: int) -> str:
     if half not in (0, 1):
-        raise ValueError(f"half={half}; expected 0 or 1")
+        raise InputError(f"half={half}; expected 0 or 1")
     return _HALF_STEPS[half]
 
 

@@ -14,6 +14,9 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
+from sb3_vla.errors import InputError
+from sb3_vla.paths import local_path
+
 Frame = npt.NDArray[np.uint8]
 
 # The text under a picture of 480 pixels; it grows with the picture.
@@ -43,7 +46,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     :param path: the file wanted; its folder is created
     :return: a context that gives a temporary path, renamed to ``path`` at the end, deleted on an error
     """
-    path = Path(path)
+    path = local_path(path).resolve()  # a link to a file stays one
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_path(path)
     try:
@@ -105,11 +108,11 @@ class Mp4Writer:
     """
 
     def __init__(self, path: str | Path, fps: float) -> None:
-        self.path = Path(path)
+        self.path = local_path(path)
         if self.path.suffix != ".mp4":
-            raise ValueError(f"A video is written as MP4, so its name must end in .mp4, got {self.path.name!r}.")
+            raise InputError(f"A video is written as MP4, so its name must end in .mp4, got {self.path.name!r}.")
         if not fps > 0:
-            raise ValueError(f"Expected a positive number of frames per second, got {fps}.")
+            raise InputError(f"Expected a positive number of frames per second, got {fps}.")
         self.fps = Fraction(fps).limit_denominator(1001)
         self._shape: tuple[int, ...] = ()
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -134,7 +137,7 @@ class Mp4Writer:
             self._stream.thread_count = 1
             self._stream.height, self._stream.width = (side + side % 2 for side in frame.shape[:2])
         if frame.shape != self._shape:
-            raise ValueError(
+            raise InputError(
                 f"All frames of a video must have one shape: the first was {self._shape}, this is {frame.shape}."
             )
         odd_height, odd_width = (side % 2 for side in frame.shape[:2])
@@ -151,7 +154,7 @@ class Mp4Writer:
         """
         if not self._shape:
             self.discard()
-            raise ValueError(f"No frame was given for the video {self.path}.")
+            raise InputError(f"No frame was given for the video {self.path}.")
         self._container.mux(self._stream.encode(None))
         self._container.close()
         os.replace(self._temporary, self.path)
@@ -188,7 +191,7 @@ def write_mp4(
     :raises ValueError: if the shapes or types do not fit
     """
     if captions is not None and len(captions) != len(frames):
-        raise ValueError(f"Expected a caption for each of {len(frames)} frames, got {len(captions)}.")
+        raise InputError(f"Expected a caption for each of {len(frames)} frames, got {len(captions)}.")
     with Mp4Writer(path, fps) as writer:
         for index, frame in enumerate(frames):
             writer.append(frame if captions is None else annotate(frame, captions[index]))
@@ -197,7 +200,7 @@ def write_mp4(
 def _checked_frame(frame: npt.NDArray[np.uint8]) -> Frame:
     frame = np.asarray(frame)
     if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3 or 0 in frame.shape:
-        raise ValueError(
+        raise InputError(
             f"Expected a picture of shape (height, width, 3) and uint8, got {frame.shape} and {frame.dtype}."
         )
     return frame

@@ -11,12 +11,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from allocated import Allocated
 from PIL import Image
 from reference_weights import reference_weight
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mw_envs import encode_instruction
+from sb3_vla.checkpoints import load_checkpoint
 
 DATA = Path(__file__).parent / "data"
 
@@ -70,3 +72,18 @@ def digest(shapes: Mapping[str, tuple[int, ...]]) -> str:
 
 def parameter_count(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
+
+
+def assert_told_without_weights(folder: str | Path, options: Mapping[str, Any] | None = None) -> None:
+    """What a checkpoint tells is the same without its weights, which take no memory then."""
+    whole = load_checkpoint(folder, options)
+    with Allocated() as memory:
+        found = load_checkpoint(folder, options, weights=False)
+    assert (found.model_name, found.model_kwargs, found.notes) == (whole.model_name, whole.model_kwargs, whole.notes)
+    assert found.distribution == whole.distribution and found.model.config == whole.model.config
+    tensors, expected = found.model.state_dict(), whole.model.state_dict()
+    assert {name: (t.shape, t.dtype) for name, t in tensors.items()} == {
+        name: (t.shape, t.dtype) for name, t in expected.items()
+    }
+    assert all(tensor.is_meta for tensor in tensors.values())
+    assert memory.most < 0.05 * sum(tensor.nbytes for tensor in expected.values())

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from published import assert_told_without_weights
 from safetensors.torch import load_file, save_file
-from toy import ToyEnv, tiny_model, toy_observation
+from toy import ToyEnv, tiny_model, toy_observation, toy_ppo
 
+from sb3_vla import PPO
 from sb3_vla.checkpoints import checkpoint_digest, load_checkpoint, native, save_checkpoint
 from sb3_vla.distributions.flow_sde import FlowSDE
 from sb3_vla.policies import ValueHead, VLAPolicy, load_policy
@@ -110,7 +115,7 @@ def test_an_interrupted_write_keeps_the_old_checkpoint(
 
 def test_what_a_killed_writer_left_does_not_stop_the_next(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(native.shutil, "rmtree", lambda *_, **__: None)  # killed before it could clear up
+        patch.setattr(shutil, "rmtree", lambda *_, **__: None)  # killed before it could clear up
         save_checkpoint(saved, tiny_model(action_horizon=2))
     for horizon in (3, 4):
         save_checkpoint(saved, tiny_model(action_horizon=horizon))
@@ -183,6 +188,31 @@ def test_a_digest_tells_checkpoints_apart(saved: Path) -> None:
         checkpoint_digest(saved.parent)
 
 
+def test_a_digest_reads_a_little_at_a_time(saved: Path) -> None:
+    save_file({"weights": torch.rand(8 * 2**20)}, saved / "model.safetensors")  # 32 MiB
+    whole = (saved / "config.json").read_bytes() + (saved / "model.safetensors").read_bytes()
+    expected = hashlib.sha256(whole).hexdigest()
+    del whole
+    tracemalloc.start()
+    try:
+        assert checkpoint_digest(saved) == expected
+        assert tracemalloc.get_traced_memory()[1] < 4 * 2**20
+    finally:
+        tracemalloc.stop()
+
+
+def test_what_it_tells_needs_no_weights(tmp_path: Path) -> None:
+    notes = {"sft": {"steps": 3}, "view": {"crop": "workspace"}}
+    save_checkpoint(
+        tmp_path / "own", tiny_model(action_horizon=3), notes=notes, distribution=("flow_sde", {"joint": True})
+    )
+    before = torch.get_rng_state()
+    assert_told_without_weights(tmp_path / "own")
+    torch.set_rng_state(before)
+    load_checkpoint(tmp_path / "own", weights=False)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_a_writer_killed_between_its_two_renames_loses_nothing(saved: Path) -> None:
     saved.rename(saved.with_name(f".{saved.name}.old"))
     assert load_checkpoint(saved).notes == {"step": 7}
@@ -199,6 +229,81 @@ def test_missing_file(saved: Path, name: str) -> None:
 def test_missing_folder(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"nowhere does not exist; expected config\.json"):
         load_checkpoint(tmp_path / "nowhere")
+
+
+@pytest.fixture
+def elsewhere(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working folder, with what may be taken for a checkpoint."""
+    monkeypatch.chdir(tmp_path)
+    toy_ppo().save("model.zip")
+    torch.save({"a": torch.zeros(1)}, "weights.pt")
+    (tmp_path / "run").mkdir()
+    shutil.copytree(saved, tmp_path / "run" / "ppo")
+    shutil.copytree(saved, tmp_path / "own")
+    return tmp_path
+
+
+SAVED_ALGORITHM = r"model.zip is an algorithm that was saved; .*PPO.load\('model.zip'\).*save_checkpoint\(folder"
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("model.zip", SAVED_ALGORITHM),
+        ("model", f"folder model does not exist.*{SAVED_ALGORITHM}"),
+        ("weights.pt", "weights.pt is a file; a checkpoint is a folder with config.json"),
+        ("own/model.safetensors", "is a file; a checkpoint is the folder with its config.json: own$"),
+        ("run", r"run has no config.json; it holds \['ppo'\]. Give a checkpoint in it: run/ppo"),
+        (
+            "lerobot/smolvla_base",
+            "lerobot/smolvla_base does not exist.*on the Hugging Face hub write hf://lerobot/smolvla_b",
+        ),
+        ("hf:lerobot/pi0@main", "hub write hf://lerobot/pi0@main"),
+        ("https://huggingface.co/lerobot/pi0", "hub write hf://lerobot/pi0"),
+        ("../nowhere", "hub write hf://owner/name"),
+    ],
+)
+def test_what_is_no_checkpoint_says_what_it_is(elsewhere: Path, given: str, message: str) -> None:
+    for load in (load_checkpoint, load_policy):
+        with pytest.raises(FileNotFoundError, match=message):
+            load(given)  # type: ignore[operator]
+    if given != "run":
+        with pytest.raises(FileNotFoundError, match=message):
+            checkpoint_digest(given)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            "own",
+            r"own is a checkpoint; PPO.load reads the file that PPO.save wrote.*'checkpoint': 'own'.*policy\('own'\)",
+        ),
+        ("run", "run is a folder; PPO.load reads the file .*; checkpoints in it are run/ppo"),
+        (".", r"\. is a folder; .*there is model.zip; checkpoints in it are .*own"),
+        ("hf://lerobot/pi0", "hf://lerobot/pi0 is a checkpoint; PPO.load reads the file"),
+        ("lerobot/pi0", "no lerobot/pi0.zip; .*'checkpoint': 'hf://lerobot/pi0'"),
+        ("nowhere", "nowhere"),
+    ],
+)
+def test_what_is_no_saved_algorithm_says_what_it_is(elsewhere: Path, given: str, message: str) -> None:
+    algorithm = toy_ppo()
+    for path in (given, Path(given)) if "://" not in given else (given,):
+        for load in (PPO.load, algorithm.set_parameters):
+            with pytest.raises(OSError, match=message):
+                load(path)  # type: ignore[operator]
+    with pytest.raises(
+        OSError, match=message.replace("PPO.load", "VLAPolicy.load").replace("PPO.save", "VLAPolicy.save")
+    ):
+        VLAPolicy.load(given)
+    with pytest.raises(
+        ValueError, match=r"model.zip is a saved algorithm; its policy is PPO.load\('model.zip'\).policy"
+    ):
+        VLAPolicy.load("model.zip")
+    for path in ("model", "model.zip", elsewhere / "model.zip"):
+        assert isinstance(PPO.load(path), PPO)
+    with open("model.zip", "rb") as file:
+        algorithm.set_parameters(file)
 
 
 def test_missing_weight(saved: Path) -> None:

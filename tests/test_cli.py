@@ -4,18 +4,28 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
+import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from toy import tiny_model
+from toy import tiny_model, toy_demonstrations
 
+import sb3_vla.demonstrations
+import sb3_vla.evaluation
 import sb3_vla.sft
-from sb3_vla.checkpoints import save_checkpoint
+import sb3_vla.training
+from sb3_vla import VLAPolicy
+from sb3_vla.checkpoints import load_checkpoint, save_checkpoint
 from sb3_vla.cli import COMMANDS, main
+from sb3_vla.evaluation import check_fit
+from sb3_vla.run import RunDirectory, RunError
+from sb3_vla.stopping import stop_request
 
 SFT = [
     "sft.steps=24",
@@ -49,13 +59,93 @@ def test_eval_writes_a_result_and_a_table(checkpoint: Path, tmp_path: Path) -> N
     assert "reach" in output.with_suffix(".md").read_text()
 
 
+class Captured(Exception):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected", "warning"),
+    [
+        ([], {"camera": "corner2", "crop": "workspace"}, None),
+        (["crop=full"], {"camera": "corner2", "crop": "full"}, "trained on camera=corner2 with crop=workspace, but"),
+        (["camera=corner"], {"camera": "corner", "crop": "workspace"}, "trained on camera=corner2 with crop=workspace"),
+        (["checkpoint=unsaid"], {}, "unsaid does not say which view"),
+        (["checkpoint=unsaid", "crop=workspace"], {"camera": "corner2", "crop": "workspace"}, None),
+        (["checkpoint=unsaid", "crop=[0, 0, 1, 0.5]"], {"camera": "corner2", "crop": [0, 0, 1, 0.5]}, None),
+        (["checkpoint=unsaid", "camera=corner"], {"camera": "corner", "crop": None}, None),
+    ],
+)
+@pytest.mark.parametrize("command", ["eval", "train"])
+def test_what_a_checkpoint_is_shown(
+    command: str,
+    settings: list[str],
+    expected: dict[str, Any],
+    warning: str | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The view that the checkpoint says, or the one that is given where it says none."""
+    shown: dict[str, Any] = {}
+
+    def evaluate(policy: VLAPolicy, **options: Any) -> None:
+        shown.update(check_fit(policy, options["protocol"], options["env_kwargs"])["env_kwargs"])
+        raise Captured
+
+    def environments(makers: list[Any], **_: Any) -> None:
+        shown.update(makers[0].keywords)
+        raise Captured
+
+    monkeypatch.setattr(sb3_vla.evaluation, "evaluate", evaluate)
+    monkeypatch.setattr(sb3_vla.training, "SharedMemoryVecEnv", environments)
+    monkeypatch.chdir(tmp_path)
+    view = {"camera": "corner2", "crop": "workspace"}
+    save_checkpoint("said", tiny_model(action_horizon=5), notes={"view": view})
+    save_checkpoint("unsaid", tiny_model(action_horizon=5))
+    where = ["output=result.json", "suite=MT10"] if command == "eval" else ["run=run"]
+    with warnings.catch_warnings(record=True) as told, pytest.raises(Captured):
+        warnings.simplefilter("always")
+        main([command, "checkpoint=said", *where, *settings])
+    assert shown["image_size"] == 32
+    if command == "train":  # environments are told what evaluations leave to their default
+        expected = {"camera": "corner2", "crop": None, **expected}
+    assert {name: shown[name] for name in ("camera", "crop") if name in shown} == expected
+    messages = [str(each.message) for each in told if issubclass(each.category, UserWarning)]
+    assert len(messages) == (warning is not None) and all(str(warning) in message for message in messages)
+
+
+@pytest.mark.parametrize("known", [{}, {"camera": "corner2", "crop": "workspace"}])
+def test_imitation_notes_the_view_of_the_data(
+    known: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = toy_demonstrations()
+    data.camera = dict(known)
+    monkeypatch.setattr(sb3_vla.demonstrations.Demonstrations, "load", lambda *_, **__: data)
+    imitate = ["sft", "data=data", f"output={tmp_path / 'sft'}", *SFT, "sft.steps=1"]
+    assert main([*imitate, "crop=workspace"]) == 0
+    assert load_checkpoint(tmp_path / "sft").notes["view"] == {"camera": "corner2", "crop": "workspace"}
+    if known:
+        assert main([*imitate, "crop=full"]) == 2
+        told = " ".join(capsys.readouterr().err.split())
+        assert "data was recorded with camera=corner2 with crop=workspace, but camera=corner2 with crop=full" in told
+    else:
+        data.camera = {}
+        with pytest.warns(UserWarning, match="do not say which view their pictures show"):
+            assert main(imitate) == 0
+
+
 @pytest.mark.parametrize(
     ("command", "settings", "message"),
     [
+        ("eval", ["crop=workspce"], "did you mean 'workspace'"),
+        ("train", ["crop=[0, 0, 2, 1]"], "crop=[0, 0, 2, 1]; expected (top, left, height, width)"),
+        ("train", ["camera=corner22"], "Unknown camera 'corner22'; did you mean 'corner2'"),
+        ("sft", ["crop=workspce"], "did you mean 'workspace'"),
         ("eval", ["suite=MT11", "tasks=[reach-v3]"], "'MT11'"),
         ("eval", ["tasks=[hammer-v3]"], "'hammer-v3' is not in the train split of MT10"),
         ("eval", ["protocol=rlinf"], "'rlinf'"),
         ("eval", ["checkpoint=nowhere"], "nowhere does not exist"),
+        ("eval", ["checkpoint=lerobot/smolvla_base"], "write hf://lerobot/smolvla_base"),
+        ("train", ["checkpoint=lerobot/smolvla_base"], "write hf://lerobot/smolvla_base"),
         ("eval", ["output=result.md"], "output=result.md; expected the name of a JSON file"),
         ("train", ["ppo.batch_size=60"], "batch_size=60 does not divide a rollout of"),
         ("train", ["data=demonstrations"], "set ppo.rehearsal_coef as well"),
@@ -107,7 +197,7 @@ def test_an_interrupted_imitation_goes_on_to_the_same_weights(
     demonstrations: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def command(name: str) -> list[str]:
-        return ["sft", f"data={demonstrations}", f"output={tmp_path / name}", *SFT]
+        return ["sft", f"data={demonstrations}", f"output={tmp_path / name}", "sft.checkpoint_interval=8", *SFT]
 
     assert main(command("whole")) == 0
     steps: list[int] = []
@@ -119,7 +209,7 @@ def test_an_interrupted_imitation_goes_on_to_the_same_weights(
             if interrupt and row["step"] == 20:
                 raise KeyboardInterrupt
 
-        return imitate(*arguments, checkpoint_interval=8, on_step=on_step, **options)
+        return imitate(*arguments, on_step=on_step, **options)
 
     for interrupt, status in ((True, 130), (False, 0)):
         monkeypatch.setattr(sb3_vla.sft, "sft", lambda *a, i=interrupt, **o: in_small_stretches(*a, interrupt=i, **o))
@@ -168,3 +258,217 @@ def test_sigterm_ends_what_has_no_checkpoint_at_once(
     monkeypatch.setitem(COMMANDS, command, (kind, run))
     assert main([command]) == 143
     assert "the same command starts again" in " ".join(capsys.readouterr().out.split())
+
+
+# --- What a second start does ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, bool]]:
+    """In place of each training: whether it goes on. Its result tells how many there were before."""
+    calls: list[tuple[str, bool]] = []
+
+    def train(run: RunDirectory, name: str, config: Any, *, output: Path, resume: bool, **_: Any) -> None:
+        with run.checkpoint(name, config.total_decisions) as folder:
+            (folder / "state").write_text("")
+        run.append_metrics({"stage": name, "start": len(calls)})
+        output.mkdir(exist_ok=True)
+        (output / "result").write_text(f"{len(calls)}")
+        calls.append((name, resume))
+
+    monkeypatch.setattr(sb3_vla.training, "train", train)
+    return calls
+
+
+CIRCUMSTANCES = {
+    "ppo": ["num_workers=2", "keep_checkpoints=null", "checkpoint_interval=7", "device=cpu", "micro_batch_size=8"],
+    "grpo": ["num_workers=2", "keep_checkpoints=1", "checkpoint_interval=7", "gradient_checkpointing=true"],
+}
+
+
+@pytest.mark.parametrize("algorithm", CIRCUMSTANCES)
+def test_what_does_not_decide_the_result_begins_nothing_anew(
+    algorithm: str,
+    checkpoint: Path,
+    demonstrations: Path,
+    trained: list[tuple[str, bool]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Paths as they are written, where things lie, and how they run."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shutil.copytree(demonstrations, tmp_path / "data")
+
+    def train(*settings: str, run: str = "r", start: str = "checkpoint", data: str = "data") -> int:
+        given = [f"run={run}", f"checkpoint={start}", f"data={data}", f"{algorithm}.rehearsal_coef=1", *settings]
+        return main(["train", f"algorithm={algorithm}", *given])
+
+    other = {"ppo": "grpo", "grpo": "ppo"}[algorithm]
+    assert train() == 0
+    for path in ("./r", str(tmp_path / "r"), "~/r", "r/../r/"):
+        assert train(run=path) == 0
+    for start in ("./checkpoint", str(checkpoint), "~/checkpoint"):
+        assert train(start=start) == 0
+    shutil.copytree(checkpoint, tmp_path / "copy")
+    shutil.copytree(tmp_path / "data", tmp_path / "moved data")
+    assert train(start="copy", data="./moved data") == 0
+    for setting in CIRCUMSTANCES[algorithm]:
+        assert train(f"{algorithm}.{setting}") == 0
+    assert train(f"{other}.seed=5", "renderer=software") == 0
+    assert trained == [(algorithm, False)]
+    assert RunDirectory("r").metrics() == [{"stage": algorithm, "start": 0}] and not (tmp_path / "~").exists()
+    length = "ppo.iterations=61" if algorithm == "ppo" else "grpo.total_decisions=120001"
+    assert train(length) == 0 and trained[-1] == (algorithm, True)
+    assert not (tmp_path / "r" / "replaced").exists()
+
+
+@pytest.mark.parametrize("changed", ["seed", "checkpoint", "data", "tasks", "length"])
+def test_what_decides_the_result_moves_the_earlier_one_aside(
+    changed: str, checkpoint: Path, demonstrations: Path, trained: list[tuple[str, bool]], tmp_path: Path
+) -> None:
+    data = shutil.copytree(demonstrations, tmp_path / "data")
+    command = ["train", f"run={tmp_path / 'r'}", f"checkpoint={checkpoint}", f"data={data}", "ppo.rehearsal_coef=1"]
+    assert main(command) == 0
+    if changed == "checkpoint":
+        save_checkpoint(checkpoint, tiny_model(action_horizon=4))
+    if changed == "data":
+        stats = data / "meta" / "stats.json"
+        stats.write_text(stats.read_text().replace("0", "1", 1))
+    settings = {"seed": "ppo.seed=1", "tasks": "tasks=[reach-v3]", "length": "ppo.iterations=59"}.get(changed)
+    with pytest.warns(UserWarning, match="ppo has other settings than before"):
+        assert main([*command, *([settings] if settings else [])]) == 0
+    assert trained == [("ppo", False)] * 2
+    assert (tmp_path / "r" / "ppo" / "result").read_text() == "1"
+    assert (tmp_path / "r" / "replaced" / "ppo-1" / "ppo" / "result").read_text() == "0"
+
+
+def test_imitation_is_neither_repeated_nor_overwritten(
+    demonstrations: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Through a link, to what it points to."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "big disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "big disk")
+    command = ["sft", f"data={demonstrations}", "output=link", *SFT, "sft.steps=2"]
+    weights = tmp_path / "big disk" / "model.safetensors"
+    assert main(command) == 0
+    first = weights.read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(sb3_vla.sft, "sft", lambda *_, **__: pytest.fail("it began"))
+        assert main([*command, "output=big disk", "sft.device=cpu"]) == 0
+        assert "big disk is complete" in " ".join(capsys.readouterr().out.split())
+        assert main([*command, "sft.seed=1"]) == 2
+        assert "made with other settings; choose another output" in " ".join(capsys.readouterr().err.split())
+    assert weights.read_bytes() == first
+    assert main([*command, "sft.seed=1", "overwrite=true"]) == 0
+    assert weights.read_bytes() != first and (tmp_path / "link").is_symlink()
+    assert sorted(os.listdir(tmp_path)) == ["big disk", "link"]
+
+
+def test_imitation_into_the_working_directory_goes_on_too(
+    demonstrations: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    command = ["sft", f"data={demonstrations}", "output=.", *SFT, "sft.steps=4"]
+    imitate, steps = sb3_vla.sft.sft, []
+
+    def stopping(*arguments: Any, **options: Any) -> Any:
+        def on_step(row: dict[str, float]) -> None:
+            steps.append(int(row["step"]))
+            if steps == [1, 2]:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        return imitate(*arguments, on_step=on_step, **options)
+
+    monkeypatch.setattr(sb3_vla.sft, "sft", stopping)
+    assert main(command) == 143
+    assert main(command) == 0
+    assert steps == [1, 2, 3, 4] and sorted(os.listdir(tmp_path)) == ["config.json", "model.safetensors"]
+
+
+@pytest.mark.parametrize("command", ["collect", "sft", "train", "eval"])
+def test_a_home_directory_is_expanded_in_every_setting(
+    command: str,
+    checkpoint: Path,
+    demonstrations: Path,
+    trained: list[tuple[str, bool]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    home = tmp_path / "home"
+    shutil.copytree(checkpoint, home / "start")
+    shutil.copytree(demonstrations, home / "data")
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(tmp_path)
+    short = ["tasks=[drawer-close-v3]"]
+    settings = {
+        "collect": ["output=~/new", *short, "episodes_per_task=1", "image_size=32"],
+        "sft": ["data=~/data", "output=~/new", *SFT, "sft.steps=1"],
+        "train": ["checkpoint=~/start", "run=~/new", "data=~/data", "ppo.rehearsal_coef=1"],
+        "eval": ["checkpoint=~/start", "output=~/new/r.json", "videos=~/films", "trials_per_task=1", *short],
+    }[command]
+    assert main([command, *settings]) == 0
+    assert (home / "new").is_dir() and (command != "eval" or list((home / "films").glob("*.mp4")))
+    assert not (tmp_path / "~").exists()
+
+
+# --- Errors ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("error", [ValueError, RuntimeError, OSError, KeyError])
+def test_a_fault_of_ours_keeps_its_traceback(
+    error: type[Exception],
+    checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def mistaken(*_: Any, **__: Any) -> None:
+        raise error("a [mistake]")
+
+    monkeypatch.setattr(sb3_vla.training, "train", mistaken)
+    command = ["train", f"checkpoint={checkpoint}", f"run={tmp_path / 'run'}"]
+    assert main(command) == 2
+    told = capsys.readouterr().err
+    kept = tmp_path / "run" / "traceback.txt"
+    assert len(told.splitlines()) == 1 and f"error: {error.__name__}: " in told and "a [mistake]" in told
+    assert f"its traceback is in {kept}" in told and "--traceback" in told
+    assert "in mistaken" in kept.read_text()
+    assert main([*command, "--traceback"]) == 2
+    told = capsys.readouterr().err
+    assert "Traceback (most recent call last)" in told and "in mistaken" in told
+
+
+def test_a_fault_without_a_run_directory_has_its_traceback_in_a_file(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def mistaken(*_: Any) -> None:
+        raise ValueError("a mistake")
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setitem(COMMANDS, "eval", (COMMANDS["eval"][0], mistaken))
+    assert main(["eval"]) == 2
+    (kept,) = tmp_path.iterdir()
+    assert f"its traceback is in {kept}" in capsys.readouterr().err and "in mistaken" in kept.read_text()
+
+
+def test_what_follows_a_signal_is_told(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An error of somebody else may be the signal's consequence; a full disk is none."""
+    faults = iter([RuntimeError("a worker [died]\nof it"), RunError("cannot write x: No space left on device")])
+
+    def train(*_: Any, **__: Any) -> None:
+        with stop_request():
+            os.kill(os.getpid(), signal.SIGTERM)
+            raise next(faults)
+
+    monkeypatch.setattr(sb3_vla.training, "train", train)
+    command = ["train", f"checkpoint={checkpoint}", f"run={tmp_path / 'run'}"]
+    assert main(command) == 143
+    told = capsys.readouterr().out.strip()
+    assert told.startswith("interrupted by SIGTERM, after which this happened: RuntimeError: a worker [died]; the same")
+    assert "of it" in (tmp_path / "run" / "traceback.txt").read_text()
+    assert main(command) == 2
+    assert capsys.readouterr().err.strip() == "error: cannot write x: No space left on device"

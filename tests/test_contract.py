@@ -5,7 +5,9 @@ from __future__ import annotations
 import inspect
 import json
 import math
+import re
 import zipfile
+from collections import deque
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -16,6 +18,8 @@ import numpy as np
 import pytest
 import stable_baselines3
 import torch
+from gymnasium.wrappers import FrameStackObservation
+from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import (
     BaseCallback,
     CheckpointCallback,
@@ -26,6 +30,7 @@ from stable_baselines3.common.callbacks import (
 )
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.logger import configure
+from stable_baselines3.common.utils import FloatSchedule
 from stable_baselines3.common.vec_env import (
     DummyVecEnv,
     VecEnv,
@@ -34,10 +39,11 @@ from stable_baselines3.common.vec_env import (
     VecNormalize,
     VecVideoRecorder,
 )
-from toy import TINY, ToyEnv, stir, tiny_model, toy_ppo, toy_vec
+from toy import TINY, ToyEnv, stir, tiny_model, toy_demonstrations, toy_ppo, toy_vec
 
-from sb3_vla import PPO, VLAPolicy
+from sb3_vla import GRPO, PPO, VLAPolicy
 from sb3_vla.checkpoints import save_checkpoint
+from sb3_vla.sft import DemonstrationBatches
 
 
 def observed(count: int = 3, **options: Any) -> dict[str, np.ndarray]:
@@ -266,8 +272,14 @@ def test_trains_and_is_evaluated_under_wrappers(wrap: Callable[[VecEnv, Path], V
 @pytest.mark.parametrize(
     ("wrap", "message"),
     [
-        (partial(VecFrameStack, n_stack=4), r"one colour image.*\(12, 32, 32\).*VecFrameStack"),
-        (VecNormalize, r"image as uint8.*float32"),
+        (partial(VecFrameStack, n_stack=4), r"one colour image.*\(12, 32, 32\).*leave VecFrameStack.* out"),
+        (partial(VecFrameStack, n_stack=4, channels_order="first"), "several pictures in one.*leave VecFrameStack"),
+        (
+            lambda _: DummyVecEnv([lambda: FrameStackObservation(ToyEnv(), 4)]),
+            r"\(4, 32, 32, 3\).*leave .*FrameStackObs",
+        ),
+        (VecNormalize, r'image as uint8.*float32.*VecNormalize\(env, norm_obs_keys=\["state"\]\)'),
+        (lambda env: VecMonitor(VecNormalize(env, norm_obs_keys=["image", "state"])), "image as uint8.*norm_obs_keys="),
         (partial(VecNormalize, norm_obs_keys=["instruction"]), r"instruction as uint8.*float32.*norm_obs_keys"),
     ],
 )
@@ -377,6 +389,177 @@ def test_load_takes_custom_objects_and_options(tmp_path: Path) -> None:
     with open(tmp_path / "saved.zip", "rb") as file:
         again = PPO.load(file, device="cpu")  # type: ignore[arg-type]
     assert again.env is None and np.array_equal(act(again, observed()), act(algorithm, observed()))
+
+
+# Another value than the default of each keyword of the constructors.
+COMMON: dict[str, Any] = {
+    "learning_rate": 1e-3,
+    "batch_size": 8,
+    "n_epochs": 2,
+    "clip_range": 0.1,
+    "ent_coef": 0.5,
+    "max_grad_norm": 0.25,
+    "target_kl": 0.5,
+    "stats_window_size": 7,
+    "tensorboard_log": "logs",
+    "policy_kwargs": {"distribution_kwargs": {"std": 0.3, "learn_std": True}},
+    "verbose": 1,
+    "seed": 5,
+    "clip_range_high": 0.3,
+    "dual_clip": 3.0,
+    "logprob_type": "action",
+    "micro_batch_size": 4,
+    "kl_coef": 0.1,
+    "actor_warmup": 1,
+    "rehearsal": DemonstrationBatches(toy_demonstrations(), None, 2, 0, 0),
+    "rehearsal_coef": 0.5,
+    "rehearsal_batch_size": 4,
+    "bf16": True,
+    "noise_scale": 0.5,
+    "task_sampling": "signal",
+    "sharding": "fsdp",
+}
+CHANGED: dict[type[PPO], dict[str, Any]] = {
+    PPO: COMMON
+    | {
+        "n_steps": 4,
+        "gamma": 0.5,
+        "gae_lambda": 0.5,
+        "clip_range_vf": 0.3,
+        "normalize_advantage": False,
+        "vf_coef": 0.25,
+        "value_lr": 1e-2,
+        "gamma_per": "env_step",
+        "huber_delta": 1.0,
+        "critic_warmup": 1,
+        "bootstrap_truncated": False,
+        "overlap": True,
+        "sde_sample_freq": 4,
+    },
+    GRPO: COMMON
+    | {
+        "group_size": 2,
+        "n_groups": 3,
+        "max_groups": 12,
+        "success_bounds": (0.25, 0.75),
+        "episode_return": "success",
+        "advantage_type": "leave_one_out",
+        "normalize_length": False,
+    },
+}
+REFUSED: dict[str, Any] = {
+    "use_sde": True,
+    "rollout_buffer_class": RolloutBuffer,
+    "rollout_buffer_kwargs": {"gamma": 1.0},
+}
+
+
+def _plain(value: Any) -> Any:
+    """What an attribute is, for comparison: of a schedule its values."""
+    if isinstance(value, FloatSchedule):
+        return [value(left) for left in (0.0, 0.5, 1.0)]
+    return list(value) if isinstance(value, (deque, tuple)) else value
+
+
+@pytest.mark.parametrize("through", ["keyword", "custom_objects"])
+@pytest.mark.parametrize("algorithm", [PPO, GRPO])
+def test_every_keyword_of_the_constructor_works_through_load(
+    algorithm: type[PPO], through: str, tmp_path: Path
+) -> None:
+    model = {"model_kwargs": {**TINY, "action_dim": 4}, "value_width": 32}
+    model["distribution_kwargs"] = {"learn_std": True}
+    default: dict[str, Any] = {"policy_kwargs": model, "device": "cpu", "batch_size": 16}
+    default |= {"n_steps": 8} if algorithm is PPO else {"group_size": 4}
+    env = partial(toy_vec, 4, action_dim=4)
+    algorithm("VLAPolicy", env(), **default).save(tmp_path / "saved")
+    changed = CHANGED[algorithm]
+    keywords = inspect.signature(algorithm).parameters.keys() - {"policy", "env", "device", "_init_setup_model"}
+    assert keywords - REFUSED.keys() == changed.keys()
+    for name, value in changed.items():
+        full = {**model, **value} if name == "policy_kwargs" else value
+        given: dict[str, Any] = {name: value} if through == "keyword" else {"custom_objects": {name: full}}
+        loaded = algorithm.load(tmp_path / "saved", env(), device="cpu", **given)
+        built = algorithm("VLAPolicy", env(), **{**default, name: full})
+        # Beside what is random, an algorithm is what it would be by its constructor.
+        for key in vars(built).keys() - {"policy", "env", "device", "rollout_buffer", "_trial_entropy"}:
+            assert _plain(vars(loaded)[key]) == _plain(vars(built)[key]), (name, key)
+        if name == "seed":
+            assert getattr(loaded, "_trial_entropy", 5) == 5
+
+
+@pytest.mark.parametrize("algorithm", [PPO, GRPO])
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("task_sampling", "signals", "Unknown task_sampling='signals'; did you mean 'signal'"),
+        ("sharding", "fsdp2", "Unknown sharding='fsdp2'; did you mean 'fsdp'"),
+        ("clip_range_high", -0.1, "clip_range_high is -0.1; expected at least 0"),
+        ("noise_scale", 0.0, "noise_scale is 0.0 at one end of training; expected above 0"),
+        ("noise_scale", None, "noise_scale=None; expected a number"),
+        ("dual_clip", 1.0, "dual_clip=1.0; expected more than 1, or None"),
+        ("logprob_type", "step", "Unknown logprob_type='step'"),
+        ("batch_size", 0, "batch_size=0; expected at least 1"),
+        ("n_epochs", 0, "n_epochs=0; expected at least 1"),
+        ("policy", "MlpPolicy", "policy='MlpPolicy', but"),
+    ],
+)
+def test_load_checks_what_it_changes(
+    algorithm: type[PPO], option: str, value: Any, message: str, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"policy_kwargs": {"model_kwargs": TINY}, "device": "cpu", "batch_size": 16}
+    options |= {"n_steps": 8} if algorithm is PPO else {"group_size": 2}
+    algorithm("VLAPolicy", toy_vec(2), **options).save(tmp_path / "saved")
+    for given in ({option: value}, {"custom_objects": {option: value}}):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            algorithm.load(tmp_path / "saved", toy_vec(2), device="cpu", **given)
+    assert algorithm.load(tmp_path / "saved", policy="VLAPolicy", device="cpu").policy_class is VLAPolicy
+
+
+def test_load_refuses_what_the_constructor_does_not_take(tmp_path: Path) -> None:
+    toy_ppo().save(tmp_path / "ppo")
+    with pytest.raises(TypeError, match="PPO has no option 'clip_range_hihg'; did you mean 'clip_range_high'"):
+        PPO.load(tmp_path / "ppo", clip_range_hihg=0.3)
+    with pytest.raises(ValueError, match="Unknown gamma_per='env_steps'; did you mean 'env_step'"):
+        PPO.load(tmp_path / "ppo", gamma_per="env_steps")
+    GRPO("VLAPolicy", toy_vec(8), policy_kwargs={"model_kwargs": TINY}, device="cpu").save(tmp_path / "grpo")
+    for option in ("gamma", "value_lr", "overlap"):
+        with pytest.raises(TypeError, match=f"GRPO has no option '{option}'"):
+            GRPO.load(tmp_path / "grpo", **{option: 0.5})  # type: ignore[arg-type]
+    for option, value in REFUSED.items():
+        with pytest.raises(ValueError, match="VLAPolicy"):
+            PPO.load(tmp_path / "ppo", **{option: value})
+
+
+def test_a_loaded_window_of_statistics_is_the_one_that_was_asked_for(tmp_path: Path) -> None:
+    algorithm = toy_ppo(toy_vec(2))
+    algorithm.learn(64)
+    assert algorithm.ep_success_buffer is not None and len(algorithm.ep_success_buffer) > 5
+    algorithm.save(tmp_path / "saved")
+    loaded = PPO.load(tmp_path / "saved", toy_vec(2), device="cpu", stats_window_size=5)
+    assert list(loaded.ep_success_buffer) == list(algorithm.ep_success_buffer)[-5:]
+    loaded.learn(16, reset_num_timesteps=False)
+    assert len(loaded.ep_success_buffer) == 5
+
+
+def test_options_of_ours_are_loaded_into_an_archive_of_theirs(tmp_path: Path) -> None:
+    theirs = stable_baselines3.PPO("VLAPolicy", toy_vec(2), policy_kwargs={"model_kwargs": TINY}, device="cpu")
+    theirs.save(tmp_path / "saved")
+    for given in ({"clip_range_high": 0.3}, {"custom_objects": {"clip_range_high": 0.3}}):
+        assert PPO.load(tmp_path / "saved", device="cpu", **given).clip_range_high(0.5) == 0.3  # type: ignore[arg-type]
+    stock = PPO("MlpPolicy", "CartPole-v1", n_steps=16, batch_size=16, device="cpu")
+    stock.save(tmp_path / "stock")
+    with pytest.raises(ValueError, match=r"dual_clip=3\.0 acts on VLAPolicy alone"):
+        PPO.load(tmp_path / "stock", dual_clip=3.0)
+    with pytest.raises(ValueError, match=r"policy_kwargs=.*, but those of the archive are {}"):
+        PPO.load(tmp_path / "stock", policy_kwargs={"net_arch": [8]})
+    assert PPO.load(tmp_path / "stock", policy_kwargs={}, n_epochs=3).n_epochs == 3
+
+
+def test_load_with_another_number_of_environments(tmp_path: Path) -> None:
+    toy_ppo().save(tmp_path / "saved")
+    with pytest.raises(ValueError, match=r"of 3 environments, 24 in all; .*PPO.load\(path, env, batch_size=12\)"):
+        PPO.load(tmp_path / "saved", toy_vec(3), "cpu").learn(24)
+    assert PPO.load(tmp_path / "saved", toy_vec(3), "cpu", batch_size=12).learn(24).num_timesteps == 24
 
 
 def frozen(folder: Path, **options: Any) -> PPO:
@@ -491,7 +674,10 @@ def test_weights_that_are_no_numbers_are_refused_before_a_step() -> None:
 @pytest.mark.parametrize(("batch_size", "nearest"), [(5, 4), (12, 8), (64, 16)])
 def test_a_batch_that_does_not_divide_the_rollout_is_refused(batch_size: int, nearest: int) -> None:
     algorithm = toy_ppo(batch_size=batch_size)
-    message = rf"batch_size={batch_size} does not divide .* n_steps=8 .* 2 environments, 16 in all; .* is {nearest}$"
+    message = (
+        rf"batch_size={batch_size} does not divide .* n_steps=8 .* 2 environments, 16 in all; .* is {nearest}; for "
+    )
+    message += rf"a saved algorithm PPO.load\(path, env, batch_size={nearest}\)$"
     with pytest.raises(ValueError, match=message):
         algorithm.learn(16)
     assert algorithm.num_timesteps == 0

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import multiprocessing
 import os
+import subprocess
 import time
 from fractions import Fraction
 from pathlib import Path
@@ -17,12 +19,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from ranks import run_ranks
+from toy import TINY
 
-from mw_envs import TASKS, Trial
+from mw_envs import TASKS, Trial, decode_instruction
 from mw_envs.rendering import RendererUnavailableError
-from sb3_vla import collecting, demonstrations, lerobot_writer
+from sb3_vla import collecting, demonstrations, lerobot_reader, lerobot_writer
 from sb3_vla.demonstrations import Demonstrations, DemonstrationWriter, Episode, collect
 from sb3_vla.lerobot_writer import encode_png
+from sb3_vla.sft import DemonstrationBatches, SFTConfig, sft
 
 SIZE = 32
 # The published lerobot/metaworld_mt50, and next.done; dtype and shape as its info.json has them.
@@ -283,6 +288,39 @@ def test_existing_folders(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "holiday"]
 
 
+@pytest.mark.parametrize("where", ["a link", "the working directory", "a mount"])
+def test_folders_that_cannot_be_renamed(where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Written, read, and replaced, at the end of the work."""
+    folder = tmp_path / "set"
+    (tmp_path / "big disk").mkdir()
+    if where == "a link":
+        folder.symlink_to(tmp_path / "big disk")
+    else:
+        folder.mkdir()
+    if where == "the working directory":
+        monkeypatch.chdir(folder)
+        folder = Path(".")
+    mount = ["mount", "--bind", str(tmp_path / "big disk"), str(folder)]
+    if where == "a mount" and subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting needs the right to")
+    try:
+        write(folder)
+        with pytest.raises(FileExistsError, match="overwrite=True"):
+            write(folder)
+        replacement = write(folder, [make_episode("reach-v3", 4, 9)], overwrite=True)
+        np.testing.assert_array_equal(Demonstrations.load(folder).actions, replacement[0].actions)
+        assert sorted(os.listdir(folder)) == ["data", "meta"]
+        (folder / "meta" / "notes").touch()
+        (folder / "thesis").touch()
+        with pytest.raises(FileExistsError, match=r"is not a LeRobot dataset alone \(it holds thesis\)"):
+            write(folder, overwrite=True)
+        assert sorted(os.listdir(folder)) == ["data", "meta", "thesis"]
+    finally:
+        if where == "a mount":
+            subprocess.run(["umount", "--lazy", str(folder)], check=True)
+    assert sorted(os.listdir(tmp_path)) == ["big disk", "set"]
+
+
 def test_failed_replacement_keeps_the_old_dataset(tmp_path: Path) -> None:
     episodes = write(tmp_path / "set")
     with (
@@ -425,6 +463,193 @@ def test_actions_are_clipped_and_it_is_said(tmp_path: Path, caplog: pytest.LogCa
     assert stats["max"][0] == 1.0 and stats["min"][1] == -1.0
 
 
+def edit_columns(path: Path, **columns: Any) -> None:
+    """Other values in a parquet file, by the names of its columns; a dot in them is written as two underscores."""
+    table = pq.read_table(path)
+    for name, values in columns.items():
+        name = name.replace("__", ".")
+        table = table.set_column(table.column_names.index(name), name, pa.array(values))
+    pq.write_table(table, path)
+
+
+@pytest.fixture
+def data_file(tmp_path: Path) -> Path:
+    """The data of :data:`EPISODES` at ``set``."""
+    write(tmp_path / "set")
+    return tmp_path / "set/data/chunk-000/file-000.parquet"
+
+
+def test_a_sentence_a_frame(tmp_path: Path, data_file: Path) -> None:
+    numbers = pq.read_table(data_file)["task_index"].to_numpy().copy()
+    push = numbers[0]
+    numbers[17:] = push  # the end of the last episode
+    for stored in (numbers, numbers.astype(np.float64)):  # pandas makes floats of whole numbers in a merged dataset
+        edit_columns(data_file, task_index=stored)
+        loaded = Demonstrations.load(tmp_path / "set")
+        expected = [TASKS["push-v3" if number == push else "reach-v3"].instruction for number in numbers]
+        assert [loaded.instructions[i] for i in loaded.instruction_index] == expected
+        assert loaded.instruction_index.dtype == np.int64
+        assert loaded.tasks == [task for task, _ in EPISODES]
+        shown, _, _ = next(DemonstrationBatches(loaded, np.arange(20), 2, 0, 0).epoch(20))
+        assert [decode_instruction(row) for row in shown["instruction"].numpy()] == expected
+    # An episode is of all that is said in it.
+    selected = Demonstrations.load(tmp_path / "set", tasks=[TASKS["push-v3"].instruction])
+    assert selected.episode_ends.tolist() == [5, 9, 11, 17] and len(set(selected.instruction_index[14:])) == 1
+    assert selected.instruction_index[11] != selected.instruction_index[14]
+    numbers[18] = 7
+    edit_columns(data_file, task_index=numbers)
+    with pytest.raises(ValueError, match=r"task_index \[7\], which meta/tasks\.parquet has no sentence for"):
+        Demonstrations.load(tmp_path / "set")
+
+
+def test_an_episode_is_of_a_task_that_all_its_frames_name(tmp_path: Path, data_file: Path) -> None:
+    ids = pq.read_table(data_file)["task_id"].to_numpy().astype(np.float64)
+    ids[7], ids[8:12] = TASKS["drawer-open-v3"].task_id, np.nan  # another in the second episode, none in the third
+    edit_columns(data_file, task_id=ids)
+    said = {name: TASKS[name].instruction for name in ("reach-v3", "push-back-v3")}
+    names = [said[name] if number in (1, 2) else name for number, (name, _) in enumerate(EPISODES)]
+    assert Demonstrations.load(tmp_path / "set").tasks == names
+
+
+@pytest.mark.parametrize("image_storage", ["png", "mp4"])
+@pytest.mark.parametrize("empty", [[0], [2], [4], [0, 1, 3]])
+def test_an_episode_without_frames_is_none(tmp_path: Path, image_storage: str, empty: list[int]) -> None:
+    write(tmp_path / "set", image_storage=image_storage)
+    whole = Demonstrations.load(tmp_path / "set")
+    kept = ~np.isin(whole.episode_index, empty)
+    left = [number for number in range(5) if number not in empty]
+    data, episodes = "data/chunk-000/file-000.parquet", "meta/episodes/chunk-000/file-000.parquet"
+    pq.write_table(pq.read_table(tmp_path / "set" / data).filter(pa.array(kept)), tmp_path / "set" / data)
+    lengths = [0 if number in empty else length for number, (_, length) in enumerate(EPISODES)]
+    places = [None if number in empty else 0 for number in range(5)]
+    edit_columns(tmp_path / "set" / episodes, length=lengths, **{"data/file_index": places})
+    loaded = Demonstrations.load(tmp_path / "set")
+    for name in ("images", "states", "actions", "frame_index"):
+        np.testing.assert_array_equal(getattr(loaded, name), getattr(whole, name)[kept])
+    assert loaded.tasks == [whole.tasks[number] for number in left]
+    assert loaded.trials == [whole.trials[number] for number in left]
+    assert [loaded.instructions[i] for i in loaded.instruction_index] == [
+        whole.instructions[i] for i in whole.instruction_index[kept]
+    ]
+    assert np.array_equal(np.sort(np.concatenate(loaded.split(0.5, 0))), np.arange(len(loaded)))
+    gone = {whole.tasks[number] for number in empty} - set(loaded.tasks)
+    for name in gone:
+        with pytest.raises(ValueError, match=f"no episode of '{name}'"):
+            Demonstrations.load(tmp_path / "set", tasks=[name])
+
+
+def test_a_dataset_of_empty_episodes_is_empty(tmp_path: Path) -> None:
+    write(tmp_path / "set")
+    edit_columns(tmp_path / "set/meta/episodes/chunk-000/file-000.parquet", length=[0] * 5)
+    with pytest.raises(ValueError, match="is empty: it has no episode"):
+        Demonstrations.load(tmp_path / "set")
+
+
+@pytest.mark.parametrize("stored", [["number"], ["list"], ["list", "number"]])
+def test_features_of_one_number(tmp_path: Path, data_file: Path, stored: list[str]) -> None:
+    """LeRobot stores plain numbers, others lists of one; a merged dataset may have both."""
+    table = pq.read_table(data_file)
+    values = {name: np.stack(table[name].to_pylist())[:, 0] for name in ("observation.state", "action")}
+    for file, way in enumerate(stored):
+        path = data_file.with_name(f"file-00{file}.parquet")
+        rows = slice(12 * file, None if file == len(stored) - 1 else 12)
+        pq.write_table(table.slice(rows.start)[: rows.stop], path)
+        kept = {name: list(x[rows]) if way == "number" else [[y] for y in x[rows]] for name, x in values.items()}
+        edit_columns(path, observation__state=kept["observation.state"], action=kept["action"])
+    files = [0, 0, 0, len(stored) - 1, len(stored) - 1]
+    edit_columns(tmp_path / "set/meta/episodes/chunk-000/file-000.parquet", **{"data/file_index": files})
+    info = json.loads((tmp_path / "set/meta/info.json").read_text())
+    for name in values:
+        info["features"][name]["shape"] = [1]
+    edit_info(tmp_path / "set", features=info["features"])
+    loaded = Demonstrations.load(tmp_path / "set")
+    np.testing.assert_array_equal(loaded.states, values["observation.state"][:, None].astype(np.float32))
+    np.testing.assert_array_equal(loaded.actions, values["action"][:, None].astype(np.float32))
+    assert loaded.action_chunks(np.array([0]), 3)[0].shape == (1, 3, 1)
+    config = SFTConfig(model_kwargs=dict(TINY), steps=1, batch_size=4, shift=0, validation_fraction=0.0, bf16=False)
+    assert sft(loaded, config, progress=False).model.action_dim == 1
+
+
+LEVELS = np.random.default_rng(0).integers(0, 256, (SIZE, SIZE, 4), dtype=np.uint8)
+GREY = LEVELS[..., :1].repeat(3, axis=2)
+
+
+@pytest.mark.parametrize(
+    ("picture", "expected"),
+    [
+        (Image.fromarray(LEVELS[..., 0]), GREY),
+        (Image.fromarray(np.ascontiguousarray(LEVELS[..., :2]), "LA"), GREY),
+        (Image.fromarray(LEVELS, "RGBA"), LEVELS[..., :3]),
+        (Image.fromarray(LEVELS[..., 0].astype(np.uint16) * 257), GREY),  # the same grey in 16 bits
+        (Image.fromarray(LEVELS[..., 0].astype(np.uint16) * 256 + 255), GREY),
+    ],
+    ids=["grey", "grey and opacity", "colours and opacity", "16 bits", "16 bits, cut off"],
+)
+def test_channels_and_bits_of_pictures(tmp_path: Path, data_file: Path, picture: Image.Image, expected: Any) -> None:
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    edit_columns(data_file, observation__image=[{"bytes": buffer.getvalue(), "path": None}] * 20)
+    info = json.loads((tmp_path / "set/meta/info.json").read_text())
+    channels = len(picture.getbands())
+    for shape in ([channels, SIZE, SIZE], [SIZE, SIZE, channels]):
+        info["features"]["observation.image"]["shape"] = shape
+        edit_info(tmp_path / "set", features=info["features"])
+        np.testing.assert_array_equal(Demonstrations.load(tmp_path / "set").images[3], expected)
+
+
+def test_a_picture_without_levels_is_refused(tmp_path: Path, data_file: Path) -> None:
+    buffer = io.BytesIO()
+    Image.fromarray(np.ones((SIZE, SIZE), np.float32)).save(buffer, "TIFF")
+    edit_columns(data_file, observation__image=[{"bytes": buffer.getvalue(), "path": None}] * 20)
+    with pytest.raises(ValueError, match=r"row 0 of .*file-000\.parquet cannot be read: it has floating point numbers"):
+        Demonstrations.load(tmp_path / "set")
+
+
+@pytest.mark.parametrize("image_storage", ["png", "mp4"])
+def test_rows_in_any_order(tmp_path: Path, image_storage: str) -> None:
+    """Tools that merge datasets leave files, episodes and frames in another order than the episodes' numbers."""
+    write(tmp_path / "set", image_storage=image_storage)
+    expected = Demonstrations.load(tmp_path / "set")
+    data, episodes = tmp_path / "set/data/chunk-000", tmp_path / "set/meta/episodes/chunk-000/file-000.parquet"
+    table = pq.read_table(data / "file-000.parquet")
+    mixed = np.random.default_rng(0).permutation(20)
+    by_episode = np.r_[14:20, 0:5, 8:14, 5:8]
+    first = [1.0, 0.0, 1.0, 0.0, 1.0]  # the file of each episode
+    second = np.isin(expected.episode_index, [0, 2, 4])
+    for rows in (mixed, by_episode, np.r_[np.flatnonzero(~second), np.flatnonzero(second)]):
+        pq.write_table(table.take(pa.array(rows)), data / "file-000.parquet", row_group_size=3)
+        if rows is not mixed and rows is not by_episode:
+            for file, part in enumerate((~second, second)):
+                pq.write_table(table.filter(pa.array(part)), data / f"file-00{file}.parquet")
+            edit_columns(episodes, **{"data/file_index": first})
+        loaded = Demonstrations.load(tmp_path / "set")
+        for name in ("images", "states", "actions", "frame_index", "episode_index", "instruction_index"):
+            np.testing.assert_array_equal(getattr(loaded, name), getattr(expected, name))
+        selected = Demonstrations.load(tmp_path / "set", tasks=["reach-v3"])
+        np.testing.assert_array_equal(selected.images, expected.images[np.r_[5:8, 14:20]])
+
+
+def test_numbers_of_a_merged_dataset_are_whole(tmp_path: Path) -> None:
+    """Where one of the datasets lacked a column, pandas makes floats of its numbers and NaN of what is missing."""
+    write(tmp_path / "set", image_storage="mp4")
+    expected = Demonstrations.load(tmp_path / "set")
+    path = tmp_path / "set/meta/episodes/chunk-000/file-000.parquet"
+    table = pq.read_table(path)
+    whole = {name: table[name].to_numpy() for name in table.column_names if not name.startswith("stats/")}
+    floats = {name: x.astype(np.float64) for name, x in whole.items() if np.issubdtype(x.dtype, np.integer)}
+    assert {"trial/seed", "trial/goal", "length", "data/file_index"} <= floats.keys()
+    for name in ("trial/seed", "trial/goal"):
+        floats[name][1:3] = np.nan
+    edit_columns(path, **floats, **{"trial/task": [whole["trial/task"][0], None, None, *whole["trial/task"][3:]]})
+    loaded = Demonstrations.load(tmp_path / "set")
+    assert loaded.trials == [expected.trials[0], None, None, *expected.trials[3:]]
+    assert all(type(number) is int for trial in loaded.trials if trial for number in trial[1:])
+    np.testing.assert_array_equal(loaded.images, expected.images)
+    edit_columns(path, **{"data/file_index": [0.0, np.nan, 0.0, 0.0, 0.0]})
+    with pytest.raises(ValueError, match=r"Episode 1 of .* has data/file_index=nan in meta/episodes, expected a whole"):
+        Demonstrations.load(tmp_path / "set")
+
+
 # --- datasets that cannot be read ------------------------------------------------------------------------------------
 
 
@@ -500,13 +725,91 @@ def test_damaged_and_empty_datasets(tmp_path: Path) -> None:
     pq.write_table(table.slice(0, 15), data)
     with pytest.raises(ValueError, match="hold 15 frames, meta/episodes counts 20"):
         Demonstrations.load(tmp_path / "set")
-    pq.write_table(table.take(pa.array(np.arange(20)[::-1])), data)
-    with pytest.raises(ValueError, match="do not hold the episodes of meta/episodes"):
-        Demonstrations.load(tmp_path / "set")
+    swapped = table["episode_index"].to_numpy().copy()
+    swapped[4] = 1  # a frame of the first episode is told to be of the second, where there is one already
+    twice = table.set_column(table.column_names.index("episode_index"), "episode_index", pa.array(swapped))
+    again = table.take(pa.array([5, 5, *range(2, 20)]))  # a frame twice, and not in order
+    for damaged in (twice, again):
+        pq.write_table(damaged, data)
+        with pytest.raises(ValueError, match=r"do not hold the episodes of meta/episodes: .*frames of episode 0 are"):
+            Demonstrations.load(tmp_path / "set")
     episodes = tmp_path / "set/meta/episodes/chunk-000/file-000.parquet"
     pq.write_table(pq.read_table(episodes).slice(0, 0), episodes)
     with pytest.raises(ValueError, match="is empty: it has no episode"):
         Demonstrations.load(tmp_path / "set")
+
+
+def test_lists_of_different_lengths_are_refused(tmp_path: Path, data_file: Path) -> None:
+    for last in ([[0.5] * 4, [0.5] * 3], [[0.5] * 5, [0.5] * 3], [[0.5] * 4, None]):
+        edit_columns(data_file, action=[[0.5] * 4] * 18 + last)
+        with pytest.raises(ValueError, match=f"{data_file} has action of different lengths"):
+            Demonstrations.load(tmp_path / "set")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "meta/tasks.parquet",
+        "meta/episodes/chunk-000/file-000.parquet",
+        "data/chunk-000/file-000.parquet",
+        "videos/observation.image/chunk-000/file-000.mp4",
+    ],
+)
+@pytest.mark.parametrize("left", [0, 3, 0.5])
+def test_a_damaged_file_is_named(tmp_path: Path, name: str, left: float) -> None:
+    write(tmp_path / "set", image_storage="mp4")
+    path = tmp_path / "set" / name
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(left * len(whole)) if left < 1 else int(left)])
+    with pytest.raises(ValueError, match=f"{path} (cannot be read|has no frame)"):
+        Demonstrations.load(tmp_path / "set")
+    path.write_bytes(bytes(range(256)) * 8)
+    with pytest.raises(ValueError, match=f"{path} cannot be read"):
+        Demonstrations.load(tmp_path / "set")
+
+
+def test_a_damaged_part_of_a_video_is_named(tmp_path: Path) -> None:
+    """A decoder that meets garbage may give up, or make up frames."""
+    generator = np.random.default_rng(0)
+    noise = generator.integers(0, 256, (20, SIZE, SIZE, 3), dtype=np.uint8)  # so that a frame is many bytes
+    episodes = [dataclasses.replace(make_episode("reach-v3", 20, 0), images=noise)]
+    episodes.append(dataclasses.replace(make_episode("push-v3", 20, 1), images=noise))
+    write(tmp_path / "set", episodes, image_storage="mp4")
+    path = tmp_path / "set/videos/observation.image/chunk-000/file-000.mp4"
+    whole = path.read_bytes()
+    for share in (0.6, 0.7, 0.8):
+        place = int(share * len(whole))
+        path.write_bytes(whole[:place] + b"\xff" * 256 + whole[place + 256 :])
+        with pytest.raises(ValueError, match=f"{path} (is damaged at|cannot be read)"):
+            Demonstrations.load(tmp_path / "set")
+    assert len(Demonstrations.load(tmp_path / "set", tasks=["reach-v3"])) == 20  # before the damage
+
+
+def test_a_damaged_picture_is_named(tmp_path: Path, data_file: Path) -> None:
+    pictures_of = [row["bytes"] for row in pq.read_table(data_file)["observation.image"].to_pylist()]
+    for broken in (b"", b"garbage", pictures_of[7][:60], pictures_of[7][:-40]):
+        stored = [{"bytes": broken if row == 7 else picture, "path": None} for row, picture in enumerate(pictures_of)]
+        edit_columns(data_file, observation__image=stored)
+        with pytest.raises(ValueError, match=f"The picture in row 7 of {data_file} cannot be read"):
+            Demonstrations.load(tmp_path / "set")
+
+
+@pytest.mark.parametrize("text", ["x" * 65, "引き出しを開けて赤いブロックを中に入れてください", ""])  # 72 bytes
+def test_a_sentence_that_does_not_fit_is_named(tmp_path: Path, data_file: Path, text: str) -> None:
+    length = len(text.encode())
+    edit_columns(tmp_path / "set/meta/tasks.parquet", task=["Push", text])
+    root = tmp_path / "set"
+    with pytest.raises(ValueError) as caught:
+        Demonstrations.load(root)
+    for part in (str(root), "task_index 1", repr(text), f"got {length} bytes", "1 to 64 bytes"):
+        assert part in str(caught.value)
+    assert (f"load the dataset with instruction_bytes={length}" in str(caught.value)) == (length > 64)
+    assert Demonstrations.load(root, tasks=["push-v3"]).instructions == ["Push"]  # where it is not needed
+    if length:
+        loaded = Demonstrations.load(root, instruction_bytes=length)
+        shown, _, _ = next(DemonstrationBatches(loaded, np.arange(20), 2, 0, 0).epoch(20))
+        assert shown["instruction"].shape == (20, length)
+        assert decode_instruction(shown["instruction"][5].numpy()) == text
 
 
 def test_values_that_are_not_finite(tmp_path: Path) -> None:
@@ -542,6 +845,71 @@ def test_memory_is_checked_before_loading(tmp_path: Path, monkeypatch: pytest.Mo
     assert 2**20 < demonstrations.available_memory() < 2**50
 
 
+# --- shared by ranks --------------------------------------------------------------------------------------------------
+
+
+def own_bytes() -> int:
+    """Memory of this process that it shares with nobody and no file."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon:"))
+
+
+@pytest.fixture
+def two_tasks(tmp_path: Path) -> Path:
+    with DemonstrationWriter(tmp_path / "set", image_shape=(32, 32, 3)) as writer:
+        for name in ("reach-v3", "push-back-v3"):
+            writer.add_episode(make_episode(name, 24, 0))
+    return tmp_path / "set"
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads what Linux tells of a process")
+def test_ranks_of_a_machine_hold_pictures_once(two_tasks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a file that they map and that has no name; a rank that asks for others has its own."""
+    place = two_tasks.parent / "temporary"
+    place.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(place))
+    expected = Demonstrations.load(two_tasks, image_size=512)  # 36 MB
+    few = Demonstrations.load(two_tasks, image_size=32, tasks=["reach-v3"])
+
+    def work(rank: int) -> tuple[int, bool, bool]:
+        before = own_bytes()
+        loaded = Demonstrations.load(two_tasks, image_size=512)
+        grown = own_bytes() - before
+        frames = np.arange(0, 48, 5)
+        same = np.array_equal(loaded.images, expected.images) and loaded.images[frames].flags.writeable
+        other = Demonstrations.load(two_tasks, image_size=32, tasks=["reach-v3"] if rank == 2 else None)
+        alike = np.array_equal(other.images[: len(few)], few.images) and len(other) == (24 if rank == 2 else 48)
+        return grown, same, alike
+
+    for grown, same, alike in run_ranks(3, work):
+        assert grown < expected.images.nbytes // 3
+        assert same and alike
+    assert os.listdir(place) == []
+
+
+def test_ranks_are_told_what_the_one_that_decodes_found(two_tasks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = two_tasks.parent / "temporary"
+    place.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(place))
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    def work(_: int) -> list[str]:
+        messages = []
+        for owner, name in ((os, "posix_fallocate"), (lerobot_reader, "decode_picture")):
+            with pytest.MonkeyPatch.context() as patch, pytest.raises((ValueError, OSError)) as caught:
+                patch.setattr(owner, name, full)
+                Demonstrations.load(two_tasks)
+            messages.append(str(caught.value))
+        return messages
+
+    for no_room, damaged in run_ranks(2, work):
+        assert "share need 0.0 GB" in no_room and "Set the variable TMPDIR to a folder with more room" in no_room
+        assert "No space left" in damaged
+    assert os.listdir(place) == []
+
+
 # --- what is loaded --------------------------------------------------------------------------------------------------
 
 
@@ -555,6 +923,20 @@ def test_resizing_averages_areas(tmp_path: Path) -> None:
     larger = Demonstrations.load(tmp_path / "set", image_size=64).images
     expected = Image.fromarray(images[1]).resize((64, 64), Image.Resampling.BILINEAR)
     np.testing.assert_array_equal(larger[1], np.asarray(expected))
+
+
+def test_data_says_at_which_size_it_was_drawn(tmp_path: Path) -> None:
+    taken = {"camera": "corner2", "crop": "workspace"}
+    write(tmp_path / "set", camera=taken)
+    for size, shrunk in ((None, {}), (SIZE, {}), (8, {"render_size": SIZE, "resize": "area"})):
+        assert Demonstrations.load(tmp_path / "set", image_size=size).camera == {**taken, **shrunk}
+    # Pictures that were shrunk before they were stored.
+    write(tmp_path / "again", camera={"render_size": 480, "resize": "area"})
+    assert Demonstrations.load(tmp_path / "again", image_size=8).camera == {"render_size": 480, "resize": "area"}
+    write_foreign(tmp_path / "foreign", "image")
+    rename = {"observation.images.camera1": "observation.image"}
+    wide = Demonstrations.load(tmp_path / "foreign", rename=rename, image_size=8)
+    assert wide.camera == {"render_size": [24, 40], "resize": "area"}
 
 
 def test_action_chunks_by_hand(tmp_path: Path) -> None:
@@ -618,6 +1000,25 @@ def test_statistics_against_numpy(many: Demonstrations) -> None:
         for statistic, share in (("q01", 1), ("q99", 99)):
             expected = np.percentile(values.astype(np.float64), share, axis=0)
             np.testing.assert_allclose(stats[name][statistic], expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("low", [1.0, np.float32(1.0 - 1e-6), 0.995])
+def test_statistics_of_what_hardly_moves(many: Demonstrations, low: float) -> None:
+    data = dataclasses.replace(many, states=many.states.copy(), actions=many.actions.copy())
+    for values in (data.states, data.actions):
+        values[:, 3] = 1.0
+        values[::9, 3] = low
+    for name, statistics in data.statistics().items():
+        assert all(value.dtype == np.float32 for value in statistics.values())
+        assert statistics["std"][3] == np.float32(0.01)
+        for lower, upper in (("min", "max"), ("q01", "q99")):
+            assert statistics[lower][3] == np.float32(low)
+            width = 0.0 if (name, low, upper) == ("action", 1.0, "max") else 0.02
+            np.testing.assert_allclose(statistics[upper][3], low + width, rtol=1e-6)
+    moving = {name: {key: value[:3] for key, value in found.items()} for name, found in data.statistics().items()}
+    for name, found in many.statistics().items():
+        for key, value in found.items():
+            np.testing.assert_array_equal(moving[name][key], value[:3])
 
 
 # --- collecting ------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import functools
 import io
 import json
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from published import assert_told_without_weights
 from reference_weights import reference_weight
 from safetensors.torch import load_file, save_file
 from toy import SENTENCES, TARGETS, changed_by_an_update, probability_of, stir, toy_demonstrations, toy_ppo, toy_vec
@@ -217,6 +219,7 @@ def test_round_trip_through_lerobots_folder(published: Path, tmp_path: Path) -> 
     """Every tensor to the bit, every setting of the original, and the same files."""
     loaded = load_checkpoint(published)
     assert loaded.distribution == ("ddpm", {"denoising_steps": 100, "clip_sample": 1.0})
+    assert_told_without_weights(published)
     save_diffusion_policy(tmp_path / "again", loaded.model, loaded.distribution)  # type: ignore[arg-type]
     assert files(tmp_path / "again") == files(published)
     for name in sorted(files(published)):
@@ -230,6 +233,25 @@ def test_round_trip_through_lerobots_folder(published: Path, tmp_path: Path) -> 
     assert set(written) <= set(original)
     differing = {key for key in written if written[key] != original[key]}
     assert differing <= {"input_features", "n_action_steps", "drop_n_last_frames", "crop_ratio", "num_inference_steps"}
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"widths": (16, 32, 64, 128)}, r"widths=\(16, 32, 64, 128\) \(there: \(64, 128, 256, 512\)\)"),
+        ({"instruction_dim": 64}, r"instruction_dim=64 \(there: 0\)"),
+        ({"action_horizon": 6}, r"action_horizon=6 \(there: a multiple of 4\)"),
+    ],
+)
+def test_what_lerobot_cannot_load_is_told(tmp_path: Path, options: dict[str, Any], told: str) -> None:
+    """The laptop's sizes, which its layout has no word for; what it loads is saved without one."""
+    theirs = {**TINY, "widths": (64, 128, 256, 512), "instruction_dim": 0}
+    with pytest.warns(UserWarning, match=f"LeRobot cannot load .*policy, which sb3_vla reads: the model has {told}"):
+        save_diffusion_policy(tmp_path / "policy", DiffusionPolicy(**{**theirs, **options}))
+    assert load_checkpoint(tmp_path / "policy").model.config["widths"] == list({**theirs, **options}["widths"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        save_diffusion_policy(tmp_path / "theirs", DiffusionPolicy(**theirs))
 
 
 def test_with_instructions_and_native(tmp_path: Path) -> None:
@@ -424,6 +446,18 @@ def test_loss_by_hand(prediction: str, mask_padding: bool) -> None:
             counted = torch.tensor([0.0, *mask[row % 3, :3].tolist()]) if mask_padding else torch.ones(4)
             total, count = total + (error * counted).sum().item(), count + counted.sum().item()
     assert found.item() == pytest.approx(total / count, rel=1e-5)
+
+
+def test_a_number_that_never_changed_is_read_as_lerobot_does() -> None:
+    """LeRobot's 2 (x - min) / width - 1, with 1e-8 in place of a width of nothing."""
+    policy = make_model("diffusion_policy", dict(TINY))
+    bounds = torch.tensor([0.0, 0.3, 1.0, -0.5])
+    policy.set_statistics({"state_min": bounds, "state_max": bounds + torch.tensor([0.0, 0.0, 0.0, 1.0])})
+    policy.set_statistics({"action_min": bounds, "action_max": bounds})
+    state = torch.tensor([[0.0, 0.3, 1.0, 0.25]])
+    torch.testing.assert_close(policy._normalise("state", state), torch.tensor([[-1.0, -1, -1, 0.5]]))  # type: ignore[operator]
+    chunk = torch.linspace(-1, 1, 5)[:, None].expand(5, 4)
+    torch.testing.assert_close(policy.unnormalise_action(chunk), bounds.expand(5, 4), atol=2e-8, rtol=0)
 
 
 def test_imitates_and_acts(tmp_path: Path) -> None:

@@ -13,18 +13,23 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from allocated import Allocated
 from ranks import run_ranks
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import DummyVecEnv
 from test_evaluation import EASY, EXPERT_PROTOCOL, ExpertPolicy, expert_env
 from test_grpo import toy_grpo
-from toy import TINY, ToyEnv, toy_demonstrations, toy_ppo, toy_vec
+from toy import TINY, ToyEnv, tiny_model, toy_demonstrations, toy_ppo, toy_vec
 
 from sb3_vla import PPO, HoldAtEnd, distributed
-from sb3_vla.distributed import RankLostError, Ranks, current_ranks, torchrun
+from sb3_vla.distributed import RankLostError, Ranks, current_ranks, ranks_on_this_machine, torchrun
 from sb3_vla.evaluation import evaluate
+from sb3_vla.memory import MemoryPlan, plan_memory
 from sb3_vla.resume import load_algorithm, save_algorithm
+from sb3_vla.run import RunDirectory
 from sb3_vla.sft import DemonstrationBatches, SFTConfig, sft
+from sb3_vla.sharding import whole_optimizer_state
+from sb3_vla.training import PPOConfig, train
 
 #: gradients summed in another order differ by a few units in the last place, and so do weights after steps of SGD
 ROUNDING = 2e-6
@@ -122,6 +127,41 @@ def test_other_weights_are_refused() -> None:
         return str(caught.value)
 
     assert all("(b); give all ranks the same checkpoint" in message for message in run_ranks(2, work))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.uint8, torch.bool])
+def test_weights_are_compared_bit_by_bit(dtype: torch.dtype) -> None:
+    """Also those that are not finite, that lie in memory in another order, and that two places exchanged."""
+
+    def work(rank: int) -> list[bool]:
+        rows = (torch.rand(600, 1000, generator=torch.Generator().manual_seed(0)) * 3).to(dtype)
+        exchanged = rows.clone()
+        exchanged[1, 2], exchanged[500, 3] = 0, 1
+        if rank:
+            exchanged[1, 2], exchanged[500, 3] = 1, 0
+        turned = rows.T.contiguous().T if rank else rows
+        missing = torch.full((3,), torch.nan) if dtype.is_floating_point else torch.zeros(0)
+        found = []
+        for weights in ({"a": rows}, {"a": turned}, {"a": missing.to(dtype)}, {"a": exchanged}):
+            try:
+                current_ranks().check_same(weights, "the policy")
+                found.append(True)
+            except ValueError:
+                found.append(False)
+        return found
+
+    assert run_ranks(2, work) == [[True, True, True, False]] * 2
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_comparing_weights_takes_little_memory(transposed: bool) -> None:
+    def work(_: int) -> int:
+        weights = torch.ones(4, 2**20)  # 16 MiB
+        with Allocated() as memory:
+            current_ranks().check_same({"a": weights.T if transposed else weights}, "the policy")
+        return memory.most
+
+    assert max(run_ranks(2, work)) < 8 * 2**20
 
 
 def test_a_rank_that_ends_does_not_let_others_wait() -> None:
@@ -339,6 +379,39 @@ def test_a_step_that_is_not_finite_on_one_rank_is_left_out_on_all() -> None:
         assert all(np.array_equal(result["weights"][name], before[name]) for name in before)
 
 
+def test_ranks_are_counted_before_they_join(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    toy_ppo().save(tmp_path / "model.zip")
+    for name in ("RANK", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "1")
+    for name, value in {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "here", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert ranks_on_this_machine() == 2
+    with pytest.raises(ValueError, match="several ranks, which join where an algorithm is made with its environment"):
+        PPO.load(tmp_path / "model.zip", device="cpu").learn(16)
+    monkeypatch.setattr(distributed, "_has_joined", True)
+    assert ranks_on_this_machine() == 1
+    with pytest.warns(UserWarning, match="Rank 1 trains alone: this is behind the end of"):
+        PPO.load(tmp_path / "model.zip", toy_vec(), device="cpu").learn(16)
+    monkeypatch.setattr(distributed, "_has_joined", False)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert ranks_on_this_machine() == 1
+
+
+def test_several_ranks_do_not_write_one_run_side_by_side(tmp_path: Path) -> None:
+    def work(rank: int) -> None:
+        with pytest.raises(ValueError, match=r"run is written by 2 ranks; give them a sb3_vla.shared_run.SharedRun"):
+            train(
+                RunDirectory(tmp_path / f"{rank}" / "run", {}),
+                "rl",
+                PPOConfig(),
+                checkpoint=tmp_path / "nowhere",
+                output=tmp_path / "rl",
+                suite="MT10",
+            )
+
+    run_ranks(2, work)
+
+
 def test_policies_that_ranks_cannot_share_are_refused() -> None:
     def work(rank: int) -> None:
         with pytest.raises(ValueError, match="Several ranks train VLAPolicy alone; got MultiInputActorCriticPolicy"):
@@ -476,6 +549,73 @@ def test_shards_learn_what_replicas_learn(tmp_path: Path, trainable: str) -> Non
     alone = go_on(1, 0)
     for found in run_ranks(2, functools.partial(go_on, 2)):
         assert_alike(found, alone, 4e-6)
+
+
+def test_a_state_of_shards_is_gathered_by_the_first_rank_alone(tmp_path: Path) -> None:
+    """Adam's moments are twice the weights; a rank that does not write has its own part of them and no more."""
+
+    def moments(algorithm: PPO) -> list[np.ndarray]:
+        state = [
+            algorithm.policy.optimizer.state[p] for g in algorithm.policy.optimizer.param_groups for p in g["params"]
+        ]
+        local = [each[name] for each in state for name in ("step", "exp_avg", "exp_avg_sq")]
+        return [(part.to_local() if distributed.is_shard(part) else part).numpy().copy() for part in local]  # type: ignore[operator]
+
+    def work(rank: int) -> tuple[int, int, int, list[bool]]:
+        algorithm = _sharded(2, {"n_epochs": 2})
+        algorithm.learn(32, log_interval=1000)
+        weights = sum(p.numel() * 4 for p in algorithm.policy.parameters() if p.requires_grad)
+        with Allocated() as memory:
+            state = whole_optimizer_state(algorithm.policy.optimizer, algorithm.policy)
+        held = sum(value.nbytes for values in state.values() for value in values.values())
+        del state
+        save_algorithm(tmp_path if rank == 0 else None, algorithm)
+        again = _sharded(2, {"n_epochs": 2})
+        again._setup_learn(0)
+        load_algorithm(tmp_path, again)
+        other = _sharded(2, {"n_epochs": 2})
+        other.set_parameters(algorithm.get_parameters())
+        same = [
+            all(np.array_equal(*pair) for pair in zip(moments(algorithm), moments(each), strict=True))
+            for each in (again, other)
+        ]
+        return weights, held, memory.most, same
+
+    (weights, held, _, same), (_, nothing, most, same_there) = run_ranks(2, work)
+    assert held == pytest.approx(2 * weights, rel=0.01) and nothing == 0
+    assert most < 1.5 * weights  # the whole weights that a rollout needs, which come back afterwards
+    assert same == same_there == [True, True]
+
+
+def test_a_plan_for_shards_is_what_a_rank_holds() -> None:
+    """Between updates all weights beside the rank's own part of them, of gradients and of Adam's moments its part."""
+
+    def work(rank: int) -> tuple[MemoryPlan, int, int, int]:
+        algorithm, parts = _sharded(2, {}), [0]
+        step = algorithm._optimizer_step
+
+        def stepping(*arguments: Any) -> None:
+            parameters = [p for group in algorithm.policy.optimizer.param_groups for p in group["params"]]
+            local = [p.grad.to_local() if distributed.is_shard(p) else p.grad for p in parameters]
+            parts.append(sum(gradient.nbytes for gradient in local))
+            step(*arguments)
+
+        algorithm._optimizer_step = stepping  # type: ignore[method-assign]
+        algorithm.learn(32, log_interval=1000)
+        policy = algorithm.policy
+        shards = [p.to_local() for group in policy.optimizer.param_groups for p in group["params"]]
+        weights = sum(tensor.nbytes for tensor in (*policy.parameters(), *policy.buffers(), *shards))
+        state = [value for state in policy.optimizer.state.values() for value in state.values()]
+        moments = sum((each.to_local() if distributed.is_shard(each) else each).nbytes for each in state)
+        plan = plan_memory(
+            tiny_model(action_horizon=2), trainable="all", batch_size=4, world_size=2, critic=policy.value_head,
+        )  # fmt: skip
+        return plan, weights, moments, max(parts)
+
+    for plan, weights, moments, gradients in run_ranks(2, work):
+        assert plan.weights == pytest.approx(weights, rel=0.1)
+        assert plan.optimizer == pytest.approx(moments, rel=0.1)
+        assert plan.gradients >= gradients and plan.device >= weights + moments
 
 
 def test_shards_of_a_rank_without_a_group() -> None:

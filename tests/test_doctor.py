@@ -6,13 +6,14 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from sb3_vla import doctor
+from sb3_vla import doctor, machine
 from sb3_vla.cli import main
 from sb3_vla.doctor import GIB, Finding, examine
 
@@ -28,7 +29,7 @@ ANSWERS: dict[str, dict[str, Any]] = {
         "long": {"device": 1e9, "buffer": 1e15, "headroom": 0.1, "begins": False},
         "strange": {"error": "ValueError: no such layer"},
     },
-    "environment": {"first_seconds": 2.5, "compiled_now": False, "steps_per_second": 900.0},
+    "environment": {"first_seconds": 2.5, "compiled_now": False, "folder": "/opt/kept", "steps_per_second": 900.0},
     "egl": {"error": "no library"},
     "osmesa": {},
     "videos": {"version": "18"},
@@ -81,18 +82,52 @@ def test_what_the_quickstart_cannot_do_without(
     assert f"The quickstart cannot run here. It needs: {name}." in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("folder", [None, str(Path(tempfile.gettempdir()) / "mw_envs-compiled-0")])
+def test_where_the_compiled_renderer_is_kept(
+    folder: str | None, answers: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["doctor", "--json"]) == 0
+    found = diagnosis(capsys)[1]["compiled renderer"]
+    assert (found["state"], found["value"]) == ("ok", "kept in /opt/kept")
+    answers["environment"] = {**answers["environment"], "folder": folder}
+    assert main(["doctor", "--json"]) == 0
+    found = diagnosis(capsys)[1]["compiled renderer"]
+    assert found["state"] == "note" and "NUMBA_CACHE_DIR" in found["remedy"]
+    assert found["value"].startswith(f"kept in {folder}" if folder else "kept nowhere")
+
+
+def test_only_what_an_installation_mends_is_installed_again(
+    answers: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    answers["environment"] = {"error": "RuntimeError: cannot cache function"}
+    main(["doctor", "--json"])
+    remedy = diagnosis(capsys)[1]["software renderer"]["remedy"]
+    assert "install" not in remedy and "MetaWorldMT1-v0" in remedy
+
+
+def test_without_a_home(answers: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("XDG_CACHE_HOME", "HF_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as where the user is not known
+    assert main(["doctor", "--json"]) == 0
+    found = diagnosis(capsys)[1]
+    assert found["compiled scenes"]["state"] == found["published models"]["state"] == "note"
+    assert "XDG_CACHE_HOME" in found["compiled scenes"]["remedy"]
+
+
 def test_scarce_memory_and_disk(
     answers: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     files = {
         "/proc/meminfo": "MemTotal: 16777216 kB\nMemAvailable: 8388608 kB\n",
+        "/proc/self/cgroup": "0::/\n",
         "/sys/fs/cgroup/memory.max": f"{3 * GIB}\n",
         "/sys/fs/cgroup/memory.current": f"{GIB}\n",
     }
-    monkeypatch.setattr(doctor, "_read", lambda path: files.get(path, ""))
-    assert doctor.memory() == (2 * GIB, 3 * GIB)
+    monkeypatch.setattr(machine, "_read", lambda path: files.get(path, ""))
+    assert machine.memory() == (2 * GIB, 3 * GIB)
     files["/sys/fs/cgroup/memory.max"] = "max\n"
-    assert doctor.memory() == (8 * GIB, 16 * GIB)
+    assert machine.memory() == (8 * GIB, 16 * GIB)
     files["/proc/meminfo"] = "MemTotal: 2097152 kB\nMemAvailable: 1048576 kB\n"
     usage = type("Usage", (), {"free": 1000})
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: usage)  # type: ignore[attr-defined]
@@ -103,7 +138,7 @@ def test_scarce_memory_and_disk(
     assert findings["memory"]["value"].startswith("1.0 GiB free of 2.0")
     # Enough for one worker process, 2.7 GiB, and not for one on each of 64 cores.
     files["/proc/meminfo"] = "MemTotal: 4194304 kB\nMemAvailable: 3145728 kB\n"
-    monkeypatch.setattr(doctor.os, "sched_getaffinity", lambda process: range(64))  # type: ignore[attr-defined]
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(64))
     main(["doctor", "--json"])
     _, findings = diagnosis(capsys)
     assert findings["memory"]["state"] == "note" and "taskset" in findings["memory"]["remedy"]

@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 import multiprocessing
+import pickle
+import sys
+import types
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
+import cloudpickle
 import gymnasium as gym
 import numpy as np
 import numpy.typing as npt
 import pytest
 from gymnasium.utils.env_checker import check_env as gymnasium_check_env
 from gymnasium.utils.env_checker import data_equivalence
+from gymnasium.wrappers import RecordVideo, TimeLimit
 from stable_baselines3.common.env_checker import check_env as sb3_check_env
-from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecVideoRecorder
 
 import mw_envs.env
+import mw_envs.scene
 from mw_envs import TASKS, Trial, decode_instruction, suite_tasks
 from mw_envs.env import MetaWorldEnv
 from mw_envs.experts import ScriptedExpert
@@ -239,10 +248,11 @@ def test_a_chunk_stops_at_success_and_shows_that_moment(fakes: Fakes) -> None:
     actions = np.linspace(-1, 1, 40, dtype=np.float32).reshape(2, 5, 4)
     observation, reward, terminated, truncated, info = env.step(actions[0])
     assert (observation["image"].max(), reward, terminated, truncated, info["env_steps"]) == (5, 0.0, False, False, 5)
-    assert "is_success" not in info
+    assert (info["is_success"], info["episode_return"]) == (False, 0.0)
     observation, reward, terminated, truncated, info = env.step(actions[1])
     assert (reward, terminated, truncated) == (1.0, True, False)
     assert (info["env_steps"], info["elapsed_steps"], info["is_success"], info["success"]) == (3, 8, True, True)
+    assert info["episode_return"] == 1.0
     assert (observation["image"].min(), observation["image"].max()) == (8, 8)
     assert observation["state"][2] == np.float32(0.008)
     np.testing.assert_array_equal(fakes.in_use[0].actions, actions.reshape(-1, 4)[:8])
@@ -328,8 +338,20 @@ def test_without_an_end_at_success_the_episode_runs_on(fakes: Fakes) -> None:
     assert [info["success_once"] for *_, info in steps] == [step >= 3 for step in range(1, 13)]
     assert not any(terminated for _, _, terminated, _, _ in steps)
     assert [truncated for *_, truncated, _ in steps] == [False] * 11 + [True]
-    assert ["is_success" in info for *_, info in steps] == [False] * 11 + [True]
-    assert steps[-1][4]["is_success"]  # success means ever, though it has passed
+    # Success means ever, though it has passed.
+    assert [info["is_success"] for *_, info in steps] == [step >= 3 for step in range(1, 13)]
+
+
+def test_a_limit_from_outside_cuts_episodes_that_tell_all_the_same(fakes: Fakes) -> None:
+    fakes.success_at |= {4}
+    env = TimeLimit(fake_env(terminate_on_success=False, action_chunk=2), 3)
+    _, info = env.reset(seed=0)
+    assert (info["is_success"], info["episode_return"], info["elapsed_steps"]) == (False, 0.0, 0)
+    steps = [env.step(still(env)) for _ in range(3)]
+    assert [truncated for *_, truncated, _ in steps] == [False, False, True]
+    told = [(info["is_success"], info["episode_return"], info["elapsed_steps"]) for *_, info in steps]
+    assert told == [(False, 0.0, 2), (True, 1.0, 4), (True, 1.0, 6)]
+    assert {frozenset(info) for *_, info in steps} == {frozenset(env.reset()[1])}  # all keys at every time
 
 
 def test_the_real_simulator_flickers_too(expert_actions: npt.NDArray[np.float32]) -> None:
@@ -396,6 +418,18 @@ def test_options_pin_the_trial(fakes: Fakes) -> None:
     assert len(goals) > 5
     tasks = {env.reset(options={"goal": 0})[1]["task"] for _ in range(20)}
     assert len(tasks) > 3
+
+
+def test_the_length_of_instructions(fakes: Fakes) -> None:
+    env = fake_env(instruction_bytes=100)
+    observation, info = env.reset(seed=0)
+    assert env.observation_space["instruction"].shape == observation["instruction"].shape == (100,)
+    assert env.observation_space.contains(observation)
+    assert decode_instruction(observation["instruction"]) == info["instruction"]
+    with pytest.raises(ValueError, match=r"task drawer-open-v3 must be 1 to 8 .*: 'Open a drawer'; .*=13 or more"):
+        fake_env(tasks=["drawer-open-v3"], instruction_bytes=8)
+    with pytest.raises(ValueError, match="instruction_bytes=0; expected a whole number of at least 1"):
+        fake_env(instruction_bytes=0)
 
 
 def test_a_group_of_pinned_trials_is_one_trial() -> None:
@@ -480,6 +514,73 @@ def test_a_snapshot_of_nothing_is_refused(fakes: Fakes) -> None:
         fake_env().snapshot()
 
 
+COPIES: dict[str, Callable[[Any], Any]] = {
+    "deepcopy": copy.deepcopy,
+    "copy": copy.copy,
+    "pickle": lambda env: pickle.loads(pickle.dumps(env)),
+    "cloudpickle": lambda env: pickle.loads(cloudpickle.dumps(env)),
+}
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle", "cloudpickle"])
+@pytest.mark.parametrize("chunk", [1, 3])
+def test_a_copy_goes_on_as_the_environment_does(how: str, chunk: int) -> None:
+    """And neither disturbs the other; the environment runs through its end, and the next task is drawn."""
+    options = {"tasks": ["push-v3", "drawer-close-v3"], "horizon": 9, "image_size": 16, "settle_steps": 2}
+    env = gym.make("mw_envs:MetaWorldMT10-v0", action_chunk=chunk, reward="dense", privileged_state=True, **options)
+    env.reset(seed=5)
+    env.unwrapped.set_task_weights({"push-v3": 3.0})  # type: ignore[attr-defined]
+    actions = np.random.default_rng(0).uniform(-1, 1, (6, *(env.action_space.shape or ()))).astype(np.float32)
+
+    def play(env: gym.Env, actions: npt.NDArray[np.float32]) -> list[Any]:
+        seen: list[Any] = []
+        for action in actions:
+            seen.append(env.step(action))
+            if seen[-1][2] or seen[-1][3]:
+                seen.append(env.reset())
+        return seen
+
+    play(env, actions[:2])
+    twin = COPIES[how](env)
+    kept = COPIES[how](env)
+    expected = play(env, np.concatenate([actions[2:]] * 3))
+    assert data_equivalence(play(twin, np.concatenate([actions[2:]] * 3)), expected, exact=True)
+    assert sum(len(entry) == 2 for entry in expected) >= 1
+    twin.close()
+    env.close()
+    assert data_equivalence(play(kept, np.concatenate([actions[2:]] * 3)), expected, exact=True)
+    kept.close()
+
+
+@pytest.mark.parametrize("how", COPIES)
+def test_a_copy_of_an_environment_that_has_no_episode(fakes: Fakes, how: str) -> None:
+    fresh = COPIES[how](fake_env(action_chunk=2))
+    assert len(fakes.in_use) == 0 and fresh.action_space.shape == (2, 4) and fresh.metadata["render_fps"] == 40
+    with pytest.raises(gym.error.ResetNeeded):
+        fresh.step(still(fresh))
+    fresh.reset(seed=0)
+    ended = fake_env(horizon=1)
+    ended.reset(seed=0)
+    ended.step(still(ended))
+    with pytest.raises(gym.error.ResetNeeded, match="has ended"):
+        COPIES[how](ended).step(still(ended))
+    ended.close()
+    closed = COPIES[how](ended)
+    assert len(fakes.in_use) == 2  # fresh's, and that of the copy of the ended one
+    with pytest.raises(gym.error.ResetNeeded):
+        closed.step(still(closed))
+
+
+def test_a_shallow_copy_has_its_own_episode(fakes: Fakes) -> None:
+    env = fake_env(horizon=20)
+    env.reset(seed=0)
+    env.step(still(env))
+    twin = copy.copy(env)
+    twin.step(np.ones(4, np.float32))
+    assert (len(env.snapshot()["actions"]), len(twin.snapshot()["actions"])) == (1, 2)
+    assert [len(simulator.actions) for simulator in fakes.in_use] == [1, 2]
+
+
 def test_a_change_of_task_hands_the_simulator_back(fakes: Fakes) -> None:
     env = fake_env()
     env.reset(options={"task": "reach-v3"})
@@ -538,6 +639,24 @@ def test_render_shows_the_full_view() -> None:
     default, _ = MetaWorldEnv("MT10").reset(seed=0, options={"task": "reach-v3", "goal": info["goal"]})
     np.testing.assert_array_equal(picture, default["image"])
     env.close()
+
+
+@pytest.mark.parametrize(("chunk", "rate"), [(1, 80), (5, 16), (3, 80 / 3)])
+def test_videos_of_others_play_at_real_speed(
+    fakes: Fakes, chunk: int, rate: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # They ask for the library that would write the file.
+    monkeypatch.setitem(sys.modules, "moviepy", types.ModuleType("moviepy"))
+    clips = types.SimpleNamespace(ImageSequenceClip=None)
+    monkeypatch.setitem(sys.modules, "moviepy.video.io.ImageSequenceClip", clips)
+
+    def make() -> gym.Env:
+        return TimeLimit(fake_env(action_chunk=chunk, render_mode="rgb_array"), 4)
+
+    assert RecordVideo(make(), str(tmp_path)).frames_per_sec == pytest.approx(rate)
+    recorder = VecVideoRecorder(DummyVecEnv([make]), str(tmp_path), lambda _: False)
+    assert recorder.frames_per_sec == pytest.approx(rate)
+    assert MetaWorldEnv.metadata["render_fps"] == 80
 
 
 def test_render_without_a_mode_says_so(fakes: Fakes) -> None:
@@ -771,6 +890,34 @@ def test_gymnasium_vector_envs(in_this_process: list[Any], start_method: str) ->
         assert infos["elapsed_steps"].tolist() == [0, 0]
     finally:
         envs.close()
+
+
+def play_in_thread(task: str) -> list[dict[str, npt.NDArray[Any]]]:
+    """Two episodes of an environment that the thread makes for itself."""
+    env = gym.make("mw_envs:MetaWorldMT1-v0", task=task, image_size=48, horizon=4, privileged_state=True)
+    seen = []
+    for seed in range(2):
+        seen.append(env.reset(seed=seed)[0])
+        seen += [env.step(np.full(4, 0.5, np.float32))[0] for _ in range(4)]
+    env.close()
+    return seen
+
+
+@pytest.mark.parametrize("first", ["alone", "together"])
+def test_threads_with_an_environment_each(monkeypatch: pytest.MonkeyPatch, first: str) -> None:
+    """Simulators, their goals and the renderer are the process's; here it has none of them yet."""
+    for name in ("_idle", "_goal_tables"):
+        monkeypatch.setattr(f"mw_envs.scene.{name}", type(getattr(mw_envs.scene, name))())
+    monkeypatch.setattr("mw_envs.rendering.select._renderers", {})
+    tasks = ["reach-v3", "drawer-open-v3", "push-v3", "reach-v3"]
+    played: dict[str, Any] = {}
+    for how in (first, "together" if first == "alone" else "alone"):
+        if how == "alone":
+            played[how] = list(map(play_in_thread, tasks))
+        else:
+            with ThreadPoolExecutor(len(tasks)) as pool:
+                played[how] = list(pool.map(play_in_thread, tasks))
+    assert data_equivalence(played["together"], played["alone"], exact=True)
 
 
 def test_task_weights_through_a_vector_environment(fakes: Fakes) -> None:

@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import random
 import signal
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,9 +26,12 @@ from gymnasium import spaces
 from rich.console import Console
 from stable_baselines3 import PPO
 from stable_baselines3.common.vec_env import DummyVecEnv
+from toy import TINY, tiny_model
 
+import sb3_vla
 from mw_envs import TASKS, Trial, decode_instruction, suite_tasks
 from mw_envs.experts import ScriptedExpert
+from sb3_vla.checkpoints import save_checkpoint
 from sb3_vla.evaluation import (
     PROTOCOLS,
     TRIAL_SEED,
@@ -36,6 +40,7 @@ from sb3_vla.evaluation import (
     TrialResult,
     VideoOptions,
     _Schedule,
+    check_fit,
     compare,
     evaluate,
     find_protocol,
@@ -45,6 +50,7 @@ from sb3_vla.evaluation import (
 )
 from sb3_vla.figures import before_after_bars, learning_curve
 from sb3_vla.filming import captions
+from sb3_vla.policies import VLAPolicy, load_policy
 from sb3_vla.videos import annotate
 
 EASY = ["coffee-button-v3", "door-unlock-v3"]
@@ -262,6 +268,122 @@ def test_stable_baselines3_model(small_env: DummyVecEnv) -> None:
         evaluate(model, tasks=EASY, protocol=EXPERT_PROTOCOL, env_kwargs={"image_size": 36})
 
 
+def test_a_policy_reads_instructions_of_another_length(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "checkpoint", tiny_model(action_dim=4, action_horizon=5))
+    policy = load_policy(tmp_path / "checkpoint")
+    protocol = dataclasses.replace(PROTOCOLS["rlinf-160"], horizon=10)
+
+    def outcome(**options: Any) -> EvaluationResult:
+        env = DummyVecEnv([functools.partial(make_trial_env, protocol, {"image_size": 32, **options})])
+        return evaluate(policy, tasks=EASY[:1], trials_per_task=1, protocol=protocol, vec_env=env, progress=False)
+
+    assert outcome(instruction_bytes=90).trials == outcome().trials
+
+
+# What the policy sees
+
+
+@pytest.fixture
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Evaluations run here, in one environment."""
+
+    def make(protocol: Protocol, env_kwargs: dict[str, Any], **_: Any) -> DummyVecEnv:
+        return DummyVecEnv([functools.partial(make_trial_env, protocol, env_kwargs)])
+
+    monkeypatch.setattr(sb3_vla.evaluation, "make_trial_vec_env", make)
+
+
+def workspace_policy(folder: Path, **view: Any) -> VLAPolicy:
+    """Of a checkpoint that was trained on a crop; further notes are of its view."""
+    notes = {"view": {"camera": "corner2", "crop": "workspace", **view}}
+    save_checkpoint(folder, tiny_model(action_horizon=5), notes=notes)
+    return load_policy(folder)
+
+
+BRIEF = dataclasses.replace(PROTOCOLS["rlinf-160"], name="brief", horizon=5)
+
+
+@pytest.mark.parametrize("given", [None, {}, {"image_size": 32}, {"renderer": "software"}, {"crop": "workspace"}])
+def test_a_policy_is_shown_the_view_that_it_was_trained_on(
+    tmp_path: Path, given: dict[str, Any] | None, in_this_process: None, recwarn: pytest.WarningsRecorder
+) -> None:
+    policy = workspace_policy(tmp_path / "sft")
+    seen: list[Any] = []
+    act = policy.predict
+    policy.predict = lambda observation, **options: seen.append(observation) or act(observation, **options)  # type: ignore[func-returns-value, method-assign]
+    result = evaluate(policy, tasks=EASY[:1], trials_per_task=1, protocol=BRIEF, env_kwargs=given, progress=False)
+    env = gym.make("mw_envs:MetaWorldMT50-v0", image_size=32, crop="workspace")
+    first, _ = env.reset(options=result.trials[0].trial._asdict())
+    env.close()
+    np.testing.assert_array_equal(seen[0]["image"][0], first["image"])
+    assert result.env_kwargs == {"camera": "corner2", "crop": "workspace", "image_size": 32, **(given or {})}
+    assert not [each for each in recwarn if issubclass(each.category, UserWarning)]
+
+
+@pytest.mark.parametrize(
+    ("given", "shown"),
+    [
+        ({"crop": None}, "camera=corner2 with crop=full"),
+        ({"crop": [0.1, 0.2, 0.5, 0.5]}, r"camera=corner2 with crop=\[0.1, 0.2, 0.5, 0.5\]"),
+        ({"camera": "corner"}, "camera=corner with crop=workspace"),
+    ],
+)
+def test_another_view_than_the_policys_is_told(tmp_path: Path, given: dict[str, Any], shown: str) -> None:
+    policy = workspace_policy(tmp_path / "sft")
+    expected = f"trained on camera=corner2 with crop=workspace, but the policy is shown {shown}"
+    with pytest.warns(UserWarning, match=expected):
+        assert check_fit(policy, BRIEF, given)["env_kwargs"].items() >= given.items()
+    env = DummyVecEnv([functools.partial(make_trial_env, BRIEF, {"image_size": 32, **given})])
+    if "camera" in given:
+        shown = "camera=corner with crop=full"
+    with pytest.warns(UserWarning, match=f"trained on camera=corner2 with crop=workspace.* {shown}"):
+        evaluate(policy, tasks=EASY[:1], trials_per_task=1, protocol=BRIEF, vec_env=env, progress=False)
+    with pytest.warns(UserWarning, match=expected):
+        assert load_policy(tmp_path / "sft", view=given).view == {"camera": "corner2", "crop": "workspace", **given}
+
+
+def test_an_algorithm_knows_what_its_environment_showed(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    def make(**options: Any) -> DummyVecEnv:
+        env = functools.partial(gym.make, "mw_envs:MetaWorldMT1-v0", task=EASY[0], action_chunk=5, **options)
+        return DummyVecEnv([env])
+
+    sizes = {"n_steps": 2, "batch_size": 2, "n_epochs": 1, "device": "cpu"}
+    shown = {"image_size": 32, "crop": "workspace", "privileged_state": True, "elapsed_time": True, "horizon": 5}
+    made = sb3_vla.PPO("VLAPolicy", make(**shown), policy_kwargs={"model_kwargs": TINY}, **sizes)
+    made.save(tmp_path / "made.zip")
+    window = (17 / 144, 36 / 144, 96 / 144, 96 / 144)
+    for loaded in (made, sb3_vla.PPO.load(tmp_path / "made.zip", device="cpu")):
+        seen = check_fit(loaded, BRIEF, None)["env_kwargs"]
+        assert seen.pop("crop") == pytest.approx(window)
+        assert seen == {"camera": "corner2", "image_size": 32, "privileged_state": True, "elapsed_time": True}
+        assert check_fit(loaded.policy, BRIEF, None)["env_kwargs"]["crop"] == pytest.approx(window)
+    made.policy.save(str(tmp_path / "policy.pth"))
+    assert VLAPolicy.load(str(tmp_path / "policy.pth"), device="cpu").view == made.policy.view
+    kwargs = {"VLAPolicy": {"model_kwargs": TINY}, "MultiInputPolicy": {}}
+    for name in kwargs:  # of Stable-Baselines3's own, as long as it has its environment
+        stock = PPO(name, make(**{**shown, "image_size": 48}), policy_kwargs=kwargs[name], **sizes)
+        assert check_fit(stock, BRIEF, None)["env_kwargs"]["crop"] == pytest.approx(window)
+    other = sb3_vla.PPO.load(tmp_path / "made.zip", make(**{**shown, "crop": None}), device="cpu")
+    assert not [each for each in recwarn if issubclass(each.category, UserWarning)]
+    with pytest.warns(
+        UserWarning, match="trained on camera=corner2 with crop=workspace, but the policy is shown .*=full"
+    ):
+        other.learn(2)
+    assert other.policy.view["crop"] == [0, 0, 1, 1]
+
+
+def test_a_folder_that_does_not_say_its_view_says_so(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "sft", tiny_model(action_horizon=5), notes={"view": {"render_size": 48}})
+    with pytest.warns(UserWarning, match="sft does not say which view its model was trained on.*crop=workspace"):
+        policy = load_policy(tmp_path / "sft")
+    assert policy.view is None and check_fit(policy, BRIEF, {})["env_kwargs"] == {"image_size": 48}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        told = load_policy(tmp_path / "sft", view={"crop": "workspace"})
+        assert check_fit(policy, BRIEF, {"crop": "workspace"})["env_kwargs"]["crop"] == "workspace"
+    assert check_fit(told, BRIEF, {})["env_kwargs"] == {"image_size": 48, "camera": "corner2", "crop": "workspace"}
+
+
 def test_videos_show_every_step(tmp_path: Path) -> None:
     """Two episodes of one process are filmed at the same time."""
     films = VideoOptions(tmp_path, per_task=1, fps=40)
@@ -477,6 +599,9 @@ def test_json_round_trip(tmp_path: Path) -> None:
     (tmp_path / "other.json").write_text('{"format": "something else"}')
     with pytest.raises(ValueError, match=r"other\.json is not a file of the format.*something else"):
         EvaluationResult.from_json(tmp_path / "other.json")
+    for place, found in ((tmp_path, "is a folder"), (tmp_path / "nowhere.json", "does not exist")):
+        with pytest.raises(FileNotFoundError, match=f"{found}; expected the JSON file that"):
+            EvaluationResult.from_json(place)
 
 
 def test_tables() -> None:

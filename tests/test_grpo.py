@@ -7,12 +7,13 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from allocated import alive
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 from torch import Tensor
@@ -222,6 +223,36 @@ def test_groups_are_filtered_and_others_played(
     assert found["rollout/groups_kept_share"] == pytest.approx(kept_groups / played)
     assert algorithm.num_timesteps == 8 * played and len(kept(algorithm)) == 8 * kept_groups
     assert kept(algorithm).advantages.sum().item() == pytest.approx(0.0, abs=1e-5)
+
+
+@pytest.mark.parametrize("environments", [2, 4, 8])
+def test_pictures_of_groups_that_teach_nothing_are_not_held(environments: int) -> None:
+    """After a rollout those of the kept groups are in memory, and when the next begins, none."""
+    picture = (3, 32, 32), torch.uint8
+
+    class Counts(BaseCallback):
+        begun: ClassVar[list[int]] = []
+        ended: ClassVar[list[tuple[int, int, int]]] = []
+
+        def _on_rollout_start(self) -> None:
+            self.begun.append(alive(*picture))
+
+        def _on_step(self) -> bool:
+            return True
+
+        def _on_rollout_end(self) -> None:
+            self.ended.append((len(self.locals["played"]), self.locals["kept"], alive(*picture)))
+
+    turn = min(environments, 4)
+    scripts = [[one for group in (NEVER, HALF, ALWAYS, HALF) for one in group[i::turn]] for i in range(turn)]
+    env = scripted(*scripts * (environments // turn))
+    algorithm = toy_grpo(env, n_groups=2, max_groups=20)
+    algorithm.learn(48, Counts(), log_interval=1000)
+    size = 3 * 32 * 32
+    last = environments * size  # of the last decision, which callbacks see
+    assert len(Counts.begun) >= 2 and max(Counts.begun) <= last
+    for played, kept_groups, held in Counts.ended:
+        assert played > kept_groups >= 2 and 0 <= held - kept_groups * 4 * 2 * size <= last
 
 
 def test_a_rollout_without_contrast_leaves_the_policy_alone() -> None:
@@ -587,6 +618,18 @@ def test_success_that_the_environment_does_not_tell(options: dict[str, Any]) -> 
     toy_grpo(scripted(*silent), n_groups=1).learn(1)
     with pytest.raises(ValueError, match=r'does not give info\["is_success"\]'):
         toy_grpo(scripted(*silent), n_groups=1, **options).learn(1)
+
+
+def test_an_episode_that_ends_without_a_word_has_not_succeeded() -> None:
+    """A limit outside the environment may cut one of a group before it tells of success."""
+    script = [HALF[0], HALF[1], *((decisions, None, True) for decisions, _, _ in HALF[2:])]
+    successes = [float(success or 0.0) for _, success, _ in script]
+    assert 0 < sum(successes) < 4
+    algorithm = toy_grpo(scripted(*script), n_groups=1, normalize_length=False, episode_return="success")
+    learn(algorithm, 1)
+    expected = group_advantages(successes, "standardised").tolist()
+    by_decision = [a for a, (decisions, *_) in zip(expected, script, strict=True) for _ in decisions]
+    assert kept(algorithm).advantages.tolist() == pytest.approx(by_decision)
 
 
 def test_a_reward_that_is_not_finite() -> None:

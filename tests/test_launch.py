@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import av
 import pytest
 import torch
+from rich.console import Console
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from toy import tiny_model
 from toy_pi0 import HEADS, write_layout
 
-from sb3_vla.checkpoints import load_checkpoint
+from sb3_vla import identity, launch
+from sb3_vla.checkpoints import LoadedCheckpoint, load_checkpoint, native, save_checkpoint
 from sb3_vla.cli import main
 from sb3_vla.evaluation import EvaluationResult
+from sb3_vla.plan import make_plan
+from sb3_vla.policies import load_policy
+from sb3_vla.recipes import load_recipe
 from sb3_vla.run import RunDirectory
+from sb3_vla.shared_run import SharedRun
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "examples" / "embodiment" / "run_embodiment.sh"
@@ -85,6 +94,53 @@ def assert_complete(run: Path, result: str, trials: int = 1) -> None:
         assert METRICS <= set(events.Tags()["scalars"])
 
 
+@pytest.mark.parametrize(
+    ("name", "given", "expected"),
+    [
+        ("metaworld_50_ppo_openpi", [], (None, True)),
+        ("metaworld_50_ppo_openpi", ["actor.model.precision=float32", "actor.model.frozen_bf16=false"], (False, False)),
+        ("metaworld_50_grpo_openvlaoft", [], (True, False)),
+        ("metaworld_50_sft_tinyvla", [], (True, False)),
+        ("metaworld_50_ppo_compact", [], (False, False)),
+    ],
+)
+@pytest.mark.parametrize("gpu", [False, True])
+def test_an_evaluation_acts_in_the_precision_of_the_recipe(
+    name: str, given: list[str], expected: tuple[bool | None, bool], gpu: bool, tmp_path: Path, monkeypatch: Any
+) -> None:
+    given = [*given, f"runner.logger.log_path={tmp_path}", "actor.model.model_path=somewhere"]
+    recipe = load_recipe(name, given)
+    plan = make_plan(recipe)
+    asked: list[Any] = []
+    within: list[bool] = []
+
+    @contextlib.contextmanager
+    def autocast(device: str, *, dtype: torch.dtype, enabled: bool) -> Iterator[None]:
+        asked.append((device, dtype, enabled))
+        within.append(True)
+        yield
+        within.pop()
+
+    def evaluate(*_: Any, **__: Any) -> Any:
+        assert within == [True]
+        return SimpleNamespace(to_json=lambda path: path.write_text("{}"))
+
+    loaded = SimpleNamespace(model=SimpleNamespace(image_size=(32, 32)), notes={})
+    monkeypatch.setattr("sb3_vla.launch.load_checkpoint", lambda *_, **__: loaded)
+    monkeypatch.setattr(
+        "sb3_vla.launch.load_policy", lambda *how, **named: asked.append((*how[2:], named["frozen_bf16"]))
+    )
+    monkeypatch.setattr("sb3_vla.launch.evaluate", evaluate)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
+    monkeypatch.setattr("torch.autocast", autocast)
+    launch._measure(
+        SharedRun(plan.run, recipe), plan, {"checkpoint": None}, "before", "somewhere", {}, [], Console(quiet=True)
+    )
+    device = "cuda" if gpu else "cpu"
+    in_bf16 = gpu and expected[0] is not False  # auto is bfloat16 on a GPU; a CPU acts in float32, as in rollouts
+    assert asked == [(device, None, expected[1]), (device, torch.bfloat16, in_bf16)]
+
+
 def moved(before: Path, after: Path) -> set[str]:
     old, new = (load_file(folder / "model.safetensors") for folder in (before, after))
     return {name for name in old.keys() & new.keys() if not torch.equal(old[name], new[name])}
@@ -109,6 +165,41 @@ def test_compact_from_nothing(algorithm: str, environment: dict[str, str], tmp_p
     again = shell(environment, tmp_path, name, *settings)
     assert again.returncode == 0, again.stdout + again.stderr
     assert (run / algorithm / "model.safetensors").read_bytes() == weights
+
+
+def test_each_stage_reads_its_checkpoint_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights are read by the policy that acts, and nowhere else; and their digest is computed once."""
+    save_checkpoint(tmp_path / "start", tiny_model(action_horizon=5))
+    read: list[str] = []
+    native_reader, digest = native.load_checkpoint, identity.checkpoint_digest
+
+    def reading(folder: Path) -> LoadedCheckpoint:
+        found = native_reader(folder)
+        if not next(found.model.parameters()).is_meta:
+            read.append(folder.name)
+        return found
+
+    def digesting(folder: str) -> str:
+        read.append("digest")
+        return digest(folder)
+
+    def train(run: RunDirectory, stage: str, config: Any, *, checkpoint: str, output: Path, **_: Any) -> None:
+        save_checkpoint(output, load_policy(checkpoint).model)
+
+    class Measured:
+        def to_json(self, path: Path) -> None:
+            path.write_text("{}")
+
+    monkeypatch.setattr(native, "load_checkpoint", reading)
+    monkeypatch.setattr(identity, "checkpoint_digest", digesting)
+    monkeypatch.setattr(launch, "train", train)
+    monkeypatch.setattr(launch, "evaluate", lambda policy, **_: Measured())
+    monkeypatch.setattr(launch, "_tell", lambda *_: None)
+    settings = [f"actor.model.model_path={tmp_path / 'start'}", f"runner.logger.log_path={tmp_path}"]
+    settings += ["algorithm.rehearsal_coef=0"]
+    recipe = load_recipe("metaworld_50_ppo_compact", settings)
+    launch.launch(recipe, make_plan(recipe), Console(quiet=True))
+    assert read == ["digest", "start", "start", "ppo"]  # evaluated, trained, and the result evaluated
 
 
 @pytest.mark.slow
@@ -313,3 +404,44 @@ def test_a_disk_that_fills_while_weights_are_written_is_told_in_one_message(
     assert main(["train", "metaworld_50_ppo_compact", f"runner.logger.log_path={tmp_path}"]) == 2
     told = capsys.readouterr().err
     assert told.startswith("error:") and "No space left" in told and "Traceback" not in told
+
+
+def test_how_a_recipe_runs_begins_nothing_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each stage once, whatever the workers, the renderer, the paths as written, and how often it saves."""
+    done: list[str] = []
+
+    def making(name: str, *outputs: str) -> Any:
+        def make(*arguments: Any, **options: Any) -> Any:
+            done.append(name)
+            for output in outputs:
+                (tmp_path / "runs" / "r" / output).mkdir(parents=True)
+            return SimpleNamespace(history=[], to_json=lambda path: path.write_text("{}"))
+
+        return make
+
+    for name, outputs in {"collect": ["demonstrations"], "sft": ["sft"], "train": ["ppo"], "evaluate": []}.items():
+        monkeypatch.setattr(launch, name, making(name, *outputs))
+    loaded = SimpleNamespace(model=SimpleNamespace(image_size=(32, 32)), notes={}, model_name="compact")
+    for name, found in {"load_checkpoint": loaded, "load_policy": None, "_tell": None, "_demonstrations": None}.items():
+        monkeypatch.setattr(launch, name, lambda *_, found=found, **__: found)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+    def start(*settings: str, path: str = "runs") -> list[str]:
+        done.clear()
+        given = [f"runner.logger.log_path={path}", "runner.logger.experiment_name=r", *settings]
+        assert main(["train", "metaworld_50_ppo_compact", *given]) == 0, capsys.readouterr().err
+        return done
+
+    assert start() == ["collect", "sft", "evaluate", "train", "evaluate"]
+    for path in ("./runs", "~/runs", str(tmp_path / "runs"), "runs/../runs/"):
+        assert start(path=path) == []
+    assert start("runner.save_interval=3", "runner.keep_checkpoints=null", "runner.val_check_interval=5") == []
+    for which in ("train", "eval"):
+        assert start(f"env.{which}.num_workers=3", f"env.{which}.renderer=software") == []
+    assert start("env.eval.total_num_envs=3", "actor.micro_batch_size=8", "runner.logger.logger_backends=[csv]") == []
+    with pytest.warns(UserWarning, match="evaluate_after has other settings"):
+        assert start("env.eval.trials_per_task=3") == ["evaluate", "evaluate"]
+    assert (tmp_path / "runs" / "r" / "replaced" / "evaluate_after-1" / "evaluation_after.json").is_file()

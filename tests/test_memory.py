@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,19 @@ from typing import Any
 import pytest
 import torch
 from published import same_tensors
+from stable_baselines3.common.vec_env import DummyVecEnv
+from test_openvla_oft import TINY as TINY_OFT
+from test_training import Captured
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
-from toy import toy_observation
+from toy import TINY, ToyEnv, toy_observation, toy_vec
 from toy_pi0 import TINY_PI0, tiny_tokenizer
 
-from sb3_vla.checkpoints import save_checkpoint
+from sb3_vla import GRPO, PPO, HoldAtEnd, training
+from sb3_vla.checkpoints import load_checkpoint, save_checkpoint
 from sb3_vla.cli import main
+from sb3_vla.distributions import make_distribution
+from sb3_vla.distributions.flow_sde import FlowSDE
 from sb3_vla.footprint import footprint
 from sb3_vla.memory import _SENTENCE, GIB, HEADROOM, MemoryPlan, plan_memory
 from sb3_vla.models import VLAModel, make_model
@@ -25,7 +32,7 @@ from sb3_vla.models.recomputing import Recomputing
 from sb3_vla.plan import make_plan
 from sb3_vla.recipes import load_recipe
 from sb3_vla.run import RunDirectory
-from sb3_vla.training import PPOConfig, train
+from sb3_vla.training import GRPOConfig, PPOConfig, plan_training, train
 
 #: large enough that activations are far more than what is allocated beside them
 SMALL: dict[str, Any] = {
@@ -108,24 +115,59 @@ def test_other_models(name: str, options: dict[str, Any]) -> None:
     assert plan.activations == pytest.approx(measured(model, 8), rel=0.25)
 
 
+@pytest.mark.parametrize("name", ["tinyvla", "diffusion_policy"])
+def test_the_copy_that_takes_the_first_steps_is_planned(name: str) -> None:
+    def planned(**options: Any) -> MemoryPlan:
+        config = PPOConfig(
+            batch_size=8,
+            decisions=4,
+            num_envs=4,
+            device="cpu",
+            distribution="ddim",
+            distribution_kwargs={"denoising_steps": 10, **options},
+        )
+        return plan_training(make_model(name, {}), config, action_chunk=5)
+
+    model = make_model(name, {})
+    model.set_trainable("expert")
+    held = make_distribution("ddim", model, 5, trained_steps=3).state_dict().values()
+    plan, whole, single = planned(trained_steps=3), planned(), planned(joint=False)
+    assert whole.copies == single.copies == 0
+    assert plan.copies == pytest.approx(sum(tensor.numel() * 4 for tensor in held), rel=1e-2)
+    assert plan.device - plan.copies - plan.activations == whole.device - whole.activations
+    # An update takes the gradient of each trained step, which is random, or of the one that is.
+    for steps, found in ((3, plan), (10, whole), (1, single)):
+        measured(model, 2, steps)
+        assert found.activations == pytest.approx(measured(model, 8, steps), rel=0.25), steps
+    assert single.activations < whole.activations
+
+
 def test_what_does_not_depend_on_the_batch() -> None:
     model = make_model("pi05", TINY_PI0)
     trained = sum(p.numel() for name, p in model.named_parameters() if not name.startswith("paligemma_with_expert.pal"))
     total = sum(p.numel() for p in model.parameters())
     buffers = sum(b.numel() * b.element_size() for b in model.buffers())
     options: dict[str, Any] = {"trainable": "expert", "batch_size": 2, "num_envs": 3, "decisions": 7, "copies": 1}
+    options["distribution"] = FlowSDE(5, joint=True, denoising_steps=5)
     plan = plan_memory(model, **options)
     assert plan.weights == 4 * total + buffers
     assert (plan.gradients, plan.optimizer, plan.copies) == (4 * trained, 8 * trained, 4 * trained)
     chain = 5 * 32 * 4 * 6  # five actions of 32 numbers at the six stages of five denoising steps
-    assert plan.buffer == 3 * 7 * (3 * 56 * 56 + chain)
+    assert plan.buffer == 3 * 7 * (3 * 56 * 56 + 4 * 4 + 64 + chain)  # picture, state, instruction
     tokens = 16 + 200  # of the picture and of the longest prompt
     prefix = tokens * 3 * 2 * 16 * 4 + tokens + 2 * 64 * 4  # keys and values, which are valid, summary
     assert plan.prefix_per_decision == prefix
     assert plan_memory(model, **options, cache_perception=True).buffer == 3 * 7 * (prefix + chain)
     spread = plan_memory(model, **options, world_size=2)
     assert spread.optimizer == pytest.approx(plan.optimizer / 2, abs=8)
-    assert spread.weights == pytest.approx(plan.weights - 2 * trained, abs=8)
+    # Between updates the weights are whole on each rank, beside its half of them; in one they are given back, but for
+    # those that are in no block, one block, and the next.
+    assert spread.weights == pytest.approx(plan.weights + 2 * trained, abs=8)
+    model.set_trainable("expert")
+    blocks = [sum(4 * p.numel() for p in b.parameters() if p.requires_grad) for b in model.sharding_units()]
+    gathered = 4 * trained - sum(blocks) + 2 * max(blocks)
+    assert spread.released == 4 * trained - gathered and plan.released == 0
+    assert spread.gradients == pytest.approx(2 * trained + gathered, abs=8)
 
 
 def test_a_plan_needs_neither_weights_nor_a_tokenizer_and_leaves_the_model_alone() -> None:
@@ -270,6 +312,20 @@ def test_a_training_that_does_not_fit_is_refused_before_it_starts(
     assert not (tmp_path / "ppo").exists()
 
 
+def test_ranks_of_a_machine_have_its_memory_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each has a rollout of its own: what is free for one of them is too little for four."""
+    save_checkpoint(tmp_path / "model", make_model("compact", {"action_horizon": 5, **TINY}))
+    config = PPOConfig(iterations=1, decisions=2, num_envs=2, horizon=10, batch_size=4)
+    planned = plan_training(load_checkpoint(tmp_path / "model", weights=False).model, config)
+    monkeypatch.setattr("sb3_vla.training.get_device", lambda _: torch.device("cuda"))
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda _: (2**40, 2**40))
+    monkeypatch.setattr("sb3_vla.training.available_memory", lambda: 2 * (planned.buffer + planned.compared))
+    monkeypatch.setattr("sb3_vla.training.ranks_on_this_machine", lambda: 4)
+    run = RunDirectory(tmp_path / "run", config)
+    with pytest.raises(ValueError, match="The rollout buffer needs"):
+        train(run, "ppo", config, checkpoint=tmp_path / "model", output=tmp_path / "ppo", suite="MT10", progress=False)
+
+
 def test_a_buffer_beyond_main_memory_is_refused() -> None:
     with pytest.raises(ValueError, match=r"rollout buffer needs 20\.0 GiB of main memory; 10\.0 GiB"):
         plan(buffer=20).check(10 * GIB, 10 * GIB)
@@ -298,3 +354,113 @@ def test_a_plan_for_a_gpu_does_not_depend_on_the_processor(stage: str, monkeypat
 def test_numbers_that_cannot_be() -> None:
     with pytest.raises(ValueError, match="batch_size=0; expected at least 1"):
         plan_memory(make_model("pi0", TINY_PI0), batch_size=0)
+
+
+def held(tensors: Iterable[Tensor]) -> int:
+    """Bytes of tensors, each memory counted once."""
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(storages.values())
+
+
+TRAININGS: dict[str, tuple[str, dict[str, Any], PPOConfig | GRPOConfig]] = {
+    "gaussian": ("compact", TINY, PPOConfig(trainable="all", kl_coef=0.1)),
+    "learned deviation, frozen backbone": (
+        "compact",
+        TINY,
+        PPOConfig(kl_coef=0.1, distribution_kwargs={"std": 0.2, "learn_std": True}, cache_perception=False),
+    ),
+    "kept perception, one random step": (
+        "compact",
+        TINY,
+        PPOConfig(distribution="flow_sde", distribution_kwargs={"denoising_steps": 6}, privileged_critic=False),
+    ),
+    "learned noise": ("compact", TINY, PPOConfig(trainable="all", distribution="flow_noise", distribution_kwargs={})),
+    "steps that stay": (
+        "diffusion_policy",
+        {"image_size": 64, "crop_size": 56, "down_dims": (16, 32), "step_dim": 16, "action_horizon": 8},
+        PPOConfig(distribution="ddim", distribution_kwargs={"denoising_steps": 4, "trained_steps": 2}),
+    ),
+    "tokens": (
+        "openvla_oft",
+        {**TINY_OFT, "image_size": 32, "action_horizon": 5},
+        PPOConfig(trainable="all", distribution="tokens", distribution_kwargs={}),
+    ),
+    "groups": (
+        "compact",
+        TINY,
+        GRPOConfig(
+            trainable="all", group_size=4, distribution="flow_cps", distribution_kwargs={"joint": True}, kl_coef=0.1
+        ),
+    ),
+    "groups in turns": ("compact", TINY, GRPOConfig(group_size=8, cache_perception=False)),
+}
+
+
+@pytest.mark.parametrize("case", TRAININGS)
+def test_a_plan_is_what_a_training_holds(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All but what is gone after an update, within a tenth of what tensors take."""
+    name, options, config = TRAININGS[case]
+    grouped = isinstance(config, GRPOConfig)
+    shared: dict[str, Any] = {"num_envs": 4, "horizon": 15, "batch_size": 12, "epochs": 1, "actor_warmup": 0}
+    own_sizes = {"total_decisions": 1, "groups": 3} if grouped else {"decisions": 6, "critic_warmup": 0}
+    config = dataclasses.replace(config, device="cpu", **shared, **own_sizes)
+    save_checkpoint(tmp_path / "start", make_model(name, {"action_horizon": 5, **options}))
+    start = load_checkpoint(tmp_path / "start", weights=False).model
+    plan = plan_training(start, config, action_chunk=5)
+
+    privileged = grouped or config.privileged_critic
+    env: dict[str, Any] = {"chunk": 5, "action_dim": 4, "horizon": 3, "privileged": privileged}
+    env["image_size"] = start.image_size[0]
+
+    def environments(makers: list[Any], num_workers: int | None) -> DummyVecEnv:
+        return DummyVecEnv([lambda: HoldAtEnd(ToyEnv(**env))] * len(makers)) if grouped else toy_vec(4, **env)
+
+    def learn(algorithm: PPO, decisions: int, callback: Any, reset_num_timesteps: bool) -> None:
+        algorithms.append(algorithm)
+        for layer in algorithm.policy.modules():
+            if isinstance(layer, torch.nn.Linear):  # so that episodes end otherwise
+                torch.nn.init.normal_(layer.weight, std=0.05)
+        compare = algorithm._old_policy
+
+        def comparing(*arguments: Any, **options: Any) -> Any:
+            compared.append(compare(*arguments, **options))
+            return compared[-1]
+
+        algorithm._old_policy = comparing  # type: ignore[method-assign]
+        real(algorithm, 1, log_interval=1000)
+        raise Captured
+
+    algorithms: list[Any] = []
+    compared: list[Any] = []
+    real = PPO.learn
+    monkeypatch.setattr(training, "SharedMemoryVecEnv", environments)
+    monkeypatch.setattr(PPO, "learn", learn)
+    monkeypatch.setattr(GRPO, "learn", learn)
+    run = RunDirectory(tmp_path / "run", config)
+    with pytest.raises(Captured):
+        train(run, "rl", config, checkpoint=tmp_path / "start", output=tmp_path / "rl", suite="MT10", progress=False)
+
+    (trained,) = algorithms
+    policy, buffer = trained.policy, trained.rollout_buffer
+    own = [*policy.model.parameters(), *policy.model.buffers(), *policy.value_head.parameters()]
+    acting = [*policy.distribution.parameters(), *policy.distribution.buffers()]
+    learned = [tensor for tensor in (*own, *acting) if tensor.requires_grad]
+    everything = held([*own, *acting, *(trained._reference.parameters() if trained._reference else ())])
+    weights = held([*own, *learned])
+    assert plan.weights == pytest.approx(weights, rel=0.1)
+    assert plan.copies == pytest.approx(everything - weights, rel=0.1, abs=64)
+    assert (plan.copies > 64) == (config.kl_coef > 0 or case == "steps that stay")
+    assert plan.gradients == pytest.approx(held(learned), rel=0.1)
+    moments = [value for state in policy.optimizer.state.values() for value in state.values()]
+    assert plan.optimizer == pytest.approx(held(moments), rel=0.1)
+    stored: list[Tensor] = []
+    if isinstance(config, GRPOConfig):
+        assert len(buffer) == 3 * config.group_size * 3  # all groups were kept
+        stored = [t for e, step in buffer._places for part in e.decision(step) for t in part.values()]
+    else:
+        stored = [*buffer.observations.values(), *buffer.traces.values()]
+        stored += [value for value in vars(buffer).values() if isinstance(value, Tensor)]
+    assert plan.buffer == pytest.approx(held(stored), rel=0.1)
+    (old,) = compared
+    numbers = [getattr(each, name) for each in (old, old.reference) if each for name in ("log_prob", "mean", "std")]
+    assert plan.compared == pytest.approx(held(numbers), rel=0.1)

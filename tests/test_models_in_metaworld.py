@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from published import same_tensors
 from stable_baselines3.common.vec_env import DummyVecEnv
-from toy import changed_by_an_update
+from toy import TINY, changed_by_an_update
 
 from mw_envs.env import MetaWorldEnv
 from sb3_vla import GRPO, PPO, HoldAtEnd
@@ -27,6 +28,7 @@ from sb3_vla.evaluation import evaluate
 from sb3_vla.policies import load_policy
 from sb3_vla.results import Protocol
 from sb3_vla.sft import SFTConfig, sft
+from sb3_vla.training import view_of
 
 TASK, CHUNK, HORIZON = "drawer-close-v3", 4, 8
 VIEW: dict[str, Any] = {"image_size": 64, "crop": "workspace"}
@@ -65,10 +67,15 @@ WAYS = {
 
 
 @pytest.fixture(scope="module")
-def demonstrations(tmp_path_factory: pytest.TempPathFactory) -> Demonstrations:
+def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("models") / "demonstrations"
     collect(root, "MT50", tasks=[TASK], episodes_per_task=1, num_workers=1, progress=False, **VIEW)
-    return Demonstrations.load(root)
+    return root
+
+
+@pytest.fixture(scope="module")
+def demonstrations(recorded: Path) -> Demonstrations:
+    return Demonstrations.load(recorded)
 
 
 def environment() -> HoldAtEnd:
@@ -139,3 +146,30 @@ def test_from_demonstrations_to_a_table(demonstrations: Demonstrations, tmp_path
         progress=False,
     )
     assert [found.trial.task for found in result.trials] == [TASK] * 2
+
+
+def test_pictures_that_were_shrunk_for_imitation_are_shrunk_alike_afterwards(recorded: Path, tmp_path: Path) -> None:
+    """From the data's size to the model's, to the last bit: in evaluation, in training, and after each is saved."""
+    data = Demonstrations.load(recorded, image_size=32)
+    config = SFTConfig(
+        model_kwargs=dict(TINY), action_horizon=CHUNK, steps=1, batch_size=4, validation_fraction=0.0, bf16=False
+    )
+    sft(data, config, output=tmp_path / "sft", progress=False)
+    view = view_of(load_checkpoint(tmp_path / "sft").notes)
+    assert view == {"camera": "corner2", "crop": VIEW["crop"], "image_size": VIEW["image_size"]}
+    env = MetaWorldEnv(tasks=[TASK], action_chunk=CHUNK, **view)
+    assert data.trials[0] is not None
+    observation, _ = env.reset(options=data.trials[0]._asdict())
+    algorithm = PPO(
+        "VLAPolicy", env, n_steps=2, batch_size=2, device="cpu", policy_kwargs={"checkpoint": tmp_path / "sft"}
+    )
+    algorithm.save(tmp_path / "algorithm")
+    start = load_policy(tmp_path / "sft")
+    assert start.observation_space["image"].shape == observation["image"].shape  # type: ignore[index]
+    acted = []
+    for policy in (start, algorithm.policy, PPO.load(tmp_path / "algorithm", env).policy):
+        seen = policy.prepare(policy.obs_to_tensor(observation)[0])["image"]
+        assert np.array_equal(seen[0].permute(1, 2, 0).numpy(), data.images[0])
+        acted.append(policy.predict(observation, deterministic=True)[0])
+    np.testing.assert_array_equal(acted[0], acted[1])
+    np.testing.assert_array_equal(acted[0], acted[2])

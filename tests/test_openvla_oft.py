@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from published import (
+    assert_told_without_weights,
     digest,
     edit_json,
     edit_tensors,
@@ -42,7 +44,7 @@ from sb3_vla.distributions import ActionTokens
 from sb3_vla.memory import GIB
 from sb3_vla.models import OpenVLAOFT
 from sb3_vla.models.lora import adapted_layers, prepare_training
-from sb3_vla.models.openvla_oft import SPECIAL_TOKENS
+from sb3_vla.models.openvla_oft import OFT_SIZES, SPECIAL_TOKENS
 from sb3_vla.models.tokenizing import byte_tokenizer
 from sb3_vla.plan import make_plan
 from sb3_vla.recipes import load_recipe
@@ -241,9 +243,25 @@ def test_round_trip_through_the_published_layout_is_exact(published: Path, tmp_p
     loaded = load_checkpoint(tmp_path / "again")
     assert loaded.model_name == "openvla_oft" and loaded.distribution == ("tokens", {})
     assert loaded.model.config == model.config
+    assert_told_without_weights(tmp_path / "again")
     assert same_tensors(loaded.model.state_dict(), model.state_dict())
     save_checkpoint(tmp_path / "own", model)
     assert same_tensors(load_checkpoint(tmp_path / "own").model.state_dict(), model.state_dict())
+
+
+def test_the_padding_is_the_models(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    text = byte_tokenizer(("<unk>", "<s>", "</s>", "<PAD>"), "<s>")
+    sizes = {**asdict(OFT_SIZES["laptop"]), "pad_id": 3}
+    save_openvla_oft(tmp_path / "own", OpenVLAOFT(sizes=sizes, resolution=56, image_size=96, tokenizer=text))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "own")
+    assert tokenizer.pad_token_id == 3 and tokenizer("ab").input_ids[0] == 1
+
+
+def test_towers_that_their_code_has_not_are_told(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match=r"RLinf cannot load .*vision_widths=\(96, 96\) \(there: \(1024, 1152\)\)"):
+        save_openvla_oft(tmp_path / "own", OpenVLAOFT(sizes="laptop", resolution=56, image_size=96))
 
 
 def test_weights_in_several_files(published: Path, tmp_path: Path) -> None:

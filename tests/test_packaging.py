@@ -14,6 +14,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("mw_envs", "sb3_vla")
@@ -82,6 +83,103 @@ def test_importing_the_environments_is_light() -> None:
         [sys.executable, "-c", program], cwd=ROOT, check=True, capture_output=True, text=True
     ).stdout
     assert output.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("package", "works", "breaks"),
+    [
+        # With MetaWorld 3.0.0, which takes any, for 3.1.1 pins one: tried from end to end.
+        ("mujoco", ["3.2.1", "3.3.0", "3.16.0"], ["3.0.0", "3.2.0", "3.17.0", "4.0.0"]),
+        ("gymnasium", ["1.1.1", "1.4.0"], ["1.1.0"]),
+        ("metaworld", ["3.0.0", "3.1.1"], ["2.0.0"]),
+        ("numba", ["0.60.0", "0.68.1"], []),
+        ("packaging", ["24.0"], []),
+    ],
+)
+def test_dependencies_are_those_that_work(package: str, works: list[str], breaks: list[str]) -> None:
+    listed = re.search(r"(?ms)^dependencies = \[\n(.+?)^\]", (ROOT / "pyproject.toml").read_text())
+    requirements = [Requirement(text) for text in re.findall(r'(?m)^ +"(.+?)"', listed.group(1))]  # type: ignore[union-attr]
+    (wanted,) = [requirement.specifier for requirement in requirements if requirement.name == package]
+    assert list(wanted.filter(works + breaks)) == works
+
+
+@pytest.mark.parametrize(
+    ("user", "container", "installs"),
+    [(1000, False, False), (1000, True, False), (0, False, False), (0, True, True)],
+    ids=["a user", "a user in a container", "root", "root in a container"],
+)
+def test_system_packages_are_installed_by_root_in_a_container_only(
+    user: int, container: bool, installs: bool, tmp_path: Path
+) -> None:
+    """Elsewhere the command is told, also where sudo asks for no password."""
+    programs = {
+        "id": f"echo {user}",
+        "python-bare": 'case "$2" in *ensurepip*) exit 1;; *version_info*print*|*print*) echo 3.11;; esac',
+        "apt-get": 'echo "$@" >>"$CALLS"; exit 7',
+        "sudo": 'echo "sudo $@" >>"$CALLS"',
+        "systemd-detect-virt": "exit 1",
+    }
+    (tmp_path / "bin").mkdir()
+    for name, body in programs.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    script = (ROOT / "examples" / "setup.sh").read_text()
+    for mark in ("/.dockerenv", "/run/.containerenv"):  # this machine may have them
+        script = script.replace(mark, str(tmp_path / "mark"))
+    if container:
+        (tmp_path / "mark").touch()
+    (tmp_path / "setup.sh").write_text(script)
+    calls = tmp_path / "calls"
+    calls.touch()
+    kept = {key: value for key, value in os.environ.items() if key != "container"}
+    environment = {
+        **kept,
+        "PATH": f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}",
+        "PYTHON": "python-bare",
+        "SB3_VLA_VENV": str(tmp_path / "venv"),
+        "CALLS": str(calls),
+    }
+    command = ["bash", str(tmp_path / "setup.sh")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert bool(calls.read_text()) == installs and "sudo" not in calls.read_text()
+    told = "apt-get install -y --no-install-recommends python3.11-venv"
+    assert f"{'sudo ' if user else ''}{told}" in done.stdout + done.stderr
+    assert ("Run this, then start again" in done.stderr) and ("Running:" in done.stdout) == installs
+
+
+OTHER_PROGRAM = """
+import sys
+import sb3_vla
+import stable_baselines3
+print(sys.argv[1:], [name for name in ("pyarrow", "av", "transformers", "matplotlib") if name in sys.modules])
+print(stable_baselines3.PPO.policy_aliases["VLAPolicy"] is sb3_vla.VLAPolicy, "GRPO" in dir(sb3_vla))
+from sb3_vla import *
+print(PPO.__name__, GRPO.__name__, SharedMemoryVecEnv.__name__, HoldAtEnd.__name__, __version__)
+"""
+
+
+def test_importing_the_package_is_the_same_in_every_program(tmp_path: Path) -> None:
+    """Whatever its arguments are; and it costs neither datasets nor videos."""
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "__init__.py").write_text(OTHER_PROGRAM)
+    (tmp_path / "other" / "__main__.py").write_text("")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    command = [sys.executable, "-m", "other", "doctor"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.stderr == ""
+    expected = ["['doctor'] []", "True True", f"PPO GRPO SharedMemoryVecEnv HoldAtEnd {VERSION}"]
+    assert done.stdout.splitlines() == expected
+
+
+def test_waiting_threads_of_a_command_soon_give_their_cores_up() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
+    command = [sys.executable, "-m", "sb3_vla", "train", "--list"]
+    environment |= {"OMP_DISPLAY_ENV": "verbose", "PYTHONPATH": str(ROOT)}
+    told = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stderr
+    if "GOMP_SPINCOUNT" not in told:
+        pytest.skip("this build of torch has another OpenMP")
+    assert "GOMP_SPINCOUNT = '20000'" in told
 
 
 @pytest.mark.skipif(

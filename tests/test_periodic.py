@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import random
@@ -109,6 +110,19 @@ def test_it_changes_nothing_is_logged_and_keeps_the_best(tmp_path: Path, monkeyp
     assert (rows[2]["eval/success_once/drawer-close-v3"], rows[2]["eval/success_once/reach-v3"]) == (1.0, 0.25)
     assert (rows[2]["eval/episode_len"], rows[2]["eval/return"], rows[2]["eval/num_trajectories"]) == (13.5, 0.625, 8)
     assert all(row["time/eval"] >= 0 for row in rows)
+
+
+def test_it_acts_in_the_precision_of_rollouts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def deciding(*how: Any) -> contextlib.AbstractContextManager[None]:
+        asked.append(how)
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr(periodic, "acting_precision", deciding)
+    evaluating(monkeypatch)
+    train(tmp_path / "run", HOW, bf16=True, device="cpu")
+    assert asked == [(True, "cpu")] * 4
 
 
 def test_a_training_that_goes_on_keeps_the_best(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

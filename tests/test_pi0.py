@@ -24,7 +24,7 @@ from sb3_vla.distributions.flow_sde import FlowSDE
 from sb3_vla.models import Context, Pi0, Pi05
 from sb3_vla.models.gemma import rotate, rotation_of
 from sb3_vla.models.pi0 import _Conditions, resize_with_pad
-from sb3_vla.models.resizing import resize_by_integers
+from sb3_vla.models.resizing import resize_by_area, resize_by_integers
 from sb3_vla.policies import VLAPolicy
 
 TOLERANCE = 2e-5  # of float32, against the original implementation
@@ -318,6 +318,28 @@ def test_integers_resize_as_pil_does(before: tuple[int, int], after: tuple[int, 
     image = np.random.default_rng(0).integers(0, 256, (*before, 3), np.uint8)
     expected = np.asarray(Image.fromarray(image).resize(after[::-1], Image.Resampling.BILINEAR))
     found = resize_by_integers(torch.from_numpy(image).permute(2, 0, 1)[None], after)
+    assert found.dtype == torch.uint8 and np.array_equal(found[0].permute(1, 2, 0).numpy(), expected)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ((480, 480), (224, 224)),
+        ((480, 480), (96, 96)),
+        ((480, 640), (168, 224)),
+        ((57, 333), (56, 56)),
+        ((64, 64), (32, 32)),
+        ((31, 32), (31, 8)),
+        ((96, 96), (224, 224)),
+        ((24, 40), (32, 32)),
+    ],
+)
+def test_areas_are_averaged_as_demonstrations_are(before: tuple[int, int], after: tuple[int, int]) -> None:
+    image = np.random.default_rng(0).integers(0, 256, (*before, 3), np.uint8)
+    shrinks = after[0] <= before[0] and after[1] <= before[1]
+    kernel = Image.Resampling.BOX if shrinks else Image.Resampling.BILINEAR
+    expected = np.asarray(Image.fromarray(image).resize(after[::-1], kernel))
+    found = resize_by_area(torch.from_numpy(image).permute(2, 0, 1)[None], after)
     assert found.dtype == torch.uint8 and np.array_equal(found[0].permute(1, 2, 0).numpy(), expected)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from published import assert_told_without_weights
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from toy import ToyEnv, toy_demonstrations, toy_observation, toy_vec
@@ -35,7 +36,14 @@ from toy_pi0 import (
 
 from sb3_vla import GRPO, PPO
 from sb3_vla.checkpoints import checkpoint_digest, load_checkpoint, save_checkpoint
-from sb3_vla.checkpoints.pi0 import TIED, canonical_name, load_pi0, save_lerobot, save_openpi
+from sb3_vla.checkpoints.pi0 import (
+    TIED,
+    canonical_name,
+    load_pi0,
+    save_lerobot,
+    save_openpi,
+    sizes_beside_the_published,
+)
 from sb3_vla.distributions.base import integrate
 from sb3_vla.distributions.flow_noise import FlowNoise
 from sb3_vla.models import Pi0, Pi05
@@ -91,6 +99,9 @@ def test_every_layout_is_the_same_model(tmp_path: Path, name: str, layout: str) 
     assert model.state_scheme == model.action_scheme == scheme
     lerobot = layout.startswith("lerobot")
     assert model.convention == ("lerobot" if lerobot else "openpi")
+    # RLinf's folders are of its own environments; of others nobody knows which view they were trained on.
+    known = {"camera": "corner2", "crop": None} if layout == "rlinf rl" else {}
+    assert loaded.notes["view"] == {"render_size": 480, **known}
     for ours, theirs in (("state", "state"), ("action", "actions")):
         for statistic, values in STATISTICS[theirs].items():
             assert torch.equal(getattr(model, f"{ours}_{statistic}"), torch.tensor(values))
@@ -104,6 +115,12 @@ def test_every_layout_is_the_same_model(tmp_path: Path, name: str, layout: str) 
         positions = torch.arange(suffix.shape[1])[None] + shown.sum(1, keepdim=True)
         velocities.append(one.expert(suffix, positions, None, keys_values, condition)[0])
     assert torch.equal(*velocities)  # also what is no weight, such as the vision tower's positions, is in place
+
+
+@both
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_tells_without_its_weights(tmp_path: Path, name: str, layout: str) -> None:
+    assert_told_without_weights(write_layout(tmp_path / "a", name, layout), HEADS)
 
 
 @both
@@ -437,6 +454,114 @@ def test_the_other_layout_acts_alike(tmp_path: Path, name: str, tokenizer: str) 
         actions.append(integrate(model, model.encode(observation), torch.ones(2, 5, 32), 3))
     torch.testing.assert_close(actions[1], actions[0], rtol=0, atol=1e-5)
     torch.testing.assert_close(actions[2], actions[0], rtol=0, atol=1e-5)
+
+
+def tokenizer_step(folder: Path) -> dict[str, Any]:
+    steps = json.loads((folder / "policy_preprocessor.json").read_text())["steps"]
+    (found,) = [step for step in steps if step["registry_name"] == "tokenizer_processor"]
+    return found
+
+
+def ids_by_transformers(folder: str, texts: list[str]) -> torch.Tensor:
+    """As LeRobot asks for them."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    options = {"max_length": 20, "truncation": True, "padding": "max_length", "padding_side": "right"}
+    return tokenizer(texts, return_tensors="pt", **options).input_ids
+
+
+def with_template(tokenizer: str, single: str) -> Path:
+    """A file that is the same but for what it puts around a text."""
+    from tokenizers import Tokenizer, processors
+
+    changed = Tokenizer.from_file(f"{tokenizer}/tokenizer.json")
+    special = [("<bos>", 2), ("<eos>", 1)]
+    changed.post_processor = processors.TemplateProcessing(single=single, special_tokens=special)
+    path = Path(f"{tokenizer}.json")
+    changed.save(str(path))
+    return path
+
+
+@both
+@pytest.mark.parametrize("template", [None, "<bos> $A", "$A <eos>", "<bos> $A <eos>"])
+def test_lerobot_reads_the_models_tokens_from_any_directory(
+    tmp_path: Path, name: str, template: str | None, tokenizer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Released LeRobot looks names up in the working directory or on the hub, and has <bos> from the file alone."""
+    source = tokenizer if template is None else str(with_template(tokenizer, template))
+    model = reference_model(name, tokenizer=source, convention="lerobot", prompt_tokens=20)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    save_lerobot("model", model)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    step = tokenizer_step(tmp_path / "model")
+    assert step["config"]["tokenizer_name"] == str(tmp_path / "model" / "tokenizer")
+    assert step["artifacts"] == {"tokenizer_name": "tokenizer"}
+    tokens, valid = model.tokenize([("open the door\n",), ("push\n",)])
+    found = ids_by_transformers(step["config"]["tokenizer_name"], ["open the door\n", "push\n"])
+    assert tokens[:, 0].tolist() == [2, 2] and torch.equal(found, tokens * valid)
+    written = (tmp_path / "model" / "tokenizer" / "tokenizer.json").read_bytes()
+    assert (written == local_tokenizer_file(source).read_bytes()) is (template == "<bos> $A")  # type: ignore[union-attr]
+
+
+def test_a_tokenizer_is_not_read_as_another_class_would(tmp_path: Path, tokenizer: str) -> None:
+    """Gemma's in transformers splits at spaces, whatever the file says; and a setting may leave <bos> out."""
+    write_json(Path(tokenizer) / "tokenizer_config.json", {"tokenizer_class": "GemmaTokenizer", "add_bos_token": False})
+    model = reference_model("pi0", tokenizer=tokenizer, prompt_tokens=20)
+    save_lerobot(tmp_path / "model", model)
+    sentence = "the theory of the other\n"
+    tokens, valid = model.tokenize([(sentence,)])
+    found = ids_by_transformers(tokenizer_step(tmp_path / "model")["config"]["tokenizer_name"], [sentence])
+    assert torch.equal(found, tokens * valid)
+
+
+def test_a_moved_folder_has_its_own_tokenizer(tmp_path: Path, tokenizer: str) -> None:
+    model = reference_model("pi0", tokenizer=tokenizer)
+    save_lerobot(tmp_path / "there", model)
+    (tmp_path / "there").rename(tmp_path / "here")
+    again = load_checkpoint(tmp_path / "here", HEADS).model
+    assert isinstance(again, Pi0) and again.tokenize.source == str(tmp_path / "here" / "tokenizer")
+
+
+def test_a_tokenizer_on_the_hub_goes_by_its_name(
+    tmp_path: Path, tokenizer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for source in ("google/paligemma-3b-pt-224", "owner/other"):
+        save_lerobot(tmp_path / source, reference_model("pi0", tokenizer=source))
+        step = tokenizer_step(tmp_path / source)
+        assert step["config"]["tokenizer_name"] == source and "artifacts" not in step
+        assert not (tmp_path / source / "tokenizer").exists()
+    file = f"{tokenizer}/tokenizer.json"
+    # LeRobot would take the newest revision.
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_, revision: {"v1": file}[revision])
+    save_lerobot(tmp_path / "revision", reference_model("pi0", tokenizer="owner/other@v1"))
+    assert tokenizer_step(tmp_path / "revision")["config"]["tokenizer_name"] == str(tmp_path / "revision" / "tokenizer")
+    # A file of one's own that is the hub's is found by that name wherever the folder goes.
+    published = str(with_template(tokenizer, "<bos> $A"))
+    cached = {("google/paligemma-3b-pt-224", "tokenizer.json"): published}
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *key: cached.get(key))
+    save_lerobot(tmp_path / "same", reference_model("pi0", tokenizer=published))
+    step = tokenizer_step(tmp_path / "same")
+    assert step["config"]["tokenizer_name"] == "google/paligemma-3b-pt-224" and "artifacts" in step
+
+
+@pytest.mark.parametrize("source", ["own.model", "gone"])
+def test_a_tokenizer_that_lerobot_cannot_have_is_told(tmp_path: Path, source: str) -> None:
+    (tmp_path / "own.model").write_bytes(b"pieces")
+    model = reference_model("pi0", tokenizer=str(tmp_path / source))
+    with pytest.warns(UserWarning, match=f"no tokenizer like .*{source}.*names google/paligemma-3b-pt-224.*FOLDER"):
+        save_lerobot(tmp_path / "model", model)
+    assert tokenizer_step(tmp_path / "model")["config"]["tokenizer_name"] == "google/paligemma-3b-pt-224"
+
+
+@pytest.mark.parametrize(("save", "reader"), [(save_lerobot, "LeRobot"), (save_openpi, "openpi")])
+def test_sizes_that_a_layout_has_no_word_for_are_told(tmp_path: Path, save: Any, reader: str) -> None:
+    with pytest.warns(UserWarning, match=rf"{reader} cannot load .*vlm.width=64 \(there: 2048\).*vocabulary=512"):
+        save(tmp_path / "model", reference_model("pi0"))
+    with torch.device("meta"):
+        published = Pi0()
+    assert all(ours == theirs for ours, theirs in sizes_beside_the_published(published).values())
 
 
 def test_lerobot_without_the_state_in_the_prompt(tmp_path: Path, tokenizer: str) -> None:

@@ -22,7 +22,7 @@ from sb3_vla.policies import load_policy
 from sb3_vla.results import Protocol
 from sb3_vla.run import RunDirectory
 from sb3_vla.sft import SFTConfig, sft
-from sb3_vla.training import GRPOConfig, PPOConfig, train, view_of
+from sb3_vla.training import GRPOConfig, PPOConfig, train
 
 QUICK = {("pi0", "lerobot 0.4"), ("pi05", "openpi")}
 TASK = "reach-v3"
@@ -126,7 +126,6 @@ def test_from_a_published_checkpoint_to_one(
     moved = changed(loaded.model, before)
     assert "action_out_proj.weight" in moved and not any(key.startswith(P) for key in moved)
 
-    camera = {"image_size": 56, **view_of(loaded.notes)}
     found = evaluate(
         load_policy(tmp_path / "grpo", 5),
         tasks=[TASK],
@@ -134,7 +133,6 @@ def test_from_a_published_checkpoint_to_one(
         protocol=SHORT,
         num_envs=1,
         num_workers=1,
-        env_kwargs=camera,
         progress=False,
     )
     assert len(found.trials) == 1

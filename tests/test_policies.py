@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
+import warnings
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +19,16 @@ import stable_baselines3
 import torch
 import torch.nn.functional as F
 from gymnasium import spaces
+from PIL import Image
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import DummyVecEnv
 from torch import Tensor
 from toy import TINY, ToyEnv, stir, tiny_model, toy_ppo, toy_vec
 
-from mw_envs import encode_instruction
+from mw_envs import encode_instruction, fit_instruction
 from sb3_vla import PPO, VLAPolicy
 from sb3_vla.checkpoints import save_checkpoint
+from sb3_vla.lerobot_reader import decode_picture
 from sb3_vla.policies import load_policy
 
 
@@ -71,8 +76,6 @@ def test_both_orders_of_the_pictures_axes_give_the_same_action() -> None:
 
 
 def test_large_pictures_are_shrunk_as_pillow_does() -> None:
-    from PIL import Image
-
     policy = policy_for(ToyEnv(image_size=480))
     assert policy.model.image_size == (96, 96)
     generator = np.random.default_rng(0)
@@ -230,9 +233,10 @@ def test_bad_options(options: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(
     ("algorithm_class", "options"),
     [
-        (stable_baselines3.PPO, {"n_epochs": 2}),
+        (stable_baselines3.PPO, {"n_epochs": 2, "batch_size": 16}),
+        (stable_baselines3.A2C, {}),
         # As little as possible of what is slow: each conjugate gradient step goes through the network four times.
-        (sb3_contrib.TRPO, {"cg_max_steps": 1, "n_critic_updates": 1}),
+        (sb3_contrib.TRPO, {"cg_max_steps": 1, "n_critic_updates": 1, "batch_size": 16}),
     ],
 )
 @pytest.mark.parametrize("learn_std", [False, True])
@@ -241,7 +245,6 @@ def test_stock_algorithms_train_it(algorithm_class: Any, options: dict[str, Any]
         "VLAPolicy",
         toy_vec(2),
         n_steps=8,
-        batch_size=16,
         seed=0,
         device="cpu",
         policy_kwargs={
@@ -259,6 +262,14 @@ def test_stock_algorithms_train_it(algorithm_class: Any, options: dict[str, Any]
     for part in ("model.action_out.weight", stem, "value_head.layers.0.weight"):
         assert not torch.equal(before[part], after[part]), part
     assert torch.equal(before["distribution.log_std"], after["distribution.log_std"]) is not learn_std
+
+
+@pytest.mark.parametrize("name", ["SAC", "TD3", "DDPG", "TQC", "CrossQ", "ARS"])
+def test_other_algorithms_say_which_train_it(name: str) -> None:
+    algorithm = getattr(stable_baselines3, name, None) or getattr(sb3_contrib, name)
+    options = {} if name == "ARS" else {"buffer_size": 8}
+    with pytest.raises(ValueError, match="trained by PPO and GRPO of sb3_vla, by PPO and A2C of stable_baselines3"):
+        algorithm("VLAPolicy", toy_vec(2), device="cpu", **options)
 
 
 def test_stock_ppo_starts_at_ratio_one() -> None:
@@ -419,6 +430,49 @@ def test_a_policy_to_act_with_from_a_checkpoint_alone(
         load_policy(tmp_path / "sft", 4)
 
 
+@pytest.mark.parametrize("size", [(64, 64), (48, 80), (20, 40)])
+def test_a_policy_brings_pictures_to_its_size_as_loading_did(tmp_path: Path, size: tuple[int, int]) -> None:
+    image = np.random.default_rng(0).integers(0, 256, (1, *size, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(image[0]).save(buffer, "PNG")
+    view = {"render_size": size[0] if size[0] == size[1] else list(size), "resize": "area"}
+    model = tiny_model()
+    save_checkpoint(tmp_path / "sft", model, notes={"view": view})
+    policy = load_policy(tmp_path / "sft")
+    assert policy.observation_space["image"].shape == (*size, 3)  # type: ignore[index]
+    observation = {**observations(1), "image": image}
+    prepared = policy.prepare(tensors(observation))["image"][0].permute(1, 2, 0).numpy()
+    np.testing.assert_array_equal(prepared, decode_picture(buffer.getvalue(), 32))
+    save_checkpoint(tmp_path / "small", model)
+    expected = load_policy(tmp_path / "small").predict({**observation, "image": prepared[None]}, deterministic=True)[0]
+    np.testing.assert_array_equal(policy.predict(observation, deterministic=True)[0], expected)
+
+
+def test_an_environment_of_another_size_than_the_data_is_told(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "sft", tiny_model(), notes={"view": {"render_size": 64, "resize": "area"}})
+    options = {"policy_kwargs": {"checkpoint": str(tmp_path / "sft")}}
+    with pytest.warns(UserWarning, match=r"sft was trained on .* 64x64 .* environment's have 32x32.*image_size=64"):
+        PPO("VLAPolicy", toy_vec(action_dim=4), **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        drawn = PPO("VLAPolicy", toy_vec(action_dim=4, image_size=64), device="cpu", **options)
+    drawn.save(tmp_path / "algorithm")
+    assert PPO.load(tmp_path / "algorithm").policy.portable_kwargs["resize"] == "area"
+    with pytest.raises(ValueError, match="Unknown resize='aera'; did you mean 'area'"):
+        policy_for(ToyEnv(), resize="aera")
+
+
+def test_a_policy_reads_sentences_as_long_as_its_data_had(tmp_path: Path) -> None:
+    model = tiny_model()
+    save_checkpoint(tmp_path / "long", model, notes={"view": {"instruction_bytes": 96}})
+    save_checkpoint(tmp_path / "short", model)
+    seen = observations(1)
+    padded = {**seen, "instruction": np.pad(seen["instruction"], ((0, 0), (0, 32)))}
+    action, _ = load_policy(tmp_path / "long").predict(padded, deterministic=True)
+    expected, _ = load_policy(tmp_path / "short").predict(seen, deterministic=True)
+    np.testing.assert_allclose(action, expected, atol=1e-6)
+
+
 # --- The simulator ----------------------------------------------------------------------------------------------------
 
 
@@ -438,11 +492,137 @@ def test_trains_and_acts_in_metaworld() -> None:
         env.close()
 
 
+@pytest.mark.parametrize("length", [40, 64, 200])
+def test_an_instruction_may_have_any_number_of_zeros_at_its_end(length: int) -> None:
+    algorithm, seen = toy_ppo(), observations(3)
+    expected, _ = algorithm.predict(seen, deterministic=True)
+    other = {**seen, "instruction": fit_instruction(seen["instruction"], length)}
+    assert other["instruction"].shape == (3, length)
+    found, _ = algorithm.predict(other, deterministic=True)
+    np.testing.assert_array_equal(found, expected)
+    one, _ = algorithm.predict({key: value[1] for key, value in other.items()}, deterministic=True)
+    np.testing.assert_allclose(one, expected[1], atol=1e-6)
+    longer = np.full((3, 65), ord("x"), np.uint8)
+    with pytest.raises(ValueError, match=r"'xx*' is longer than the 64 bytes that are read"):
+        algorithm.predict({**seen, "instruction": longer})
+
+
+def test_training_where_instructions_are_longer(tmp_path: Path) -> None:
+    """A checkpoint goes on where they have another length: its model reads any."""
+    save_checkpoint(tmp_path / "checkpoint", tiny_model(action_dim=4, action_horizon=2))
+    options = {"image_size": 32, "action_chunk": 2, "horizon": 4, "instruction_bytes": 150}
+    env = gym.make("mw_envs:MetaWorldMT1-v0", task="reach-v3", **options)
+    algorithm = PPO(
+        "VLAPolicy",
+        env,
+        n_steps=4,
+        batch_size=4,
+        n_epochs=1,
+        device="cpu",
+        policy_kwargs={"checkpoint": str(tmp_path / "checkpoint")},
+    )
+    algorithm.learn(4)
+    algorithm.save(tmp_path / "trained.zip")
+    observation, _ = env.reset(seed=0)
+    action, _ = PPO.load(tmp_path / "trained.zip", env=env).predict(observation, deterministic=True)
+    assert action.shape == (2, 4)
+    env.close()
+
+
 def test_a_state_that_is_not_finite_has_no_action() -> None:
     seen = observations(2)
     seen["state"][1, 2] = np.nan
     with pytest.raises(ValueError, match=r"(?s)state is .*expected finite numbers"):
         toy_ppo().predict(seen)
+
+
+CHANGES: dict[str, tuple[Callable[[dict[str, np.ndarray]], Any], str]] = {
+    "in 0..1": (lambda o: {**o, "image": (o["image"] / 255).astype(np.float32)}, "image has type float32.*255"),
+    "float64": (lambda o: {**o, "image": o["image"] / 255}, "image has type float64; expected uint8"),
+    "float": (lambda o: {**o, "image": o["image"].astype(np.float32)}, "image has type float32; expected uint8"),
+    "not a number": (lambda o: {**o, "image": np.full_like(o["image"], np.nan, np.float16)}, "image has type float16"),
+    "black and white": (lambda o: {**o, "image": o["image"] > 127}, "image has type bool; expected uint8"),
+    "below": (lambda o: {**o, "image": o["image"].astype(np.int16) - 1}, "image has values from -1 to"),
+    "above": (
+        lambda o: {**o, "image": o["image"].astype(np.int64) + 1},
+        r"image has values from .* to 256.*Box\(0, 255",
+    ),
+    "with alpha": (lambda o: {**o, "image": o["image"][..., [0, 1, 2, 0]]}, r"image has shape \(.*, 4\); expected \("),
+    "gray": (lambda o: {**o, "image": o["image"][..., :1]}, r"image has shape \(.*, 1\); expected \("),
+    "flat": (lambda o: {**o, "image": o["image"][..., 0]}, r"image has shape \(.*32\); expected \("),
+    "small": (lambda o: {**o, "image": o["image"][..., ::2, ::2, :]}, r"image has shape \(.*16, 16, 3\); expected \("),
+    "words": (
+        lambda o: {**o, "instruction": "reach"},
+        r"instruction has shape \(\); expected \(64,\).*encode_instruction",
+    ),
+    "float words": (
+        lambda o: {**o, "instruction": o["instruction"] / 1},
+        "instruction has type float64; expected uint8",
+    ),
+    "odd words": (lambda o: {**o, "instruction": o["instruction"] - np.int16(1)}, "instruction has values from -1"),
+    "long state": (lambda o: {**o, "state": o["state"].repeat(2, -1)}, r"state has shape \(.*8.*\); expected \(4,\)"),
+    "infinite state": (lambda o: {**o, "state": o["state"] * np.inf}, "(?s)state is .*expected finite"),
+    "huge state": (lambda o: {**o, "state": o["state"] * 1e60}, "(?s)state is .*expected finite"),
+    "complex state": (lambda o: {**o, "state": o["state"] * 1j}, "state has type complex64; expected float32"),
+    "state of words": (lambda o: {**o, "state": o["state"].astype(str)}, "state has type <U.*; expected float32"),
+    "critic": (lambda o: {**o, "privileged_state": o["privileged_state"] * np.nan}, "(?s)privileged_state is .*finite"),
+    "no image": (lambda o: {k: v for k, v in o.items() if k != "image"}, "has no image; it has .*instruction, .*state"),
+    "no state": (lambda o: {k: v for k, v in o.items() if k != "state"}, "has no state; it has .*image, instruction"),
+    "misspelt": (
+        lambda o: {"instructions" if k == "instruction" else k: v for k, v in o.items()},
+        "has no instruction; it has .*instructions",
+    ),
+    "picture": (lambda o: o["image"], "reads a dict with image, state, instruction.*got ndarray"),
+    "with info": (lambda o: (o, {}), "You have passed a tuple"),
+}
+
+
+@pytest.fixture(scope="module")
+def both_orders() -> dict[str, VLAPolicy]:
+    """Made for pictures as the environment has them, and as Stable-Baselines3's algorithms turn them."""
+    first = toy_ppo(toy_vec(privileged=True), model_kwargs=TINY).policy
+    last = policy_for(ToyEnv(privileged=True), value_width=32)
+    last.load_state_dict(first.state_dict())
+    return {"channels first": first, "channels last": last}
+
+
+@pytest.mark.parametrize("batched", [True, False])
+@pytest.mark.parametrize("order", ["channels first", "channels last"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_does_not_fit_the_space_has_no_action(
+    change: str, order: str, batched: bool, both_orders: dict[str, VLAPolicy]
+) -> None:
+    seen = observations(2, privileged=True)
+    seen = seen if batched else {key: value[0] for key, value in seen.items()}
+    alter, message = CHANGES[change]
+    with pytest.raises(ValueError, match=message):
+        both_orders[order].predict(alter(seen), deterministic=True)
+
+
+@pytest.mark.parametrize("order", ["channels first", "channels last"])
+def test_what_fits_the_space_gives_the_same_action(order: str, both_orders: dict[str, VLAPolicy]) -> None:
+    policy, seen = both_orders[order], observations(2, privileged=True)
+    expected, _ = policy.predict(seen, deterministic=True)
+    changes: list[dict[str, Any]] = [
+        {"image": seen["image"].astype(np.int64)},
+        {"image": seen["image"].transpose(0, 3, 1, 2)},
+        {"image": seen["image"].tolist(), "instruction": seen["instruction"].tolist()},
+        {"image": torch.from_numpy(seen["image"]), "state": torch.from_numpy(seen["state"])},
+        {"state": seen["state"].astype(np.float64)},
+        {"instruction": seen["instruction"].astype(np.int32)},
+        {"reward": np.zeros(2)},
+    ]
+    for change in changes:
+        assert np.array_equal(policy.predict({**seen, **change}, deterministic=True)[0], expected), change.keys()
+    without = {key: seen[key] for key in ("image", "state", "instruction")}  # the critic's part decides nothing
+    assert np.array_equal(policy.predict(without, deterministic=True)[0], expected)
+    whole = {**seen, "state": np.ones((2, 4), np.int64)}
+    ones = policy.predict({**seen, "state": np.ones((2, 4), np.float32)}, deterministic=True)[0]
+    assert np.array_equal(policy.predict(whole, deterministic=True)[0], ones)
+    with pytest.raises(ValueError, match="image of 1; state of 2"):
+        policy.predict({**seen, "image": seen["image"][:1]})
+    with pytest.raises(ValueError, match="image of one, without a batch axis; state of 2"):
+        policy.predict({**seen, "image": seen["image"][0]})
 
 
 def test_a_model_of_another_state_is_refused(tmp_path: Path) -> None:

@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import math
 import re
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import stable_baselines3
 import torch
 from stable_baselines3.common.callbacks import BaseCallback
-from torch import Tensor
-from toy import TINY, mean_reward, stir, toy_demonstrations, toy_ppo, toy_vec, whole_minibatch
+from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.vec_env import DummyVecEnv, VecMonitor
+from torch import Tensor, nn
+from toy import TINY, ToyEnv, mean_reward, stir, toy_demonstrations, toy_ppo, toy_vec, whole_minibatch
 
-from sb3_vla import PPO
+from sb3_vla import GRPO, PPO
 from sb3_vla.buffers import ChunkRolloutBuffer, DecisionBatch
-from sb3_vla.metrics import EpisodeRecord
+from sb3_vla.metrics import EpisodeRecord, episode_metrics
 from sb3_vla.policies import Evaluation, VLAPolicy
 from sb3_vla.ppo import _OldPolicy
 from sb3_vla.sft import DemonstrationBatches
@@ -466,6 +472,53 @@ def test_noise_scale_follows_its_schedule(distribution: str, options: dict[str, 
     assert metrics(algorithm)["train/ratio_max"] == 1.0
 
 
+class Progress(BaseCallback):
+    """Keeps the factor of the noise of each rollout, and what remains of the training after it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.noise: list[float] = []
+        self.left: list[float] = []
+
+    def _on_step(self) -> bool:
+        return True
+
+    def _on_rollout_end(self) -> None:
+        self.noise.append(self.model.policy.distribution.noise_scale)  # type: ignore[union-attr,arg-type]
+
+    def _on_rollout_start(self) -> None:
+        self.left.append(self.model._current_progress_remaining)
+
+
+def learned(algorithm: PPO, decisions: int, **options: Any) -> Progress:
+    seen = Progress()
+    algorithm.learn(decisions, seen, **options)
+    return seen
+
+
+def test_each_training_begins_at_the_begin_of_its_schedules(tmp_path: Path) -> None:
+    algorithm = toy_ppo(learning_rate=0.0, noise_scale=lambda left: 0.4 + 0.6 * left)
+    for _ in range(2):
+        assert learned(algorithm, 64).noise == pytest.approx([1.0, 0.85, 0.7, 0.55])
+    algorithm.save(tmp_path / "saved")
+    loaded = PPO.load(tmp_path / "saved", toy_vec(), device="cpu")
+    assert learned(loaded, 64).noise == pytest.approx([1.0, 0.85, 0.7, 0.55])
+    # What goes on is half of 128 decisions away from the end.
+    assert learned(loaded, 64, reset_num_timesteps=False).noise == pytest.approx([0.7, 0.625, 0.55, 0.475])
+    # A last rollout that goes beyond the end is of the end, and leaves nothing behind.
+    assert learned(algorithm, 7).noise == pytest.approx([1.0])
+    assert algorithm._current_progress_remaining == 0.0
+    assert learned(algorithm, 24).left == pytest.approx([1.0, 1 - 16 / 24])
+    assert algorithm._current_progress_remaining == 0.0 and algorithm.num_timesteps == 32
+    algorithm.learn(0)
+
+
+def test_noise_that_vanishes_on_the_way_is_told() -> None:
+    algorithm = toy_ppo(noise_scale=lambda left: abs(left - 0.5))
+    with pytest.raises(ValueError, match=r"noise_scale is 0\.0 where 50% of the training is left; expected above 0"):
+        algorithm.learn(64)
+
+
 @pytest.mark.parametrize(("distribution", "options"), [("gaussian", {}), ("flow_sde", {})])
 def test_divergence_penalty_holds_the_policy_at_the_reference(distribution: str, options: dict[str, Any]) -> None:
     drift = {}
@@ -613,6 +666,27 @@ def test_a_loss_that_is_not_finite_skips_the_step() -> None:
         algorithm._optimizer_step(0.0, noted)
         assert same(weights(algorithm.policy), before) == (gradient == math.inf)
     assert noted["skipped_steps"] == [1.0, 0.0]
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+@pytest.mark.parametrize("micro_batch_size", [None, 4])
+def test_a_loss_that_is_not_finite_counts_where_its_gradient_is(number: float, micro_batch_size: int | None) -> None:
+    """A clamp passes what is not a number on, but gives it a gradient of zero."""
+    algorithm = toy_ppo(batch_size=8, n_epochs=2, target_kl=10.0, micro_batch_size=micro_batch_size)
+    calls: list[int] = []
+    plain = algorithm._value_loss
+
+    def broken(values: Tensor, *rest: Any) -> Tensor:
+        calls.append(len(values))
+        loss = plain(values, *rest)
+        return loss if len(calls) > 8 // calls[0] else 0.0 * loss.nan_to_num() + number  # in the first minibatch
+
+    algorithm._value_loss = broken  # type: ignore[method-assign]
+    before = weights(algorithm.policy)
+    algorithm.learn(16)
+    found = metrics(algorithm)
+    assert found["train/skipped_steps"] == 1 and not same(weights(algorithm.policy), before)
+    assert all(math.isfinite(value) for value in found.values()), found
 
 
 def test_the_same_seed_gives_the_same_weights() -> None:
@@ -764,6 +838,33 @@ def test_metric_names() -> None:
     assert found["env/episode_len"] == 4  # two decisions of two steps
 
 
+class Untold(gym.Wrapper):
+    """Tells neither how long an episode was nor what it earned."""
+
+    def step(self, action: Any) -> Any:
+        *outcome, info = self.env.step(action)
+        info.pop("elapsed_steps", None)
+        return *outcome, info
+
+
+def test_returns_of_an_environment_of_one_s_own_are_monitors() -> None:
+    def make() -> gym.Env:
+        return Untold(ToyEnv(horizon=2, reward=0.25))
+
+    algorithm = toy_ppo(DummyVecEnv([lambda: Monitor(make())] * 2))  # type: ignore[list-item]
+    algorithm.learn(16)
+    found = metrics(algorithm)
+    assert (found["env/return"], found["env/episode_len"], found["env/reward"]) == (0.5, 2, 0.25)
+    algorithm = toy_ppo(VecMonitor(DummyVecEnv([make] * 2)))  # type: ignore[arg-type,list-item]
+    algorithm.learn(16)
+    assert metrics(algorithm)["env/return"] == 0.5
+    # What nobody tells is not zero.
+    algorithm = toy_ppo(DummyVecEnv([make] * 2))  # type: ignore[list-item]
+    algorithm.learn(16)
+    assert "env/success_once" in metrics(algorithm)
+    assert not {"env/return", "env/episode_len", "env/reward"} & metrics(algorithm).keys()
+
+
 # --- Learning ---------------------------------------------------------------------------------------------------------
 
 
@@ -822,6 +923,64 @@ def test_diffusion_and_tokens_learn_it_too(
     assert mean_reward(algorithm) > -0.3
 
 
+def ended(*told: tuple[str, bool | None], **more: Any) -> list[dict[str, Any]]:
+    """Infos of episodes that ended, of which some say nothing of success."""
+    return [{"task": task, **({} if success is None else {"is_success": success}), **more} for task, success in told]
+
+
+def test_an_episode_that_ends_without_a_word_has_not_succeeded() -> None:
+    """As where a time limit outside cuts an environment that tells of success at its own end only."""
+    algorithm = toy_ppo()
+    algorithm._setup_learn(1)
+    infos = ended(("a", True), ("a", None), ("a", None), ("a", False), ("b", None), elapsed_steps=4, episode_return=2.0)
+    algorithm._record_episodes(infos, np.ones(5, dtype=bool))
+    assert algorithm.task_success() == {"a": 0.25, "b": 0.0}
+    found = episode_metrics(algorithm._episodes, 5)
+    assert (found["env/success_once"], found["env/success_once/a"], found["env/success_once/b"]) == (0.125, 0.25, 0.0)
+    assert (found["env/episode_len"], found["env/return"]) == (4.0, 2.0)
+    assert list(algorithm.ep_success_buffer) == [True, False, False, False, False]  # type: ignore[arg-type]
+    weights = algorithm._task_weights()
+    assert weights["a"] == pytest.approx(4 * 2 / 6 * 4 / 6) and weights["b"] == pytest.approx(4 * 1 / 3 * 2 / 3)
+
+
+def test_success_that_nothing_tells_of_is_unknown() -> None:
+    algorithm = toy_ppo()
+    algorithm._setup_learn(1)
+    algorithm._record_episodes(ended(("a", None), ("b", None)), np.ones(2, dtype=bool))
+    assert algorithm.task_success() == {} and episode_metrics(algorithm._episodes, 2) == {}
+    assert not algorithm.ep_success_buffer
+
+
+def test_the_death_of_a_worker_says_nothing_about_the_policy() -> None:
+    algorithm = toy_ppo()
+    algorithm._setup_learn(1)
+    infos = ended(("a", True)) + ended(("a", False), ("b", False), worker_restarted=True, episode={"r": 1.0, "l": 2})
+    algorithm._record_episodes(infos, np.ones(3, dtype=bool))
+    assert algorithm.task_success() == {"a": 1.0} and list(algorithm.ep_success_buffer) == [True]  # type: ignore[arg-type]
+    assert len(algorithm.ep_info_buffer) == 2  # type: ignore[arg-type]
+
+
+def test_episodes_that_a_limit_outside_cuts_count() -> None:
+    """Of four episodes each one that is cut failed; the others succeed, or not, by themselves."""
+    from gymnasium.wrappers import TimeLimit
+    from stable_baselines3.common.vec_env import DummyVecEnv
+
+    makers = [partial(ToyEnv, horizon=1)] * 2 + [lambda: TimeLimit(ToyEnv(horizon=3), 1)] * 2
+    algorithm = toy_ppo(DummyVecEnv(makers), n_steps=6, batch_size=24)
+    told: list[float] = []
+
+    class Count(BaseCallback):
+        def _on_step(self) -> bool:
+            told.extend(float(info.get("is_success", 0.0)) for info in self.locals["infos"])
+            return True
+
+    algorithm.learn(24, callback=Count())
+    assert len(told) == 24  # each step ends an episode
+    assert sum(len(episodes) for episodes in algorithm._episodes.values()) == 24
+    successes = sum(each.success or 0.0 for episodes in algorithm._episodes.values() for each in episodes)
+    assert successes == sum(told)
+
+
 def test_tasks_are_drawn_by_the_signal_they_give() -> None:
     algorithm = toy_ppo(task_sampling="signal")
     failed, solved = EpisodeRecord(0.0, 9, 0.0), EpisodeRecord(1.0, 9, 1.0)
@@ -842,6 +1001,55 @@ def test_tasks_are_drawn_by_the_signal_they_give() -> None:
     assert told == [("set_task_weights", weights)]
     with pytest.raises(ValueError, match="did you mean 'signal'"):
         toy_ppo(task_sampling="signals")
+
+
+class Unweighted(gym.Wrapper):
+    """An environment whose tasks have no weights."""
+
+    def get_wrapper_attr(self, name: str) -> Any:
+        if name == "set_task_weights":
+            raise AttributeError(name)
+        return super().get_wrapper_attr(name)
+
+
+class Nameless(gym.Wrapper):
+    """An environment that does not say which task it plays."""
+
+    def step(self, action: Any) -> Any:
+        *outcome, info = self.env.step(action)
+        del info["task"]
+        return *outcome, info
+
+
+def test_tasks_that_nobody_tells_cannot_be_drawn_by_their_signal() -> None:
+    algorithm = toy_ppo(DummyVecEnv([lambda: Nameless(ToyEnv())] * 2), task_sampling="signal")  # type: ignore[list-item]
+    with pytest.warns(UserWarning, match=r'"signal" is without effect: no episode has ended with both info\["task"\]'):
+        algorithm.learn(32)
+
+
+@pytest.mark.parametrize("algorithm", [PPO, GRPO])
+def test_environments_that_cannot_draw_tasks_are_found_before_a_rollout(algorithm: type[PPO], tmp_path: Path) -> None:
+    def unweighted() -> DummyVecEnv:
+        return DummyVecEnv([lambda: Unweighted(ToyEnv())] * 2)  # type: ignore[list-item]
+
+    options: dict[str, Any] = {"device": "cpu", "policy_kwargs": {"model_kwargs": TINY}, "batch_size": 16}
+    options |= {"group_size": 2} if algorithm is GRPO else {"n_steps": 8}
+    told = pytest.raises(ValueError, match=r"task_sampling='signal' draws tasks by .* use task_sampling='uniform'")
+    with told:
+        algorithm("VLAPolicy", unweighted(), task_sampling="signal", **options)
+    able = algorithm("VLAPolicy", toy_vec(2), task_sampling="signal", **options)
+    with told:
+        able.set_env(unweighted())
+    able.save(tmp_path / "saved")
+    with told:
+        algorithm.load(tmp_path / "saved", unweighted(), device="cpu")
+    assert algorithm.load(tmp_path / "saved", unweighted(), device="cpu", task_sampling="uniform").env is not None
+    assert algorithm.load(tmp_path / "saved", device="cpu").env is None  # to act with
+    plain = algorithm("VLAPolicy", unweighted(), **options)
+    plain.task_sampling = "signal"
+    with told:
+        plain.learn(16)
+    assert plain.num_timesteps == 0
 
 
 @pytest.mark.parametrize(
@@ -911,6 +1119,23 @@ def test_a_stopped_update_counts_as_one_rollout() -> None:
 def test_numbers_out_of_range_are_told(option: str, value: float, expected: str) -> None:
     with pytest.raises(ValueError, match=re.escape(expected)):
         toy_ppo(**{option: value})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("option", ["learning_rate", "clip_range", "clip_range_high", "clip_range_vf", "noise_scale"])
+def test_a_schedule_is_any_number_or_function(option: str) -> None:
+    algorithm = toy_ppo(**{option: np.float32(0.25)})  # type: ignore[arg-type]
+    algorithm.learn(16)
+    with pytest.raises(ValueError, match=f"{option}='0.3'; expected a number"):
+        toy_ppo(**{option: "0.3"})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("wrap", [functools.partial(torch.compile, backend="eager"), nn.DataParallel])
+def test_a_wrapped_policy_is_refused_where_it_is_set(wrap: Callable[[nn.Module], Any]) -> None:
+    algorithm = toy_ppo()
+    with pytest.raises(ValueError, match=r"policy is now of class \w+; expected the VLAPolicy .*dict\(compile={}\)"):
+        algorithm.policy = wrap(algorithm.policy)
+    algorithm.learn(16)
+    algorithm.policy = copy.deepcopy(algorithm.policy)
 
 
 def test_adam_steps_by_one_kernel(tmp_path: Path) -> None:

@@ -63,10 +63,13 @@ OTHERS: dict[str, Any] = {
     "env.eval.tasks": ["reach-v3"],
     "actor.model.model_type": "smolvla",
     "actor.model.model_kwargs": {"image_size": 64},
+    "actor.model.crop": "workspace",
+    "actor.model.camera": "corner",
     "actor.model.lora": {"rank": 4},
     "actor.model.noise_kwargs": {"std": 0.7},
     "actor.model.compile": {"mode": "reduce-overhead"},
     "data.rename": {"observation.images.top": "observation.image"},
+    "data.instruction_bytes": 128,
 }
 
 
@@ -146,6 +149,7 @@ def expected_keys(context: str) -> set[str]:
     data = {key for key in keys if key.startswith("data.")}
     sft = {key for key in keys if key.startswith("sft.")}
     by_experts = {"data.episodes_per_task", "data.noise_std", "data.crop"}
+    of_others = {"data.rename", "data.instruction_bytes"}
     learning = {key for key in keys if key.startswith(("algorithm.", "rollout.", "actor.optim."))}
     learning |= {f"actor.model.{name}" for name in ("trainable", "noise_method", "num_steps", "noise_level")}
     learning |= {f"actor.model.{name}" for name in ("joint_logprob", "noise_kwargs", "final_noise_scale")}
@@ -154,6 +158,8 @@ def expected_keys(context: str) -> set[str]:
     learning |= {"actor.model.cache_perception"}
     learning |= {f"runner.logger.{name}" for name in ("project_name", "logger_backends", "mode")}
     learning |= {"actor.model.privileged_critic", "actor.global_batch_size", "actor.micro_batch_size"}
+    of_a_checkpoint = {"actor.model.crop", "actor.model.camera"}
+    learning |= of_a_checkpoint
     learning |= {
         "runner.keep_checkpoints",
         "actor.sharding",
@@ -172,9 +178,9 @@ def expected_keys(context: str) -> set[str]:
         "env.train.ignore_terminations",
     }
     return {
-        "ppo": keys - of_grpo - {"data.rename"},
-        "grpo": keys - of_gae - {"data.rename", "env.train.dense_reward"},
-        "sft": (keys - learning - {"data.rename"}) | both,
+        "ppo": keys - of_grpo - of_a_checkpoint - of_others,
+        "grpo": keys - of_gae - of_a_checkpoint - of_others - {"env.train.dense_reward"},
+        "sft": (keys - learning - of_others) | both,
         "sft of a checkpoint": (keys - learning - by_experts - {"env.train.num_workers", "env.train.renderer"}) | both,
         "ppo of a checkpoint": keys - of_grpo - data - sft - {"algorithm.rehearsal_batch_size"},
     }[context]
@@ -205,6 +211,13 @@ def test_the_names_are_those_of_the_reference_and_their_counterparts() -> None:
     ours |= {f"metaworld_50_sft_{model}" for model in ("compact", "openpi", "openpi_pi05")}
     ours |= {"metaworld_50_grpo_openvlaoft_lora"}
     assert set(NAMES) == reference | ours
+
+
+def test_a_checkpoint_that_does_not_say_its_view_is_told_it() -> None:
+    view = ["actor.model.crop=workspace", "actor.model.camera=corner"]
+    for name in ("metaworld_50_ppo_openpi", "metaworld_50_grpo_compact"):
+        plan = plan_of(name, ["actor.model.model_path=somewhere", *view])
+        assert plan.train["env_kwargs"].items() >= {"crop": "workspace", "camera": "corner"}.items()
 
 
 def test_the_settings_of_the_reference() -> None:
@@ -315,7 +328,36 @@ def test_how_a_checkpoint_is_read_makes_no_new_model(kind: str) -> None:
 def test_group_bounds_are_of_the_reward() -> None:
     plan = plan_of("metaworld_50_grpo_openvlaoft", [])
     assert isinstance(plan.config.success_bounds, tuple)  # type: ignore[union-attr]
-    assert plan.config.success_bounds == pytest.approx((0.02, 0.2))  # type: ignore[union-attr]
+    assert plan.config.success_bounds == pytest.approx((0.1, 0.9))  # type: ignore[union-attr]
+    told = r"keep no group of algorithm\.group_size=8 .* a success earns 5, .* 0\.5 and 4\.5"
+    with pytest.raises(ConfigError, match=told):
+        plan_of("metaworld_50_grpo_openvlaoft", ["algorithm.rewards_upper_bound=0.5"])
+    with pytest.raises(ConfigError, match=r"keep no group"):
+        plan_of("metaworld_50_grpo_openpi", ["algorithm.rewards_lower_bound=1.5", "algorithm.rewards_upper_bound=4.5"])
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if "_grpo_" in name])
+def test_a_group_in_which_some_succeed_and_some_fail_counts(name: str) -> None:
+    config: Any = plan_of(name, ["actor.model.model_path=somewhere"]).config
+    low, high = config.success_bounds
+    counted = [successes for successes in range(1, config.group_size) if low <= successes / config.group_size <= high]
+    assert counted == list(range(1, config.group_size))
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if "_ppo_" in name])
+def test_the_clip_of_values_is_of_the_size_of_returns(name: str) -> None:
+    plan = plan_of(name, ["actor.model.model_path=somewhere"])
+    config: Any = plan.config
+    greatest = plan.train["env_kwargs"].get("reward_coef", 1.0)
+    assert config.clip_range_vf is None or config.clip_range_vf >= 0.2 * greatest
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if "_sft_diffusion_policy" in name])
+def test_diffusion_policy_s_random_crop_is_a_shift_before_the_crop(name: str) -> None:
+    plan = plan_of(name, [])
+    assert plan.sft is not None and plan.load is not None
+    size = plan.load["image_size"]
+    assert plan.sft.shift == ((size - plan.model_kwargs["crop_size"]) // 2 if "crop_size" in plan.model_kwargs else 2)
 
 
 def test_the_examples_folder_shows_the_package_s_recipes() -> None:
@@ -331,6 +373,35 @@ def test_a_recipe_of_one_s_own_builds_on_another(tmp_path: Path) -> None:
     assert recipe.runner.logger.experiment_name == "mine"
     recipe.runner.logger.experiment_name = packaged.runner.logger.experiment_name
     assert recipe == packaged
+
+
+def test_the_package_s_recipes_can_be_built_on_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By their names as README has it; one's own file of the same name comes first, and may itself build on it."""
+    name = "metaworld_50_ppo_compact"
+    packaged = load_recipe(name, ["actor.seed=7"])
+    packaged.runner.logger.experiment_name = "mine"
+    (tmp_path / "mine.yaml").write_text(f"base: {name}.yaml\nactor: {{seed: 7}}\n")
+    (tmp_path / "elsewhere").mkdir()
+    for folder in (tmp_path, tmp_path / "elsewhere"):
+        monkeypatch.chdir(folder)
+        assert load_recipe(str(tmp_path / "mine.yaml")) == packaged
+        assert load_recipe(f"{name}.yaml", ["actor.seed=7", "runner.logger.experiment_name=mine"]) == packaged
+    assert given_keys(str(tmp_path / "mine.yaml")) == ["actor.seed"]
+    (tmp_path / f"{name}.yaml").write_text(f"base: {name}.yaml\nactor: {{optim: {{lr: 0.5}}}}\n")
+    mine = load_recipe(str(tmp_path / "mine.yaml"))
+    assert (mine.actor.seed, mine.actor.optim.lr) == (7, 0.5)
+    mine.actor.optim.lr = packaged.actor.optim.lr
+    assert mine == packaged
+
+
+def test_a_base_may_lie_in_a_home_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "base.yaml").write_text("actor: {seed: 7}\n")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "mine.yaml").write_text("base: ~/base.yaml\n")
+    assert load_recipe("~/folder/mine.yaml").actor.seed == 7
+    run = make_plan(load_recipe("metaworld_50_ppo_compact", ["runner.logger.log_path=~/runs"])).run
+    assert run == tmp_path / "runs" / "metaworld_50_ppo_compact"
 
 
 def test_a_dry_run_prints_settings_that_read_back(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -355,6 +426,8 @@ def test_the_list_names_every_recipe(capsys: pytest.CaptureFixture[str]) -> None
         (["nowhere.yaml"], "cannot read the configuration nowhere.yaml"),
         (["metaworld_50_ppo_openpi"], "actor.model.model_path is not set: pi0 starts from a checkpoint"),
         (["metaworld_50_ppo_openpi", "actor.model.model_path=nowhere"], "nowhere does not exist"),
+        (["metaworld_50_ppo_compact", "actor.model.crop=workspace"], "actor.model.crop would be without effect"),
+        (["metaworld_50_ppo_openpi", "actor.model.model_path=nowhere", "actor.model.crop=w"], "Unknown crop 'w'"),
         (["metaworld_50_ppo_compact", "actor.optim.lrr=1"], "did you mean 'actor.optim.lr'"),
         (["metaworld_50_ppo_compact", "algorithm.group_size=4"], "algorithm.group_size would be without effect"),
         (["metaworld_50_ppo_compact", "actor.fsdp_config.strategy=fsdp"], "start under torchrun"),
@@ -447,15 +520,16 @@ def test_find_recipe_takes_names_and_paths() -> None:
 
 def test_a_dry_run_tells_the_memory(capsys: pytest.CaptureFixture[str]) -> None:
     """By hand, of pi0 at full size: the backbone's 2.9 B weights in bfloat16, and in float32 weights, gradients and two
-    moments of the expert's; a rollout of 64 x 8 x 20 decisions, each a picture of 224 x 224 and a chain of six stages
-    of five actions of 32 numbers."""
+    moments of the expert's; a rollout of 64 x 8 x 20 decisions, each a picture of 224 x 224, four numbers of a state,
+    64 bytes of a sentence, the time, the random step of five actions of 32 numbers from and to, which step that is, and
+    28 bytes of rewards, values and the like."""
     name = "metaworld_50_ppo_openpi"
     found = footprint(plan_of(name, []))["ppo"]
     assert (
         2 * 2.9e9 < found.weights - found.gradients < 2 * 3.0e9 and 4 * 3.0e8 < found.gradients < 4 * 3.3e8
     )  # 311 M in the expert
     assert (found.optimizer, found.copies) == (2 * found.gradients, 0)
-    assert found.buffer == 10_240 * (224 * 224 * 3 + 6 * 5 * 32 * 4)
+    assert found.buffer == 10_240 * (224 * 224 * 3 + 4 * 4 + 64 + 4 + 2 * 5 * 32 * 4 + 8 + 28)
     assert main(["train", name, "--dry-run"]) == 0
     assert f"Memory that ppo takes of each rank\n{found}\n" in capsys.readouterr().out
 

@@ -6,7 +6,9 @@ import multiprocessing
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import mujoco
@@ -286,10 +288,52 @@ def test_a_forked_process_has_its_own(kind: str) -> None:
         pool.join()
 
 
+def test_each_thread_draws_by_a_context_of_its_own(kind: str, hammer: Simulator) -> None:
+    """Threads that end give theirs back."""
+    view = View("corner2", 32, 32)
+    expected = get_renderer(kind).render(hammer.model, hammer.data, view, hammer.scene)
+    for _ in range(2):
+        with ThreadPoolExecutor(3) as pool:
+            begin = threading.Barrier(3)
+
+            def draw(_: int, begin: threading.Barrier = begin) -> npt.NDArray[np.uint8]:
+                begin.wait()
+                return get_renderer(kind).render(hammer.model, hammer.data, view, hammer.scene)
+
+            for picture in pool.map(draw, range(3)):
+                np.testing.assert_array_equal(picture, expected)
+    again = get_renderer(kind).render(hammer.model, hammer.data, view, hammer.scene)
+    np.testing.assert_array_equal(again, expected)
+
+
 def run_python(program: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """A fresh interpreter with MuJoCo's variables as given, else unset."""
     clean = {key: value for key, value in os.environ.items() if key not in ("MUJOCO_GL", "PYOPENGL_PLATFORM")}
     return subprocess.run([sys.executable, "-c", program], env={**clean, **environment}, capture_output=True, text=True)
+
+
+def test_a_thread_that_outlives_the_process_ends_quietly(opengl: str) -> None:
+    program = f"""
+import threading, time
+import gymnasium as gym
+def draw():
+    env = gym.make("mw_envs:MetaWorldMT1-v0", task="reach-v3", image_size=32, renderer="{opengl}")
+    env.reset(seed=0)
+    return env
+env = draw()
+ended = threading.Thread(target=draw)
+ended.start()
+ended.join()
+drawn = threading.Event()
+def hang():
+    env = draw()
+    drawn.set()
+    time.sleep(60)
+threading.Thread(target=hang, daemon=True).start()
+assert drawn.wait(60)
+"""
+    done = run_python(program)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 DRAW_ONE = """
@@ -448,7 +492,7 @@ def test_a_renderer_that_failed_is_tried_again(no_renderers_yet: None, monkeypat
     with pytest.raises(RendererUnavailableError, match="no egl"):
         get_renderer("egl")
     works.add("egl")
-    assert get_renderer("egl").platform == "egl"  # type: ignore[attr-defined]
+    assert get_renderer("egl")._renderer.platform == "egl"  # type: ignore[attr-defined]
 
 
 def test_the_stock_model_has_the_cameras() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -16,7 +17,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from stable_baselines3.common.logger import configure
 from stable_baselines3.common.vec_env import DummyVecEnv, VecMonitor
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -29,7 +31,7 @@ from sb3_vla.cli import main
 from sb3_vla.policies import ValueHead
 from sb3_vla.ppo import PPO
 from sb3_vla.resume import load_algorithm, save_algorithm
-from sb3_vla.run import RunDirectory
+from sb3_vla.run import RunDirectory, RunError
 from sb3_vla.stopping import Stopped
 from sb3_vla.training import GRPOConfig, PPOConfig, TrainingConfig
 from sb3_vla.vec_env import SharedMemoryVecEnv
@@ -261,6 +263,83 @@ def test_an_error_after_a_signal_is_its_consequence(tmp_path: Path) -> None:
         with pytest.raises(Stopped, match="SIGTERM") as stopped:
             train(tmp_path / "run")
     assert isinstance(stopped.value.__cause__, Interrupt)
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), SafetensorError("(os error 28)")])
+def test_a_full_disk_at_the_save_that_follows_a_signal_is_told(
+    error: Exception, tmp_path: Path, uninterrupted: dict[str, dict[str, Any]]
+) -> None:
+    calls: list[Any] = []
+
+    def full_at_the_second(*arguments: Any) -> None:
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise error
+        save_file(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PPO, "_decide", signalling(PPO._decide, 2 * 6 + 3, signal.SIGTERM))
+        patch.setattr(training_state, "save_file", full_at_the_second)
+        with pytest.raises(RunError, match=r"cannot write .*step-00000003: .*; free some space and start again"):
+            train(tmp_path / "run")
+    train(tmp_path / "run")
+    assert differences(outcome(tmp_path / "run"), uninterrupted["ppo"]) == []
+
+
+DAMAGES: dict[str, Callable[[Path], None]] = {
+    "emptied": lambda file: file.write_bytes(b""),
+    "cut": lambda file: os.truncate(file, file.stat().st_size - 1),
+    "zeroed": lambda file: file.write_bytes(bytes(file.stat().st_size)),
+    "missing": lambda file: file.unlink(),
+}
+
+
+@pytest.mark.parametrize("file", ["training_state.json", "training_state.safetensors"])
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_state_is_named_and_the_one_before_it_taken(
+    damage: str, file: str, tmp_path: Path, uninterrupted: dict[str, dict[str, Any]]
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PPO, "_optimizer_step", interrupting(PPO._optimizer_step, 4 * 4 + 2))
+        with pytest.raises(Interrupt):
+            train(tmp_path / "run")
+    folder = tmp_path / "run" / "checkpoints" / "ppo"
+    DAMAGES[damage](folder / "step-00000004" / file)
+    told = rf"step-00000004/{file} is (damaged|missing).*; ppo goes on from step-00000002 before it"
+    with pytest.warns(UserWarning, match=told):
+        train(tmp_path / "run")
+    assert differences(outcome(tmp_path / "run"), uninterrupted["ppo"]) == []
+    assert "step-00000004.damaged" in os.listdir(folder)
+
+
+def test_no_state_that_is_whole(tmp_path: Path) -> None:
+    train(tmp_path / "run", iterations=2)
+    (tmp_path / "run" / "checkpoints" / "ppo" / "step-00000002" / "training_state.safetensors").write_bytes(b"")
+    with pytest.raises(RunError, match=r"training_state\.safetensors is damaged: .*delete .*checkpoints/ppo to begin"):
+        train(tmp_path / "run")
+
+
+@pytest.mark.parametrize(("algorithm", "length"), [("ppo", "iterations"), ("grpo", "total_decisions")])
+def test_a_longer_training_goes_on_from_a_finished_one(algorithm: str, length: str, tmp_path: Path) -> None:
+    """Where nothing depends on how much is left, to the end of one that was long from the beginning."""
+    steady = {"lr_scheduler": "constant", "final_noise_scale": 1.0}
+    whole = CONFIGS[algorithm][1][length]
+    train(tmp_path / "whole", algorithm, **steady)
+    train(tmp_path / "run", algorithm, **steady, **{length: whole // 2})
+    half = outcome(tmp_path / "run", algorithm)
+    train(tmp_path / "run", algorithm, **steady)
+    found, expected = outcome(tmp_path / "run", algorithm), outcome(tmp_path / "whole", algorithm)
+    assert differences(found, expected) == [] and differences(half, expected) != []
+
+
+def test_a_result_that_may_not_be_written_is_told_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(PPO, "learn", lambda *_, **__: pytest.fail("it began"))
+    (tmp_path / "run" / "ppo").mkdir(parents=True)
+    (tmp_path / "run" / "ppo" / "thesis").touch()
+    with pytest.raises(FileExistsError, match=r"holds files that are no checkpoint \(thesis\)"):
+        train(tmp_path / "run")
 
 
 def test_progress_that_goes_to_a_file_is_told_in_lines(

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 from sb3_vla import run as run_module
+from sb3_vla.errors import DamagedError
 from sb3_vla.run import RunDirectory, RunError, versions
 
 
@@ -33,7 +34,8 @@ def run(tmp_path: Path) -> RunDirectory:
 
 
 def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
+    """What is in a folder, but for the lock."""
+    return sorted(path.name for path in folder.iterdir() if path.name not in (".lock", ".lock.json"))
 
 
 def test_a_new_run_holds_configuration_and_versions(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -266,6 +268,163 @@ def test_stages_depend_on_stages_and_outputs(run: RunDirectory) -> None:
     with pytest.raises(RunError, match=r"ended without table\.md"), run.stage("report", {}, outputs=["table.md"]):
         pass
     assert not run.done("report")
+
+
+def write_checkpoint(run: RunDirectory, stage: str, step: int, text: str = "whole") -> None:
+    with run.checkpoint(stage, step, keep=None) as folder:
+        (folder / "model").write_text(text)
+
+
+def test_what_another_start_would_overwrite_is_moved_aside(run: RunDirectory) -> None:
+    """Result, metrics, curves and checkpoints of a finished stage whose settings are others now."""
+
+    def train(rate: float) -> None:
+        with run.stage("ppo", {"config": {"rate": rate, "steps": 3}}, outputs=["ppo", "tables/ppo.md"]) as stage:
+            assert not stage.done and not stage.resumed
+            write_checkpoint(run, "ppo", 3)
+            for path in ("ppo", "tables", "tensorboard/ppo"):
+                (run.path / path).mkdir(parents=True, exist_ok=path == "tables")
+            (run.path / "ppo" / "model").write_text(f"{rate}")
+            (run.path / "tables" / "ppo.md").write_text(f"{rate}")
+            (run.path / "tensorboard" / "ppo" / "events").write_text(f"{rate}")
+            run.append_metrics({"stage": "ppo", "rate": rate})
+
+    run.append_metrics({"stage": "sft"})
+    train(0.1)
+    told = (
+        r"ppo has other settings than before in .* \(config\.rate=0\.2, not 0\.1\): it starts afresh, and its earlier "
+    )
+    with pytest.warns(UserWarning, match=told + r"results are in .*replaced/ppo-1, and its earlier checkpoints are in"):
+        train(0.2)
+    aside = run.path / "replaced" / "ppo-1"
+    assert names(aside) == ["metrics.jsonl", "ppo", "ppo.json", "tables", "tensorboard"]
+    assert (aside / "ppo" / "model").read_text() == (aside / "tensorboard" / "ppo" / "events").read_text() == "0.1"
+    assert json.loads((aside / "metrics.jsonl").read_text()) == {"stage": "ppo", "rate": 0.1}
+    assert json.loads((aside / "ppo.json").read_text())["inputs"] == {"config": {"rate": 0.1, "steps": 3}}
+    assert run.metrics() == [{"stage": "sft"}, {"stage": "ppo", "rate": 0.2}]
+    assert (run.path / "ppo" / "model").read_text() == "0.2"
+
+
+def test_a_longer_stage_goes_on_and_a_shorter_one_begins_anew(run: RunDirectory) -> None:
+    def train(length: int, seed: int = 0) -> str:
+        with run.stage("ppo", {"seed": seed}, length=length, outputs=["ppo"]) as stage:
+            if not stage.done:
+                write_checkpoint(run, "ppo", length)
+                (run.path / "ppo").write_text(f"{length}")
+        with run.stage("measure", {}, after=["ppo"]) as measure:
+            pass
+        return f"{'done' if stage.done else 'goes on' if stage.resumed else 'anew'} {measure.done}"
+
+    assert [train(3), train(3), train(5), train(5)] == ["anew False", "done True", "goes on False", "done True"]
+    with pytest.warns(UserWarning, match=r"\(length=4, not 5\)"):
+        assert train(4) == "anew False"
+    assert (run.path / "replaced" / "ppo-1" / "ppo").read_text() == "5"
+    with pytest.raises(KeyboardInterrupt), run.stage("ppo", {"seed": 0}, length=7, outputs=["ppo"]):
+        raise KeyboardInterrupt
+    assert train(8) == "goes on False"
+    shutil.rmtree(run.path / "checkpoints" / "ppo")  # from which a finished one would go on
+    with pytest.warns(UserWarning, match="its earlier results are in"):
+        assert train(9) == "anew False"
+    assert (run.path / "replaced" / "ppo-2" / "ppo").read_text() == "8"
+
+
+HOLDS = """if True:
+    import sys, time
+    from sb3_vla.run import RunDirectory
+    run = RunDirectory(sys.argv[1], {})
+    print("holds", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_second_process_is_told_who_has_the_directory(tmp_path: Path) -> None:
+    """And not by one that was killed."""
+    holder = subprocess.Popen([sys.executable, "-c", HOLDS, str(tmp_path / "run")], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout is not None and holder.stdout.readline() == "holds\n"
+        (tmp_path / "link").symlink_to(tmp_path / "run")
+        before = (tmp_path / "run" / "config.yaml").stat().st_mtime_ns
+        for path in (tmp_path / "run", tmp_path / "link", tmp_path / "nothing" / ".." / "run"):
+            told = rf"in use by process {holder.pid} on .* since 20.* \(-c .*/run\); wait until it has ended"
+            with pytest.raises(RunError, match=told):
+                RunDirectory(path, {"other": 1})
+        with pytest.raises(RunError, match="in use by process"), RunDirectory(tmp_path / "run").stage("ppo", {}):
+            pytest.fail("it began")
+        assert (tmp_path / "run" / "config.yaml").stat().st_mtime_ns == before
+        assert RunDirectory(tmp_path / "run").metrics() == []  # who only reads is not kept out
+    finally:
+        holder.kill()
+        holder.wait()
+    with RunDirectory(tmp_path / "run", {}), RunDirectory(tmp_path / "run", {}).stage("ppo", {}):
+        pass  # a process is not in its own way
+    after = [sys.executable, "-c", HOLDS.replace("60", "0"), str(tmp_path / "run")]
+    assert subprocess.run(after, capture_output=True).returncode == 0  # nor in that of others when it has left it
+
+
+def test_a_damaged_checkpoint_is_told_and_the_one_before_it_taken(run: RunDirectory) -> None:
+    def check(folder: Path) -> None:
+        if (folder / "model").read_text() != "whole":
+            raise DamagedError(f"{folder / 'model'} is damaged")
+
+    for step in (1, 2, 3, 4):
+        write_checkpoint(run, "ppo", step, "whole" if step < 3 else "cut")
+    folder = run.path / "checkpoints" / "ppo"
+    with pytest.warns(UserWarning, match="ppo goes on from step-00000002 before it") as told:
+        assert run.latest_checkpoint("ppo", check) == folder / "step-00000002"
+    assert [str(each.message).split(" is damaged")[0] for each in told] == [
+        f"{folder}/step-0000000{step}/model" for step in (4, 3)
+    ]
+    assert names(folder) == ["step-00000001", "step-00000002", "step-00000003.damaged", "step-00000004.damaged"]
+    assert run.latest_checkpoint("ppo", check) == run.latest_checkpoint("ppo") == folder / "step-00000002"
+    for step in (1, 2):
+        (folder / f"step-0000000{step}" / "model").write_text("")
+    with pytest.raises(
+        RunError, match=r"step-00000002/model is damaged; no checkpoint of ppo .* delete .*ppo to begin"
+    ):
+        run.latest_checkpoint("ppo", check)
+
+
+def test_a_configuration_of_something_else_is_not_overwritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "config.yaml").write_text("mine: 1\n")
+    (tmp_path / "notes").write_text("")
+    monkeypatch.chdir(tmp_path)
+    for path in (".", tmp_path):
+        with pytest.raises(RunError, match=r"holds a config\.yaml that is not of a run"):
+            RunDirectory(path, {})
+    assert (tmp_path / "config.yaml").read_text() == "mine: 1\n" and len(os.listdir()) == 2
+    (tmp_path / "config.yaml").unlink()
+    for _ in range(2):
+        RunDirectory(".", {})
+    assert "notes" in os.listdir()
+
+
+def test_a_link_to_a_directory_that_is_yet_to_be_made(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "big disk" / "run")
+    for _ in range(2):
+        with RunDirectory(tmp_path / "link", {}) as run:
+            write_checkpoint(run, "ppo", 1)
+    assert names(tmp_path / "big disk" / "run") == ["checkpoints", "config.yaml", "versions.json"]
+    assert (tmp_path / "link").is_symlink()
+
+
+def test_the_traceback_of_an_error_that_nobody_expected_is_kept(run: RunDirectory) -> None:
+    def fail(error: BaseException) -> None:
+        with RunDirectory(run.path, {}):
+            raise error
+
+    with pytest.raises(RunError):
+        fail(RunError("expected"))
+    with pytest.raises(KeyboardInterrupt):
+        fail(KeyboardInterrupt())
+    assert not (run.path / "traceback.txt").exists()
+    stopped = KeyboardInterrupt()
+    stopped.__cause__ = RuntimeError("after a signal")
+    for error in (ValueError("of ours"), stopped):
+        with pytest.raises(type(error)) as caught:
+            fail(error)
+    assert caught.value.__cause__.kept_in == run.path / "traceback.txt"  # type: ignore[union-attr]
+    kept = (run.path / "traceback.txt").read_text()
+    assert "ValueError: of ours" in kept and "RuntimeError: after a signal" in kept and "in fail" in kept
 
 
 def test_checkpoints(run: RunDirectory) -> None:

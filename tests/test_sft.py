@@ -4,24 +4,30 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from allocated import Allocated
+from rich.progress import Progress
+from safetensors.torch import load_file
 from torch import Tensor
 from toy import SENTENCES, TARGETS, TINY, tiny_model, toy_demonstrations, toy_observation
+from toy_pi0 import TINY_PI0
 
 from sb3_vla import sft as sft_module
 from sb3_vla.checkpoints import load_checkpoint, save_checkpoint
 from sb3_vla.checkpoints.training_state import load_training_state, save_training_state
 from sb3_vla.distributions import GaussianChunk
-from sb3_vla.models import VLAModel
+from sb3_vla.models import CompactVLA, DiffusionPolicy, Pi0, VLAModel, make_model
+from sb3_vla.models.normalisation import CONVENTIONS
 from sb3_vla.precision import autocast
 from sb3_vla.sft import DemonstrationBatches, SFTConfig, SFTResult, sft
 from sb3_vla.sharding import whole_optimizer_state
+from sb3_vla.training import view_of
 
 
 def config(**options: Any) -> SFTConfig:
@@ -87,6 +93,51 @@ def test_statistics_of_the_data_are_in_the_model() -> None:
     np.testing.assert_allclose(buffers["state_std"].numpy(), data.states.std(0), rtol=1e-5)
 
 
+@pytest.mark.parametrize("low", [1.0, float(np.float32(1.0 - 1e-6))], ids=["never", "hardly"])
+@pytest.mark.parametrize(
+    ("make", "read"),
+    [
+        (lambda: tiny_model(), -10.0),
+        (lambda: DiffusionPolicy(image_size=64), -11.0),
+        (lambda: DiffusionPolicy(image_size=64, normalisation={"state": "mean_std"}), -10.0),
+        *((lambda scheme=s, c=c: _pi0(scheme, c), -11.0) for s in ("min_max", "quantiles") for c in CONVENTIONS),
+    ],
+)
+def test_what_does_not_move_in_the_data_is_not_magnified(make: Callable[[], Any], read: float, low: float) -> None:
+    """A gripper that is open in all demonstrations, and closed a little afterwards."""
+    data, model = toy_demonstrations(), make()
+    data.states[:, 3], data.states[0, 3] = 1.0, low
+    model.set_statistics(sft_module._statistics(data, model))
+    state = torch.tensor([[0.0, 0.0, 0.0, 0.9]])
+    if isinstance(model, DiffusionPolicy):
+        found = model._normalise("state", state)
+    elif isinstance(model, Pi0):
+        found = model.normalise_state(state)
+    else:
+        found = (state - model.state_mean) / model.state_std
+    assert found[0, 3].item() == pytest.approx(read, abs=2e-3)
+
+
+def _pi0(scheme: str, convention: str) -> Pi0:
+    return Pi0(**TINY_PI0, state_scheme=scheme, convention=convention)
+
+
+@pytest.mark.parametrize("low", [1.0, float(np.float32(1.0 - 1e-6))], ids=["never", "hardly"])
+@pytest.mark.parametrize("name", ["compact", "diffusion_policy", "tinyvla"])
+def test_actions_that_do_not_move_in_the_data(name: str, low: float) -> None:
+    data, made = toy_demonstrations(), make_model(name, {})
+    data.actions[:, 3], data.actions[0, 3] = 1.0, low
+    made.set_statistics(sft_module._statistics(data, made))
+    action = torch.from_numpy(data.actions[1:2])
+    normalised = made.normalise_action(action)
+    assert normalised[0, 3].abs() <= 1.001
+    torch.testing.assert_close(made.unnormalise_action(normalised), action, atol=1e-6, rtol=0)
+    # Where the model's number moves by one, the action's moves by a hundredth. What a min-max model gives is clipped
+    # to the range of the data, so that one that never moved stays.
+    moved = (made.unnormalise_action(normalised + 1) - action)[0, 3].item()
+    assert moved == pytest.approx(0.0 if low == 1.0 and hasattr(made, "action_min") else 0.01, abs=1e-5)
+
+
 def test_the_result_has_averaged_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     """By the recursion averaged <- decay averaged + (1 - decay) weights, decay = min(0.9, step / (step + 10))."""
     path: list[list[Tensor]] = []
@@ -148,6 +199,26 @@ def test_no_validation_without_episodes_for_it() -> None:
     assert losses(run({"validation_interval": 1}), "validation_loss") == []
 
 
+@pytest.mark.parametrize(("fraction", "interval"), [(0.0, 1), (0.34, 1), (0.34, 2)])
+def test_the_bar_shows_a_validation_that_there_was(
+    monkeypatch: pytest.MonkeyPatch, fraction: float, interval: int
+) -> None:
+    shown: list[str] = []
+    real = Progress.update
+
+    def update(self: Progress, task: Any, **fields: Any) -> None:
+        shown.append(fields["losses"])
+        real(self, task, **fields)
+
+    monkeypatch.setattr(Progress, "update", update)
+    result = run({"steps": 2, "validation_fraction": fraction, "validation_interval": interval})
+    assert all(text.startswith("loss ") and "nan" not in text for text in shown)
+    validated = [fraction > 0 and step >= interval for step in (1, 2)]
+    assert ["validation" in text for text in shown] == validated
+    if fraction:
+        assert shown[-1].endswith(f"validation {losses(result, 'validation_loss')[-1]:.3f}")
+
+
 def test_batches_hold_what_they_say() -> None:
     data = toy_demonstrations()
     batches = DemonstrationBatches(data, None, 3, 0, 0)
@@ -183,6 +254,17 @@ def test_the_checkpoint_is_the_result(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["sft"]
 
 
+def test_a_checkpoint_says_what_its_data_showed(tmp_path: Path) -> None:
+    data = toy_demonstrations()
+    data.camera = {"crop": "workspace", "render_size": 480, "resize": "area"}
+    for length, further in ((64, {}), (96, {"instruction_bytes": 96})):
+        data.instruction_bytes = length
+        sft(data, config(steps=1), output=tmp_path / "sft", progress=False)
+        notes = load_checkpoint(tmp_path / "sft").notes
+        assert notes["view"] == {**data.camera, **further}
+        assert view_of(notes) == {"camera": "corner2", "crop": "workspace", "image_size": 480}
+
+
 def test_an_interrupted_training_leaves_the_checkpoint_before_it(tmp_path: Path) -> None:
     run({"steps": 2}, output=tmp_path / "sft")
 
@@ -212,8 +294,8 @@ def test_a_resumed_training_ends_as_an_uninterrupted_one(tmp_path: Path) -> None
         folder.mkdir()
         yield folder
 
-    options = {"steps": 8, "validation_fraction": 0.34, "validation_interval": 4}
-    whole = run(options, save_state=save_state, checkpoint_interval=3)
+    options = {"steps": 8, "validation_fraction": 0.34, "validation_interval": 4, "checkpoint_interval": 3}
+    whole = run(options, save_state=save_state)
     assert states == [3, 6]
     for step in states:
         rows: list[float] = []
@@ -227,10 +309,79 @@ def test_a_resumed_training_ends_as_an_uninterrupted_one(tmp_path: Path) -> None
             assert losses(resumed, name) == losses(whole, name)
 
 
+@pytest.mark.parametrize(
+    ("options", "copies"),
+    [
+        ({"trainable": "expert"}, 1),
+        ({"trainable": "expert", "checkpoint": True}, 0),
+        ({"trainable": "lora", "lora": {"rank": 2, "layers": ["action_out"]}, "checkpoint": True}, 0),
+        ({"trainable": "all", "checkpoint": True}, 0),
+    ],
+)
+def test_a_state_holds_frozen_weights_once_or_not_at_all(options: dict[str, Any], copies: int, tmp_path: Path) -> None:
+    """Not where a checkpoint has them; what is trained it holds with its average and Adam's two moments."""
+    save_checkpoint(tmp_path / "start", tiny_model(action_horizon=2))
+    if options.get("checkpoint"):
+        options = {**options, "checkpoint": str(tmp_path / "start")}
+    options = {**options, "steps": 4, "checkpoint_interval": 2}
+    (tmp_path / "state").mkdir()
+    whole = run(options, save_state=lambda _: contextlib.nullcontext(tmp_path / "state"))
+    made: list[VLAModel] = []
+    prepare = sft_module.prepare_training
+
+    def noted(model: VLAModel, *arguments: Any, **settings: Any) -> None:
+        prepare(model, *arguments, **settings)
+        made.append(model)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sft_module, "prepare_training", noted)
+        resumed = run(options, resume_from=tmp_path / "state")
+    assert same(resumed.model, whole.model) and losses(resumed) == losses(whole)
+    trained = sum(p.nbytes for p in made[0].parameters() if p.requires_grad)
+    frozen = sum(p.nbytes for p in made[0].parameters() if not p.requires_grad)
+    assert trained > 0 and (frozen > 0) == (options["trainable"] != "all")
+    buffers = sum(b.nbytes for b in made[0].buffers())
+    saved = sum(tensor.nbytes for tensor in load_file(tmp_path / "state" / "training_state.safetensors").values())
+    assert saved - torch.get_rng_state().nbytes == pytest.approx(copies * frozen + 4 * trained + 2 * buffers, abs=512)
+
+
+def test_a_state_on_another_frozen_backbone_is_refused(tmp_path: Path) -> None:
+    for seed, name in enumerate(("one", "other")):
+        torch.manual_seed(seed)
+        save_checkpoint(tmp_path / name, tiny_model(action_horizon=2))
+    (tmp_path / "state").mkdir()
+    options = {"trainable": "expert", "steps": 4, "checkpoint_interval": 2}
+    state = contextlib.nullcontext(tmp_path / "state")
+    run({**options, "checkpoint": str(tmp_path / "one")}, save_state=lambda _: state)
+    with pytest.raises(ValueError, match="trained on top of another frozen backbone"):
+        run({**options, "checkpoint": str(tmp_path / "other")}, resume_from=tmp_path / "state")
+
+
+def test_writing_a_state_copies_nothing(tmp_path: Path) -> None:
+    model = tiny_model()
+    optimizer = torch.optim.AdamW(model.parameters())
+    model.imitation_loss(toy_observation(2), torch.zeros(2, 5, 4), torch.ones(2, 5, dtype=torch.bool)).backward()
+    optimizer.step()
+    tied = torch.nn.Linear(8, 8)
+    tied.again = tied.weight
+    modules = {"model": model, "tied": tied}
+    with Allocated() as memory:
+        save_training_state(tmp_path, modules, whole_optimizer_state(optimizer, model), {"step": 1})
+    allowed = torch.get_rng_state().nbytes + tied.weight.nbytes + 4096
+    assert memory.most < allowed < 0.2 * sum(p.nbytes for p in model.parameters())
+    expected = [parameter.detach().clone() for parameter in (*model.parameters(), *tied.parameters())]
+    with torch.no_grad():
+        for parameter in (*model.parameters(), *tied.parameters()):
+            parameter.zero_()
+    load_training_state(tmp_path, modules, optimizer)
+    for found, value in zip((*model.parameters(), *tied.parameters()), expected, strict=True):
+        assert torch.equal(found, value)
+
+
 def test_a_state_of_other_modules_is_refused(tmp_path: Path) -> None:
     model = tiny_model()
     optimizer = torch.optim.AdamW(model.parameters())
-    save_training_state(tmp_path, {"model": model}, whole_optimizer_state(optimizer), {"step": 1})
+    save_training_state(tmp_path, {"model": model}, whole_optimizer_state(optimizer, model), {"step": 1})
     assert load_training_state(tmp_path, {"model": model}, optimizer) == {"step": 1}
     with pytest.raises(ValueError, match="state of 'model'; expected averaged"):
         load_training_state(tmp_path, {"averaged": model}, optimizer)
@@ -268,6 +419,14 @@ def test_a_loss_that_is_not_finite_stops_with_advice() -> None:
     data.states[:] = np.nan
     with pytest.raises(ValueError, match=r"diverged at step 1.*lower learning_rate=0\.003"):
         sft(data, config(), progress=False)
+
+
+def test_a_loss_that_is_not_finite_stops_also_where_its_gradient_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = CompactVLA.imitation_loss
+    broken = lambda *given, **options: 0.0 * plain(*given, **options) + math.nan  # noqa: E731
+    monkeypatch.setattr(CompactVLA, "imitation_loss", broken)
+    with pytest.raises(ValueError, match=r"diverged at step 1 \(loss nan\)"):
+        sft(toy_demonstrations(), config(), progress=False)
 
 
 def test_autocast_computes_in_bfloat16_where_asked() -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from published import (
+    assert_told_without_weights,
     digest,
     edit_json,
     edit_tensors,
@@ -294,6 +295,7 @@ def test_round_trip_through_lerobots_layout_is_exact(published: Path, tmp_path: 
     loaded = load_checkpoint(published)
     assert loaded.model_name == "smolvla" and loaded.distribution == ("flow_ode", {"denoising_steps": 10})
     assert isinstance(loaded.model, SmolVLA)
+    assert_told_without_weights(published)
     save_smolvla(tmp_path / "again", loaded.model)
     assert same_tensors(load_file(tmp_path / "again" / MODEL_FILE), load_file(published / MODEL_FILE))
     for name, feature in ((STATE_FILE, "observation.state"), (ACTION_FILE, "action")):
@@ -305,7 +307,8 @@ def test_round_trip_through_lerobots_layout_is_exact(published: Path, tmp_path: 
         json.loads((tmp_path / "again" / "config.json").read_text()),
         RECORDS["files"]["config.json"],
     )
-    assert {key: expected_config[key] for key in config} == config
+    own = {"vlm_model_name": str(tmp_path / "again" / "vlm")}
+    assert {key: expected_config[key] for key in config} | own == config
     steps = [
         step["registry_name"]
         for step in json.loads((tmp_path / "again" / "policy_preprocessor.json").read_text())["steps"]
@@ -332,6 +335,104 @@ def test_the_present_layout_has_its_tokenizer_beside_it(published: Path) -> None
     write_files(published, RECORDS["head_files"])
     tokens, _ = load_checkpoint(published).model.tokenise(instructions(RECORDS["tasks"]))  # type: ignore[operator]
     assert torch.equal(tokens, TENSORS["main/out.tokens"])
+
+
+def tokenizer_step(folder: Path) -> dict[str, Any]:
+    steps = json.loads((folder / "policy_preprocessor.json").read_text())["steps"]
+    (found,) = [step for step in steps if step["registry_name"] == "tokenizer_processor"]
+    return found
+
+
+def ids_by_transformers(folder: Path | str, texts: list[str]) -> list[list[int]]:
+    """As LeRobot asks for them; the shorter one is padded on the right."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder)(texts, padding="longest", padding_side="right").input_ids
+
+
+def test_lerobot_finds_all_from_any_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Released LeRobot looks names up in the working directory or on the hub. Written by a relative path."""
+    model = SmolVLA(**TINY)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    save_smolvla("model", model)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    step = tokenizer_step(tmp_path / "model")
+    assert step["config"]["tokenizer_name"] == str(tmp_path / "model" / "tokenizer")
+    assert step["artifacts"] == {"tokenizer_name": "tokenizer"}
+    vlm = json.loads((tmp_path / "model" / "config.json").read_text())["vlm_model_name"]
+    assert vlm == str(tmp_path / "model" / "vlm")
+    tokens, mask = model.tokenise(instructions(["open the door", "push"]))
+    for folder in (step["config"]["tokenizer_name"], vlm):
+        assert ids_by_transformers(folder, ["open the door\n", "push\n"]) == (tokens * mask).tolist()
+
+
+def test_the_processor_of_a_vlm_of_its_own_size(tmp_path: Path) -> None:
+    """transformers' processor has image and video processors, which need torchvision, so its files are compared."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    save_smolvla(tmp_path / "model", SmolVLA(**TINY))
+    vlm = tmp_path / "model" / "vlm"
+    assert {path.name for path in vlm.iterdir()} == {
+        "config.json",
+        "preprocessor_config.json",
+        "processor_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+    assert json.loads((vlm / "processor_config.json").read_text()) == {"processor_class": "SmolVLMProcessor"}
+    assert AutoConfig.from_pretrained(vlm).text_config.hidden_size == 48
+    tokenizer = AutoTokenizer.from_pretrained(vlm)
+    assert (tokenizer.fake_image_token_id, tokenizer.global_image_token_id) == (3, 4)
+
+
+def test_a_vlm_in_mixed_precision_has_weights_for_lerobot_to_load(tmp_path: Path) -> None:
+    """It makes the model so only where it loads them."""
+    model = SmolVLA(**TINY, precision="mixed")
+    save_smolvla(tmp_path / "model", model)
+    weights = load_file(tmp_path / "model" / "vlm" / MODEL_FILE)
+    assert sum(value.numel() for value in weights.values()) == sum(p.numel() for p in model.backbone())
+    assert torch.equal(weights["model.connector.modality_projection.proj.weight"], model.connector.weight)
+    again = load_smolvla(tmp_path / "model", precision="mixed").model
+    assert same_tensors(again.state_dict(), model.state_dict())
+
+
+def test_a_folder_that_was_moved_reads_its_own_parts(tmp_path: Path) -> None:
+    """Not those that have taken the place where it was written."""
+    model = SmolVLA(**TINY)
+    save_smolvla(tmp_path / "there", model)
+    (tmp_path / "there").rename(tmp_path / "here")
+    save_smolvla(tmp_path / "there", SmolVLA(**{**TINY, "vlm": {**TINY["vlm"], "heads": 6, "head_dim": 8}}))
+    (tmp_path / "there" / "tokenizer" / "tokenizer.json").write_text("{}")
+    again = load_checkpoint(tmp_path / "here").model
+    assert again.config == {**model.config, "tokenizer": again.config["tokenizer"]}
+    assert torch.equal(again.tokenise(instructions(["push"]))[0], model.tokenise(instructions(["push"]))[0])  # type: ignore[operator]
+
+
+def test_the_hubs_tokenizer_goes_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which is found wherever the folder is moved; one that only has another's place does not."""
+    text = json.dumps(RECORDS["files"]["vlm/tokenizer.json"])
+    (tmp_path / "cached.json").write_text(text)
+    cached = {(layout.VLM_NAMES["500M"], "tokenizer.json"): str(tmp_path / "cached.json")}
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *key: cached.get(key))
+    for given, name in ((text, layout.VLM_NAMES["500M"]), (None, str(tmp_path / "own" / "tokenizer"))):
+        save_smolvla(tmp_path / "own", SmolVLA(**TINY, tokenizer=given))
+        step = tokenizer_step(tmp_path / "own")
+        assert (step["config"]["tokenizer_name"], step["artifacts"]) == (name, {"tokenizer_name": "tokenizer"})
+
+
+def test_padding_is_one_of_the_tokenizers_own_tokens(tmp_path: Path) -> None:
+    """transformers gives a token that a tokenizer has not a number behind the last, for which there is no embedding."""
+    text = json.dumps(RECORDS["files"]["vlm/tokenizer.json"]).replace("<pad>", "<|endoftext|>")
+    save_smolvla(tmp_path / "model", SmolVLA(**TINY, tokenizer=text))
+    found = ids_by_transformers(tmp_path / "model" / "tokenizer", ["open the door\n", "push\n"])
+    assert found[1][5:] == [0] * 9
+
+
+def test_a_sentence_that_is_a_line_stays_one(model: SmolVLA) -> None:
+    """LeRobot adds a newline where there is none."""
+    tokens, mask = model.tokenise(instructions(["push", "push\n", "push\n\n"]))
+    assert mask.sum(1).tolist() == [5, 5, 6] and torch.equal(tokens[0], tokens[1])
 
 
 def old_layout(folder: Path) -> None:
@@ -419,6 +520,21 @@ def test_weights_in_several_files(published: Path, tmp_path: Path) -> None:
         load_checkpoint(tmp_path / "shards")
 
 
+def test_positions_as_lerobot_has_them_with_some_transformers(tmp_path: Path) -> None:
+    """The arithmetic of transformers 4.55 to 4.57, in which a fraction that is a little less falls before its edge."""
+    model = SmolVLA(**TINY)
+    save_smolvla(tmp_path / "model", model)
+    edges = torch.arange(1 / 4, 1.0, 1 / 4)
+    place = torch.bucketize(torch.arange(4) / 4 * (1 - 1e-6), edges, right=True)
+    expected = model.vision_model.embeddings.position_embedding.weight[(place[:, None] * 4 + place).flatten()]
+    shifted = load_checkpoint(tmp_path / "model", {"shifted_positions": True}).model
+    assert torch.equal(shifted.vision_model.embeddings.position_embedding.weight, expected)  # type: ignore[union-attr]
+    assert place.tolist() == [0, 0, 1, 2]
+    save_smolvla(tmp_path / "model", SmolVLA(**TINY, resolution=(16, 16)))
+    with pytest.raises(ValueError, match=r"shifted_positions=True .* vision tower's size 32; these are 16"):
+        load_smolvla(tmp_path / "model", shifted_positions=True)
+
+
 def without(name: str) -> Any:
     return lambda folder: (folder / name).unlink()
 
@@ -502,6 +618,28 @@ def test_lerobots_choice_is_to_train_the_expert_alone() -> None:
         "action_time_mlp_in",
         "action_time_mlp_out",
     }
+
+
+@pytest.mark.parametrize("expert_only", [True, False])
+def test_what_is_trained_where_nobody_says_it(tmp_path: Path, expert_only: bool) -> None:
+    """What the model, or a folder of LeRobot's, says; ``trainable`` says it above both."""
+    options = {**TINY, "image_size": 32, "train_expert_only": expert_only}
+    save_smolvla(tmp_path / "model", SmolVLA(**options))
+
+    def trained(**policy_kwargs: Any) -> bool:
+        policy = PPO("VLAPolicy", toy_vec(2, action_dim=4), device="cpu", policy_kwargs=policy_kwargs).policy
+        assert all(p.requires_grad for p in policy.model.expert.parameters())
+        return any(p.requires_grad for p in policy.model.backbone())
+
+    made = {"model": "smolvla", "model_kwargs": options}
+    assert trained(**made) is not expert_only
+    assert trained(checkpoint=tmp_path / "model") is not expert_only
+    assert trained(**made, trainable="all") and not trained(**made, trainable="expert")
+    config = SFTConfig(checkpoint=str(tmp_path / "model"), steps=2, batch_size=2, ema_decay=0.0, shift=0)
+    found = sft(toy_demonstrations(), config, progress=False).model
+    before = load_checkpoint(tmp_path / "model").model
+    moved = [not torch.equal(old, new) for old, new in zip(before.backbone(), found.backbone(), strict=True)]
+    assert any(moved) is not expert_only
 
 
 def test_imitates_then_learns_by_ppo_and_comes_back_from_lerobots_layout(tmp_path: Path) -> None:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import itertools
 import os
+import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -295,6 +298,50 @@ def test_where_no_file_can_be_locked_it_draws_all_the_same(monkeypatch: pytest.M
     assert CompiledOnce(SlowRenderer()).render(*NOWHERE).shape == (1, 1, 3)
 
 
+def blocked_package(folder: Path) -> dict[str, str]:
+    """A copy of the package beside which nothing can be written, also not by root, and a user without a home."""
+    shutil.copytree(Path(arrays.__file__).parents[1], folder / "mw_envs", ignore=shutil.ignore_patterns("__pycache__"))
+    (folder / "mw_envs" / "rendering" / "__pycache__").touch()
+    kept = {key: value for key, value in os.environ.items() if key not in ("NUMBA_CACHE_DIR", "XDG_CACHE_HOME")}
+    (folder / "tmp").mkdir()
+    return {**kept, "PYTHONPATH": str(folder), "HOME": "/dev/null", "TMPDIR": str(folder / "tmp")}
+
+
+def test_where_nothing_can_be_kept_a_temporary_folder_is_told_of_once(tmp_path: Path) -> None:
+    environment = blocked_package(tmp_path)
+    program = "from mw_envs.rendering import get_renderer, warming; get_renderer(); print(warming.cache_folder())"
+    command = [sys.executable, "-c", program]
+    runs = {"env": environment, "cwd": tmp_path, "capture_output": True, "text": True}
+    first, second = (subprocess.run(command, **runs) for _ in range(2))  # type: ignore[call-overload]
+    folder = tmp_path / "tmp" / f"mw_envs-compiled-{os.getuid()}"
+    for done in (first, second):
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.startswith(f"{folder}{os.sep}")
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert f"kept in {folder} only" in first.stderr and "Set NUMBA_CACHE_DIR" in first.stderr
+    assert second.stderr == ""
+
+
+@pytest.mark.parametrize("how", ["no temporary folder", "writable by others", "a link", "read-only"])
+def test_machine_code_is_kept_in_no_folder_of_others(how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_locator(**_: Any) -> Any:
+        raise RuntimeError("cannot cache function")
+
+    monkeypatch.setattr(arrays.numba, "njit", no_locator)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "missing" if how == "no temporary folder" else tmp_path))
+    folder = tmp_path / f"mw_envs-compiled-{os.getuid()}"
+    if how == "writable by others":
+        folder.mkdir()
+        folder.chmod(0o777)
+    elif how == "a link":
+        folder.symlink_to(tmp_path)
+    elif how == "read-only":
+        folder.mkdir(mode=0o700)
+        monkeypatch.setattr(os, "access", lambda *_: False)  # root may write whatever the mode says
+    with pytest.warns(UserWarning, match=r"Each process compiles .* Set NUMBA_CACHE_DIR"):
+        assert arrays._cache() == ""
+
+
 @pytest.mark.slow
 def test_the_first_process_of_all_draws_what_every_other_draws(tmp_path: Path) -> None:
     program = """
@@ -313,6 +360,46 @@ print(sum(sum(entry.stats.cache_misses.values()) for entry in warming._ENTRIES))
     first, second = (subprocess.check_output(command, env=environment, text=True).split() for _ in range(2))
     assert first == second
     assert first[-1] == "0"  # compiled by a process of its own, with the types that MetaWorld's scenes have
+
+
+# --- Threads ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("room", [2**27, 1])
+def test_threads_draw_what_one_draws(monkeypatch: pytest.MonkeyPatch, room: int) -> None:
+    """At once, of scenes that nobody has drawn yet, in views of several sizes, with much room to keep them or none."""
+    for name in ("_BACKGROUND_BYTES", "_SETTING_BYTES"):
+        monkeypatch.setattr(f"mw_envs.rendering.software.{name}", room)
+    simulators = [placed(task, goal) for task in ("reach-v3", "hammer-v3", "push-v3") for goal in (0, 1)]
+    views = [View("corner2", 64, 64), View("corner2", 40, 56), View("gripperPOV", 48, 48)]
+    everything = range(len(views))
+    alone = SoftwareRenderer()
+    expected = [[draw(simulator, views[k], alone) for k in everything] for simulator in simulators]
+    renderer, begin = SoftwareRenderer(), threading.Barrier(len(simulators))
+
+    def draw_all(number: int) -> list[Picture]:
+        begin.wait()
+        return [draw(simulators[number], views[k], renderer) for _ in range(6) for k in everything]
+
+    with ThreadPoolExecutor(len(simulators)) as pool:
+        drawn = list(pool.map(draw_all, range(len(simulators))))
+    for of_thread, right in zip(drawn, expected, strict=True):
+        for number, picture in enumerate(of_thread):
+            np.testing.assert_array_equal(picture, right[number % len(views)])
+    for stills in (renderer._backgrounds, renderer._settings):
+        assert stills._bytes == sum(still.own_bytes for still in stills._kept.values())
+
+
+def test_a_simulation_may_change_threads() -> None:
+    """As with a pool that gives each step to another one."""
+    simulator, renderer, view = placed("drawer-open-v3"), SoftwareRenderer(), View("corner2", 48, 48)
+    alone, pool = SoftwareRenderer(), ThreadPoolExecutor(3)
+    with pool:
+        for _ in range(9):
+            simulator.step(np.ones(4, np.float32))
+            np.testing.assert_array_equal(
+                pool.submit(draw, simulator, view, renderer).result(), draw(simulator, view, alone)
+            )
 
 
 # --- Scenes that MetaWorld does not have ------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from mw_envs import (
     TASKS,
     decode_instruction,
     encode_instruction,
+    fit_instruction,
     get_task,
     suite_tasks,
 )
@@ -128,6 +129,26 @@ def test_instructions_come_back_from_their_bytes(instruction: str) -> None:
 def test_instructions_that_do_not_fit_are_refused(instruction: str, size: int) -> None:
     with pytest.raises(ValueError, match=rf"1 to 64 bytes .* got {size} bytes"):
         encode_instruction(instruction)
+
+
+def test_instructions_of_another_length() -> None:
+    sentence = "引き出しを開けてから、青いブロックを中に入れてください"  # 27 letters, 81 bytes
+    with pytest.raises(ValueError, match=r"1 to 64 bytes .* got 81 bytes: '引き出し.* instruction_bytes=81"):
+        encode_instruction(sentence)
+    with pytest.raises(ValueError, match="The instruction of task 7 of my-data must be 1 to 80 bytes"):
+        encode_instruction(sentence, 80, "task 7 of my-data")
+    for length in (81, 128):
+        encoded = encode_instruction(sentence, length)
+        assert (encoded.shape, encoded.dtype) == ((length,), np.uint8)
+        assert decode_instruction(encoded) == sentence
+    np.testing.assert_array_equal(
+        fit_instruction(encode_instruction(sentence, 128), 81), encode_instruction(sentence, 81)
+    )
+    both = np.stack([encode_instruction("Push"), encode_instruction("Open")])
+    np.testing.assert_array_equal(fit_instruction(both, 70)[1], encode_instruction("Open", 70))
+    assert fit_instruction(both, 64).shape == (2, 64) and fit_instruction(both, 4).tobytes() == b"PushOpen"
+    with pytest.raises(ValueError, match="The instruction 'Push' is longer than the 3 bytes"):
+        fit_instruction(both, 3)
 
 
 def test_unknown_names_are_answered_with_the_nearest() -> None:

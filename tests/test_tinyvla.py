@@ -12,6 +12,7 @@ import json
 import os
 import pickle
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from published import edit_json, edit_tensors
+from published import assert_told_without_weights, edit_json, edit_tensors
 from reference_weights import reference_weight
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -35,7 +36,7 @@ from sb3_vla.distributions import make_distribution
 from sb3_vla.models import Context, TinyVLA, make_model
 from sb3_vla.models.diffusion import step_sinusoid
 from sb3_vla.models.tinyvla import bf16_sinusoid, pillow_bicubic
-from sb3_vla.policies import load_policy
+from sb3_vla.policies import VLAPolicy, load_policy
 from sb3_vla.sft import SFTConfig, sft
 
 DATA = Path(__file__).parent / "data" / "tinyvla"
@@ -259,6 +260,26 @@ def test_round_trip_through_their_folder(
     assert again.distribution == ("ddim", {"denoising_steps": 10})
 
 
+def test_its_tokenizer_is_transformers_too(tmp_path: Path) -> None:
+    """As the authors' code asks for it, with a token to pad by: the one that their batches have."""
+    from transformers import AutoTokenizer
+
+    model = TinyVLA(image_size=32)
+    save_tinyvla(tmp_path / "theirs", model)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "theirs")
+    found = tokenizer(["open the door<|endoftext|>", "push"], padding="longest").input_ids
+    expected = [model.tokenizer.encode(text).ids for text in ("open the door<|endoftext|>", "push")]
+    assert found == [expected[0], expected[1] + [1] * 10]
+
+
+def test_a_unet_that_their_code_has_not_is_told(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match=r"TinyVLA's code cannot load .*down_dims=\(64, 128, 256\) \(there: \(256,"):
+        save_tinyvla(tmp_path / "theirs", TinyVLA(image_size=32))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        save_tinyvla(tmp_path / "same", TinyVLA(image_size=32, down_dims=[256, 512, 1024], step_dim=256))
+
+
 def test_from_scratch_through_both_folders(tmp_path: Path) -> None:
     model = TinyVLA(**TINY, tower="siglip", mask_padding=False)
     stir(model)
@@ -404,6 +425,7 @@ def test_a_folder_of_an_adapter(
     before = load_file(published.parent / tower / "model.safetensors")[key]
     assert (found[key] - before).abs().max() > 0.01
     assert torch.equal(model.action_mean, models[tower].action_mean)
+    assert_told_without_weights(folder)
     digest = checkpoint_digest(folder)
     name = "adapter_model.safetensors"
     edit_tensors(folder / name, {key: value + 1 for key, value in load_file(folder / name).items()})
@@ -606,6 +628,54 @@ def test_ppo(distribution: str, options: dict[str, Any], trainable: str) -> None
     assert any(key.startswith(("gpt_neox.", "vision_tower.", "mm_projector.")) for key in moved) != frozen
     stored = algorithm.rollout_buffer.observations
     assert ("perception/pooled" in stored) == frozen and ("image" in stored) != frozen
+
+
+@pytest.mark.parametrize(
+    ("trainable", "lora"), [("expert", None), ("lora", {"part": "expert", "rank": 2})], ids=["expert", "lora"]
+)
+def test_what_the_first_steps_read_is_frozen_with_them(
+    trainable: str, lora: dict[str, Any] | None, tmp_path: Path
+) -> None:
+    """Where the trained steps begin stays, through training and files; what stays is held once."""
+    options = {"denoising_steps": 5, "trained_steps": 2}
+    kwargs = {"distribution": "ddim", "distribution_kwargs": options, "trainable": trainable, "lora": lora}
+    algorithm = toy_ppo(
+        toy_vec(4, action_dim=4),
+        policy_kwargs={"model": "tinyvla", "model_kwargs": TINY, **kwargs},
+        stirred=False,
+        learning_rate=1e-2,
+    )
+
+    def draw(policy: VLAPolicy) -> torch.Tensor:
+        torch.manual_seed(0)
+        with torch.no_grad():
+            return policy.distribution.sample(policy.model, policy.model.encode(toy_observation(3)))[1]["chain"]
+
+    before = draw(algorithm.policy)
+    learned = [name for name, p in algorithm.policy.model.named_parameters() if p.requires_grad]
+    assert any("combine" in name for name in learned)
+    assert any("unet" in name for name in learned)
+    algorithm.learn(32)
+    after = draw(algorithm.policy)
+    assert torch.equal(before[:, 0], after[:, 0]) and not torch.equal(before[:, 1], after[:, 1])
+
+    algorithm.save(tmp_path / "saved")
+    assert torch.equal(draw(PPO.load(tmp_path / "saved", device="cpu").policy), after)
+    policy = algorithm.policy
+    save_checkpoint(tmp_path / "checkpoint", policy.model, None, {}, ("ddim", options), policy.distribution)
+    model = load_checkpoint(tmp_path / "checkpoint").model
+    again = toy_ppo(
+        toy_vec(4, action_dim=4), policy_kwargs={"checkpoint": tmp_path / "checkpoint", **kwargs}, stirred=False
+    )
+    torch.testing.assert_close(draw(again.policy), after, atol=1e-5, rtol=0)
+
+    backbone = {id(p) for p in model.backbone()}
+    expert = sum(p.numel() for p in model.parameters() if id(p) not in backbone)
+    assert sum(p.numel() for p in policy.distribution.parameters()) == expert
+    tensors = load_file(tmp_path / "checkpoint" / "model.safetensors")
+    copied = {name.removeprefix("distribution.pretrained.") for name in tensors if name.startswith("distribution.")}
+    assert copied and not any(name.startswith(("gpt_neox", "vision_tower", "mm_projector")) for name in copied)
+    assert not any("lora" in name for name in copied)
 
 
 def test_ppo_in_metaworld(published: Path) -> None:

@@ -112,3 +112,53 @@ def test_what_cannot_be_shared_is_told(tmp_path: Path, start: Path) -> None:
     assert code != 0
     assert "num_envs=3 cannot be shared by 2 ranks; expected a multiple of 2, such as 4" in output.replace("\n", " ")
     assert "sb3_vla/training.py" not in output  # no traceback but torchrun's own
+
+
+SCRIPT_WITHOUT_CONTEXT = """
+import sys
+from toy import TINY, ToyEnv
+from sb3_vla import GRPO, PPO, HoldAtEnd
+
+folder, is_grpo = sys.argv[1], sys.argv[2] == "GRPO"
+if is_grpo:
+    algorithm, env, options = GRPO, HoldAtEnd(ToyEnv(horizon=2)), {"group_size": 2, "n_groups": 2}
+else:
+    algorithm, env, options = PPO, ToyEnv(horizon=2), {"n_steps": 8, "seed": 3}
+model = algorithm("VLAPolicy", env, batch_size=2, n_epochs=1, verbose=1, device="cpu", tensorboard_log=folder + "/log",
+                  policy_kwargs={"model_kwargs": TINY}, **options)
+pictures = []
+model.learn(32, lambda found, _: pictures.append(int(found["new_obs"]["image"].sum())) or True)
+model.save(folder + "/model.zip")
+weights = sum(weight.double().sum().item() for weight in model.policy.parameters())
+loaded = algorithm.load(folder + "/model.zip", env)
+print("RANK", model.ranks.rank, model.ranks.count, model.num_timesteps, loaded.verbose, sum(pictures), weights)
+"""
+
+
+@pytest.mark.parametrize("algorithm", ["PPO", "GRPO"])
+def test_a_script_without_the_context_joins_by_itself(algorithm: str, tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(SCRIPT_WITHOUT_CONTEXT)
+    code, output = finish(run_script(tmp_path / "script.py", str(tmp_path), algorithm))
+    assert code == 0, output
+    found = sorted(line.split()[1:] for line in output.splitlines() if line.startswith("RANK"))
+    (_, count, decisions, verbose, pictures, weights), others = found[0], found[1]
+    assert len(found) == 2 and count == others[1] == "2"
+    assert decisions == others[2] and int(decisions) >= 32  # of both together
+    assert (verbose, others[3]) == ("1", "0")
+    assert pictures != others[4]  # each has episodes of its own
+    assert weights == others[5]
+    assert output.count("Wrapping the env with a `Monitor`") <= 2  # made and loaded, by the first
+    assert output.count("total_timesteps") == output.count("| time/") >= 1  # each table once
+    assert [path.name for path in (tmp_path / "log").iterdir()] == [f"{algorithm}_1"]
+
+
+def run_script(script: Path, *arguments: str) -> subprocess.Popen[str]:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    places = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])
+    return subprocess.Popen(
+        [sys.executable, *launcher, str(script), *arguments],
+        env={**os.environ, "PYTHONWARNINGS": "ignore", "PYTHONPATH": places, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )

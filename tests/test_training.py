@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,18 @@ from typing import Any
 import pytest
 import torch
 from stable_baselines3.common.vec_env import DummyVecEnv
-from toy import tiny_model, toy_vec
+from toy import TINY, tiny_model, toy_demonstrations, toy_vec
 
 from mw_envs.rendering import RendererUnavailableError
 from sb3_vla import GRPO, PPO, training
 from sb3_vla.checkpoints import load_checkpoint, save_checkpoint
 from sb3_vla.config import ConfigError, load_config
+from sb3_vla.models import CompactVLA
+from sb3_vla.policies import load_policy
 from sb3_vla.run import RunDirectory
+from sb3_vla.sft import SFTConfig, sft
 from sb3_vla.training import GRPOConfig, PPOConfig, train
+from sb3_vla.views import view_of
 
 
 def start(tmp_path: Path, config: PPOConfig | GRPOConfig, **options: Any) -> None:
@@ -29,6 +34,24 @@ def start(tmp_path: Path, config: PPOConfig | GRPOConfig, **options: Any) -> Non
 def test_rehearsal_needs_demonstrations(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"rehearsal_coef=0.5 needs demonstrations"):
         start(tmp_path, PPOConfig(rehearsal_coef=0.5), suite="MT10")
+
+
+@pytest.mark.parametrize("shift", [0, 3])
+def test_rehearsal_shifts_pictures_as_imitation_did(
+    shift: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def capture(*given: Any) -> None:
+        raise Captured(given[3])
+
+    monkeypatch.setattr(training, "DemonstrationBatches", capture)
+    config = PPOConfig(rehearsal_coef=0.5)
+    with pytest.raises(Captured, match=str(SFTConfig.shift)):  # of a checkpoint that does not say it
+        start(tmp_path, config, suite="MT10", demonstrations=toy_demonstrations())
+    imitation = SFTConfig(model_kwargs=TINY, steps=1, batch_size=4, shift=shift, bf16=False, device="cpu")
+    sft(toy_demonstrations(), imitation, output=tmp_path / "sft", progress=False)
+    options: dict[str, Any] = {"suite": "MT10", "demonstrations": toy_demonstrations(), "output": tmp_path / "rl"}
+    with pytest.raises(Captured, match=str(shift)):
+        train(RunDirectory(tmp_path / "run", config), "rl", config, checkpoint=tmp_path / "sft", **options)
 
 
 @pytest.mark.parametrize("tasks", [None, ["reach-v3", "push-v3"]])
@@ -164,6 +187,22 @@ def test_settings_reach_environments_and_algorithm(
     assert {item.name for item in fields(config)} == {*expected, *OTHERWISE} & {item.name for item in fields(config)}
 
 
+def test_the_model_at_the_start_is_in_memory_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the algorithm learns there are as many models, and bytes of parameters, as its policy has."""
+
+    def learn(algorithm: PPO, *_: Any, **__: Any) -> None:
+        gc.collect()
+        alive = [each for each in gc.get_objects() if isinstance(each, CompactVLA)]
+        assert [each is algorithm.policy.model for each in alive] == [True]
+        raise Captured
+
+    monkeypatch.setattr(training, "SharedMemoryVecEnv", lambda makers, num_workers: toy_vec(4, chunk=5, action_dim=4))
+    monkeypatch.setattr(PPO, "learn", learn)
+    gc.collect()
+    with pytest.raises(Captured):
+        start(tmp_path, PPOConfig(num_envs=4, decisions=4, batch_size=16, device="cpu"), suite="MT10")
+
+
 @pytest.mark.parametrize("kind", ["constant", "linear", "cosine"])
 def test_learning_rates_are_those_of_torch_s_schedulers(kind: str) -> None:
     count, first, last = 20, 5e-6, 1e-6
@@ -193,6 +232,32 @@ def test_the_critic_may_do_without_the_simulators_state(tmp_path: Path, monkeypa
     monkeypatch.setattr(training, "SharedMemoryVecEnv", vec_env)
     with pytest.raises(Captured):
         start(tmp_path, PPOConfig(privileged_critic=False), suite="MT10")
+
+
+def test_the_result_notes_the_view_that_was_practised_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def vec_env(makers: list[Any], num_workers: int | None) -> DummyVecEnv:
+        return toy_vec(len(makers), chunk=5, action_dim=4, privileged=True)
+
+    monkeypatch.setattr(training, "SharedMemoryVecEnv", vec_env)
+    config = PPOConfig(iterations=1, num_envs=1, decisions=2, batch_size=2, epochs=1, device="cpu")
+    seen = {"crop": "workspace", "camera": "corner", "image_size": 32}
+    start(tmp_path, config, suite="MT10", progress=False, env_kwargs=seen)
+    assert view_of(load_checkpoint(tmp_path / "rl").notes) == seen
+    assert load_policy(tmp_path / "rl").view == {"crop": "workspace", "camera": "corner"}
+
+
+def test_rehearsal_of_another_view_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def vec_env(makers: list[Any], num_workers: int | None) -> None:
+        raise Captured
+
+    monkeypatch.setattr(training, "SharedMemoryVecEnv", vec_env)
+    data = toy_demonstrations()
+    data.camera = {"camera": "corner2", "crop": "workspace"}
+    expected = (
+        "for rehearsal show camera=corner2 with crop=workspace, but the policy is shown camera=corner2 with crop=full"
+    )
+    with pytest.raises(Captured), pytest.warns(UserWarning, match=expected):
+        start(tmp_path, PPOConfig(rehearsal_coef=0.5), suite="MT10", demonstrations=data)
 
 
 @pytest.mark.parametrize("name", ["total_decisions", "groups", "checkpoint_interval"])

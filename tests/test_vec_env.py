@@ -24,7 +24,7 @@ import pytest
 from gymnasium import spaces
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.monitor import Monitor
-from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecMonitor
 from stable_baselines3.common.vec_env.base_vec_env import VecEnv
 
 from sb3_vla.vec_env import SharedMemoryVecEnv, available_cores
@@ -666,6 +666,41 @@ def test_a_worker_is_replaced_and_the_others_lose_nothing(start_method: str, how
     assert env.dropped_episodes == 3
     assert env.get_attr("colour") == [1, 1, 1, 2, 3]
     assert env.processes[1].pid != killed and not living([killed or 0])
+    env.close()
+
+
+class Telling(Mortal):
+    """Says everywhere which step it is, and at an episode's end alone whether that succeeded."""
+
+    def step(self, action: npt.NDArray[np.float32]) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        observation, reward, terminated, truncated, info = super().step(action)
+        if terminated or truncated:
+            info |= {"is_success": True, "score": 7}
+        return observation, reward, terminated, truncated, info
+
+
+@pytest.mark.parametrize("steps", [0, 1, 8])
+def test_the_info_of_a_replaced_environment_has_every_key(steps: int) -> None:
+    """Wrappers of Stable-Baselines3 look some up in the info of each episode that ends."""
+    env = SharedMemoryVecEnv([Telling] * 5, "fork", num_workers=2, restart_workers=True)
+    monitor = VecMonitor(env, info_keywords=("is_success", "left", "score") if steps == 8 else ("is_success",))
+    monitor.seed(3)
+    monitor.reset()
+    seen: set[str] = set()
+    infos: list[dict[str, Any]] = []
+    for _ in range(steps):
+        _, _, dones, infos = monitor.step(np.zeros((5, 2), np.float32))
+        seen.update(*infos)
+    assert steps != 8 or {"score", "episode", "terminal_observation"} <= seen
+    deadly = np.zeros((5, 2), np.float32)
+    deadly[4] = DEADLY
+    left = [None if not steps or dones[i] else infos[i]["left"] for i in range(5)]
+    _, _, dones, infos = monitor.step(deadly)
+    for i in env.shares[1]:
+        assert dones[i] and infos[i]["worker_restarted"] and infos[i]["is_success"] is False
+        assert infos[i]["episode"]["is_success"] is False
+        assert seen - {"episode"} <= set(infos[i])
+        assert infos[i].get("left") == left[i]
     env.close()
 
 

@@ -9,6 +9,13 @@ triangles.
 
 from __future__ import annotations
 
+import os
+import stat
+import tempfile
+import warnings
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numba
@@ -19,10 +26,57 @@ Array = npt.NDArray[Any]
 
 # Arithmetic may be regrouped, but what is not finite stays what it is: comparisons keep it from becoming an index.
 _FAST = {"arcp", "contract", "nsz", "reassoc"}
-_OPTIONS: dict[str, Any] = {"cache": True, "nogil": True, "fastmath": _FAST, "error_model": "numpy"}
-compiled = numba.njit(**_OPTIONS)
-# A call would hand over each field of each array.
-inlined = numba.njit(**_OPTIONS, inline="always")
+_OPTIONS: dict[str, Any] = {"nogil": True, "fastmath": _FAST, "error_model": "numpy"}
+
+
+def compiled(function: Callable[..., Any]) -> Any:
+    """A function as machine code, which is made on its first call and kept on disk."""
+    return _compiled(function)
+
+
+def inlined(function: Callable[..., Any]) -> Any:
+    """The same as a part of what calls it: a call would hand over each field of each array."""
+    return _compiled(function, inline="always")
+
+
+def _compiled(function: Callable[..., Any], **options: Any) -> Any:
+    if not _CACHE:
+        return numba.njit(cache=_CACHE is None, **_OPTIONS, **options)(function)
+    settings: Any = numba.config
+    before, settings.CACHE_DIR = settings.CACHE_DIR, _CACHE
+    try:
+        return numba.njit(cache=True, **_OPTIONS, **options)(function)
+    finally:
+        settings.CACHE_DIR = before  # for other packages' functions
+
+
+def _cache() -> str | None:
+    """None where Numba finds a folder by itself (``NUMBA_CACHE_DIR``, beside the module, below the user's home), else
+    a temporary one; an empty name where there is none of these.
+    """
+    with suppress(RuntimeError):  # what Numba raises if it finds no folder
+        numba.njit(cache=True)(_cache)
+        return None
+    remedy = "Set NUMBA_CACHE_DIR to a folder that you may write to"
+    try:
+        folder = Path(tempfile.gettempdir()) / f"mw_envs-compiled-{os.getuid()}"
+        with suppress(FileExistsError):
+            folder.mkdir(mode=0o700)
+            warnings.warn(
+                f"The compiled renderer is kept in {folder} only, until that is cleared. {remedy}", stacklevel=2
+            )
+        found = folder.lstat()
+        # Numba runs what lies there, so only this user may have put it there.
+        own = stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o022
+        if own and os.access(folder, os.W_OK | os.X_OK):  # it may be of an earlier time, and read-only now
+            return str(folder)
+    except OSError:
+        pass
+    warnings.warn(f"Each process compiles the renderer for itself, which takes half a minute. {remedy}", stacklevel=2)
+    return ""
+
+
+_CACHE = _cache()
 
 TILE = 16  # side of the squares in which the background is looked through for shadows, pixels
 

@@ -1,7 +1,7 @@
 """MuJoCo's OpenGL renderer without a window, with settings that are quick where no GPU is.
 
 Shadows, reflections and multisampling are off: with software OpenGL they cost ten times the rest of the frame.
-One OpenGL context serves a whole process, and one upload of a scene's meshes all environments that show it.
+One OpenGL context serves a whole thread, and one upload of a scene's meshes all environments that show it.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 import atexit
 import os
 import sys
+import threading
+import weakref
 from importlib import import_module
 from typing import Any
 
@@ -16,6 +18,7 @@ import mujoco
 import numpy as np
 import numpy.typing as npt
 
+from mw_envs.errors import InputError
 from mw_envs.rendering.mesh_detail import coarsen_meshes
 from mw_envs.rendering.view import RendererUnavailableError, Scene, View
 from mw_envs.tasks import did_you_mean
@@ -24,6 +27,7 @@ from mw_envs.tasks import did_you_mean
 # stands beside the table, and the gripper seen from one that it carries.
 _STANDING_DISTANCE, _CARRIED_DISTANCE = 1.0, 0.1
 _MAX_GEOMS = 2000
+_opening = threading.Lock()
 
 
 class OpenGLRenderer:
@@ -36,13 +40,16 @@ class OpenGLRenderer:
     def __init__(self, platform: str) -> None:
         # Mesa's own threads would compete with the other workers, and do not survive a fork.
         os.environ.setdefault("LP_NUM_THREADS", "0")
-        self._gl = _open_context(platform)
+        with _opening:
+            self._gl = _open_context(platform)
         self._scenes: dict[tuple[str, float], mujoco.MjrContext] = {}
         self._graph: dict[str, mujoco.MjvScene] = {}
         self._camera = mujoco.MjvCamera()
         self._camera.type = mujoco.mjtCamera.mjCAMERA_FIXED
         self._options = mujoco.MjvOption()
-        atexit.register(self._free)
+        free = weakref.finalize(self, _free, self._scenes, self._gl, threading.get_ident())  # as the thread ends
+        free.atexit = False
+        atexit.register(free)  # after MuJoCo's end of EGL was, so it comes before that
 
     def render(self, model: mujoco.MjModel, data: mujoco.MjData, view: View, scene: Scene) -> npt.NDArray[np.uint8]:
         """Draw a view; see :meth:`mw_envs.rendering.Renderer.render`.
@@ -52,7 +59,7 @@ class OpenGLRenderer:
         camera = mujoco.mj_name2id(model, mujoco.mjtObj.mjOBJ_CAMERA, view.camera)
         if camera < 0:
             known = [model.camera(i).name for i in range(model.ncam)]
-            raise ValueError(f"Unknown camera {view.camera!r}; {did_you_mean(view.camera, known)}")
+            raise InputError(f"Unknown camera {view.camera!r}; {did_you_mean(view.camera, known)}")
         self._gl.make_current()
         context = self._context(model, camera, view, scene.name)
         if scene.name not in self._graph:
@@ -90,11 +97,13 @@ class OpenGLRenderer:
         mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN.value, context)
         return context
 
-    def _free(self) -> None:
-        for context in self._scenes.values():
+
+def _free(contexts: dict[Any, mujoco.MjrContext], gl: Any, thread: int) -> None:
+    if threading.get_ident() == thread:  # in a thread that outlives the process's end nothing can be freed by another
+        for context in contexts.values():
             context.free()
-        self._scenes.clear()
-        self._gl.free()
+    contexts.clear()
+    gl.free()
 
 
 def _open_context(platform: str) -> Any:

@@ -10,6 +10,7 @@ import mujoco
 import numpy as np
 import numpy.typing as npt
 
+from mw_envs.errors import InputError
 from mw_envs.rendering import arrays
 from mw_envs.rendering.geometry import (
     Shape,
@@ -117,7 +118,7 @@ class Prepared:
         poses[:count, :9], poses[:count, 9:] = data.geom_xmat[self._geoms], data.geom_xpos[self._geoms]
         poses[count:, :9], poses[count:, 9:] = data.site_xmat[self._sites], data.site_xpos[self._sites]
         if not np.isfinite(poses).all():
-            raise ValueError("The simulation's poses are not finite: it has diverged, or mj_forward has not run")
+            raise InputError("The simulation's poses are not finite: it has diverged, or mj_forward has not run")
         return poses
 
     def lights(self, data: mujoco.MjData, camera: arrays.Camera) -> arrays.Lights:
@@ -158,7 +159,7 @@ def _check_lights(model: mujoco.MjModel) -> None:
     directional = model.light_type == 1 if hasattr(model, "light_type") else model.light_directional != 0
     active = model.light_active != 0
     if not directional[active].all() or model.light_castshadow[active].sum() > 1:
-        raise ValueError(
+        raise InputError(
             "The software renderer knows directional lights, one of them with shadows; use renderer='egl' or 'osmesa'"
         )
 
@@ -240,7 +241,7 @@ def _regular_shape(
     if kind == kinds.mjGEOM_CAPSULE:
         return capsule_shape(size[0], size[1], slices, min(most, parts(2 * size[1])), max(arc // 2, 1)), one
     name = kind.name.removeprefix("mjGEOM_").lower()
-    raise ValueError(f"The software renderer cannot draw a {name}; use renderer='egl' or 'osmesa'")
+    raise InputError(f"The software renderer cannot draw a {name}; use renderer='egl' or 'osmesa'")
 
 
 # A robot's meshes are the same in all scenes.
@@ -364,7 +365,7 @@ def _sample_numbers(drawables: list[_Drawable], parts: int) -> npt.NDArray[np.in
     """
     total = sum(len(d.shape.triangles) for d in drawables)
     if len(drawables) > arrays.GROUPS or total > arrays.TRIANGLES:
-        raise ValueError(
+        raise InputError(
             f"The software renderer draws up to {arrays.GROUPS} geoms and sites of {arrays.TRIANGLES} triangles; the "
             f"model has {len(drawables)} of {total}; use renderer='egl' or 'osmesa'"
         )

@@ -11,6 +11,7 @@ mapping, the order of passes) are those of its classic OpenGL renderer at defaul
 from __future__ import annotations
 
 import functools
+import threading
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,6 +19,7 @@ import mujoco
 import numpy as np
 import numpy.typing as npt
 
+from mw_envs.errors import InputError
 from mw_envs.rendering import arrays, frame, shading
 from mw_envs.rendering.geometry import unit
 from mw_envs.rendering.prepared import Prepared, is_fixed
@@ -50,17 +52,28 @@ class _Shot:
     look: arrays.Look
 
 
+class _Scratch(threading.local):
+    """What a frame is drawn in; each thread has its own."""
+
+    def __init__(self) -> None:
+        self.canvases: dict[tuple[int, int], tuple[Still, arrays.Canvas]] = {}
+        self.workspace = _workspace(0, 0, 0)
+        self.frame = 0
+
+
 class SoftwareRenderer:
-    """Draws on the processor; see :class:`mw_envs.rendering.Renderer`."""
+    """Draws on the processor; see :class:`mw_envs.rendering.Renderer`.
+
+    Several threads may draw at once, each from data of its own. They share what is prepared and kept.
+    """
 
     def __init__(self) -> None:
         self._scenes: dict[tuple[Scene, float], Prepared] = {}
+        self._textures = TexturePool()
+        self._preparing = threading.Lock()  # of scenes and their textures
         self._backgrounds = Stills(_BACKGROUND_BYTES)
         self._settings = Stills(_SETTING_BYTES)  # backgrounds with what a trial has placed
-        self._canvases: dict[tuple[int, int], tuple[Still, arrays.Canvas]] = {}
-        self._textures = TexturePool()
-        self._workspace = _workspace(0, 0, 0)
-        self._frame = 0
+        self._scratch = _Scratch()
 
     def render(
         self,
@@ -76,12 +89,10 @@ class SoftwareRenderer:
         number = mujoco.mj_name2id(model, mujoco.mjtObj.mjOBJ_CAMERA, view.camera)
         if number < 0:
             known = [model.camera(i).name for i in range(model.ncam)]
-            raise ValueError(f"Unknown camera {view.camera!r}; {did_you_mean(view.camera, known)}")
+            raise InputError(f"Unknown camera {view.camera!r}; {did_you_mean(view.camera, known)}")
         camera = _camera(model, data, number, view)
         pixel = _pixel_size(model, number, view)
-        if (scene, pixel) not in self._scenes:
-            self._scenes[scene, pixel] = Prepared(model, scene.background, pixel, self._textures)
-        prepared = self._scenes[scene, pixel]
+        prepared = self._scenes.get((scene, pixel)) or self._prepare(model, scene, pixel)
         poses = prepared.poses(data)
         look = self._look(prepared, prepared.lights(data, camera), camera, poses)
         standing = is_fixed(model, int(model.cam_bodyid[number]))
@@ -104,15 +115,22 @@ class SoftwareRenderer:
         )  # fmt: skip
         return picture if view.part is None else picture[top : top + height, left : left + width].copy()
 
+    def _prepare(self, model: mujoco.MjModel, scene: Scene, pixel: float) -> Prepared:
+        with self._preparing:
+            if (scene, pixel) not in self._scenes:  # another thread may have been quicker
+                self._scenes[scene, pixel] = Prepared(model, scene.background, pixel, self._textures)
+            return self._scenes[scene, pixel]
+
     def _look(
         self, scene: Prepared, lights: arrays.Lights, camera: arrays.Camera, poses: npt.NDArray[np.float32]
     ) -> arrays.Look:
         """What colours are computed from."""
-        geometry, space = scene.geometry, self._workspace
+        geometry, scratch = scene.geometry, self._scratch
+        space = scratch.workspace
         wanted = len(geometry.x), len(geometry.normals), len(geometry.triangles)
         there = len(space.camera), len(space.corners), len(space.planes)
         if any(w > t for w, t in zip(wanted, there, strict=True)):
-            self._workspace = space = _workspace(*map(max, wanted, there))
+            scratch.workspace = space = _workspace(*map(max, wanted, there))
         eyes = np.empty((len(poses), 3), np.float32)
         towards = np.empty((len(poses), len(lights.towards), 3), np.float32)
         to_light = np.zeros((len(poses), 12), np.float32)
@@ -120,18 +138,18 @@ class SoftwareRenderer:
         shading.prepare_lighting(poses, camera, lights, _light_axes(lights), texel, eyes, towards, to_light)
         textures = self._textures.arrays
         return arrays.Look(
-            self._frame, geometry, scene.casters, scene.materials, textures, lights, space, eyes, towards, to_light
+            scratch.frame, geometry, scene.casters, scene.materials, textures, lights, space, eyes, towards, to_light
         )
 
     def _to_light(self, shot: _Shot, casting: npt.NDArray[np.int32]) -> tuple[arrays.Look, tuple[int, int, int, int]]:
         """Project drawables to the light's plane; a new frame's look, with room for their shadows, and their window."""
-        look = shot.look
+        look, scratch = shot.look, self._scratch
         window = frame.light_window(look, casting)
         wanted = frame.texels(window)
-        if wanted > len(self._workspace.shadows):
-            self._workspace = self._workspace._replace(shadows=np.empty(wanted + wanted // 4, np.float32))
-        self._frame += 1
-        return look._replace(frame=self._frame, workspace=self._workspace), window
+        if wanted > len(scratch.workspace.shadows):
+            scratch.workspace = scratch.workspace._replace(shadows=np.empty(wanted + wanted // 4, np.float32))
+        scratch.frame += 1
+        return look._replace(frame=scratch.frame, workspace=scratch.workspace), window
 
     def _still(self, shot: _Shot) -> Still:
         """What does not move in a view, drawn if it is not there yet; scenes that look alike share it."""
@@ -146,8 +164,7 @@ class SoftwareRenderer:
         placed = key, shot.camera.near, scene.fixed_digest, _hashable(shot.poses[scene.fixed])
         setting = self._settings.get(placed)
         if setting is None:
-            setting = self._drawn(shot, base, fixed=True)
-            self._settings.put(placed, setting)
+            setting, _ = self._settings.put(placed, self._drawn(shot, base, fixed=True))
         return setting
 
     def _base(self, shot: _Shot) -> tuple[Any, Still]:
@@ -157,8 +174,8 @@ class SoftwareRenderer:
         key = scene.background_digest, shot.view.height, shot.view.width, *map(_hashable, seen_from)
         base = self._backgrounds.get(key)
         if base is None:
-            base = self._drawn(shot, _blank(shot), fixed=False)
-            for forgotten in self._backgrounds.put(key, base):
+            base, gone = self._backgrounds.put(key, self._drawn(shot, _blank(shot), fixed=False))
+            for forgotten in gone:
                 self._settings.forget(forgotten.background)
         return key, base
 
@@ -178,20 +195,20 @@ class SoftwareRenderer:
             look, shot.camera, shot.poses, drawables, shadows, background, canvas.seen, canvas.spans, changed
         )
         still = Still(background, over.base, changed) if fixed else Still(background, background, over.spans)
-        self._canvases[shot.view.height, shot.view.width] = still, canvas
+        self._scratch.canvases[shot.view.height, shot.view.width] = still, canvas
         return still
 
     def _canvas(self, still: Still) -> arrays.Canvas:
         """Samples of a view's size that hold a background."""
         canvas = self._taken_canvas(still)
         rows, columns = still.background.light_d.shape
-        self._canvases[rows, columns] = still, canvas
+        self._scratch.canvases[rows, columns] = still, canvas
         return canvas
 
     def _taken_canvas(self, still: Still) -> arrays.Canvas:
         """The same; it is to be put back, so that what an interrupt leaves of it is not taken for a background."""
         rows, columns = still.background.light_d.shape
-        before, canvas = self._canvases.pop((rows, columns), (None, None))
+        before, canvas = self._scratch.canvases.pop((rows, columns), (None, None))
         if canvas is None:
             seen, layer = frame.samples(rows, columns), frame.samples(rows, columns)
             canvas = arrays.Canvas(seen, _no_spans(rows), layer, _no_spans(rows))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any
@@ -40,31 +41,37 @@ class Still:
 
 
 class Stills:
-    """Those used last, as many as a number of bytes holds, and one in any case."""
+    """Those used last, as many as a number of bytes holds, and one in any case; several threads may use them."""
 
     def __init__(self, limit: int) -> None:
         self._limit, self._bytes = limit, 0
         self._kept: OrderedDict[Any, Still] = OrderedDict()
+        self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return len(self._kept)
 
     def get(self, key: Any) -> Still | None:
-        if key in self._kept:
-            self._kept.move_to_end(key)
-        return self._kept.get(key)
+        with self._lock:
+            if key in self._kept:
+                self._kept.move_to_end(key)
+            return self._kept.get(key)
 
-    def put(self, key: Any, still: Still) -> list[Still]:
-        """Keep one; those that had to go for it."""
-        self._kept[key] = still
-        self._bytes += still.own_bytes
+    def put(self, key: Any, still: Still) -> tuple[Still, list[Still]]:
+        """Keep one, or the one of that key which another thread has put meanwhile: the kept one, and those that had to
+        go for it."""
         gone = []
-        while self._bytes > self._limit and len(self._kept) > 1:
-            gone.append(self._kept.popitem(last=False)[1])
-            self._bytes -= gone[-1].own_bytes
-        return gone
+        with self._lock:
+            kept = self._kept.setdefault(key, still)
+            if kept is still:
+                self._bytes += still.own_bytes
+            while self._bytes > self._limit and len(self._kept) > 1:
+                gone.append(self._kept.popitem(last=False)[1])
+                self._bytes -= gone[-1].own_bytes
+        return kept, gone
 
     def forget(self, base: arrays.Background) -> None:
         """Let go of those that were drawn over a background."""
-        for key in [key for key, still in self._kept.items() if still.base is base]:
-            self._bytes -= self._kept.pop(key).own_bytes
+        with self._lock:
+            for key in [key for key, still in self._kept.items() if still.base is base]:
+                self._bytes -= self._kept.pop(key).own_bytes

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from mw_envs.errors import ExpectedError, InputError
 from mw_envs.tasks import did_you_mean
 
 Crop = tuple[float, float, float, float]
@@ -22,7 +23,7 @@ FULL_VIEW: Crop = (0.0, 0.0, 1.0, 1.0)
 CROPS: dict[str, Crop] = {"full": FULL_VIEW, "workspace": (17 / 144, 36 / 144, 96 / 144, 96 / 144)}
 
 
-class RendererUnavailableError(RuntimeError):
+class RendererUnavailableError(ExpectedError, RuntimeError):
     """No renderer of the wanted kind works on this machine; the message names what to install."""
 
     @classmethod
@@ -113,7 +114,7 @@ def resolve_crop(crop: str | Sequence[float] | None) -> Crop:
         return FULL_VIEW
     if isinstance(crop, str):
         if crop not in CROPS:
-            raise ValueError(f"Unknown crop {crop!r}; {did_you_mean(crop, CROPS)}, or (top, left, height, width)")
+            raise InputError(f"Unknown crop {crop!r}; {did_you_mean(crop, CROPS)}, or (top, left, height, width)")
         return CROPS[crop]
     try:
         window = np.array([float(value) for value in crop])
@@ -123,5 +124,5 @@ def resolve_crop(crop: str | Sequence[float] | None) -> Crop:
     except (TypeError, ValueError):
         inside = False
     if not inside:
-        raise ValueError(f"crop={crop!r}; expected (top, left, height, width) in fractions of the view, inside 0..1")
+        raise InputError(f"crop={crop!r}; expected (top, left, height, width) in fractions of the view, inside 0..1")
     return top, left, height, width

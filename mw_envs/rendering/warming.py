@@ -50,6 +50,11 @@ def compiled_before() -> bool:
     return all(_on_disk(entry) for entry in _ENTRIES)
 
 
+def cache_folder() -> str | None:
+    """Where the machine code is kept; None if it is not."""
+    return _ENTRIES[0]._cache.cache_path  # type: ignore[no-any-return]
+
+
 def compile_apart() -> None:
     """Compile in another process what is not on disk yet; where that fails, the caller's first picture does it."""
     if compiled_before():

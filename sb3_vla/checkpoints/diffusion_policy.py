@@ -2,7 +2,8 @@
 
 Read: the layout with processor files (LeRobot >= 0.4) and the one before it, with statistics among the weights; one
 camera, ResNet-18 or -34. Written: the former, with one encoder for all cameras. A model that reads instructions, which
-is ours, has an entry ``sb3_vla`` in its configuration; LeRobot does not load it.
+is ours, has an entry ``sb3_vla`` in its configuration; LeRobot loads neither it nor a ResNet of other widths, and a
+warning says so.
 """
 
 from __future__ import annotations
@@ -13,11 +14,21 @@ from typing import Any
 
 from torch import Tensor
 
-from sb3_vla.checkpoints.layout import load_weights, read_json, read_tensors, write_json, write_tensors
-from sb3_vla.checkpoints.native import LoadedCheckpoint, whole_folder
+from sb3_vla.checkpoints.layout import (
+    load_weights,
+    read_json,
+    read_tensors,
+    tell_unreadable,
+    write_json,
+    write_tensors,
+)
+from sb3_vla.checkpoints.native import LoadedCheckpoint, whole_checkpoint
+from sb3_vla.errors import InputError
 from sb3_vla.models.diffusion import NORMALISATIONS, SCHEDULES
 from sb3_vla.models.diffusion_policy import RESNETS, DiffusionPolicy
 from sb3_vla.models.lora import merged_state
+from sb3_vla.models.sizes import published_options
+from sb3_vla.paths import local_path
 
 _STATE = "observation.state"
 _ACTION = "action"
@@ -36,7 +47,7 @@ def load_diffusion_policy(folder: str | Path) -> LoadedCheckpoint:
     :raises ValueError: if a file is damaged, the weights do not fit, statistics are missing, or the policy needs what
         this model has not: other observations, other networks.
     """
-    folder = Path(folder)
+    folder = local_path(folder)
     config = read_json(folder, "config.json", "the policy's configuration")
     weights = read_tensors(folder, "model.safetensors", "the weights")
     try:
@@ -46,7 +57,7 @@ def load_diffusion_policy(folder: str | Path) -> LoadedCheckpoint:
         options = _options(config, image, weights, folder)
         distribution = _sampler(config)
     except (KeyError, TypeError, IndexError) as error:
-        raise ValueError(
+        raise InputError(
             f"{folder / 'config.json'} is no complete Diffusion Policy configuration: {error!r}"
         ) from error
     model = DiffusionPolicy(**options)
@@ -68,9 +79,19 @@ def save_diffusion_policy(
     """
     name, sampler = distribution
     if name not in ("ddpm", "ddim"):
-        raise ValueError(f"distribution={name!r}; expected 'ddpm' or 'ddim', the samplers that LeRobot knows")
+        raise InputError(f"distribution={name!r}; expected 'ddpm' or 'ddim', the samplers that LeRobot knows")
     size, clip = model.image_size[0], sampler.get("clip_sample", 1.0)
-    given = model.config
+    folder, given = Path(folder), model.config
+    horizon, step = given["action_horizon"], 2 ** len(given["down_dims"])
+    tell_unreadable(
+        folder,
+        "LeRobot",
+        {
+            "widths": (tuple(given["widths"]), published_options("diffusion_policy")["widths"]),
+            "instruction_dim": (given["instruction_dim"], 0),
+            "action_horizon": (horizon, horizon if horizon % step == 0 else f"a multiple of {step}"),
+        },
+    )
     norm_map = {kind: given["normalisation"][feature].upper() for feature, kind in _FEATURE_TYPES.items()}
     inputs = {
         _IMAGE: {"type": "VISUAL", "shape": [3, size, size]},
@@ -138,7 +159,7 @@ def save_diffusion_policy(
         },
         device,
     ]
-    with whole_folder(Path(folder)) as partial:
+    with whole_checkpoint(folder) as partial:
         write_json(partial / "config.json", config)
         write_tensors(partial / "model.safetensors", {f"diffusion.{key}": value for key, value in parts.items()})
         for file in (_NORMALIZER, _UNNORMALIZER):
@@ -152,12 +173,12 @@ def _one_camera(config: Mapping[str, Any], folder: Path) -> str:
     kinds = {name: feature["type"] for name, feature in config["input_features"].items()}
     images = [name for name, kind in kinds.items() if kind == "VISUAL"]
     if len(images) != 1 or kinds.get(_STATE) != "STATE" or len(kinds) != 2:
-        raise ValueError(
+        raise InputError(
             f"{folder} reads {', '.join(kinds)}; expected one camera and {_STATE}, which is what the environment gives"
         )
     shape = config["input_features"][images[0]]["shape"]
     if shape[1] != shape[2] and not config.get("resize_shape"):
-        raise ValueError(f"{folder} reads pictures of shape {shape}; expected square ones")
+        raise InputError(f"{folder} reads pictures of shape {shape}; expected square ones")
     return images[0]
 
 
@@ -171,24 +192,24 @@ def _options(config: Mapping[str, Any], image: str, weights: Mapping[str, Tensor
 
     def known(name: str, values: Any) -> Any:
         if config[name] not in values:
-            raise ValueError(f"{folder} has {name}={config[name]!r}; expected one of {', '.join(values)}")
+            raise InputError(f"{folder} has {name}={config[name]!r}; expected one of {', '.join(values)}")
         return config[name]
 
     stems = [f"rgb_encoder.backbone.{stage}.0.conv1.weight" for stage in (4, 5, 6, 7)]
     missing = [stem for stem in stems if stem not in weights]
     if missing:
-        raise ValueError(f"{folder / 'model.safetensors'} has no diffusion.{missing[0]}; it is no Diffusion Policy")
+        raise InputError(f"{folder / 'model.safetensors'} has no diffusion.{missing[0]}; it is no Diffusion Policy")
     resize, crop = config.get("resize_shape"), config.get("crop_shape")
     size = (resize or config["input_features"][image]["shape"][1:])[0]
     if resize:  # the crop then follows from the ratio
         ratio = config.get("crop_ratio", 1.0)
         crop = [int(side * ratio) for side in resize] if ratio < 1 else None
     if (resize and resize[0] != resize[1]) or (crop and crop[0] != crop[1]):
-        raise ValueError(f"{folder} has resize_shape={resize} and crop_shape={crop}; expected squares")
+        raise InputError(f"{folder} has resize_shape={resize} and crop_shape={crop}; expected squares")
     modes = {feature: config["normalization_mapping"][kind].lower() for feature, kind in _FEATURE_TYPES.items()}
     for mode in modes.values():
         if mode not in NORMALISATIONS:
-            raise ValueError(f"{folder} normalises by {mode!r}; expected one of {', '.join(NORMALISATIONS)}")
+            raise InputError(f"{folder} normalises by {mode!r}; expected one of {', '.join(NORMALISATIONS)}")
     return {
         "action_dim": config["output_features"][_ACTION]["shape"][0],
         "action_horizon": config["horizon"],
@@ -232,7 +253,7 @@ def _processor_statistics(folder: Path) -> dict[str, Tensor]:
         processor = read_json(folder, file, "how observations and actions are normalised")
         states = [entry["state_file"] for entry in processor.get("steps", []) if entry.get("registry_name") == step]
         if len(states) != 1:
-            raise ValueError(f"{folder / file} has {len(states)} steps {step!r} with a state_file; expected one")
+            raise InputError(f"{folder / file} has {len(states)} steps {step!r} with a state_file; expected one")
         found.update(read_tensors(folder, states[0], "statistics of the training data"))
     return found
 
@@ -252,7 +273,7 @@ def _load_statistics(model: DiffusionPolicy, found: Mapping[str, Tensor], image:
             if value is not None:
                 taken[f"{ours}_{moment}"] = value.float()
             elif moment in needed[model.normalisation[ours]]:
-                raise ValueError(
+                raise InputError(
                     f"{folder} has no {moment} of {feature}, by which it normalises ({model.normalisation[ours]}); "
                     f"expected {names[0]} in a processor's file, found {sorted(found)}"
                 )

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
+import re
+import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -14,6 +13,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
+
+from sb3_vla.errors import InputError, InTheWayError, NotThereError
+from sb3_vla.paths import entries, local_path, whole_folder
 
 HUB = "hf://"
 #: of RLinf's training, in the order in which it looks for them
@@ -24,13 +26,16 @@ _SHOWN = 6
 def local_folder(source: str | Path) -> Path:
     """A checkpoint's folder; ``hf://owner/name`` or ``hf://owner/name@revision`` is fetched from the Hugging Face hub.
 
-    :raises FileNotFoundError: if there is none.
+    :raises FileNotFoundError: if there is none; the message says what there is, and what to give instead.
     """
     if not str(source).startswith(HUB):
-        folder = Path(source).expanduser()
+        folder = local_path(source)
+        if folder.is_file():
+            raise NotThereError(f"{folder} is {_kind_of_file(folder)}")
         if not folder.is_dir():
-            raise FileNotFoundError(
-                f"Checkpoint folder {folder} does not exist; write {HUB}owner/name for one on the Hugging Face hub"
+            raise NotThereError(
+                f"Checkpoint folder {folder} does not exist; expected config.json and model.safetensors in it"
+                f"{_elsewhere(str(source))}"
             )
         return folder
     from huggingface_hub import snapshot_download  # a heavy import, needed by few
@@ -40,7 +45,50 @@ def local_folder(source: str | Path) -> Path:
     try:
         return Path(snapshot_download(repository, revision=revision or None, allow_patterns=patterns))
     except Exception as error:  # gated, offline, unknown: all mean that there is no checkpoint
-        raise FileNotFoundError(f"Checkpoint {source} could not be fetched from the hub: {error}") from error
+        raise NotThereError(f"Checkpoint {source} could not be fetched from the hub: {error}") from error
+
+
+def is_saved_algorithm(path: Path) -> bool:
+    """Whether it is a zip that an algorithm of Stable-Baselines3 saved itself to."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return "_stable_baselines3_version" in archive.namelist()
+
+
+def checkpoints_in(folder: Path) -> list[str]:
+    """The folders in a folder that hold a checkpoint."""
+    return sorted(str(path.parent) for path in folder.glob("*/config.json"))
+
+
+def hub_name(source: str) -> str | None:
+    """What looks like a repository on the Hugging Face hub, as it is to be written; None for what does not."""
+    name = re.fullmatch(
+        r"(?:hf:/{0,2}|https?://(?:www\.)?(?:huggingface\.co|hf\.co)/)?([\w.-]+/[\w.-]+(?:@[\w.-]+)?)/?", source
+    )
+    return None if name is None or name[1].startswith(".") else HUB + name[1]
+
+
+def _kind_of_file(path: Path) -> str:
+    """What a file is that is given as a checkpoint, and what to do instead."""
+    if is_saved_algorithm(path):
+        return (
+            f"an algorithm that was saved; a checkpoint is a folder. Load it with PPO.load({str(path)!r}), or make a "
+            "checkpoint of it: sb3_vla.checkpoints.save_checkpoint(folder, model.policy.model, "
+            'notes={"view": model.policy.view})'
+        )
+    if (path.parent / "config.json").is_file():
+        return f"a file; a checkpoint is the folder with its config.json: {path.parent}"
+    return "a file; a checkpoint is a folder with config.json and model.safetensors"
+
+
+def _elsewhere(source: str) -> str:
+    """Where a checkpoint may be that is not there."""
+    archive = Path(f"{source}.zip").expanduser()
+    if archive.is_file():
+        return f". {archive} is {_kind_of_file(archive)}"
+    name = hub_name(source)
+    return f". For one on the Hugging Face hub write {name or HUB + 'owner/name'}"
 
 
 def read_json(path: Path) -> dict:
@@ -53,9 +101,9 @@ def read_json(path: Path) -> dict:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
+        raise InputError(f"{path} is damaged: {error}") from error
     if not isinstance(found, dict):
-        raise ValueError(f"{path} holds {type(found).__name__}; expected an object")
+        raise InputError(f"{path} holds {type(found).__name__}; expected an object")
     return found
 
 
@@ -90,16 +138,16 @@ def read_weights(files: Iterable[Path]) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for path in files:
         if not path.is_file():
-            raise FileNotFoundError(f"{path.parent} lacks {path.name}, which its index names")
+            raise NotThereError(f"{path.parent} lacks {path.name}, which its index names")
         try:
             if path.suffix in (".pt", ".bin"):
-                tensors |= torch.load(path, map_location="cpu", weights_only=True)
+                tensors |= torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
             else:
                 tensors |= load_file(path)
         except (SafetensorError, RuntimeError, OSError, EOFError, TypeError) as error:
-            raise ValueError(f"{path} is damaged: {error}") from error
+            raise InputError(f"{path} is damaged: {error}") from error
         except Exception as error:  # pickle.UnpicklingError has no narrower base
-            raise ValueError(f"{path} holds more than tensors and is not loaded: {error}") from error
+            raise InputError(f"{path} holds more than tensors and is not loaded: {error}") from error
     return tensors
 
 
@@ -123,29 +171,25 @@ def fit(model: nn.Module, weights: Mapping[str, Tensor], source: Path, hint: str
             for kind, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
             if names
         ]
-        raise ValueError(f"{source} does not fit {type(model).__name__}: {'; '.join(parts)}. {hint}")
+        raise InputError(f"{source} does not fit {type(model).__name__}: {'; '.join(parts)}. {hint}")
     device = torch.get_default_device()
     loaded = {name: weights[name].to(device, torch.float32) for name in expected}
     model.load_state_dict(loaded, strict=False, assign=True)
 
 
 @contextmanager
-def new_folder(folder: Path) -> Iterator[Path]:
+def new_folder(folder: str | Path) -> Iterator[Path]:
     """A folder to write into, which takes its name when it is whole.
 
     :raises FileExistsError: if there is something under that name.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{folder} is there already; choose another folder or empty it")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
+    with whole_folder(folder, _refuse_any) as partial:
         yield partial
-        partial.chmod(0o755)  # mkdtemp makes a private folder
-        os.replace(partial, folder)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+
+
+def _refuse_any(folder: Path) -> None:
+    if entries(folder) or (folder.exists() and not folder.is_dir()):
+        raise InTheWayError(f"{folder} is there already; choose another folder or empty it")
 
 
 def write_json(path: Path, content: Mapping) -> None:

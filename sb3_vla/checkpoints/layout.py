@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
+from sb3_vla.errors import InputError, NotThereError
 
 
 def require_file(folder: Path, name: str, purpose: str) -> Path:
@@ -21,7 +24,7 @@ def require_file(folder: Path, name: str, purpose: str) -> Path:
     """
     path = folder / name
     if not path.is_file():
-        raise FileNotFoundError(
+        raise NotThereError(
             f"Checkpoint {folder} has no {name} ({purpose}); it holds {sorted(os.listdir(folder))}. Copy the whole "
             "published folder"
         )
@@ -38,9 +41,9 @@ def read_json(folder: Path, name: str, purpose: str) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
+        raise InputError(f"{path} is damaged: {error}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} is damaged: expected a JSON object, found {type(content).__name__}")
+        raise InputError(f"{path} is damaged: expected a JSON object, found {type(content).__name__}")
     return content
 
 
@@ -59,12 +62,44 @@ def read_tensors(folder: Path, name: str, purpose: str) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except SafetensorError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
+        raise InputError(f"{path} is damaged: {error}") from error
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a safetensors file, each tensor with its own memory."""
-    save_file({key: value.detach().cpu().clone().contiguous() for key, value in tensors.items()}, path)
+    """Write a safetensors file; tensors may be on any device and share memory."""
+    save_file(apart(tensors), path)
+
+
+def apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors as safetensors takes them: on the CPU, contiguous, and each with a memory of its own.
+
+    Those that are so already, which is most of a model on the CPU, are not copied.
+    """
+    found: dict[str, Tensor] = {}
+    taken: set[int] = set()
+    for key, value in tensors.items():
+        value = value.detach().cpu().contiguous()
+        memory = value.untyped_storage()
+        if memory.data_ptr() in taken or memory.nbytes() != value.nbytes:
+            value = value.clone()
+        taken.add(value.untyped_storage().data_ptr())
+        found[key] = value
+    return found
+
+
+def tell_unreadable(folder: str | Path, reader: str, sizes: Mapping[str, tuple[Any, Any]]) -> None:
+    """Warn, while a model is saved in a program's layout, that the program cannot load it.
+
+    :param folder: where to.
+    :param sizes: what the layout has no word for: by name, what the model has and what the program takes it to be.
+    """
+    told = [f"{name}={given} (there: {theirs})" for name, (given, theirs) in sizes.items() if given != theirs]
+    if told:
+        warnings.warn(
+            f"{reader} cannot load {folder}, which sb3_vla reads: the model has {', '.join(told)}. Make it with the "
+            "sizes in brackets if others are to load it",
+            stacklevel=3,
+        )
 
 
 def load_weights(
@@ -85,7 +120,7 @@ def load_weights(
         if key in weights and weights[key].shape != expected[key].shape
     ]
     if problems:
-        raise ValueError(
+        raise InputError(
             f"The weights of {where} do not fit its configuration: {'; '.join(problems[:8])} ({len(problems)} in all)"
         )
     module.load_state_dict(dict(weights), strict=False)

@@ -5,11 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +16,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from sb3_vla.checkpoints.folders import local_folder
+from sb3_vla.checkpoints.folders import HUB, checkpoints_in, local_folder
+from sb3_vla.errors import InputError, InTheWayError, NotThereError
 from sb3_vla.models import MODELS, Pi0, VLAModel, model_class
 from sb3_vla.models.lora import merged_state
 from sb3_vla.models.prompts import copy_tokenizer, local_tokenizer_file
+from sb3_vla.paths import entries, finish_exchange, local_path, whole_folder
 
 # 2: CompactVLA attends to picture and sentence alone.
 FORMAT = "sb3-vla-2"
@@ -30,8 +31,15 @@ ADAPTER_CONFIG = "adapter_config.json"
 TOKENIZER = "tokenizer"
 #: note of a reader: whether the checkpoint came with statistics to normalise by; where not, imitation sets the data's
 NORMALISED = "normalised"
+#: names in a checkpoint's folder, ours and others': a folder that holds more is not replaced
+OF_A_CHECKPOINT = (
+    *("config.json", "model*.safetensors", "model.safetensors.index.json", "policy_*", TOKENIZER, "tokenizer*.json"),
+    *("special_tokens_map.json", "preprocessor_config.json", "dataset_statistics.json", "dataset_stats.pkl", "vlm"),
+)
 #: numbers of a state and of an action in the environment
 ENVIRONMENT_DIM = 4
+# Read at a time for a digest: weights need not fit into memory for it.
+_BLOCK_BYTES = 2**20
 
 
 @dataclass
@@ -71,7 +79,6 @@ def save_checkpoint(
     :param distribution_module: that distribution, for the weights that it owns.
     :raises FileExistsError: if the folder holds something else than a checkpoint.
     """
-    folder = Path(folder)
     names = {kind: name for name, kind in MODELS.items()}
     tokenizer = local_tokenizer_file(model.tokenize.source) if isinstance(model, Pi0) else None
     config: dict[str, Any] = {
@@ -85,7 +92,7 @@ def save_checkpoint(
     for prefix, part in (("value_head", value_head), ("distribution", distribution_module)):
         if part is not None:
             tensors.update({f"{prefix}.{key}": value for key, value in part.state_dict().items()})
-    with whole_folder(folder) as partial:
+    with whole_checkpoint(folder) as partial:
         save_file(
             {key: value.detach().cpu().contiguous() for key, value in tensors.items()}, partial / "model.safetensors"
         )
@@ -100,44 +107,22 @@ def refuse_other_files(folder: Path) -> None:
     :raises FileExistsError: if it is a file, or holds something else than a checkpoint.
     """
     if folder.exists() and not folder.is_dir():
-        raise FileExistsError(f"{folder} is a file; a checkpoint is a folder, choose another name")
-    if folder.exists() and not (folder / "config.json").is_file() and any(folder.iterdir()):
-        raise FileExistsError(f"{folder} holds files that are no checkpoint; choose another folder or empty it")
+        raise InTheWayError(f"{folder} is a file; a checkpoint is a folder, choose another name")
+    found = [path.name for path in entries(folder)]
+    others = [name for name in found if not any(fnmatch(name, pattern) for pattern in OF_A_CHECKPOINT)]
+    if others or (found and "config.json" not in found):
+        told = ", ".join((others or found)[:3])
+        raise InTheWayError(f"{folder} holds files that are no checkpoint ({told}); choose another folder or empty it")
 
 
 @contextmanager
-def whole_folder(folder: Path) -> Iterator[Path]:
+def whole_checkpoint(folder: str | Path) -> Iterator[Path]:
     """A folder to write a checkpoint to, which takes its name, and the place of what is there, when all is written.
 
     :raises FileExistsError: see :func:`refuse_other_files`.
     """
-    refuse_other_files(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
+    with whole_folder(folder, refuse_other_files) as partial:
         yield partial
-        partial.chmod(0o755)  # mkdtemp makes a private folder
-        if folder.exists():
-            replaced = _replaced(folder)
-            shutil.rmtree(replaced, ignore_errors=True)  # of a writer that was killed
-            os.replace(folder, replaced)
-            try:
-                os.replace(partial, folder)
-            except BaseException:
-                os.replace(replaced, folder)
-                raise
-            shutil.rmtree(replaced)
-        else:
-            os.replace(partial, folder)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-
-
-def restore(folder: Path) -> None:
-    """Put a checkpoint back whose writer was killed between taking the old one away and putting its own."""
-    if not folder.exists() and _replaced(folder).is_dir():
-        os.replace(_replaced(folder), folder)
 
 
 def load_checkpoint(folder: str | Path) -> LoadedCheckpoint:
@@ -146,15 +131,15 @@ def load_checkpoint(folder: str | Path) -> LoadedCheckpoint:
     :raises FileNotFoundError: if it is not there or a file is missing; the message names the file.
     :raises ValueError: if it is damaged, of another format, or does not fit its own configuration.
     """
-    folder = Path(folder)
-    restore(folder)
+    folder = local_path(folder)
+    finish_exchange(folder)
     if not folder.is_dir():
-        raise FileNotFoundError(
-            f"Checkpoint folder {folder} does not exist; expected config.json and model.safetensors"
-        )
+        raise NotThereError(f"Checkpoint folder {folder} does not exist; expected config.json and model.safetensors")
     for name in ("config.json", "model.safetensors"):
         if not (folder / name).is_file():
-            raise FileNotFoundError(f"Checkpoint {folder} has no {name}; it holds {sorted(os.listdir(folder))}")
+            inside = checkpoints_in(folder)
+            hint = f". Give a checkpoint in it: {', '.join(inside)}" if inside else ""
+            raise NotThereError(f"Checkpoint {folder} has no {name}; it holds {sorted(os.listdir(folder))}{hint}")
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         found_format = config["format"]
@@ -167,17 +152,17 @@ def load_checkpoint(folder: str | Path) -> LoadedCheckpoint:
             acts_by, options = config["distribution"]
             distribution = str(acts_by), {str(key): value for key, value in options.items()}
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"{folder / 'config.json'} is no sb3_vla checkpoint configuration: {error!r}") from error
+        raise InputError(f"{folder / 'config.json'} is no sb3_vla checkpoint configuration: {error!r}") from error
     if found_format != FORMAT:
-        raise ValueError(f"{folder} has format {found_format!r}; expected {FORMAT!r}")
+        raise InputError(f"{folder} has format {found_format!r}; expected {FORMAT!r}")
     try:
         tensors = load_file(folder / "model.safetensors")
     except SafetensorError as error:
-        raise ValueError(f"{folder / 'model.safetensors'} is damaged: {error}") from error
+        raise InputError(f"{folder / 'model.safetensors'} is damaged: {error}") from error
     try:
         model = model_class(name)(**kwargs)
     except TypeError as error:
-        raise ValueError(f"{folder / 'config.json'} does not describe a {name!r} model: {error}") from error
+        raise InputError(f"{folder / 'config.json'} does not describe a {name!r} model: {error}") from error
     weights = _with_prefix(tensors, "model.")
     expected = model.state_dict()
     problems = [f"missing {key}" for key in expected if key not in weights]
@@ -188,7 +173,7 @@ def load_checkpoint(folder: str | Path) -> LoadedCheckpoint:
         if key in weights and weights[key].shape != expected[key].shape
     ]
     if problems:
-        raise ValueError(f"{folder} does not fit its configuration: {'; '.join(problems[:8])} ({len(problems)} in all)")
+        raise InputError(f"{folder} does not fit its configuration: {'; '.join(problems[:8])} ({len(problems)} in all)")
     model.load_state_dict(weights)
     value_head = _with_prefix(tensors, "value_head.") or None
     distribution_weights = _with_prefix(tensors, "distribution.") or None
@@ -217,6 +202,8 @@ def checkpoint_digest(folder: str | Path) -> str:
     :param folder: also ``hf://owner/name`` or ``hf://owner/name@revision`` on the Hugging Face hub.
     :raises FileNotFoundError: if one is missing.
     """
+    if not str(folder).startswith(HUB):
+        finish_exchange(local_path(folder))
     folder = local_folder(folder)
     digest = hashlib.sha256()
     # Published folders have weights in several files, or statistics beside them; an adapter's name their base.
@@ -226,14 +213,11 @@ def checkpoint_digest(folder: str | Path) -> str:
     tokenizer = sorted(path for path in (folder / TOKENIZER).glob("tokenizer.*") if path.is_file())
     for path in (place_of_configuration(folder) / "config.json", *tensors, *tokenizer):
         if not path.is_file():
-            raise FileNotFoundError(f"Checkpoint {folder} has no {path.name}")
-        digest.update(path.read_bytes())
+            raise NotThereError(f"Checkpoint {folder} has no {path.name}")
+        with path.open("rb") as file:
+            while block := file.read(_BLOCK_BYTES):
+                digest.update(block)
     return digest.hexdigest()
-
-
-def _replaced(folder: Path) -> Path:
-    """Where a checkpoint lies for the instant in which another takes its place."""
-    return folder.with_name(f".{folder.name}.old")
 
 
 def _with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

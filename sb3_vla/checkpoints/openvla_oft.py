@@ -15,16 +15,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sb3_vla.checkpoints.layout import load_weights, read_json, write_json
-from sb3_vla.checkpoints.native import NORMALISED, LoadedCheckpoint, whole_folder
+from sb3_vla.checkpoints.layout import load_weights, read_json, tell_unreadable, write_json
+from sb3_vla.checkpoints.native import NORMALISED, LoadedCheckpoint, whole_checkpoint
 from sb3_vla.checkpoints.shards import read_weights, write_weights
 from sb3_vla.checkpoints.tokenizer_files import find_tokenizer, write_tokenizer
+from sb3_vla.errors import InputError
 from sb3_vla.models.lora import merged_state
 from sb3_vla.models.openvla_oft import OFT_SIZES, SPECIAL_TOKENS, OFTSizes, OpenVLAOFT
 from sb3_vla.models.tokenizing import byte_tokenizer
+from sb3_vla.paths import local_path
 
 _STATISTICS = ("action_mean", "action_std", "action_q01", "action_q99", "action_scaled")
 _TIMM_HEADS = {"vit_large_patch14_reg4_dinov2.lvd142m": 16, "vit_so400m_patch14_siglip_224": 16}
+# Sizes of the vision towers that its code has, which go by their names in timm.
+_TOWERS = ("vision_widths", "vision_layers", "vision_heads", "vision_ffns", "patch_size")
 _IMAGENET, _HALF = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]), ([0.5, 0.5, 0.5], [0.5, 0.5, 0.5])
 _KEY = "meta_world_strict"
 _BASE_NUMBERS = 7
@@ -60,13 +64,13 @@ def load_openvla_oft(
     :raises ValueError: if a file is damaged, the weights do not fit, statistics are missing, or it has a head for
         continuous actions instead.
     """
-    folder = Path(folder)
+    folder = local_path(folder)
     config = read_json(folder, "config.json", "the policy's configuration")
     if config.get("model_type") != "openvla":
-        raise ValueError(f"{folder} is a model of type {config.get('model_type')!r}; expected 'openvla'")
+        raise InputError(f"{folder} is a model of type {config.get('model_type')!r}; expected 'openvla'")
     heads = sorted(path.name for path in folder.glob("action_head--*"))
     if heads:
-        raise ValueError(
+        raise InputError(
             f"{folder} has {heads[0]}: continuous actions, which have no probability. Use a checkpoint with discrete "
             "ones"
         )
@@ -82,7 +86,7 @@ def load_openvla_oft(
         sizes = _sizes(config, weights, vision_heads or ours.get("vision_heads"))
         resolution = config["image_sizes"][0]
     except (KeyError, TypeError, IndexError) as error:
-        raise ValueError(
+        raise InputError(
             f"{folder} is no complete OpenVLA: {error!r} is missing, of configuration or weights"
         ) from error
     known = [name for name, each in OFT_SIZES.items() if each == sizes]
@@ -120,7 +124,8 @@ def save_openvla_oft(
     :param max_shard_bytes: size from which the weights are written in several files.
     :raises FileExistsError: if the folder holds something else than a checkpoint.
     """
-    given, sizes = model.config, model.sizes
+    folder, given, sizes = Path(folder), model.config, model.sizes
+    tell_unreadable(folder, "RLinf", {name: (getattr(sizes, name), getattr(OFT_SIZES["7B"], name)) for name in _TOWERS})
     action = {
         "q01": model.action_q01.tolist(),
         "q99": model.action_q99.tolist(),
@@ -173,12 +178,12 @@ def save_openvla_oft(
         "stds": [_IMAGENET[1], _HALF[1]],
     }
     weights = {key: value.to(dtype) for key, value in merged_state(model).items() if key not in _STATISTICS}
-    with whole_folder(Path(folder)) as partial:
+    with whole_checkpoint(folder) as partial:
         write_json(partial / "config.json", config)
         write_json(partial / "dataset_statistics.json", statistics)
         write_json(partial / "preprocessor_config.json", pictures)
         write_weights(partial, weights, max_shard_bytes)
-        write_tokenizer(partial, given["tokenizer"] or byte_tokenizer(SPECIAL_TOKENS, "<s>"), "<unk>")
+        write_tokenizer(partial, given["tokenizer"] or byte_tokenizer(SPECIAL_TOKENS, "<s>"), sizes.pad_id)
 
 
 def _statistics(config: Mapping[str, Any], folder: Path, key: str | None) -> dict[str, Tensor]:
@@ -190,13 +195,13 @@ def _statistics(config: Mapping[str, Any], folder: Path, key: str | None) -> dic
     if wanted is None and len(known) == 1:
         wanted = next(iter(known))
     if wanted is None or wanted not in known:
-        raise ValueError(
+        raise InputError(
             f"{folder} has statistics of {', '.join(known)}; choose one with unnorm_key, not {wanted!r}, or base"
         )
     action = known[wanted].get("action", {})
     lacking = [name for name in ("q01", "q99") if name not in action]
     if lacking:
-        raise ValueError(f"{folder} lacks the statistics {', '.join(lacking)} of the actions of {wanted}")
+        raise InputError(f"{folder} lacks the statistics {', '.join(lacking)} of the actions of {wanted}")
     q01 = torch.tensor(action["q01"], dtype=torch.float32)
     return {
         "action_q01": q01,
@@ -221,7 +226,7 @@ def _sizes(config: Mapping[str, Any], weights: Mapping[str, Tensor], heads: Sequ
         heads = [_TIMM_HEADS[name] for name in config["timm_model_ids"]]
     widths = [patch[0] for patch in patches]
     if any(width % head for width, head in zip(widths, heads, strict=True)):
-        raise ValueError(f"Vision towers of widths {widths} cannot have {list(heads)} heads; give vision_heads")
+        raise InputError(f"Vision towers of widths {widths} cannot have {list(heads)} heads; give vision_heads")
     return OFTSizes(
         width=text.hidden_size,
         ffn=text.intermediate_size,

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,21 +26,26 @@ from sb3_vla.checkpoints.folders import (
     weight_names,
     write_json,
 )
+from sb3_vla.checkpoints.layout import tell_unreadable
 from sb3_vla.checkpoints.native import LoadedCheckpoint
+from sb3_vla.errors import InputError, NotThereError
 from sb3_vla.models import Pi0, Pi05
 from sb3_vla.models.gemma import GemmaSize
 from sb3_vla.models.lora import merged_state
 from sb3_vla.models.normalisation import STATISTICS
-from sb3_vla.models.pi0 import PALIGEMMA
-from sb3_vla.models.prompts import copy_tokenizer, find_tokenizer_file, local_tokenizer_file
+from sb3_vla.models.pi0 import EXPERT_SIZE, PALIGEMMA, VLM_SIZE, VOCABULARY, VisionSize
+from sb3_vla.models.prompts import find_tokenizer_file
+from sb3_vla.paths import local_path
 
 P = "paligemma_with_expert.paligemma."
 X = "paligemma_with_expert.gemma_expert."
 EMBEDDING, TIED = f"{P}model.language_model.embed_tokens.weight", f"{P}lm_head.weight"
 # Heads of the expert over words that it never says, and an embedding that it never reads.
 UNUSED = (f"{X}lm_head.weight", f"{X}model.embed_tokens.weight")
-#: how RLinf's and LeRobot's MetaWorld data was drawn
-VIEW = {"camera": "corner2", "crop": None, "render_size": 480}
+#: how large the pictures of RLinf's and LeRobot's MetaWorld data are
+_RENDER_SIZE = 480
+#: what RLinf's environments show
+_RLINF_VIEW = {"camera": "corner2", "crop": None}
 #: as ``norm_stats``, for a model that was not yet trained on data of the environment
 UNNORMALISED = "none"
 #: types of LeRobot's configurations, and our names of the models
@@ -92,7 +97,8 @@ def load_pi0(source: str | Path, options: Mapping[str, Any] | None = None) -> Lo
     fit(model, found.weights, folder, hint)
     if statistics:
         _set_statistics(model, statistics, folder)
-    notes = {"layout": layout, "view": dict(VIEW), "normalised": bool(statistics)}
+    view = {"render_size": _RENDER_SIZE, **(_RLINF_VIEW if layout == "rlinf" else {})}
+    notes = {"layout": layout, "view": view, "normalised": bool(statistics)}
     value_head = {key.removeprefix("value_head."): t for key, t in found.heads.items() if key.startswith("value_head.")}
     steps = _RLINF_STEPS if found.heads else config.get("num_inference_steps", _STEPS)
     distribution, noise_head = _distribution(found.heads, steps)
@@ -103,7 +109,7 @@ def is_pi0(source: str | Path) -> bool:
     """Whether this is a folder, or a repository on the hub, that :func:`load_pi0` should be asked to read."""
     if str(source).startswith(HUB):
         return True
-    folder = Path(source).expanduser()
+    folder = local_path(source)
     try:
         config = read_json(folder / "config.json")
     except ValueError:  # whoever wrote it, our own reader says best what is wrong
@@ -121,11 +127,11 @@ def save_lerobot(folder: str | Path, model: Pi0) -> None:
     :raises FileExistsError: if the folder is there and not empty.
     """
     name = "pi05" if isinstance(model, Pi05) else "pi0"
-    with new_folder(Path(folder)) as partial:
+    tell_unreadable(folder, "LeRobot", sizes_beside_the_published(model))
+    with new_folder(folder) as partial:
         weights = {f"model.{key}": tensor for key, tensor in _openpi_weights(model).items()}
         save_file(weights, partial / "model.safetensors", metadata={"format": "pt"})
-        tokenizer = _copy_tokenizer(model, partial / "tokenizer")
-        pi0_lerobot.write(partial, name, model, statistics_for(model, "lerobot"), "tokenizer" if tokenizer else None)
+        pi0_lerobot.write(partial, name, model, statistics_for(model, "lerobot"), Path(folder))
 
 
 def save_openpi(folder: str | Path, model: Pi0, asset_id: str = "lerobot/metaworld_mt50") -> None:
@@ -135,11 +141,12 @@ def save_openpi(folder: str | Path, model: Pi0, asset_id: str = "lerobot/metawor
     :raises FileExistsError: if the folder is there and not empty.
     """
     if {model.state_scheme, model.action_scheme} != {model.scheme}:
-        raise ValueError(
+        raise InputError(
             f"openpi normalises {type(model).__name__} by {model.scheme}; this one has state_scheme="
             f"{model.state_scheme!r} and action_scheme={model.action_scheme!r}. Write LeRobot's layout instead."
         )
-    with new_folder(Path(folder)) as partial:
+    tell_unreadable(folder, "openpi", sizes_beside_the_published(model))
+    with new_folder(folder) as partial:
         save_file(_openpi_weights(model), partial / "model.safetensors", metadata={"format": "pt"})
         config = {
             "action_dim": model.latent_dim,
@@ -193,7 +200,7 @@ def _read(folder: Path) -> _Found:
     if not files:
         jax = (folder / "params").is_dir() or (folder / "_METADATA").is_file()
         advice = "It looks like openpi's JAX layout: convert it with openpi's convert_jax_model_to_pytorch.py. "
-        raise FileNotFoundError(f"{folder} has no *.safetensors and no full_weights.pt. {advice if jax else ''}")
+        raise NotThereError(f"{folder} has no *.safetensors and no full_weights.pt. {advice if jax else ''}")
     raw = read_weights(files)
     named = {canonical_name(key): tensor for key, tensor in raw.items()}
     heads = {key: tensor for key, tensor in named.items() if key.startswith(_RL_HEADS)}
@@ -204,11 +211,11 @@ def _read(folder: Path) -> _Found:
     guess = _guess(raw, weights)
     if guess not in NAMES:
         shown = ", ".join(list(raw)[:3])
-        raise ValueError(f"{folder} holds no pi0 or pi0.5 that can be read: it looks like {guess}. It has {shown}, ...")
+        raise InputError(f"{folder} holds no pi0 or pi0.5 that can be read: it looks like {guess}. It has {shown}, ...")
     try:
         sizes = _sizes(weights)
     except KeyError as error:
-        raise ValueError(f"{folder} is incomplete: {error.args[0]} is missing among {len(weights)} weights") from error
+        raise InputError(f"{folder} is incomplete: {error.args[0]} is missing among {len(weights)} weights") from error
     return _Found(guess, weights, sizes, heads)
 
 
@@ -289,7 +296,7 @@ def _build(name: str, options: dict[str, Any], folder: Path) -> Pi0:
         with torch.device("meta"):
             model = NAMES[name](**options)
     except TypeError as error:
-        raise ValueError(f"{folder}: {name} does not take these options ({error})") from error
+        raise InputError(f"{folder}: {name} does not take these options ({error})") from error
     reference = NAMES[name](**{**options, **_SMALL})
     for key, buffer in reference.named_buffers():
         parent, _, own = key.rpartition(".")
@@ -320,12 +327,12 @@ def _norm_stats(folder: Path, given: str | Path | None) -> dict[str, Tensor]:
     """Statistics of a ``norm_stats.json``, by our names; empty for none."""
     if given == UNNORMALISED:
         return {}
-    found = [Path(given).expanduser()] if given is not None else sorted(folder.rglob("norm_stats.json"))
+    found = [local_path(given)] if given is not None else sorted(folder.rglob("norm_stats.json"))
     if len(found) != 1 or not found[0].is_file():
         shown = (
             f"{given} is not there" if given is not None else f"it has {[str(p.relative_to(folder)) for p in found]}"
         )
-        raise FileNotFoundError(
+        raise NotThereError(
             f"{folder} needs one norm_stats.json, by which its states and actions are normalised; {shown}. Give "
             f'norm_stats=PATH among the model\'s options, or norm_stats="{UNNORMALISED}" for a base model to fine-tune'
         )
@@ -334,7 +341,7 @@ def _norm_stats(folder: Path, given: str | Path | None) -> dict[str, Tensor]:
     statistics = {}
     for theirs, ours in (("state", "state"), ("actions", "action")):
         if theirs not in groups:
-            raise ValueError(f"{found[0]} has no statistics of {theirs!r}; it has {', '.join(groups)}")
+            raise InputError(f"{found[0]} has no statistics of {theirs!r}; it has {', '.join(groups)}")
         for statistic, values in groups[theirs].items():
             if values is not None:
                 statistics[f"{ours}_{statistic}"] = torch.tensor(values, dtype=torch.float32)
@@ -354,7 +361,7 @@ def _set_statistics(model: Pi0, statistics: Mapping[str, Tensor], folder: Path) 
         size = model.config[f"{name}_dim"]
         lacking = [key for key in needed[scheme] if len(statistics.get(f"{name}_{key}", ())) < size]
         if lacking:
-            raise ValueError(
+            raise InputError(
                 f"{folder} normalises the {name} by {scheme} and lacks {', '.join(lacking)} of {size} numbers; "
                 f"it has {', '.join(f'{key} {tuple(value.shape)}' for key, value in statistics.items())}"
             )
@@ -382,6 +389,17 @@ def _distribution(
     return ("flow_noise", options), weights
 
 
+def sizes_beside_the_published(model: Pi0) -> dict[str, tuple[Any, Any]]:
+    """What neither layout has a word for, see :func:`tell_unreadable`."""
+    published: dict[str, VisionSize | GemmaSize] = {"vision": VisionSize(), "vlm": VLM_SIZE, "expert": EXPERT_SIZE}
+    sizes = {
+        f"{part}.{name}": (model.config[part][name], value)
+        for part, size in published.items()
+        for name, value in asdict(size).items()
+    }
+    return {**sizes, "vocabulary": (model.config["vocabulary"], VOCABULARY)}
+
+
 def _openpi_weights(model: Pi0) -> dict[str, Tensor]:
     """All weights under openpi's names. The embedding is tied to PaliGemma's head, whose name alone is written, as
     safetensors does it; openpi and LeRobot also want the expert's head, which they never use."""
@@ -393,14 +411,3 @@ def _openpi_weights(model: Pi0) -> dict[str, Tensor]:
     vocabulary, width = model.config["vocabulary"], model.config["expert"]["width"]
     weights[UNUSED[0]] = torch.zeros(vocabulary, width, dtype=torch.bfloat16)
     return weights
-
-
-def _copy_tokenizer(model: Pi0, folder: Path) -> bool:
-    """The tokenizer into a checkpoint, where it is a file here and LeRobot can read it."""
-    source = local_tokenizer_file(model.tokenize.source)
-    if source is None or source.suffix == ".model":
-        return False
-    copy_tokenizer(source, folder)
-    if not (folder / "tokenizer_config.json").is_file():
-        write_json(folder / "tokenizer_config.json", {"tokenizer_class": "GemmaTokenizer"})
-    return True

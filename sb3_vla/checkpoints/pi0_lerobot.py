@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
-from sb3_vla.checkpoints.folders import read_json, write_json
+from sb3_vla.checkpoints.folders import read_json, read_weights, write_json
+from sb3_vla.checkpoints.tokenizer_files import TOKENIZER, beginning_with, lerobot_step, write_tokenizer
+from sb3_vla.errors import InputError, NotThereError
 from sb3_vla.models import Pi0, Pi05
 from sb3_vla.models.normalisation import STATISTICS
+from sb3_vla.models.pi0 import PALIGEMMA
+from sb3_vla.models.prompts import BOS, is_hub_name, local_tokenizer_file, tokenizer_file
 
 _SCHEMES = {"MEAN_STD": "mean_std", "QUANTILES": "quantiles", "MIN_MAX": "min_max", "IDENTITY": "identity"}
 _FEATURES = {"state": "observation.state", "action": "action"}
@@ -26,10 +31,10 @@ def read(folder: Path, config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[
     :raises ValueError: for what this package cannot do, such as relative actions.
     """
     if config.get("use_relative_actions"):
-        raise ValueError(f"{folder} predicts relative actions (use_relative_actions); MetaWorld's are the model's own")
+        raise InputError(f"{folder} predicts relative actions (use_relative_actions); MetaWorld's are the model's own")
     periods = config.get("min_period", 4e-3), config.get("max_period", 4.0)
     if periods != (4e-3, 4.0):
-        raise ValueError(f"{folder} embeds time with periods of {periods}; only (0.004, 4.0) is known")
+        raise InputError(f"{folder} embeds time with periods of {periods}; only (0.004, 4.0) is known")
     options: dict[str, Any] = {"convention": "lerobot"}
     named = {"action_horizon": "chunk_size", "prompt_tokens": "tokenizer_max_length"}
     options |= {ours: config[theirs] for ours, theirs in named.items() if theirs in config}
@@ -54,7 +59,7 @@ def read(folder: Path, config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[
     for name in _FEATURES:
         scheme = norm_map.get(name.upper(), "IDENTITY")
         if scheme not in _SCHEMES:
-            raise ValueError(f"{folder} normalises the {name} by {scheme!r}; known: {', '.join(_SCHEMES)}")
+            raise InputError(f"{folder} normalises the {name} by {scheme!r}; known: {', '.join(_SCHEMES)}")
         options[f"{name}_scheme"] = _SCHEMES[scheme]
     statistics = _statistics(folder, normaliser)
     unnormaliser = _step(folder, _steps(folder, _POSTPROCESSOR), "unnormalizer_processor")
@@ -63,12 +68,12 @@ def read(folder: Path, config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[
     return options, statistics
 
 
-def write(folder: Path, name: str, model: Pi0, statistics: Mapping[str, Tensor], tokenizer: str | None) -> None:
-    """Write ``config.json`` and both processors with their statistics.
+def write(folder: Path, name: str, model: Pi0, statistics: Mapping[str, Tensor], final: Path) -> None:
+    """Write ``config.json``, both processors with their statistics, and the tokenizer where it is on this machine.
 
     :param name: ``pi0`` or ``pi05``.
     :param statistics: by our names.
-    :param tokenizer: subfolder with the tokenizer, None for the one on the hub.
+    :param final: the folder's path when it is whole.
     """
     scheme_names = {ours: theirs for theirs, ours in _SCHEMES.items()}
     norm_map = {
@@ -109,19 +114,14 @@ def write(folder: Path, name: str, model: Pi0, statistics: Mapping[str, Tensor],
             step_config = {"max_state_dim": model.prompt_state_dim or model.latent_dim, "task_key": "task"}
             prompt = [{"registry_name": _STATE_PROMPT, "config": step_config}]
     write_json(folder / "config.json", config)
-    text = {
-        "registry_name": "tokenizer_processor",
-        "config": {
-            "max_length": model.config["prompt_tokens"],
-            "task_key": "task",
-            "padding_side": "right",
-            "padding": "max_length",
-            "truncation": True,
-            "tokenizer_name": tokenizer or "google/paligemma-3b-pt-224",
-        },
+    reading = {
+        "max_length": model.config["prompt_tokens"],
+        "task_key": "task",
+        "padding_side": "right",
+        "padding": "max_length",
+        "truncation": True,
     }
-    if tokenizer is not None:
-        text["artifacts"] = {"tokenizer_name": tokenizer}
+    text = _write_tokenizer(folder, model.tokenize.source, reading, final)
     device = {"registry_name": "device_processor", "config": {"device": "cpu", "float_dtype": None}}
     rules = {"eps": 1e-8, "norm_map": norm_map}
     normaliser = {"registry_name": "normalizer_processor", "config": {**rules, "features": {**inputs, **outputs}}}
@@ -147,6 +147,31 @@ def write(folder: Path, name: str, model: Pi0, statistics: Mapping[str, Tensor],
         write_json(folder / f"{kind}.json", {"name": kind, "steps": listed})
 
 
+def _write_tokenizer(folder: Path, source: str, reading: Mapping[str, Any], final: Path) -> dict[str, Any]:
+    """The tokenizer into a checkpoint, where it is a file that LeRobot reads, and LeRobot's step with it.
+
+    :param source: see :class:`sb3_vla.models.prompts.PromptTokenizer`.
+    :param reading: other settings of the step.
+    """
+    repository, _, revision = source.partition("@")
+    file = local_tokenizer_file(source)
+    if file is None and is_hub_name(source) and revision:  # LeRobot takes the newest one of a name
+        file = tokenizer_file(source)
+    if file is not None and file.suffix == ".json":
+        # The class that transformers 5 takes for PaliGemma's has its <bos> from the file alone.
+        text = beginning_with(file.read_text(encoding="utf-8"), BOS)
+        write_tokenizer(folder / TOKENIZER, text)
+        return lerobot_step(reading, text, final, [PALIGEMMA])
+    if file is not None or not is_hub_name(source):
+        warnings.warn(
+            f"LeRobot reads no tokenizer like {source!r}, so {final} names {PALIGEMMA}, which must be the same. Give "
+            "tokenizer=FOLDER with tokenizer.json to have it in the checkpoint",
+            stacklevel=4,
+        )
+        repository = PALIGEMMA
+    return {"registry_name": "tokenizer_processor", "config": {**reading, "tokenizer_name": repository}}
+
+
 def _steps(folder: Path, kind: str) -> list[dict[str, Any]]:
     return list(read_json(folder / f"{kind}.json").get("steps", []))
 
@@ -155,7 +180,7 @@ def _step(folder: Path, steps: list[dict[str, Any]], name: str) -> dict[str, Any
     for step in steps:
         if step.get("registry_name") == name:
             return step
-    raise ValueError(f"{folder} has processors without {name}: {[step.get('registry_name') for step in steps]}")
+    raise InputError(f"{folder} has processors without {name}: {[step.get('registry_name') for step in steps]}")
 
 
 def _statistics(folder: Path, step: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -164,8 +189,8 @@ def _statistics(folder: Path, step: Mapping[str, Any]) -> dict[str, Tensor]:
         return {}
     path = folder / step["state_file"]
     if not path.is_file():
-        raise FileNotFoundError(f"{folder} lacks {step['state_file']}, the statistics of its {step['registry_name']}")
-    tensors = load_file(path)
+        raise NotThereError(f"{folder} lacks {step['state_file']}, the statistics of its {step['registry_name']}")
+    tensors = read_weights([path])
     return {
         f"{ours}_{key}": tensors[f"{feature}.{key}"].float().flatten()
         for ours, feature in _FEATURES.items()

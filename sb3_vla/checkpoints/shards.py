@@ -8,6 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from sb3_vla.checkpoints.layout import read_json, read_tensors, require_file, write_json, write_tensors
+from sb3_vla.errors import InputError
 
 _WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -22,7 +23,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
         return read_tensors(folder, _WHOLE, f"the weights, where there is no {_INDEX}")
     places = read_json(folder, _INDEX, "which file holds which weights").get("weight_map")
     if not isinstance(places, dict) or not places:
-        raise ValueError(f"{folder / _INDEX} has no weight_map; copy it again")
+        raise InputError(f"{folder / _INDEX} has no weight_map; copy it again")
     weights: dict[str, Tensor] = {}
     for name in sorted(set(places.values())):
         require_file(folder, name, f"weights that {_INDEX} names")
@@ -30,7 +31,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
         found = read_tensors(folder, name, "weights")
         lacking = [key for key, place in places.items() if place == name and key not in found]
         if lacking:
-            raise ValueError(f"{folder / name} lacks {', '.join(lacking[:4])} ({len(lacking)} in all); copy it again")
+            raise InputError(f"{folder / name} lacks {', '.join(lacking[:4])} ({len(lacking)} in all); copy it again")
         weights.update(found)
     return weights
 

@@ -8,6 +8,7 @@ ones, or from the hub. Written: the layout with processor files and tokenizer.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,18 +17,29 @@ import torch
 from torch import Tensor
 
 from sb3_vla.checkpoints.layout import load_weights, read_json, read_tensors, require_file, write_json, write_tensors
-from sb3_vla.checkpoints.native import ENVIRONMENT_DIM, NORMALISED, LoadedCheckpoint, whole_folder
+from sb3_vla.checkpoints.native import ENVIRONMENT_DIM, NORMALISED, LoadedCheckpoint, whole_checkpoint
 from sb3_vla.checkpoints.shards import read_weights, write_weights
-from sb3_vla.checkpoints.tokenizer_files import find_tokenizer, write_tokenizer
+from sb3_vla.checkpoints.tokenizer_files import TOKENIZER, find_tokenizer, lerobot_step, write_tokenizer
+from sb3_vla.errors import InputError
 from sb3_vla.models.lora import merged_state
 from sb3_vla.models.smolvla import SPECIAL_TOKENS, SmolVLA
 from sb3_vla.models.tokenizing import byte_tokenizer
+from sb3_vla.paths import local_path
 
 #: the published vision-language models, by their names here
 VLM_NAMES = {
     "256M": "HuggingFaceTB/SmolVLM2-256M-Video-Instruct",
     "500M": "HuggingFaceTB/SmolVLM2-500M-Video-Instruct",
     "2.2B": "HuggingFaceTB/SmolVLM2-2.2B-Instruct",
+}
+# Subfolder of a checkpoint with a vision-language model that is none of them.
+_VLM = "vlm"
+# What LeRobot and the processor of the vision-language model ask its tokenizer for.
+_NAMED_TOKENS = {
+    "fake_image_token": "<fake_token_around_image>",
+    "global_image_token": "<global-img>",
+    "image_token": "<image>",
+    "end_of_utterance_token": "<end_of_utterance>",
 }
 # Names of the model's parts there; the empty one comes last.
 _PARTS = {
@@ -46,7 +58,11 @@ _NORM_MAP = {"VISUAL": "IDENTITY", "STATE": "MEAN_STD", "ACTION": "MEAN_STD"}
 
 
 def load_smolvla(
-    folder: str | Path, tokenizer: str | Path | None = None, precision: str = "float32", base: bool = False
+    folder: str | Path,
+    tokenizer: str | Path | None = None,
+    precision: str = "float32",
+    base: bool = False,
+    shifted_positions: bool = False,
 ) -> LoadedCheckpoint:
     """Read a SmolVLA as LeRobot publishes it.
 
@@ -54,14 +70,17 @@ def load_smolvla(
     :param precision: of the model, see :class:`SmolVLA`; training wants float32, whatever the file holds.
     :param base: take the weights alone, to imitate from, as of a model that was trained on other robots: states and
         actions are four numbers each, as the environment has them, and normalised as the data of imitation is.
+    :param shifted_positions: act as LeRobot does with transformers 4.55 to 4.57 and the vision tower in float32: every
+        patch of the picture has the position of the one above and to the left of it. For what was trained there; the
+        model that is read has it in its weights, and acts the same everywhere.
     :raises FileNotFoundError: if a file is missing; the message names it.
     :raises ValueError: if a file is damaged, the weights do not fit, statistics or tokenizer are missing, or the policy
         needs what this model has not.
     """
-    folder = Path(folder)
+    folder = local_path(folder)
     config = read_json(folder, "config.json", "the policy's configuration")
     if config.get("type") != "smolvla":
-        raise ValueError(f"{folder} is a policy of type {config.get('type')!r}; expected 'smolvla'")
+        raise InputError(f"{folder} is a policy of type {config.get('type')!r}; expected 'smolvla'")
     _check_supported(config, folder)
     # A compiled model's files have the compiler's wrapper in their names.
     weights = {key.replace("._orig_mod.", "."): value for key, value in read_weights(folder).items()}
@@ -69,12 +88,14 @@ def load_smolvla(
     try:
         options = _options(config, weights, folder)
     except (KeyError, TypeError, IndexError) as error:
-        raise ValueError(f"{folder / 'config.json'} is no complete SmolVLA configuration: {error!r}") from error
+        raise InputError(f"{folder / 'config.json'} is no complete SmolVLA configuration: {error!r}") from error
     options["tokenizer"] = _tokenizer(config, folder, tokenizer)
     if base:
         options |= {"action_dim": ENVIRONMENT_DIM, "state_dim": ENVIRONMENT_DIM}
     model = SmolVLA(**options, precision=precision)
     load_weights(model, {_our_name(key): value for key, value in weights.items()}, folder, ours=_STATISTICS)
+    if shifted_positions:
+        _shift_positions(model)
     if not base:
         model.set_statistics(_statistics(config, buffers, folder))
     sampler = ("flow_ode", {"denoising_steps": int(config.get("num_steps", 10))})
@@ -90,7 +111,8 @@ def save_smolvla(
     :param max_shard_bytes: size from which the weights are written in several files, which LeRobot does not read.
     :raises FileExistsError: if the folder holds something else than a checkpoint.
     """
-    given = model.config
+    folder, given = Path(folder), model.config
+    published = VLM_NAMES.get(given["vlm"]) if isinstance(given["vlm"], str) else None
     size, action_dim, horizon = given["image_size"], given["action_dim"], given["action_horizon"]
     inputs = {
         _IMAGE: {"type": "VISUAL", "shape": [3, size, size]},
@@ -121,7 +143,8 @@ def save_smolvla(
         "freeze_vision_encoder": given["train_expert_only"],
         "train_expert_only": given["train_expert_only"],
         "train_state_proj": True,
-        "vlm_model_name": VLM_NAMES.get(given["vlm"], "vlm") if isinstance(given["vlm"], str) else "vlm",
+        # LeRobot takes a relative path from its working directory.
+        "vlm_model_name": published or str(folder.absolute() / _VLM),
         "load_vlm_weights": given["precision"] == "mixed",
         "add_image_special_tokens": given["image_special_tokens"],
         "attention_mode": "cross_attn",
@@ -148,13 +171,13 @@ def save_smolvla(
         "padding_side": "right",
         "padding": "longest",
         "truncation": True,
-        "tokenizer_name": "tokenizer",
     }
+    text = given["tokenizer"] or byte_tokenizer(SPECIAL_TOKENS)
     before = [
         {"registry_name": "rename_observations_processor", "config": {"rename_map": {}}},
         {"registry_name": "to_batch_processor", "config": {}},
         {"registry_name": "smolvla_new_line_processor", "config": {}},
-        {"registry_name": "tokenizer_processor", "config": words, "artifacts": {"tokenizer_name": "tokenizer"}},
+        lerobot_step(words, text, folder, VLM_NAMES.values()),
         device,
         {"registry_name": "normalizer_processor", "config": normaliser, "state_file": _NORMALIZER},
     ]
@@ -163,17 +186,26 @@ def save_smolvla(
         {"registry_name": "unnormalizer_processor", "config": unnormaliser, "state_file": _UNNORMALIZER},
         device,
     ]
-    with whole_folder(Path(folder)) as partial:
+    with whole_checkpoint(folder) as partial:
         write_json(partial / "config.json", config)
         write_weights(partial, weights, max_shard_bytes)
         for file in (_NORMALIZER, _UNNORMALIZER):
             write_tensors(partial / file, statistics)
         write_json(partial / "policy_preprocessor.json", {"name": "policy_preprocessor", "steps": before})
         write_json(partial / "policy_postprocessor.json", {"name": "policy_postprocessor", "steps": after})
-        write_tokenizer(partial / "tokenizer", given["tokenizer"] or byte_tokenizer(SPECIAL_TOKENS), "<pad>")
-        if config["vlm_model_name"] == "vlm":
-            (partial / "vlm").mkdir()
-            write_json(partial / "vlm" / "config.json", _vlm_config(model))
+        write_tokenizer(partial / TOKENIZER, text)
+        if published is None:
+            _write_vlm(partial / _VLM, model, text, weights)
+
+
+def _shift_positions(model: SmolVLA) -> None:
+    """Give each patch the position of the one above and to the left of it; the first row's and column's stay there."""
+    side, own = model.sizes.image_size, model.resolution[0]
+    if own != side:
+        raise InputError(f"shifted_positions=True is for pictures of the vision tower's size {side}; these are {own}")
+    table = model.vision_model.get_parameter("embeddings.position_embedding.weight").data
+    before = (torch.arange(math.isqrt(len(table))) - 1).clamp(min=0)
+    table.copy_(table.unflatten(0, (len(before), -1))[before][:, before].flatten(0, 1))
 
 
 def _check_supported(config: Mapping[str, Any], folder: Path) -> None:
@@ -189,7 +221,7 @@ def _check_supported(config: Mapping[str, Any], folder: Path) -> None:
     }
     for name, (wanted, found) in expected.items():
         if found != wanted:
-            raise ValueError(f"{folder} has {name}={found!r}; this SmolVLA has {wanted!r} alone")
+            raise InputError(f"{folder} has {name}={found!r}; this SmolVLA has {wanted!r} alone")
 
 
 def _options(config: Mapping[str, Any], weights: Mapping[str, Tensor], folder: Path) -> dict[str, Any]:
@@ -198,7 +230,7 @@ def _options(config: Mapping[str, Any], weights: Mapping[str, Tensor], folder: P
     kinds = {name: feature["type"] for name, feature in features.items()}
     pictures = [name for name, kind in kinds.items() if kind == "VISUAL" and "empty_camera" not in name]
     if not pictures or kinds.get(_STATE) != "STATE" or kinds.get(_ACTION) != "ACTION":
-        raise ValueError(f"{folder} has the features {', '.join(kinds)}; expected a camera, {_STATE} and {_ACTION}")
+        raise InputError(f"{folder} has the features {', '.join(kinds)}; expected a camera, {_STATE} and {_ACTION}")
     others = sum(kind == "VISUAL" for kind in kinds.values()) - 1
     height, width = features[pictures[0]]["shape"][1:]
     resolution = config.get("resize_imgs_with_padding", (512, 512))
@@ -233,13 +265,14 @@ def _vlm_of(name: str, folder: Path) -> str | dict[str, Any]:
             return ours
     from transformers import AutoConfig
 
+    inside = folder / (Path(name).name if Path(name).is_absolute() else name)  # ours, which may have been moved
     try:
-        config = AutoConfig.from_pretrained(folder / name if (folder / name).is_dir() else name)
+        config = AutoConfig.from_pretrained(inside if inside.is_dir() else name)
         text, vision = config.text_config, config.vision_config
     except (OSError, ValueError, AttributeError) as error:
-        raise ValueError(
+        raise InputError(
             f"{folder} needs the configuration of its vision-language model {name!r}, which is no folder in it, none "
-            f"of {', '.join(VLM_NAMES.values())}, and not found on the hub. Put its config.json into {folder / name}"
+            f"of {', '.join(VLM_NAMES.values())}, and not found on the hub. Put its config.json into {inside}"
         ) from error
     return {
         "width": text.hidden_size,
@@ -257,6 +290,22 @@ def _vlm_of(name: str, folder: Path) -> str | dict[str, Any]:
         "scale": config.scale_factor,
         "norm_eps": text.rms_norm_eps,
     }
+
+
+def _write_vlm(folder: Path, model: SmolVLA, text: str, weights: Mapping[str, Tensor]) -> None:
+    """All that LeRobot loads of a vision-language model that is not on the hub: configuration, processor and tokenizer.
+
+    :param text: contents of a ``tokenizer.json``.
+    :param weights: the policy's, by LeRobot's names.
+    """
+    write_tokenizer(folder, text, named=_NAMED_TOKENS)
+    write_json(folder / "config.json", _vlm_config(model))
+    kinds = {"processor_class": "SmolVLMProcessor", "image_processor_type": "SmolVLMImageProcessor"}
+    write_json(folder / "preprocessor_config.json", kinds)
+    write_json(folder / "processor_config.json", {"processor_class": "SmolVLMProcessor"})
+    if model.config["precision"] == "mixed":  # LeRobot makes it so where it loads these weights, before the policy's
+        vlm = _PARTS["lm_head."].removesuffix("lm_head.")
+        write_weights(folder, {k.removeprefix(vlm): value for k, value in weights.items() if k.startswith(vlm)})
 
 
 def _vlm_config(model: SmolVLA) -> dict[str, Any]:
@@ -317,7 +366,7 @@ def _statistics(config: Mapping[str, Any], buffers: Mapping[str, Tensor], folder
         ):
             step = _step(folder, file, kind)
             if "state_file" not in step:
-                raise ValueError(f"{folder / file} names no file with the statistics of {feature}; copy it again")
+                raise InputError(f"{folder / file} names no file with the statistics of {feature}; copy it again")
             tensors = read_tensors(folder, step["state_file"], f"the statistics of {feature}")
             for moment in ("mean", "std"):
                 if f"{feature}.{moment}" in tensors:
@@ -325,7 +374,7 @@ def _statistics(config: Mapping[str, Any], buffers: Mapping[str, Tensor], folder
     # LeRobot marks what was never set with infinities.
     lacking = [name for name in _STATISTICS if name not in found or not torch.isfinite(found[name]).all()]
     if lacking:
-        raise ValueError(
+        raise InputError(
             f"{folder} lacks the statistics {', '.join(lacking)}, or holds several that differ. Copy the files again, "
             "or imitate first: a base model has none, and is read with model_kwargs={base: true}"
         )
@@ -338,7 +387,7 @@ def _step(folder: Path, file: str, kind: str) -> dict[str, Any]:
     for step in read_json(folder, file, "the steps around the policy").get("steps", []):
         if step.get("registry_name") == kind:
             return step
-    raise ValueError(f"{folder / file} has no step {kind!r}; copy it again")
+    raise InputError(f"{folder / file} has no step {kind!r}; copy it again")
 
 
 def _our_name(key: str) -> str:

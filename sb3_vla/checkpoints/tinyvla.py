@@ -24,17 +24,28 @@ import torch
 from torch import Tensor
 
 from sb3_vla.checkpoints.folders import read_weights
-from sb3_vla.checkpoints.layout import load_weights, read_json, read_tensors, write_json, write_tensors
+from sb3_vla.checkpoints.layout import (
+    load_weights,
+    read_json,
+    read_tensors,
+    tell_unreadable,
+    write_json,
+    write_tensors,
+)
 from sb3_vla.checkpoints.native import (
     ADAPTER_CONFIG,
     ENVIRONMENT_DIM,
     NORMALISED,
     LoadedCheckpoint,
     place_of_configuration,
-    whole_folder,
+    whole_checkpoint,
 )
+from sb3_vla.checkpoints.tokenizer_files import write_tokenizer
+from sb3_vla.errors import InputError, NotThereError
 from sb3_vla.models.lora import merge_adapter, merged_state
-from sb3_vla.models.tinyvla import PROMPT, TinyVLA
+from sb3_vla.models.sizes import published_options
+from sb3_vla.models.tinyvla import PADDING, PROMPT, TinyVLA
+from sb3_vla.paths import local_path
 
 _STATISTICS = "dataset_stats.pkl"
 _IN_FULL = "non_lora_trainables.bin"
@@ -106,7 +117,7 @@ def load_tinyvla(folder: str | Path, base: bool = False) -> LoadedCheckpoint:
     :raises FileNotFoundError: if a file is missing; the message names it.
     :raises ValueError: if a file is damaged or holds more than it should, or the weights do not fit.
     """
-    folder = Path(folder)
+    folder = local_path(folder)
     config = read_json(place_of_configuration(folder), "config.json", "the model's configuration")
     if (folder / ADAPTER_CONFIG).is_file():
         settings = read_json(folder, ADAPTER_CONFIG, "the adapter's settings")
@@ -120,7 +131,7 @@ def load_tinyvla(folder: str | Path, base: bool = False) -> LoadedCheckpoint:
     try:
         options = {**_towers(config, folder), **(_NEW_HEAD if base else _head(config, weights, folder))}
     except (KeyError, TypeError) as error:
-        raise ValueError(f"{folder / 'config.json'} is no complete TinyVLA configuration: {error!r}") from error
+        raise InputError(f"{folder / 'config.json'} is no complete TinyVLA configuration: {error!r}") from error
     model = TinyVLA(tokenizer=tokenizer, **options)
     if base:
         load_weights(model, _without_head(weights), folder, ours=("state_", "action_", *_HEAD))
@@ -139,7 +150,9 @@ def save_tinyvla(folder: str | Path, model: TinyVLA) -> None:
 
     :raises FileExistsError: if the folder holds something else than a checkpoint.
     """
-    given = model.config
+    folder, given = Path(folder), model.config
+    theirs, own = published_options("tinyvla"), {"down_dims": tuple(given["down_dims"]), "step_dim": given["step_dim"]}
+    tell_unreadable(folder, "TinyVLA's code", {name: (size, theirs[name]) for name, size in own.items()})
     vision, language = (part.config.to_dict() for part in (model.vision_tower, model.gpt_neox))
     rope = language["rope_parameters"]
     language |= {"rotary_pct": rope["partial_rotary_factor"], "rotary_emb_base": rope["rope_theta"]}
@@ -171,9 +184,10 @@ def save_tinyvla(folder: str | Path, model: TinyVLA) -> None:
     }
     statistics = {theirs: getattr(model, ours).cpu().numpy() for ours, theirs in (_NAMES | _OPTIONAL).items()}
     statistics["example_qpos"] = np.zeros((1, given["state_dim"]), np.float32)
-    with whole_folder(Path(folder)) as partial:
+    text = json.dumps(given["tokenizer"]) if given["tokenizer"] else model.tokenizer.to_str()
+    with whole_checkpoint(folder) as partial:
         write_json(partial / "config.json", config)
-        write_json(partial / "tokenizer.json", given["tokenizer"] or json.loads(model.tokenizer.to_str()))
+        write_tokenizer(partial, text, PADDING)
         write_tensors(partial / "model.safetensors", weights)
         (partial / _STATISTICS).write_bytes(pickle.dumps(statistics, protocol=4))
 
@@ -190,11 +204,11 @@ def _weights(folder: Path) -> dict[str, Tensor]:
 
 def _trained_on(folder: Path, settings: Mapping[str, Any]) -> Path:
     """The folder of the vision-language model that an adapter was trained on."""
-    named = Path(str(settings.get("base_model_name_or_path")))
-    for place in (named.expanduser(), folder / named, folder.parent / named):
+    named = local_path(str(settings.get("base_model_name_or_path")))
+    for place in (named, folder / named, folder.parent / named):
         if place.is_dir():
             return place
-    raise FileNotFoundError(
+    raise NotThereError(
         f"The adapter in {folder} was trained on {named}, which is no folder here; put the path of that "
         f"vision-language model into base_model_name_or_path of {folder / ADAPTER_CONFIG}"
     )
@@ -208,7 +222,7 @@ def _merged(folder: Path, base: Path, settings: Mapping[str, Any]) -> dict[str, 
     if others.is_dir():  # as DeepSpeed's converter writes it, with all other weights
         others /= "pytorch_model.bin"
     if not others.is_file():
-        raise FileNotFoundError(f"Checkpoint {folder} has no {_IN_FULL} (what was trained in full beside the adapter)")
+        raise NotThereError(f"Checkpoint {folder} has no {_IN_FULL} (what was trained in full beside the adapter)")
     for key, value in read_weights([others]).items():
         name = key.removeprefix("base_model.").removeprefix("model.")
         if ".lora_" not in name:
@@ -253,7 +267,7 @@ def _towers(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     vision = config["vision_config"]["vision_tower"]
     projector = config["vision_config"]["mm_projector"]["mm_projector_type"]
     if projector != "mlp2x_gelu":
-        raise ValueError(f"{folder} has mm_projector_type={projector!r}; expected 'mlp2x_gelu'")
+        raise InputError(f"{folder} has mm_projector_type={projector!r}; expected 'mlp2x_gelu'")
     name = vision["vision_model_name_or_path"].lower()
     return {
         "tower": "siglip" if "siglip" in name else "clip",
@@ -266,11 +280,11 @@ def _head(config: Mapping[str, Any], weights: Mapping[str, Tensor], folder: Path
     """The other options, from the configuration and, where it does not tell the head's sizes, from the weights."""
     head = config["action_head_type"]
     if head != "droid_diffusion":
-        raise ValueError(f"{folder} has action_head_type={head!r}; expected 'droid_diffusion', the head with a density")
+        raise InputError(f"{folder} has action_head_type={head!r}; expected 'droid_diffusion', the head with a density")
     levels = [key for key in weights if re.fullmatch(r"unet\.down_modules\.\d+\.0\.conv1\.block\.0\.weight", key)]
     step = "unet.diffusion_step_encoder.1.weight"
     if not levels or step not in weights:
-        raise ValueError(
+        raise InputError(
             f"The weights of {folder} have no diffusion head (embed_out.down_modules, {step}). Imitate first: a "
             "vision-language model alone is read with model_kwargs={base: true}"
         )
@@ -295,7 +309,7 @@ def _head(config: Mapping[str, Any], weights: Mapping[str, Tensor], folder: Path
 def _read_statistics(folder: Path) -> dict[str, Tensor]:
     path = next((place / _STATISTICS for place in (folder, folder.parent) if (place / _STATISTICS).is_file()), None)
     if path is None:
-        raise FileNotFoundError(
+        raise NotThereError(
             f"Checkpoint {folder} has no {_STATISTICS} (by what it normalises), nor has its parent; "
             "copy it from the training's output folder"
         )
@@ -304,7 +318,7 @@ def _read_statistics(folder: Path) -> dict[str, Tensor]:
         names = _NAMES | {ours: theirs for ours, theirs in _OPTIONAL.items() if theirs in found}
         return {ours: torch.from_numpy(np.asarray(found[theirs], np.float32)) for ours, theirs in names.items()}
     except (pickle.UnpicklingError, EOFError, KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        raise ValueError(
+        raise InputError(
             f"{path} is no file of statistics; expected a dictionary of arrays, {', '.join(_NAMES.values())}: {error!r}"
         ) from error
 

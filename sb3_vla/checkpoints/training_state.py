@@ -7,15 +7,20 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from sb3_vla.checkpoints.layout import apart
+from sb3_vla.errors import DamagedError, InputError
+from sb3_vla.frozen import Unfrozen
 from sb3_vla.sharding import load_optimizer_state
 
 _TENSORS, _VALUES = "training_state.safetensors", "training_state.json"
@@ -23,13 +28,13 @@ _TENSORS, _VALUES = "training_state.safetensors", "training_state.json"
 
 def save_training_state(
     folder: Path,
-    modules: Mapping[str, nn.Module],
+    modules: Mapping[str, nn.Module | Unfrozen],
     optimizer_state: Mapping[int, Mapping[str, Any]],
     values: Mapping[str, Any],
 ) -> None:
     """Write the state of a training: what is given, and the process's generators (torch, CUDA, NumPy, Python).
 
-    :param modules: modules by name.
+    :param modules: modules by name, or those parts of them that are not elsewhere.
     :param optimizer_state: as ``whole_optimizer_state`` gives it.
     :param values: JSON values to get back, such as counters.
     """
@@ -40,25 +45,27 @@ def save_training_state(
         tensors.update({f"{name}.{key}": tensor for key, tensor in module.state_dict().items()})
     for index, state in optimizer_state.items():
         tensors.update({f"optimizer.{index}.{key}": torch.as_tensor(value) for key, value in state.items()})
-    # Each tensor its own memory: safetensors refuses tensors that share some.
-    save_file({key: tensor.detach().cpu().clone().contiguous() for key, tensor in tensors.items()}, folder / _TENSORS)
+    save_file(apart(tensors), folder / _TENSORS)
     generators = {"numpy": np.random.get_state(legacy=False), "python": random.getstate()}
     contents = json.dumps({"generators": generators, "values": dict(values)}, default=lambda value: value.tolist())
     (folder / _VALUES).write_text(contents, encoding="utf-8")
 
 
 def load_training_state(
-    folder: Path, modules: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer
+    folder: Path, modules: Mapping[str, nn.Module | Unfrozen], optimizer: torch.optim.Optimizer
 ) -> dict[str, Any]:
     """Bring modules, optimiser and the process's generators to a saved state.
 
+    :param modules: of which the first has the optimiser's parameters.
     :return: the values saved with it.
+    :raises DamagedError: if a file is missing or not whole; nothing was changed then.
     :raises ValueError: if the folder holds the state of other modules, or of an earlier version.
     """
-    contents = json.loads((folder / _VALUES).read_text(encoding="utf-8"))
+    contents = _read_values(folder)
     if "generators" not in contents:
-        raise ValueError(f"{folder} is of an earlier version, which kept less; start the training anew")
-    tensors = load_file(folder / _TENSORS)
+        raise InputError(f"{folder} is of an earlier version, which kept less; start the training anew")
+    with _damage_told(folder / _TENSORS):
+        tensors = load_file(folder / _TENSORS)
     torch.set_rng_state(tensors.pop("torch_rng"))
     optimizer_state: dict[int, dict[str, Tensor]] = {}
     weights: dict[str, dict[str, Tensor]] = {name: {} for name in modules}
@@ -73,14 +80,43 @@ def load_training_state(
         elif owner in weights:
             weights[owner][rest] = tensor
         else:
-            raise ValueError(f"{folder} holds the state of {owner!r}; expected {', '.join(modules)}")
+            raise InputError(f"{folder} holds the state of {owner!r}; expected {', '.join(modules)}")
     for name, module in modules.items():
         try:
             module.load_state_dict(weights[name])
         except RuntimeError as error:
-            raise ValueError(f"{folder} does not hold the state of this {name}: {error}") from error
-    load_optimizer_state(optimizer, optimizer_state)
+            raise InputError(f"{folder} does not hold the state of this {name}: {error}") from error
+    trained: Any = next(iter(modules.values()))
+    load_optimizer_state(optimizer, trained, optimizer_state)
     np.random.set_state(contents["generators"]["numpy"])
     version, internal, gauss = contents["generators"]["python"]
     random.setstate((version, tuple(internal), gauss))
     return contents["values"]
+
+
+def check_training_state(folder: Path) -> None:
+    """Find out whether a saved state is whole, without reading its tensors.
+
+    :raises DamagedError: if a file is missing, empty or cut; the message names it.
+    """
+    _read_values(folder)
+    with _damage_told(folder / _TENSORS), safe_open(folder / _TENSORS, "pt"):  # which compares the sizes
+        pass
+
+
+def _read_values(folder: Path) -> dict[str, Any]:
+    with _damage_told(folder / _VALUES):
+        contents = json.loads((folder / _VALUES).read_text(encoding="utf-8"))
+        if not isinstance(contents, dict):
+            raise InputError(f"it holds {type(contents).__name__}, expected an object")
+    return contents
+
+
+@contextmanager
+def _damage_told(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise DamagedError(f"{path} is missing") from error
+    except (SafetensorError, ValueError) as error:  # ValueError: of JSON and of UTF-8
+        raise DamagedError(f"{path} is damaged: {error}") from error

@@ -14,6 +14,7 @@ from sb3_vla.cluster.learners import lost_learners, run_learners
 from sb3_vla.cluster.placement import ClusterOptions, PlacementError, place
 from sb3_vla.cluster.seat import Seat
 from sb3_vla.distributed import current_ranks
+from sb3_vla.errors import FailedError
 from sb3_vla.run import RunDirectory
 from sb3_vla.shared_run import SharedRun
 from sb3_vla.training import GRPOConfig, PPOConfig, train
@@ -58,7 +59,7 @@ def train_on_cluster(
                 deaths = deaths + 1 if run.latest_checkpoint(stage) == latest else 1
                 latest = run.latest_checkpoint(stage)
                 if deaths == _TOO_MANY_DEATHS:
-                    raise RuntimeError(
+                    raise FailedError(
                         f"A learner died {deaths} times without a checkpoint between; Ray's log of its node says why. "
                         "The same command goes on from the last checkpoint"
                     ) from error

@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from mw_envs.tasks import did_you_mean
+from sb3_vla.errors import InputError
 
 COMPONENTS = ("actor", "env", "rollout")
 SHARED: dict[str, str] = {"actor,env,rollout": "all"}
@@ -25,7 +26,7 @@ _RANGE = re.compile(r"(\d+)(?:\s*-\s*(\d+))?")
 _SYNTAX = "expected all, a range such as 0-3, or several with commas, each with its process ranks if wanted: 0-1:0-5"
 
 
-class PlacementError(ValueError):
+class PlacementError(InputError):
     """A placement that the cluster cannot have. The message is complete: a command prints it and exits."""
 
 

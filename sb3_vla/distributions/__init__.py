@@ -13,6 +13,7 @@ from sb3_vla.distributions.flow_ode import FlowODE
 from sb3_vla.distributions.flow_sde import FlowSDE
 from sb3_vla.distributions.gaussian import GaussianChunk
 from sb3_vla.distributions.tokens import ActionTokens, openvla_token_values
+from sb3_vla.errors import InputError
 from sb3_vla.models.base import VLAModel
 
 DISTRIBUTIONS: dict[str, type[ActionDistribution]] = {
@@ -44,18 +45,18 @@ def make_distribution(name: str, model: VLAModel, action_chunk: int, **options: 
     if name not in DISTRIBUTIONS:
         names = f"known: {', '.join(DISTRIBUTIONS)}"
         near = did_you_mean(name, DISTRIBUTIONS)
-        raise ValueError(f"Unknown action distribution {name!r}; {near if near == names else f'{near} ({names})'}")
+        raise InputError(f"Unknown action distribution {name!r}; {near if near == names else f'{near} ({names})'}")
     kind = DISTRIBUTIONS[name]
     if model.prediction not in kind.predictions:
         fitting = [other for other, each in DISTRIBUTIONS.items() if model.prediction in each.predictions]
-        raise ValueError(
+        raise InputError(
             f"Distribution {name!r} is for models that predict {' or '.join(kind.predictions)}; {type(model).__name__} "
             f"predicts {model.prediction}. Choose among {', '.join(fitting)}"
         )
     try:
         distribution = kind.for_model(model, action_chunk, **options)
     except TypeError as error:
-        raise ValueError(
+        raise InputError(
             f"Distribution {name!r} does not take these options: {options} ({error}); distribution_kwargs={{}} leaves "
             "all at their defaults"
         ) from error

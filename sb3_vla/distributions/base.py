@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from mw_envs.tasks import did_you_mean
 from sb3_vla import noise
+from sb3_vla.errors import InputError
 from sb3_vla.models.base import Context, VLAModel
 
 Trace = dict[str, Tensor]
@@ -51,6 +52,11 @@ class ActionDistribution(nn.Module, ABC):
     def for_model(cls, model: VLAModel, action_chunk: int, **options: Any) -> ActionDistribution:
         """Build the distribution with what it takes from the model, such as sizes."""
         return cls(action_chunk, **options)
+
+    @property
+    def denoisings(self) -> int:
+        """Denoisings of a decision of which an update needs the gradient."""
+        return 1
 
     def check_trainable(self, model: VLAModel) -> None:
         """Whether an algorithm can improve the model through this distribution; for before the first rollout.
@@ -112,7 +118,7 @@ class ActionDistribution(nn.Module, ABC):
     def check_logprob_type(self, logprob_type: str) -> None:
         """:raises ValueError: for what :meth:`log_prob` does not give."""
         if logprob_type not in LOGPROB_TYPES:
-            raise ValueError(f"Unknown logprob_type={logprob_type!r}; {did_you_mean(logprob_type, LOGPROB_TYPES)}")
+            raise InputError(f"Unknown logprob_type={logprob_type!r}; {did_you_mean(logprob_type, LOGPROB_TYPES)}")
         self._check_logprob_type(logprob_type)
 
     def kl_divergence(
@@ -145,7 +151,7 @@ class ActionDistribution(nn.Module, ABC):
 def check_denoising_steps(steps: int) -> None:
     """:raises ValueError: for a number of denoising steps below one."""
     if steps < 1:
-        raise ValueError(f"denoising_steps={steps}; expected at least 1")
+        raise InputError(f"denoising_steps={steps}; expected at least 1")
 
 
 def start_of_mode(model: VLAModel, context: Context) -> Tensor:

@@ -19,6 +19,7 @@ from sb3_vla.distributions.base import (
     start_of_mode,
     time_grid,
 )
+from sb3_vla.errors import InputError
 from sb3_vla.models.base import Context, VLAModel
 
 
@@ -56,9 +57,14 @@ class DenoisingChain(ActionDistribution):
         :return: mean, standard deviation (broadcastable to it), deterministic next state; float32.
         """
 
-    def model_of_step(self, model: VLAModel, step: int) -> VLAModel:
-        """The model that takes a step."""
-        return model
+    def takers(self, model: VLAModel, context: Context) -> list[tuple[VLAModel, Context]]:
+        """The model that takes each step, and what it reads."""
+        return [(model, context)] * self.denoising_steps
+
+    @property
+    def denoisings(self) -> int:
+        """See :attr:`ActionDistribution.denoisings`."""
+        return len(self.random_steps) if self.joint else 1
 
     def sample(
         self, model: VLAModel, context: Context, generator: torch.Generator | None = None
@@ -67,9 +73,9 @@ class DenoisingChain(ActionDistribution):
         count, device, random = len(x), x.device, self.random_steps
         drawn = noise.integers(random.start, random.stop, (count,), generator, device)
         chain = [x]
-        for step in range(self.denoising_steps):
+        for step, taker in enumerate(self.takers(model, context)):
             index = torch.full((count,), step, device=device)
-            mean, std, deterministic = self.kernel(self.model_of_step(model, step), context, x, index)
+            mean, std, deterministic = self.kernel(*taker, x, index)
             stochastic = mean + std * noise.normal(x.shape, generator, device)
             x = stochastic if self.joint else torch.where((drawn == step)[:, None, None], stochastic, deterministic)
             chain.append(x)
@@ -107,9 +113,9 @@ class DenoisingChain(ActionDistribution):
     def mode(self, model: VLAModel, context: Context) -> Tensor:
         """The chain from zero noise by deterministic steps."""
         x = start_of_mode(model, context)
-        for step in range(self.denoising_steps):
+        for step, taker in enumerate(self.takers(model, context)):
             index = torch.full((len(x),), step, device=x.device)
-            x = self.kernel(self.model_of_step(model, step), context, x, index)[2]
+            x = self.kernel(*taker, x, index)[2]
         return self.executed_actions(model, x)
 
 
@@ -142,9 +148,9 @@ class FlowChain(DenoisingChain):
         super().__init__(action_chunk, denoising_steps, joint, fixed_start)
         if not (0 < noise_level <= self.greatest_noise and math.isfinite(noise_level)):
             most = "" if self.greatest_noise == math.inf else f" and at most {self.greatest_noise:g}"
-            raise ValueError(f"noise_level={noise_level!r}; expected above 0{most}")
+            raise InputError(f"noise_level={noise_level!r}; expected above 0{most}")
         if denoising_steps < self.least_steps:
-            raise ValueError(f"denoising_steps={denoising_steps}; {type(self).__name__} needs {self.least_steps}")
+            raise InputError(f"denoising_steps={denoising_steps}; {type(self).__name__} needs {self.least_steps}")
         self.noise_level = noise_level
 
     def kernel(self, model: VLAModel, context: Context, x: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -7,10 +7,12 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sb3_vla.distributions.chain import DenoisingChain
+from sb3_vla.errors import InputError
 from sb3_vla.models.base import Context, VLAModel
+from sb3_vla.models.lora import adapted_layers
 
 
 class DDIM(DenoisingChain):
@@ -24,8 +26,9 @@ class DDIM(DenoisingChain):
     Deterministic steps are those of eta = 0 without a floor.
 
     With ``trained_steps`` K' < N a copy of the model as it is now takes the first N - K' steps for ever, as in DPPO,
-    so the distribution of states that training starts from stays. The copy reads the context that the trained model's
-    encoder gives, so that encoder must be frozen (``trainable="expert"``).
+    so the distribution of states that training starts from stays. The copy has all but the backbone, what makes a
+    context of perceptions included; it reads what the model's own backbone perceives, which must therefore be frozen
+    (``trainable="expert"``).
 
     :param action_chunk: K.
     :param eta: 0 for the deterministic sampler with the floor's noise alone, 1 for as much noise as DDPM has.
@@ -50,18 +53,18 @@ class DDIM(DenoisingChain):
     ) -> None:
         super().__init__(action_chunk, denoising_steps, joint)
         if not 0 <= eta <= 1:
-            raise ValueError(f"eta={eta!r}; expected between 0 and 1")
+            raise InputError(f"eta={eta!r}; expected between 0 and 1")
         if not (math.isfinite(min_std) and min_std > 0):
-            raise ValueError(f"min_std={min_std!r}; expected a positive number: a step without noise has no likelihood")
+            raise InputError(f"min_std={min_std!r}; expected a positive number: a step without noise has no likelihood")
         if clip_sample is not None and not clip_sample > 0:
-            raise ValueError(f"clip_sample={clip_sample!r}; expected a positive number or None")
+            raise InputError(f"clip_sample={clip_sample!r}; expected a positive number or None")
         if trained_steps is not None and not 1 <= trained_steps <= denoising_steps:
-            raise ValueError(f"trained_steps={trained_steps}; expected 1 to denoising_steps={denoising_steps}")
+            raise InputError(f"trained_steps={trained_steps}; expected 1 to denoising_steps={denoising_steps}")
         self.eta = eta
         self.min_std = min_std
         self.clip_sample = clip_sample
         self.trained_steps = trained_steps or denoising_steps
-        #: takes the steps that are not trained
+        #: takes the steps that are not trained; a model without its backbone
         self.pretrained: VLAModel | None = None
 
     @classmethod
@@ -72,11 +75,11 @@ class DDIM(DenoisingChain):
         """
         chain = cls(action_chunk, **options)
         if chain.denoising_steps > len(model.alphas_cumprod):
-            raise ValueError(
+            raise InputError(
                 f"denoising_steps={chain.denoising_steps}; the model was trained on {len(model.alphas_cumprod)}"
             )
         if chain.trained_steps < chain.denoising_steps:
-            chain.pretrained = copy.deepcopy(model).requires_grad_(False)
+            chain.pretrained = copy_denoiser(model)
         return chain
 
     @property
@@ -84,17 +87,19 @@ class DDIM(DenoisingChain):
         """See :attr:`DenoisingChain.random_steps`."""
         return range(self.denoising_steps - self.trained_steps, self.denoising_steps)
 
-    def model_of_step(self, model: VLAModel, step: int) -> VLAModel:
-        """See :meth:`DenoisingChain.model_of_step`."""
-        if step in self.random_steps:
-            return model
-        assert self.pretrained is not None, "trained_steps needs for_model"
-        return self.pretrained
+    def takers(self, model: VLAModel, context: Context) -> list[tuple[VLAModel, Context]]:
+        """See :meth:`DenoisingChain.takers`."""
+        first = self.random_steps.start
+        if first == 0:
+            return super().takers(model, context)
+        assert self.pretrained is not None and context.perception is not None, "trained_steps needs for_model"
+        own = self.pretrained.contextualise(context.perception)
+        return [(self.pretrained, own)] * first + [(model, context)] * self.trained_steps
 
     def check_trainable(self, model: VLAModel) -> None:
         """See :meth:`ActionDistribution.check_trainable`."""
         if self.pretrained is not None and any(parameter.requires_grad for parameter in model.backbone()):
-            raise ValueError(
+            raise InputError(
                 f"trained_steps={self.trained_steps} of {self.denoising_steps} leaves the first steps as they are, so "
                 'what they perceive must stay too; use policy_kwargs=dict(trainable="expert")'
             )
@@ -160,6 +165,24 @@ class DDPM(DDIM):
         alpha = now / then
         mean = _float32(then.sqrt() * (1 - alpha) / (1 - now), x0) + _float32(alpha.sqrt() * (1 - then) / (1 - now), x)
         return mean, variance.sqrt()
+
+
+def copy_denoiser(model: VLAModel) -> VLAModel:
+    """A frozen copy of a model without its backbone and without adapters: what they add is in the copy's weights.
+
+    It can contextualise and denoise; parts that only perceive are left out, which are most of a large model.
+    """
+    backbone = {id(parameter) for parameter in model.backbone()}
+    left_out: dict[int, Any] = {}
+    for part in model.children():
+        held = {id(parameter) for parameter in part.parameters()}
+        if held and held <= backbone:
+            left_out[id(part)] = nn.Identity()
+    copied = copy.deepcopy(model, left_out)
+    for name, layer in adapted_layers(copied).items():
+        layer.merge()  # type: ignore[operator]
+        copied.set_submodule(name, layer.get_base_layer())  # type: ignore[operator]
+    return copied.requires_grad_(False)
 
 
 def clean_and_noise(prediction: str, output: Tensor, x: Tensor, alpha_cumprod: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sb3_vla.distributions.base import gaussian_entropy
 from sb3_vla.distributions.chain import DenoisingChain, time_grid
+from sb3_vla.errors import InputError
 from sb3_vla.models.base import Context, VLAModel
 
 
@@ -47,7 +48,7 @@ class FlowNoise(DenoisingChain):
     ) -> None:
         super().__init__(action_chunk, denoising_steps, joint, fixed_start)
         if len(noise_range) != 2 or not 0 < noise_range[0] < noise_range[1] < math.inf:
-            raise ValueError(f"noise_range={noise_range!r}; expected two numbers, 0 < least < largest")
+            raise InputError(f"noise_range={noise_range!r}; expected two numbers, 0 < least < largest")
         self.lowest, self.highest = (2 * math.log(std) for std in noise_range)
         layers: list[nn.Module] = []
         for inner, outer in itertools.pairwise((feature_dim, *widths)):
@@ -65,7 +66,7 @@ class FlowNoise(DenoisingChain):
         :raises ValueError: for a model without features of its actions.
         """
         if model.action_feature_dim is None:
-            raise ValueError(
+            raise InputError(
                 f"flow_noise reads the features of each action, which {type(model).__name__} does not give; "
                 "use flow_sde or flow_cps"
             )

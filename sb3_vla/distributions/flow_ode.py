@@ -15,6 +15,7 @@ from sb3_vla.distributions.base import (
     random_start,
     start_of_mode,
 )
+from sb3_vla.errors import InputError
 from sb3_vla.models.base import Context, VLAModel
 
 
@@ -58,7 +59,7 @@ class FlowODE(ActionDistribution):
 
     @staticmethod
     def _refuse() -> NoReturn:
-        raise ValueError(
+        raise InputError(
             "The flow_ode distribution has no log-probability: it is for evaluation. "
             "Train with flow_sde, flow_noise, flow_cps or gaussian"
         )

@@ -21,6 +21,7 @@ from sb3_vla.distributions.base import (
     integrate,
     start_of_mode,
 )
+from sb3_vla.errors import InputError
 from sb3_vla.models.base import Context, VLAModel
 
 
@@ -57,10 +58,10 @@ class GaussianChunk(ActionDistribution):
         check_denoising_steps(denoising_steps)
         self.denoising_steps = denoising_steps
         if coherence not in ("independent", "offset"):
-            raise ValueError(f"coherence={coherence!r}; expected 'independent' or 'offset'")
+            raise InputError(f"coherence={coherence!r}; expected 'independent' or 'offset'")
         values = torch.as_tensor(std, dtype=torch.float32).expand(action_dim) if _is_valid(std, action_dim) else None
         if values is None:
-            raise ValueError(f"std={std!r}; expected one positive number or {action_dim} of them")
+            raise InputError(f"std={std!r}; expected one positive number or {action_dim} of them")
         self.coherent = coherence == "offset"
         self.learn_std = self.has_entropy = learn_std
         if learn_std:
@@ -72,6 +73,11 @@ class GaussianChunk(ActionDistribution):
     def for_model(cls, model: VLAModel, action_chunk: int, **options: Any) -> GaussianChunk:
         """See :meth:`ActionDistribution.for_model`."""
         return cls(action_chunk, model.action_dim, **options)
+
+    @property
+    def denoisings(self) -> int:
+        """See :attr:`ActionDistribution.denoisings`."""
+        return self.denoising_steps
 
     def sample(
         self, model: VLAModel, context: Context, generator: torch.Generator | None = None
@@ -130,7 +136,7 @@ class GaussianChunk(ActionDistribution):
 
     def _check_logprob_type(self, logprob_type: str) -> None:
         if self.coherent and logprob_type in ("action", "token"):
-            raise ValueError(
+            raise InputError(
                 f"logprob_type={logprob_type!r}: with coherence='offset' one draw moves the whole chunk, and no "
                 "step has a probability of its own; use 'chunk', or coherence='independent'"
             )

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sb3_vla import noise
 from sb3_vla.distributions.base import ActionDistribution, Trace
+from sb3_vla.errors import InputError
 from sb3_vla.models.base import Context, VLAModel
 
 
@@ -28,7 +29,7 @@ class ActionTokens(ActionDistribution):
     def __init__(self, action_chunk: int, temperature: float = 1.0) -> None:
         super().__init__(action_chunk)
         if not (math.isfinite(temperature) and temperature > 0):
-            raise ValueError(f"temperature={temperature!r}; expected a positive number")
+            raise InputError(f"temperature={temperature!r}; expected a positive number")
         self.temperature = temperature
 
     def sample(

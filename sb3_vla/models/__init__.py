@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mw_envs.tasks import did_you_mean
+from sb3_vla.errors import InputError
 from sb3_vla.models.base import Context, VLAModel
 from sb3_vla.models.compact import CompactVLA
 from sb3_vla.models.diffusion_policy import DiffusionPolicy
@@ -31,7 +32,7 @@ def model_class(name: str) -> type[VLAModel]:
     :raises ValueError: for an unknown name; the message offers the nearest known one.
     """
     if name not in MODELS:
-        raise ValueError(f"Unknown model {name!r}; {did_you_mean(name, MODELS)}")
+        raise InputError(f"Unknown model {name!r}; {did_you_mean(name, MODELS)}")
     return MODELS[name]
 
 
@@ -44,7 +45,7 @@ def make_model(name: str, options: Mapping[str, Any]) -> VLAModel:
     try:
         return model_class(name)(**options)
     except TypeError as error:
-        raise ValueError(f"Model {name!r} does not take these options: {dict(options)} ({error})") from error
+        raise InputError(f"Model {name!r} does not take these options: {dict(options)} ({error})") from error
 
 
 __all__ = [

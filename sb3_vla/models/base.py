@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from mw_envs.hand_view import HandView
 from mw_envs.tasks import did_you_mean
 from sb3_vla import noise as draw
+from sb3_vla.errors import InputError
 from sb3_vla.models.recomputing import Recomputing
 
 SizesT = TypeVar("SizesT")
@@ -45,7 +46,7 @@ def sizes_of(
     """
     if isinstance(given, str):
         if given not in known:
-            raise ValueError(f"{model} {option}={given!r}; expected {', '.join(known)}, or the sizes")
+            raise InputError(f"{model} {option}={given!r}; expected {', '.join(known)}, or the sizes")
         return known[given]
     return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in given.items()})
 
@@ -61,10 +62,12 @@ class Context:
 
     :param features: what the critic and other heads may read, float32, shape (N, D).
     :param state: whatever the model's denoiser needs.
+    :param perception: what :meth:`VLAModel.perceive` gave, from which another copy of the model makes its own context.
     """
 
     features: Tensor
     state: Any
+    perception: dict[str, Tensor] | None = None
 
 
 class VLAModel(nn.Module, ABC):
@@ -133,10 +136,10 @@ class VLAModel(nn.Module, ABC):
         :raises ValueError: for an unknown part, or one that the model has not.
         """
         if trainable not in TRAINABLE:
-            raise ValueError(f"Unknown trainable={trainable!r}; {did_you_mean(trainable, TRAINABLE)}")
+            raise InputError(f"Unknown trainable={trainable!r}; {did_you_mean(trainable, TRAINABLE)}")
         adaptive = list(self.adaptive_parameters())
         if trainable == "adaptive" and not adaptive:
-            raise ValueError(f'{type(self).__name__} has no modulated norms to train alone; use trainable="expert"')
+            raise InputError(f'{type(self).__name__} has no modulated norms to train alone; use trainable="expert"')
         adapters = [parameter for name, parameter in self.named_parameters() if ".lora_" in name]
         self.requires_grad_(trainable in ("all", "expert"))
         for parameter in self.backbone() if trainable == "expert" else ():
@@ -152,7 +155,7 @@ class VLAModel(nn.Module, ABC):
         """
         layers = [module for module in self.modules() if isinstance(module, Recomputing)]
         if enabled and not layers:
-            raise ValueError(f"{type(self).__name__} has no gradient checkpointing; lower micro_batch_size instead")
+            raise InputError(f"{type(self).__name__} has no gradient checkpointing; lower micro_batch_size instead")
         for module in layers:
             module.recomputes = enabled
         self.gradient_checkpointing = enabled
@@ -162,7 +165,7 @@ class VLAModel(nn.Module, ABC):
 
         :raises ValueError: if the model does not compute with such, or its backbone is trained.
         """
-        raise ValueError(f"{type(self).__name__} reads its backbone in float32; leave frozen_bf16=True out")
+        raise InputError(f"{type(self).__name__} reads its backbone in float32; leave frozen_bf16=True out")
 
     def compile_towers(self, options: Mapping[str, Any]) -> None:
         """Compile what takes the time; names of weights and what is saved stay as they are.
@@ -170,7 +173,7 @@ class VLAModel(nn.Module, ABC):
         :param options: of ``torch.compile``.
         :raises ValueError: if the model has nothing that is compiled.
         """
-        raise ValueError(f"{type(self).__name__} is not compiled; leave compile={dict(options)} out")
+        raise InputError(f"{type(self).__name__} is not compiled; leave compile={dict(options)} out")
 
     @abstractmethod
     def perceive(self, observation: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -196,7 +199,9 @@ class VLAModel(nn.Module, ABC):
         """Encode observations, or what :meth:`perceive` made of them."""
         if not is_perceived(observation):
             observation = self.perceive(observation)
-        return self.contextualise(observation)
+        context = self.contextualise(observation)
+        context.perception = observation
+        return context
 
     def denoise(self, context: Context, x: Tensor, t: Tensor) -> Tensor:
         """What :attr:`prediction` says, shape of x; every model but a token model has it.
@@ -236,7 +241,7 @@ class VLAModel(nn.Module, ABC):
                 expected = {
                     key: tuple(buffer.shape) for key, buffer in buffers.items() if key.endswith(("mean", "std"))
                 }
-                raise ValueError(f"Statistics {name!r} of shape {tuple(value.shape)}; expected among {expected}")
+                raise InputError(f"Statistics {name!r} of shape {tuple(value.shape)}; expected among {expected}")
             buffers[name].copy_(value)
 
     def imitation_loss(

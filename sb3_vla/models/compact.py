@@ -19,6 +19,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from mw_envs.hand_view import HandView
+from sb3_vla.errors import InputError
 from sb3_vla.models.base import PERCEPTION, Context, VLAModel
 
 
@@ -68,11 +69,11 @@ class CompactVLA(VLAModel):
         for name, size in pictures.items():
             if size < 32 or size % 16:
                 option = "image_size" if name == "image" else "hand_view size"
-                raise ValueError(f"CompactVLA {option}={size}; expected a multiple of 16, at least 32")
+                raise InputError(f"CompactVLA {option}={size}; expected a multiple of 16, at least 32")
         if len(channels) != 3 or any(c < 8 or c % 8 for c in channels):
-            raise ValueError(f"CompactVLA channels={channels!r}; expected three multiples of 8")
+            raise InputError(f"CompactVLA channels={channels!r}; expected three multiples of 8")
         if width < 64 or width % 64:
-            raise ValueError(f"CompactVLA width={width}; expected a multiple of 64, at least 64")
+            raise InputError(f"CompactVLA width={width}; expected a multiple of 64, at least 64")
         self.image_size = (image_size, image_size)
         self.register_buffer("state_mean", torch.zeros(state_dim))
         self.register_buffer("state_std", torch.ones(state_dim))

@@ -16,14 +16,14 @@ from torch import Tensor, nn
 
 from mw_envs.tasks import did_you_mean
 from sb3_vla import noise as draw
+from sb3_vla.errors import InputError
 from sb3_vla.models.base import VLAModel
+from sb3_vla.models.normalisation import normalise, unnormalise
 
 SCHEDULES = ("squaredcos_cap_v2", "linear")
 NORMALISATIONS = ("identity", "mean_std", "min_max")
 DIFFUSION_PREDICTIONS = ("epsilon", "sample", "v_prediction")
 _MOMENTS = ("mean", "std", "min", "max")
-# LeRobot's guard of a division; a number that never changes is normalised to 0 or -1.
-_EPSILON = 1e-8
 
 
 class DiffusionModel(VLAModel):
@@ -54,10 +54,10 @@ class DiffusionModel(VLAModel):
     ) -> None:
         super().__init__(action_dim, action_horizon)
         if prediction not in DIFFUSION_PREDICTIONS:
-            raise ValueError(f"Unknown prediction={prediction!r}; {did_you_mean(prediction, DIFFUSION_PREDICTIONS)}")
+            raise InputError(f"Unknown prediction={prediction!r}; {did_you_mean(prediction, DIFFUSION_PREDICTIONS)}")
         for kind in normalisation.values():
             if kind not in NORMALISATIONS:
-                raise ValueError(f"Unknown normalisation {kind!r}; {did_you_mean(kind, NORMALISATIONS)}")
+                raise InputError(f"Unknown normalisation {kind!r}; {did_you_mean(kind, NORMALISATIONS)}")
         self.prediction = prediction
         self.normalisation = normalisation
         self.mask_padding = mask_padding
@@ -72,19 +72,10 @@ class DiffusionModel(VLAModel):
             self.register_buffer(f"{name}_{moment}", torch.full(shape, value))
 
     def _normalise(self, name: str, value: Tensor) -> Tensor:
-        offset, scale = self._offset_and_scale(name)
-        return value if offset is None or scale is None else (value - offset) / scale
+        return normalise(value, self._statistics(name), self.normalisation[name], "lerobot")
 
-    def _offset_and_scale(self, name: str) -> tuple[Tensor, Tensor] | tuple[None, None]:
-        kind = self.normalisation[name]
-        mean, std, low, high = (getattr(self, f"{name}_{moment}") for moment in _MOMENTS)
-        if kind == "identity":
-            return None, None
-        if kind == "mean_std":
-            return mean, std + _EPSILON
-        width = high - low
-        half = torch.where(width == 0, torch.full_like(width, _EPSILON), width) / 2
-        return low + half, half
+    def _statistics(self, name: str) -> dict[str, Tensor]:
+        return {moment: getattr(self, f"{name}_{moment}") for moment in _MOMENTS}
 
     def normalise_action(self, action: Tensor) -> Tensor:
         """See :meth:`VLAModel.normalise_action`."""
@@ -92,8 +83,7 @@ class DiffusionModel(VLAModel):
 
     def unnormalise_action(self, action: Tensor) -> Tensor:
         """See :meth:`VLAModel.unnormalise_action`."""
-        offset, scale = self._offset_and_scale("action")
-        return action if offset is None or scale is None else action * scale + offset
+        return unnormalise(action, self._statistics("action"), self.normalisation["action"], "lerobot")
 
     def imitation_loss(
         self,
@@ -147,7 +137,7 @@ def noise_schedule(schedule: str, timesteps: int) -> Tensor:
     :raises ValueError: for an unknown schedule.
     """
     if schedule not in SCHEDULES:
-        raise ValueError(f"Unknown schedule={schedule!r}; {did_you_mean(schedule, SCHEDULES)}")
+        raise InputError(f"Unknown schedule={schedule!r}; {did_you_mean(schedule, SCHEDULES)}")
     if schedule == "linear":
         betas = torch.linspace(1e-4, 0.02, timesteps)
     else:
@@ -184,7 +174,7 @@ class ConditionalUnet1d(nn.Module):
         super().__init__()
         for dim in down_dims:
             if dim % groups:
-                raise ValueError(f"down_dims={tuple(down_dims)}; expected multiples of groups={groups}")
+                raise InputError(f"down_dims={tuple(down_dims)}; expected multiples of groups={groups}")
         self.step_dim = step_dim
         self.sinusoid = sinusoid or step_sinusoid
         self.diffusion_step_encoder = nn.Sequential(
@@ -283,7 +273,7 @@ def check_horizon(horizon: int, down_dims: Sequence[int]) -> None:
     """:raises ValueError: for a chunk that the U-Net's levels cannot halve and double again."""
     step = 2 ** (len(down_dims) - 1)
     if horizon < step or horizon % step:
-        raise ValueError(
+        raise InputError(
             f"action_horizon={horizon} with {len(down_dims)} levels in down_dims; expected a multiple of {step}, such "
             f"as {max(1, math.ceil(horizon / step)) * step}. The environment's action_chunk may be shorter"
         )

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mw_envs.tasks import did_you_mean
+from sb3_vla.errors import InputError
 from sb3_vla.models.base import PERCEPTION, Context
 from sb3_vla.models.compact import InstructionEncoder
 from sb3_vla.models.diffusion import ConditionalUnet1d, DiffusionModel, check_horizon, shrink
@@ -109,9 +110,9 @@ class DiffusionPolicy(DiffusionModel):
         }
         check_horizon(action_horizon, down_dims)
         if not 1 <= n_obs_steps <= action_horizon:
-            raise ValueError(f"n_obs_steps={n_obs_steps}; expected 1 to action_horizon={action_horizon}")
+            raise InputError(f"n_obs_steps={n_obs_steps}; expected 1 to action_horizon={action_horizon}")
         if crop_size is not None and not 0 < crop_size <= image_size:
-            raise ValueError(f"crop_size={crop_size}; expected 1 to image_size={image_size}, or None")
+            raise InputError(f"crop_size={crop_size}; expected 1 to image_size={image_size}, or None")
         self.image_size = (image_size, image_size)
         self.crop_size = crop_size or image_size
         self.n_obs_steps = n_obs_steps
@@ -139,7 +140,7 @@ class DiffusionPolicy(DiffusionModel):
         image = observation["image"]
         steps = image.shape[1] if image.ndim == 5 else 1
         if steps not in (1, self.n_obs_steps):
-            raise ValueError(f"image has {steps} observations; expected 1 or n_obs_steps={self.n_obs_steps}")
+            raise InputError(f"image has {steps} observations; expected 1 or n_obs_steps={self.n_obs_steps}")
         features = self.rgb_encoder(self.window(image.reshape(-1, *image.shape[-3:])))
         perception = {PERCEPTION + "image": features.unflatten(0, (-1, steps)), "state": observation["state"]}
         if self.instruction_encoder is not None:
@@ -175,11 +176,11 @@ class RgbEncoder(nn.Module):
     def __init__(self, size: int, resnet: str, widths: Sequence[int], norm: str, keypoints: int) -> None:
         super().__init__()
         if resnet not in RESNETS:
-            raise ValueError(f"Unknown resnet={resnet!r}; {did_you_mean(resnet, RESNETS)}")
+            raise InputError(f"Unknown resnet={resnet!r}; {did_you_mean(resnet, RESNETS)}")
         if norm not in NORMS:
-            raise ValueError(f"Unknown norm={norm!r}; {did_you_mean(norm, NORMS)}")
+            raise InputError(f"Unknown norm={norm!r}; {did_you_mean(norm, NORMS)}")
         if len(widths) != 4 or any(width < 16 or width % 16 for width in widths):
-            raise ValueError(f"widths={tuple(widths)}; expected four multiples of 16")
+            raise InputError(f"widths={tuple(widths)}; expected four multiples of 16")
         stages = []
         inside = widths[0]
         for stage, (blocks, width) in enumerate(zip(RESNETS[resnet], widths, strict=True)):
@@ -192,7 +193,7 @@ class RgbEncoder(nn.Module):
         for _ in range(5):
             grid = (grid + 1) // 2
         if grid < 2:
-            raise ValueError(
+            raise InputError(
                 f"Pictures of {size} pixels leave one cell, in which nothing has a place; expected over 32"
             )
         self.pool = SpatialSoftmax(widths[3], keypoints, grid)

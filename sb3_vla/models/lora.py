@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mw_envs.tasks import did_you_mean
+from sb3_vla.errors import InputError, NotInstalledError
 from sb3_vla.models.base import VLAModel
 
 _ADAPTER = "default"
@@ -41,9 +42,9 @@ class LoRA:
 
     def __post_init__(self) -> None:
         if self.rank < 1:
-            raise ValueError(f"lora rank={self.rank}; expected at least 1")
+            raise InputError(f"lora rank={self.rank}; expected at least 1")
         if self.part not in _PARTS:
-            raise ValueError(f"Unknown lora part={self.part!r}; {did_you_mean(self.part, _PARTS)}")
+            raise InputError(f"Unknown lora part={self.part!r}; {did_you_mean(self.part, _PARTS)}")
 
 
 def make_lora(options: Mapping[str, Any]) -> LoRA:
@@ -54,7 +55,7 @@ def make_lora(options: Mapping[str, Any]) -> LoRA:
     known = LoRA.__dataclass_fields__
     for name in options:
         if name not in known:
-            raise ValueError(f"Unknown lora option {name!r}; {did_you_mean(name, known)}")
+            raise InputError(f"Unknown lora option {name!r}; {did_you_mean(name, known)}")
     layers = options.get("layers")
     return LoRA(**{**options, "layers": None if layers is None else tuple(layers)})
 
@@ -71,9 +72,9 @@ def add_lora(model: VLAModel, lora: LoRA) -> list[str]:
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
-        raise ImportError('LoRA needs peft: pip install "sb3-vla[lora]"') from error
+        raise NotInstalledError('LoRA needs peft: pip install "sb3-vla[lora]"') from error
     if adapted_layers(model):
-        raise ValueError(f"{type(model).__name__} has adapters already; load it again without them for other ones")
+        raise InputError(f"{type(model).__name__} has adapters already; load it again without them for other ones")
     backbone = {id(parameter) for parameter in model.backbone()}
     names = []
     for name, layer in model.named_modules():
@@ -84,7 +85,7 @@ def add_lora(model: VLAModel, lora: LoRA) -> list[str]:
         if wanted and (lora.layers is None or name.endswith(lora.layers)):
             names.append(name)
     if not names:
-        raise ValueError(
+        raise InputError(
             f"No linear layer of {type(model).__name__} for lora part={lora.part!r}, layers={lora.layers}: they are "
             'trained themselves, or none has such a name. Use trainable="lora", or another part'
         )
@@ -163,21 +164,23 @@ def merge_adapter(
     """
     kind = settings.get("peft_type")
     if kind != "LORA":
-        raise ValueError(f"The adapter has peft_type={kind!r}; expected 'LORA'")
+        raise InputError(f"The adapter has peft_type={kind!r}; expected 'LORA'")
     for name in ("use_dora", "fan_in_fan_out", "alpha_pattern", "modules_to_save"):
         if settings.get(name):
-            raise ValueError(f"The adapter has {name}={settings[name]!r}, which is not read; merge it by peft first")
+            raise InputError(f"The adapter has {name}={settings[name]!r}, which is not read; merge it by peft first")
     parts = {key.removeprefix(_SAVED).replace(f".{_ADAPTER}.", "."): value for key, value in adapter.items()}
+    device = torch.get_default_device()  # meta where a model is only described: nothing is added up then
+    weights, parts = ({key: value.to(device) for key, value in some.items()} for some in (weights, parts))
     merged = dict(weights)
     for key, down in parts.items():
         layer, _, part = key.rpartition(".lora_")
         if part not in ("A.weight", "B.weight"):
-            raise ValueError(
+            raise InputError(
                 f"The adapter holds {_SAVED}{key}; expected lora_A.weight and lora_B.weight of layers alone"
             )
         other = "lora_B.weight" if part == "A.weight" else "lora_A.weight"
         if f"{layer}.{other}" not in parts:
-            raise ValueError(f"The adapter has {key} without its {other}")
+            raise InputError(f"The adapter has {key} without its {other}")
         if part == "B.weight":
             continue
         rank, name = len(down), f"{layer}.weight"
@@ -185,6 +188,6 @@ def merge_adapter(
         delta = scale * parts[f"{layer}.{other}"].float() @ down.float()
         expected = tuple(merged[name].shape) if name in merged else "none, for there is no such layer"
         if delta.shape != expected:
-            raise ValueError(f"The adapter of {name} is {tuple(delta.shape)}, expected {expected}")
+            raise InputError(f"The adapter of {name} is {tuple(delta.shape)}, expected {expected}")
         merged[name] = merged[name].float() + delta
     return merged

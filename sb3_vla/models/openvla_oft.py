@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sb3_vla.errors import InputError
 from sb3_vla.models.base import PERCEPTION, Context, VLAModel, sizes_of
 from sb3_vla.models.recomputing import Recomputing, recomputing
 from sb3_vla.models.tokenizing import InstructionTokenizer, byte_tokenizer
@@ -125,7 +126,7 @@ class OpenVLAOFT(VLAModel):
     ) -> None:
         super().__init__(action_dim, action_horizon)
         if precision not in PRECISIONS:
-            raise ValueError(f"OpenVLAOFT precision={precision!r}; expected {' or '.join(PRECISIONS)}")
+            raise InputError(f"OpenVLAOFT precision={precision!r}; expected {' or '.join(PRECISIONS)}")
         self.sizes = sizes_of("OpenVLAOFT", "sizes", sizes, OFT_SIZES, OFTSizes)
         self.numbers = numbers or action_dim
         self.acting = list(range(action_dim) if acting is None else acting)
@@ -144,11 +145,11 @@ class OpenVLAOFT(VLAModel):
             "precision": precision,
         }
         if len(set(self.acting)) != action_dim or not set(self.acting) <= set(range(self.numbers)):
-            raise ValueError(
+            raise InputError(
                 f"OpenVLAOFT acting={self.acting} of {self.numbers} numbers; expected {action_dim} different places"
             )
         if resolution < 1 or resolution % self.sizes.patch_size:
-            raise ValueError(f"OpenVLAOFT resolution={resolution}; expected a multiple of {self.sizes.patch_size}")
+            raise InputError(f"OpenVLAOFT resolution={resolution}; expected a multiple of {self.sizes.patch_size}")
         self.image_size, self.resolution = (image_size, image_size), resolution
         self.prompt_length, self.stop_token = max_prompt_tokens, stop_token
         self.first_action_id = self.sizes.vocabulary - self.sizes.unused - BINS
@@ -156,7 +157,7 @@ class OpenVLAOFT(VLAModel):
             byte_tokenizer(SPECIAL_TOKENS, "<s>") if tokenizer is None else tokenizer, PROMPT, None, lower=True
         )
         if self.tokenizer.size > self.sizes.vocabulary or self.sizes.prompt_end_id >= self.first_action_id:
-            raise ValueError(
+            raise InputError(
                 f"The tokenizer has {self.tokenizer.size} tokens, the model {self.sizes.vocabulary}, of which those "
                 f"from {self.first_action_id} on are actions; use the tokenizer that the model was published with"
             )
@@ -239,10 +240,10 @@ class OpenVLAOFT(VLAModel):
         rows = []
         for ids in self.tokenizer(instruction):
             if ids[0] != START:
-                raise ValueError(f"The tokenizer begins texts with token {ids[0]}; OpenVLA's begins them with {START}")
+                raise InputError(f"The tokenizer begins texts with token {ids[0]}; OpenVLA's begins them with {START}")
             missing = self.prompt_length - len(ids) - 1
             if missing < 0:
-                raise ValueError(
+                raise InputError(
                     f"A prompt has {len(ids) + 1} tokens; the model is made for max_prompt_tokens={self.prompt_length}"
                 )
             rows.append([START, *[self.sizes.pad_id] * missing, *ids[1:], self.sizes.prompt_end_id])

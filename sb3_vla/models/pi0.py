@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from mw_envs.tasks import decode_instruction, did_you_mean
 from sb3_vla import noise as draw
+from sb3_vla.errors import InputError
 from sb3_vla.models.base import PERCEPTION, Context, VLAModel, is_perceived
 from sb3_vla.models.compact import time_embedding
 from sb3_vla.models.gemma import GemmaLayer, GemmaSize, GemmaTower, KeysValues, RMSNorm
@@ -29,6 +30,8 @@ from sb3_vla.models.recomputing import recomputing
 from sb3_vla.models.resizing import resize_bytes
 
 PALIGEMMA = "google/paligemma-3b-pt-224"
+#: the published ones, and rows of the token embedding
+VLM_SIZE, EXPERT_SIZE, VOCABULARY = GemmaSize(2048, 16_384), GemmaSize(1024, 4096), 257_152
 _STATE_BINS = 256
 # Compiled towers see prompts padded to a multiple of this: few lengths are met, and each is compiled once.
 _PROMPT_STEP = 16
@@ -100,13 +103,12 @@ class Pi0(VLAModel):
         vision: Mapping[str, int] | None = None,
         vlm: Mapping[str, int] | None = None,
         expert: Mapping[str, int] | None = None,
-        vocabulary: int = 257_152,
+        vocabulary: int = VOCABULARY,
     ) -> None:
         super().__init__(action_dim, action_horizon)
         self.compiled = False
         self.vision_size = VisionSize(**dict(vision or {}))
-        vlm_size = GemmaSize(**{"width": 2048, "mlp": 16_384, **dict(vlm or {})})
-        expert_size = GemmaSize(**{"width": 1024, "mlp": 4096, **dict(expert or {})})
+        vlm_size, expert_size = replace(VLM_SIZE, **dict(vlm or {})), replace(EXPERT_SIZE, **dict(expert or {}))
         self.config = {
             "action_dim": action_dim,
             "action_horizon": action_horizon,
@@ -178,7 +180,7 @@ class Pi0(VLAModel):
         """See :meth:`VLAModel.halve_backbone`; norms of the language model, and embeddings of patches and positions,
         stay float32, as openpi keeps them."""
         if any(p.requires_grad for name, p in self._paligemma.named_parameters() if ".lora_" not in name):
-            raise ValueError('frozen_bf16=True is for a frozen backbone; use trainable="expert", "adaptive" or "lora"')
+            raise InputError('frozen_bf16=True is for a frozen backbone; use trainable="expert", "adaptive" or "lora"')
         kept = {id(part.weight) for part in self.modules() if isinstance(part, RMSNorm)}
         kept |= {id(parameter) for parameter in self.vision_model.embeddings.parameters()}  # type: ignore[union-attr]
         for parameter in self.backbone():
@@ -319,7 +321,7 @@ class Pi0(VLAModel):
         prompts = self.prompts([decode_instruction(row) for row in instruction], observation["state"])
         tokens, valid = self.tokenize(prompts)
         if int(tokens.max()) >= self.config["vocabulary"]:
-            raise ValueError(
+            raise InputError(
                 f"The tokenizer {self.tokenize.source!r} gives token {int(tokens.max())}; the model knows "
                 f"{self.config['vocabulary']}. It takes PaliGemma's tokenizer."
             )
@@ -449,20 +451,20 @@ class Pi0(VLAModel):
         config, name = self.config, type(self).__name__
         for option, known in (("convention", CONVENTIONS), ("state_scheme", SCHEMES), ("action_scheme", SCHEMES)):
             if config[option] not in known:
-                raise ValueError(f"Unknown {option}={config[option]!r}; {did_you_mean(config[option], known)}")
+                raise InputError(f"Unknown {option}={config[option]!r}; {did_you_mean(config[option], known)}")
         if config["image_size"] % self.vision_size.patch:
-            raise ValueError(
+            raise InputError(
                 f"{name} image_size={config['image_size']}; expected a multiple of {self.vision_size.patch}, "
                 f"such as {16 * self.vision_size.patch}"
             )
         if max(config["action_dim"], config["state_dim"]) > config["padded_dim"]:
-            raise ValueError(
+            raise InputError(
                 f"{name} padded_dim={config['padded_dim']}; expected at least action_dim={config['action_dim']} and "
                 f"state_dim={config['state_dim']}"
             )
         shared = ("depth", "heads", "kv_heads", "head_dim")
         if any(getattr(vlm, size) != getattr(expert, size) for size in shared):
-            raise ValueError(
+            raise InputError(
                 f"{name} vlm={vlm} and expert={expert}; they share attention, so {', '.join(shared)} agree"
             )
 

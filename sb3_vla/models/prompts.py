@@ -9,6 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from sb3_vla.errors import NotThereError
+from sb3_vla.paths import local_path
+
 BOS = 2
 _REMEMBERED = 4096
 
@@ -67,8 +70,13 @@ def find_tokenizer_file(folder: Path) -> Path | None:
 
 def local_tokenizer_file(source: str) -> Path | None:
     """The file of a tokenizer, see :class:`PromptTokenizer`, if it is on this machine; nothing is fetched."""
-    path = Path(source).expanduser()
+    path = local_path(source)
     return path if path.is_file() else find_tokenizer_file(path)
+
+
+def is_hub_name(source: str) -> bool:
+    """Whether this could be a repository on the Hugging Face hub, ``owner/name`` or ``owner/name@revision``."""
+    return source.count("/") == 1 and not source.startswith((".", "/", "~"))
 
 
 def same_tokenizer(one: str, other: str) -> bool:
@@ -96,22 +104,22 @@ def tokenizer_file(source: str) -> Path:
 
     :raises FileNotFoundError: if there is none.
     """
-    path, found = Path(source).expanduser(), local_tokenizer_file(source)
+    path, found = local_path(source), local_tokenizer_file(source)
     if found is not None:
         return found
     advice = (
         "Give tokenizer=FOLDER with tokenizer.json, a SentencePiece file such as openpi's paligemma_tokenizer.model, "
         "or a hub repository such as google/paligemma-3b-pt-224 (gated: accept its licence and log in first)"
     )
-    if path.is_dir() or source.count("/") != 1 or source.startswith((".", "/", "~")):
-        raise FileNotFoundError(f"No PaliGemma tokenizer at {source!r}. {advice}")
+    if path.is_dir() or not is_hub_name(source):
+        raise NotThereError(f"No PaliGemma tokenizer at {source!r}. {advice}")
     from huggingface_hub import hf_hub_download  # a heavy import, needed by few
 
     repository, _, revision = source.partition("@")
     try:
         return Path(hf_hub_download(repository, "tokenizer.json", revision=revision or None))
     except Exception as error:  # gated, offline, unknown: all mean that there is no tokenizer
-        raise FileNotFoundError(f"No PaliGemma tokenizer at {source!r}: {error}. {advice}") from error
+        raise NotThereError(f"No PaliGemma tokenizer at {source!r}: {error}. {advice}") from error
 
 
 def _load(source: str) -> Callable[[str], list[int]]:
@@ -120,7 +128,7 @@ def _load(source: str) -> Callable[[str], list[int]]:
         try:
             from sentencepiece import SentencePieceProcessor
         except ImportError as error:
-            raise FileNotFoundError(
+            raise NotThereError(
                 f"{path} is a SentencePiece model, which needs `pip install sentencepiece`; "
                 "or give tokenizer=FOLDER with tokenizer.json"
             ) from error

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sb3_vla import noise as draw
+from sb3_vla.errors import InputError
 from sb3_vla.models.base import PERCEPTION, Context, VLAModel, sizes_of
 from sb3_vla.models.compact import time_embedding
 from sb3_vla.models.tokenizing import InstructionTokenizer, byte_tokenizer
@@ -77,7 +78,7 @@ class VLMSizes:
 
     def __post_init__(self) -> None:
         if self.heads % self.kv_heads or self.vision_width % self.vision_heads:
-            raise ValueError(
+            raise InputError(
                 f"VLM heads={self.heads}, kv_heads={self.kv_heads}, vision_width={self.vision_width}, "
                 f"vision_heads={self.vision_heads}; the second must divide the first, the fourth the third"
             )
@@ -114,7 +115,8 @@ class SmolVLA(VLAModel):
     :param max_tokens: tokens that are read of an instruction.
     :param image_special_tokens: whether tokens mark the picture's start and end.
     :param absent_pictures: cameras that the model knows and that there are not.
-    :param train_expert_only: freeze the vision-language model, as LeRobot does by default.
+    :param train_expert_only: freeze the vision-language model where ``trainable`` does not say what is trained. A
+        folder of LeRobot's says it, and mostly does so; a model that begins from nothing has all to learn.
     :param kept: what :meth:`perceive` gives, and a rollout keeps where the backbone is frozen: keys and values of the
         whole ``prefix`` (2.3 MB a decision for 500M in bfloat16), or the ``pictures``' tokens (0.12 MB), from which an
         update runs the text tower again.
@@ -146,7 +148,7 @@ class SmolVLA(VLAModel):
         max_tokens: int = 48,
         image_special_tokens: bool = False,
         absent_pictures: int = 0,
-        train_expert_only: bool = True,
+        train_expert_only: bool = False,
         kept: str = "prefix",
         precision: str = "float32",
     ) -> None:
@@ -177,15 +179,15 @@ class SmolVLA(VLAModel):
         }
         for name, value, options in (("kept", kept, KEPT), ("precision", precision, PRECISIONS)):
             if value not in options:
-                raise ValueError(f"SmolVLA {name}={value!r}; expected {' or '.join(options)}")
+                raise InputError(f"SmolVLA {name}={value!r}; expected {' or '.join(options)}")
         if action_dim > latent_dim or state_dim > latent_state_dim:
-            raise ValueError(
+            raise InputError(
                 f"SmolVLA action_dim={action_dim}, state_dim={state_dim}; expected at most latent_dim={latent_dim} and "
                 f"latent_state_dim={latent_state_dim}"
             )
         side = self.resolution[0] // sizes.patch_size
         if len(self.resolution) != 2 or self.resolution[0] != self.resolution[1] or side < 1 or side % sizes.scale:
-            raise ValueError(
+            raise InputError(
                 f"SmolVLA resolution={self.resolution}; expected a square of patches of {sizes.patch_size}, their "
                 f"number along a side a multiple of {sizes.scale}"
             )
@@ -195,10 +197,10 @@ class SmolVLA(VLAModel):
         self.register_buffer("state_mean", torch.zeros(state_dim))
         self.register_buffer("state_std", torch.ones(state_dim))
         self.tokenizer = InstructionTokenizer(
-            byte_tokenizer(SPECIAL_TOKENS) if tokenizer is None else tokenizer, "{}\n", max_tokens
+            byte_tokenizer(SPECIAL_TOKENS) if tokenizer is None else tokenizer, "{}", max_tokens, line=True
         )
         if self.tokenizer.size > sizes.vocabulary:
-            raise ValueError(
+            raise InputError(
                 f"The tokenizer has {self.tokenizer.size} tokens, the model {sizes.vocabulary}; use the tokenizer that "
                 "the model was published with"
             )
@@ -234,8 +236,8 @@ class SmolVLA(VLAModel):
         if precision == "mixed":
             self._mix_precision()
         if train_expert_only:
-            for parameter in self.backbone():
-                parameter.requires_grad_(False)
+            self.default_trainable = "expert"
+            self.set_trainable(self.default_trainable)
 
     def backbone(self) -> Iterator[nn.Parameter]:
         """The vision-language model; see :meth:`VLAModel.backbone`."""

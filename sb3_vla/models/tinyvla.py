@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mw_envs.tasks import decode_instruction, did_you_mean
+from sb3_vla.errors import InputError
 from sb3_vla.models.base import PERCEPTION, Context
 from sb3_vla.models.diffusion import ConditionalUnet1d, DiffusionModel, check_horizon, shrink
 from sb3_vla.models.recomputing import recomputing
@@ -31,7 +32,7 @@ PROMPT = (
     "and polite answers to the user's questions. USER: <image>\n{instruction} ASSISTANT: <|endoftext|>"
 )
 TOWERS = ("clip", "siglip")
-_PADDING = 1
+PADDING = 1
 _PIXELS = {
     "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
     "siglip": ((0.5,) * 3, (0.5,) * 3),
@@ -125,11 +126,11 @@ class TinyVLA(DiffusionModel):
         }
         check_horizon(action_horizon, down_dims)
         if tower not in TOWERS:
-            raise ValueError(f"Unknown tower={tower!r}; {did_you_mean(tower, TOWERS)}")
+            raise InputError(f"Unknown tower={tower!r}; {did_you_mean(tower, TOWERS)}")
         if cameras not in (1, 2):
-            raise ValueError(f"cameras={cameras}; expected 1 or 2")
+            raise InputError(f"cameras={cameras}; expected 1 or 2")
         if prompt.count("<image>") != 1 or "{instruction}" not in prompt.partition("<image>")[2]:
-            raise ValueError(f"prompt={prompt!r}; expected one <image> and {{instruction}} after it")
+            raise InputError(f"prompt={prompt!r}; expected one <image> and {{instruction}} after it")
         self.image_size = (image_size, image_size)
         self.cameras, self.centre_crop, self.tower, self.prompt = cameras, centre_crop, tower, prompt
         # Heavy imports, of which only this model has need.
@@ -152,7 +153,7 @@ class TinyVLA(DiffusionModel):
         hidden, seen = self.gpt_neox.config.hidden_size, self.vision_tower.config.hidden_size
         tokens = self.tokenizer.get_vocab_size()
         if tokens > self.gpt_neox.config.vocab_size:
-            raise ValueError(
+            raise InputError(
                 f"The tokenizer has {tokens} tokens, the language model vocab_size={self.gpt_neox.config.vocab_size}; "
                 "give the tokenizer that belongs to it"
             )
@@ -176,7 +177,7 @@ class TinyVLA(DiffusionModel):
         image = observation["image"]
         views = image.shape[1] if image.ndim == 5 else 1
         if views not in (1, self.cameras):
-            raise ValueError(f"image has {views} cameras; expected 1 or cameras={self.cameras}")
+            raise InputError(f"image has {views} cameras; expected 1 or cameras={self.cameras}")
         seen = self.look(self.pixels(image.reshape(-1, *image.shape[-3:])))
         seen = seen.unflatten(0, (-1, views)).expand(-1, self.cameras, -1, -1).flatten(1, 2)
         embeddings, mask = self.sequence(seen, observation["instruction"])
@@ -217,7 +218,7 @@ class TinyVLA(DiffusionModel):
         unique, inverse = torch.unique(instruction, dim=0, return_inverse=True)
         texts = [after.format(instruction=decode_instruction(sentence.cpu().numpy())) for sentence in unique]
         tokens = [torch.tensor(self.tokenizer.encode(text).ids) for text in texts]
-        ids = nn.utils.rnn.pad_sequence(tokens, batch_first=True, padding_value=_PADDING).to(seen.device)
+        ids = nn.utils.rnn.pad_sequence(tokens, batch_first=True, padding_value=PADDING).to(seen.device)
         lengths = torch.tensor([len(row) for row in tokens], device=seen.device)
         valid = torch.arange(ids.shape[1], device=seen.device) < lengths[:, None]
         embed = self.gpt_neox.get_input_embeddings()
@@ -292,7 +293,7 @@ def read_tokenizer(content: Mapping[str, Any] | None) -> Any:
         try:
             return Tokenizer.from_str(json.dumps(content))
         except Exception as error:  # the library raises no narrower class
-            raise ValueError(f"The tokenizer's content is no tokenizer.json: {error}") from error
+            raise InputError(f"The tokenizer's content is no tokenizer.json: {error}") from error
     special = ["<|endoftext|>", "<|padding|>"]
     names = [*special, *sorted(ByteLevel.alphabet())]
     tokenizer = Tokenizer(BPE({name: number for number, name in enumerate(names)}, []))

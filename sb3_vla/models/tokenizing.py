@@ -11,6 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from mw_envs.tasks import decode_instruction
+from sb3_vla.errors import InputError
 
 
 class InstructionTokenizer:
@@ -20,20 +21,23 @@ class InstructionTokenizer:
     :param template: the prompt, with ``{}`` where the sentence goes.
     :param max_length: ids kept; what is longer loses its end. None for all.
     :param lower: whether the sentence is written in lower case.
+    :param line: whether it ends in a newline, which it gets where it has none.
     :raises ValueError: if the text is no tokenizer.
     """
 
-    def __init__(self, text: str, template: str, max_length: int | None, lower: bool = False) -> None:
+    def __init__(
+        self, text: str, template: str, max_length: int | None, lower: bool = False, line: bool = False
+    ) -> None:
         # A heavy import, which the workers of a script that imports this module are spared.
         from tokenizers import Tokenizer
 
         try:
             self._tokenizer = Tokenizer.from_str(text)
         except Exception as error:  # the library raises plain Exception
-            raise ValueError(f"tokenizer is not the contents of a tokenizer.json: {error}") from error
+            raise InputError(f"tokenizer is not the contents of a tokenizer.json: {error}") from error
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self.template, self.max_length, self.lower = template, max_length, lower
+        self.template, self.max_length, self.lower, self.line = template, max_length, lower, line
         self.size: int = self._tokenizer.get_vocab_size()
         self._known: dict[bytes, list[int]] = {}
 
@@ -48,13 +52,15 @@ class InstructionTokenizer:
         """
         found = self._tokenizer.token_to_id(token)
         if found is None:
-            raise ValueError(f"The tokenizer has no token {token!r}; use the one that the model was published with")
+            raise InputError(f"The tokenizer has no token {token!r}; use the one that the model was published with")
         return found
 
     def _ids(self, row: np.ndarray) -> list[int]:
         key = row.tobytes()
         if key not in self._known:
             sentence = decode_instruction(row)
+            if self.line and not sentence.endswith("\n"):
+                sentence += "\n"
             prompt = self.template.format(sentence.lower() if self.lower else sentence)
             self._known[key] = self._tokenizer.encode(prompt).ids[: self.max_length]
         return self._known[key]

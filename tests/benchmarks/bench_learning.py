@@ -34,7 +34,7 @@ from sb3_vla.evaluation import Comparison, EvaluationResult, compare, evaluate, 
 from sb3_vla.figures import metric_series, smoothed
 from sb3_vla.policies import load_policy
 from sb3_vla.run import RunDirectory
-from sb3_vla.training import GRPOConfig, PPOConfig, train, view_of
+from sb3_vla.training import GRPOConfig, PPOConfig, train
 
 GAUSSIAN, FLOW_SDE, GRPO = "PPO, Gaussian", "PPO, Flow-SDE", "GRPO, Gaussian"
 _COLOURS = {GAUSSIAN: "#2469b0", FLOW_SDE: "#c2571a", GRPO: "#3a8a4d"}
@@ -99,11 +99,7 @@ def learn(path: Path, name: str, settings: PPOConfig | GRPOConfig, config: Quick
                 trials_per_task=config.evaluation.test_trials,
                 trial_seed=TEST_SEED,
                 protocol=config.evaluation.protocol,
-                env_kwargs={
-                    "image_size": config.collect.image_size,
-                    "renderer": config.renderer,
-                    **view_of({"view": {"crop": config.collect.crop}}),
-                },
+                env_kwargs={"renderer": config.renderer},
             )
             result.to_json(run.path / "evaluation.json")
     return run.path

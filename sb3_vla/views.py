@@ -1,0 +1,121 @@
+"""What a policy sees: camera, window of its view (``crop``), and the size in which pictures are drawn.
+
+A checkpoint notes the view that its model was trained on, an environment of ``mw_envs`` tells the one that it shows. A
+model that is shown another one fails without an error, so whoever brings the two together compares them here.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+from stable_baselines3.common.vec_env import VecEnv
+
+from mw_envs.rendering import CROPS, resolve_crop
+from sb3_vla.distributed import current_ranks
+from sb3_vla.errors import InputError
+
+#: of environments that are told nothing else
+FULL_VIEW: dict[str, Any] = {"camera": "corner2", "crop": None}
+
+
+def known_view(said: Mapping[str, Any]) -> dict[str, Any] | None:
+    """``camera`` and ``crop`` as somebody says them, where one that is left out is the environment's default.
+
+    :param said: such as the note ``view`` of a checkpoint, or the arguments of an environment.
+    :return: None where neither is said.
+    """
+    return {key: said.get(key, default) for key, default in FULL_VIEW.items()} if FULL_VIEW.keys() & said else None
+
+
+def view_of(notes: Mapping[str, Any]) -> dict[str, Any]:
+    """Camera and crop that a checkpoint's model was trained on; the full default view if it does not say.
+
+    Where pictures were drawn larger than the model reads them, also the size.
+    """
+    said = notes.get("view", {})
+    drawn = {"image_size": said["render_size"]} if "render_size" in said else {}
+    return {**(known_view(said) or FULL_VIEW), **drawn}
+
+
+def view_of_envs(env: VecEnv) -> dict[str, Any] | None:
+    """The view that environments show; None where they do not tell, or show several."""
+    if not env.has_attr("camera_view"):
+        return None
+    views = env.get_attr("camera_view")
+    return views[0] if all(same_view(view, views[0]) for view in views) else None
+
+
+def same_view(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two views show the same, whatever the name of their window."""
+    windows = resolve_crop(one["crop"]), resolve_crop(other["crop"])
+    return one["camera"] == other["camera"] and max(abs(a - b) for a, b in zip(*windows, strict=True)) < 1e-6
+
+
+def described(view: Mapping[str, Any]) -> str:
+    """A view in words."""
+    window = resolve_crop(view["crop"])
+    name = next((name for name, known in CROPS.items() if known == window), list(window))
+    return f"camera={view['camera']} with crop={name}"
+
+
+def settled_view(source: object, said: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The view to show to a checkpoint's model: as it is given, else as the checkpoint says.
+
+    It warns where the two differ, and where neither says anything; the environment's default is shown then.
+
+    :param source: the checkpoint, for the message.
+    :param said: its note ``view``.
+    :param given: ``camera``, ``crop`` or both, by whoever uses it.
+    :return: None where neither says anything.
+    """
+    known = known_view(said)
+    if not given:
+        if known is None:
+            warn_once(
+                f"Checkpoint {source} does not say which view its model was trained on; {described(FULL_VIEW)} is "
+                "taken. Give crop and camera, such as crop=workspace, if it was another"
+            )
+        return known
+    view = {**(known or FULL_VIEW), **given}
+    if known is not None:
+        warn_of_another_view(known, view)
+    return view
+
+
+def view_of_data(source: object, said: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """What demonstrations say of their view, with what they do not say as it is given.
+
+    :param source: the dataset, for the message.
+    :param said: such as :attr:`sb3_vla.demonstrations.Demonstrations.camera`.
+    :param given: ``camera``, ``crop`` or both.
+    :raises ValueError: if it is given otherwise than the data say, whose pictures are what they are.
+    """
+    known = known_view(said)
+    if given and known is not None and not same_view(known, {**known, **given}):
+        raise InputError(
+            f"{source} was recorded with {described(known)}, but {described({**known, **given})} is given; leave "
+            "camera and crop out"
+        )
+    return {**said, **((known or {**FULL_VIEW, **given}) if given else {})}
+
+
+def warn_of_another_view(
+    learned: Mapping[str, Any], shown: Mapping[str, Any], what: str = "The policy was trained on"
+) -> None:
+    """Warn if a policy is shown another view than that of what it learned from.
+
+    :param what: what that was, the beginning of the message.
+    """
+    if not same_view(learned, shown):
+        warn_once(
+            f"{what} {described(learned)}, but the policy is shown {described(shown)}, where it acts worse or fails. "
+            "Choose one view for both; where camera and crop are left out, they are those that the policy knows"
+        )
+
+
+def warn_once(message: str) -> None:
+    """Warn, of several ranks on the first alone."""
+    if current_ranks().leads:
+        warnings.warn(message, stacklevel=3)
