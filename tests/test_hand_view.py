@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 import pytest
 from PIL import Image
+from toy import TINY, stir
 
 from mw_envs.env import CAMERAS, MetaWorldEnv
 from mw_envs.hand_view import CARRIED, STANDING, HandView
 from mw_envs.rendering import View, get_renderer, renderer_available, resolve_crop
 from mw_envs.scene import acquire_simulator, release_simulator
 from mw_envs.tasks import Trial
+from sb3_vla import PPO
+from sb3_vla.demonstrations import Demonstrations, DemonstrationWriter, Episode
+from sb3_vla.evaluation import seen_by
+from sb3_vla.lerobot_writer import ImageStorage
+from sb3_vla.policies import load_policy
+from sb3_vla.sft import DemonstrationBatches, SFTConfig, sft
 
 
 def played(seed: int = 0, steps: int = 6, **options: Any) -> list[dict[str, Any]]:
@@ -160,3 +168,106 @@ def test_the_environment_declares_it() -> None:
 def test_bad_options(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         MetaWorldEnv("MT10", **options)
+
+
+# --- through the chain ------------------------------------------------------------------------------------------------
+
+SMALL = HandView(32, 2 / 3)  # of full pictures of 48 pixels
+
+
+def episode(shape: int, hand: bool, length: int = 6) -> Episode:
+    generator = np.random.default_rng(length)
+
+    def pictures(side: int) -> np.ndarray:
+        return generator.integers(0, 256, (length, side, side, 3), dtype=np.uint8)
+
+    states = np.tile(np.float32([0.05, 0.6, 0.2, 1.0]), (length, 1))
+    states[:, 0] += np.linspace(0, 0.2, length)
+    return Episode(
+        trial=Trial("reach-v3", 0, 3),
+        images=pictures(shape),
+        states=states.astype(np.float32),
+        environment_states=np.zeros((length, 39), np.float32),
+        actions=generator.uniform(-1, 1, (length, 4)).astype(np.float32),
+        rewards=np.zeros(length, np.float32),
+        successes=np.arange(length) == length - 1,
+        hand_images=pictures(SMALL.size) if hand else None,
+    )
+
+
+def write(folder: Path, one: Episode, storage: ImageStorage = "png", **camera: Any) -> Path:
+    height, width = np.shape(one.images)[1:3]
+    hand = None if one.hand_images is None else (SMALL.size, SMALL.size, 3)
+    if hand is not None:
+        camera["hand_view"] = asdict(SMALL)
+    shape = (height, width, 3)
+    with DemonstrationWriter(
+        folder, image_shape=shape, hand_shape=hand, image_storage=storage, camera=camera
+    ) as writer:
+        writer.add_episode(one)
+        writer.add_episode(one)
+    return folder
+
+
+def test_a_dataset_holds_it_as_a_feature(tmp_path: Path) -> None:
+    one = episode(40, hand=True)
+    data = Demonstrations.load(write(tmp_path / "png", one))
+    assert data.hand_images is not None and data.camera["hand_view"] == asdict(SMALL)
+    np.testing.assert_array_equal(data.hand_images, np.concatenate([one.hand_images, one.hand_images]))
+    video = Demonstrations.load(write(tmp_path / "mp4", one, "mp4"))
+    assert video.hand_images is not None and video.hand_images.shape == data.hand_images.shape
+    assert Demonstrations.load(tmp_path / "png", hand_view=SMALL).hand_images is not None
+    with pytest.raises(ValueError, match=r"was recorded with hand_view=.*'size': 32.*HandView\(size=48"):
+        Demonstrations.load(tmp_path / "png", hand_view=HandView(48))
+
+
+def test_it_is_cut_from_full_views_while_loading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sb3_vla.demonstrations._CUT_FRAMES", 5)
+    one = episode(48, hand=False)
+    folder = write(tmp_path / "full", one)
+    assert Demonstrations.load(folder).hand_images is None
+    data = Demonstrations.load(folder, image_size=32, hand_view=SMALL)
+    expected = SMALL.cut(np.concatenate([one.images, one.images]), "corner2", np.concatenate([one.states] * 2))
+    np.testing.assert_array_equal(data.hand_images, expected)
+    assert data.images.shape == (12, 32, 32, 3) and data.camera["hand_view"] == asdict(SMALL)
+    with pytest.raises(ValueError, match="pictures of crop=workspace, from which no hand view is cut"):
+        Demonstrations.load(write(tmp_path / "crop", one, crop="workspace"), hand_view=SMALL)
+
+
+def test_imitation_reads_it_and_ppo_goes_on(tmp_path: Path) -> None:
+    data = Demonstrations.load(write(tmp_path / "data", episode(32, hand=True), camera="corner2", crop=None))
+    config = SFTConfig(steps=1, batch_size=4, model_kwargs=TINY, action_horizon=2)
+    sft(data, config, output=tmp_path / "sft", progress=False)
+    policy = load_policy(tmp_path / "sft")
+    assert policy.model.hand_view == SMALL
+    stir(policy.model)
+    options = {"image_size": 32, "hand_view": 32, "hand_window": 2 / 3, "action_chunk": 2, "horizon": 4}
+    assert seen_by(policy).items() >= {"hand_view": 32, "hand_window": 2 / 3, "hand_border": "shift"}.items()
+    env = gym.make("mw_envs:MetaWorldMT1-v0", task="reach-v3", **options)
+    observation, _ = env.reset(seed=0)
+    action, _ = policy.predict(observation, deterministic=True)
+    other, _ = policy.predict({**observation, "hand_image": 255 - observation["hand_image"]}, deterministic=True)
+    turned = {**observation, "hand_image": observation["hand_image"].transpose(2, 0, 1)}
+    assert not np.array_equal(action, other)
+    np.testing.assert_array_equal(policy.predict(turned, deterministic=True)[0], action)
+    without = {key: value for key, value in observation.items() if key != "hand_image"}
+    with pytest.raises(ValueError, match="The observation has no hand_image"):
+        policy.predict(without)
+    kwargs = {"checkpoint": str(tmp_path / "sft"), "cache_perception": False}
+    rehearsal = DemonstrationBatches(data, None, 2, 1, 0)
+    algorithm = PPO("VLAPolicy", env, n_steps=4, batch_size=4, policy_kwargs=kwargs, rehearsal=rehearsal, device="cpu")
+    algorithm.learn(4)
+    assert algorithm.rollout_buffer.observations["hand_image"].shape[2:] == (3, 32, 32)  # type: ignore[attr-defined]
+    with pytest.raises(
+        ValueError, match=r"the environment has none\. Make it with hand_view=32, hand_window=0\.666667"
+    ):
+        PPO("VLAPolicy", gym.make(env.spec, hand_view=None), policy_kwargs=kwargs)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"The model reads the hand view .*; the demonstrations have none"):
+        sft(replace(data, hand_images=None, camera={}), SFTConfig(steps=1, checkpoint=str(tmp_path / "sft")))
+
+
+def test_a_new_policy_reads_the_hand_view_that_the_environment_draws() -> None:
+    env = gym.make("mw_envs:MetaWorldMT1-v0", task="reach-v3", image_size=32, hand_view=48)
+    algorithm = PPO("VLAPolicy", env, n_steps=2, batch_size=2, policy_kwargs={"model_kwargs": TINY}, device="cpu")
+    assert algorithm.policy.model.hand_view == HandView(48)
+    algorithm.learn(2)
