@@ -12,7 +12,8 @@ import numpy.typing as npt
 from gymnasium import spaces
 
 from mw_envs.errors import InputError
-from mw_envs.rendering import RENDERERS, View, get_renderer, resolve_crop
+from mw_envs.hand_view import DEFAULT_WINDOW, HandView
+from mw_envs.rendering import FULL_VIEW, RENDERERS, View, get_renderer, resolve_crop
 from mw_envs.scene import Simulator, acquire_simulator, release_simulator
 from mw_envs.tasks import (
     GOALS_PER_TASK,
@@ -45,8 +46,9 @@ class MetaWorldEnv(gym.Env[dict[str, Any], npt.NDArray[np.float32]]):
 
     **Observation** (``Dict``): ``image`` uint8 (H, W, 3); ``state`` float32 (4,), the hand's x, y, z in metres and the
     gripper's opening 0..1; ``instruction`` uint8 (instruction_bytes,), zero-padded UTF-8
-    (:func:`mw_envs.decode_instruction`); with ``privileged_state`` also MetaWorld's own vector with the goal, float32
-    (39,).
+    (:func:`mw_envs.decode_instruction`); with ``hand_view`` also ``hand_image`` uint8 (hand_view, hand_view, 3), a
+    window of the same camera's view around the hand; with ``privileged_state`` also MetaWorld's own vector with the
+    goal, float32 (39,).
 
     **Action**: ``Box(-1, 1, (4,))``, three displacements of the hand (1 is a centimetre) and the gripper (-1 opens, 1
     closes); with ``action_chunk=k > 1`` ``Box(-1, 1, (k, 4))``, of which a step runs as many as the episode lasts and
@@ -82,6 +84,10 @@ class MetaWorldEnv(gym.Env[dict[str, Any], npt.NDArray[np.float32]]):
     :param instruction_bytes: length of the observation's ``instruction``.
     :param camera: a camera of MetaWorld's; ``corner2`` stands where the published data has it.
     :param crop: window of the view, a name in :data:`mw_envs.rendering.CROPS` or (top, left, height, width).
+    :param hand_view: side of ``hand_image`` in pixels, see :class:`mw_envs.hand_view.HandView`; None for no such image.
+    :param hand_window: side of its window as a fraction of the camera's full view, whatever ``crop`` is.
+    :param hand_border: ``shift`` moves a window that reaches beyond the view back inside, ``black`` leaves black what
+        lies outside.
     :param renderer: ``auto``, ``software``, ``egl`` or ``osmesa``; see :func:`mw_envs.rendering.get_renderer`.
     :param privileged_state: whether the observation holds the simulator's state, for a critic or a scripted expert.
     :param elapsed_time: whether the observation holds ``elapsed_time``, float32 (1,), the share of the horizon that has
@@ -112,6 +118,9 @@ class MetaWorldEnv(gym.Env[dict[str, Any], npt.NDArray[np.float32]]):
         instruction_bytes: int = INSTRUCTION_BYTES,
         camera: str = "corner2",
         crop: str | Sequence[float] | None = None,
+        hand_view: int | None = None,
+        hand_window: float = DEFAULT_WINDOW,
+        hand_border: str = "shift",
         renderer: str = "auto",
         privileged_state: bool = False,
         elapsed_time: bool = False,
@@ -140,6 +149,7 @@ class MetaWorldEnv(gym.Env[dict[str, Any], npt.NDArray[np.float32]]):
             camera in _TURNED_CAMERAS,
         )
         self._render_view = View(camera, _RENDER_SIZE, _RENDER_SIZE, rotated=self._view.rotated)
+        self._hand = None if hand_view is None else HandView(hand_view, hand_window, hand_border)
         self._renderer = _one_of("renderer", renderer, RENDERERS)
         self.record_frames = _flag("record_frames", record_frames)
         if render_mode not in (None, "rgb_array"):
@@ -151,6 +161,8 @@ class MetaWorldEnv(gym.Env[dict[str, Any], npt.NDArray[np.float32]]):
             "state": spaces.Box(_STATE_LOW, _STATE_HIGH, dtype=np.float32),
             "instruction": spaces.Box(0, 255, (self.instruction_bytes,), np.uint8),
         }
+        if self._hand is not None:
+            observation["hand_image"] = spaces.Box(0, 255, (self._hand.size, self._hand.size, 3), np.uint8)
         if _flag("privileged_state", privileged_state):
             observation["privileged_state"] = spaces.Box(-_PRIVILEGED_LIMIT, _PRIVILEGED_LIMIT, (39,), np.float32)
         if _flag("elapsed_time", elapsed_time):
@@ -381,6 +393,8 @@ class MetaWorldEnv(gym.Env[dict[str, Any], npt.NDArray[np.float32]]):
             "state": np.clip(metaworld[:4], _STATE_LOW, _STATE_HIGH),
             "instruction": encode_instruction(TASKS[self._trial.task].instruction, self.instruction_bytes),
         }
+        if self._hand is not None:
+            observation["hand_image"] = self._draw_hand(self._hand, observation)
         if "privileged_state" in self._observed:
             observation["privileged_state"] = np.clip(metaworld, -_PRIVILEGED_LIMIT, _PRIVILEGED_LIMIT)
         if "elapsed_time" in self._observed:
@@ -391,6 +405,17 @@ class MetaWorldEnv(gym.Env[dict[str, Any], npt.NDArray[np.float32]]):
         assert self._simulator is not None
         simulator = self._simulator
         return get_renderer(self._renderer).render(simulator.model, simulator.data, view, simulator.scene)
+
+    def _draw_hand(self, hand: HandView, observation: Mapping[str, npt.NDArray[Any]]) -> npt.NDArray[np.uint8]:
+        view, side = self._view, hand.resolution
+        if view.crop == FULL_VIEW and (view.height, view.width) == (side, side):  # it is in the picture already
+            return hand.cut(observation["image"][None], view.camera, observation["state"][None])[0]
+        part, (down, right) = hand.inside(*hand.corner(view.camera, observation["state"]))
+        window = np.zeros((hand.size, hand.size, 3), np.uint8)
+        if min(part[2:]) > 0:
+            drawn = self._draw(View(view.camera, side, side, rotated=view.rotated, part=part))
+            window[down : down + part[2], right : right + part[3]] = drawn
+        return window
 
     def _info(self, env_steps: int) -> dict[str, Any]:
         assert self._trial is not None

@@ -42,6 +42,7 @@ class CollectCommand:
     :param episodes_per_task: successful episodes to keep.
     :param image_size: side of the pictures.
     :param crop: window of the view: ``workspace``, or ``full``.
+    :param hand_view: side of the pictures of the hand view, which a model of one's own reads as well; None for none.
     :param noise_std: of the pushes that lead the expert off its path.
     :param image_storage: ``png`` or ``mp4``.
     :param seed: of the trials.
@@ -55,6 +56,7 @@ class CollectCommand:
     episodes_per_task: int = 20
     image_size: int = 96
     crop: str = "workspace"
+    hand_view: int | None = None
     noise_std: float = 0.5
     image_storage: str = "png"
     seed: int = 0

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import multiprocessing
 import pickle
 import signal
@@ -24,6 +25,7 @@ import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from mw_envs.experts import ScriptedExpert
+from mw_envs.hand_view import DEFAULT_WINDOW, HandView
 from mw_envs.tasks import GOALS_PER_TASK, Trial, get_task, select_tasks
 from sb3_vla.errors import FailedError, InputError, file_errors
 from sb3_vla.lerobot_writer import DemonstrationWriter, Episode, ImageStorage, encode_png
@@ -106,6 +108,8 @@ def collect(
     episodes_per_task: int = 10,
     image_size: int = 96,
     crop: str | Sequence[float] | None = "workspace",
+    hand_view: int | None = None,
+    hand_window: float = DEFAULT_WINDOW,
     horizon: int = 200,
     noise_std: float = 0.0,
     noise_probability: float = 0.05,
@@ -139,6 +143,8 @@ def collect(
     :param episodes_per_task: Successful episodes wanted of each task.
     :param image_size: Side of the square pictures, pixels.
     :param crop: Window of the camera's view, a name or (top, left, height, width) in fractions; None for all of it.
+    :param hand_view: Side of the pictures of the hand view, a feature of its own; None for none.
+    :param hand_window: Side of its window as a fraction of the camera's view.
     :param horizon: Steps after which an attempt has failed. More than the 160 of the usual evaluation, because the
         experts of a few tasks need about that many, and a tight limit would keep their easiest goals only.
     :param noise_std: Standard deviation of the bursts' displacement, in action units; 0 for none.
@@ -179,6 +185,8 @@ def collect(
             "renderer": renderer,
             "camera": camera,
             "settle_steps": settle_steps,
+            "hand_view": hand_view,
+            "hand_window": hand_window,
         },
         noise_std=noise_std,
         noise_probability=noise_probability,
@@ -189,12 +197,20 @@ def collect(
     limit = max(10, int(np.ceil(episodes_per_task * max_attempts_factor)))
     schedule = _Schedule(names, episodes_per_task, limit, horizon)
     begin = time.perf_counter()
-    view = {"camera": camera, "crop": crop if crop is None or isinstance(crop, str) else list(crop)}
+    view: dict[str, Any] = {"camera": camera, "crop": crop if crop is None or isinstance(crop, str) else list(crop)}
     shape = (image_size, image_size, 3)
+    if hand_view is not None:
+        view["hand_view"] = dataclasses.asdict(HandView(hand_view, hand_window))
+    hand_shape = None if hand_view is None else (hand_view, hand_view, 3)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with (
         DemonstrationWriter(
-            root, image_shape=shape, image_storage=image_storage, camera=view, overwrite=overwrite
+            root,
+            image_shape=shape,
+            image_storage=image_storage,
+            camera=view,
+            hand_shape=hand_shape,
+            overwrite=overwrite,
         ) as writer,
         _Workers(min(num_workers, len(names) * episodes_per_task), settings, start_method) as workers,
         Progress(*columns, TimeRemainingColumn(), disable=not progress) as bar,
@@ -460,12 +476,16 @@ def _play(env: gym.Env, settings: _WorkerSettings, job: _Job) -> _Outcome:
     # One generator an attempt: what happens does not depend on which worker plays it, or when.
     noise = _noise(np.random.default_rng((settings.seed, get_task(job.task).task_id, job.attempt)), settings)
     expert = ScriptedExpert(job.task)
-    images, states, environment_states, actions, rewards, successes = [], [], [], [], [], []
+    images: list[Any] = []
+    hand_images: list[Any] = []
+    states, environment_states, actions, rewards, successes = [], [], [], [], []
     observation, _ = env.reset(options=trial._asdict())
     ended = False
     while not ended:
         action = np.clip(expert.action(observation["privileged_state"]), -1.0, 1.0)
-        images.append(encode_png(observation["image"]) if settings.encode else observation["image"])
+        for key, kept in (("image", images), ("hand_image", hand_images)):
+            if key in observation:
+                kept.append(encode_png(observation[key]) if settings.encode else observation[key])
         states.append(observation["state"])
         environment_states.append(observation["privileged_state"])
         actions.append(action)
@@ -483,6 +503,7 @@ def _play(env: gym.Env, settings: _WorkerSettings, job: _Job) -> _Outcome:
             actions=np.stack(actions),
             rewards=np.array(rewards, dtype=np.float32),
             successes=np.array(successes),
+            hand_images=(hand_images if settings.encode else np.stack(hand_images)) if hand_images else None,
         )
     return _Outcome(job, episode, len(actions), time.perf_counter() - begin)
 

@@ -12,6 +12,7 @@ Letters: N frames, E episodes, B frames of a batch, H x W pixels, S state and A 
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import logging
 import math
@@ -25,16 +26,20 @@ from typing import Any
 
 import numpy as np
 
+from mw_envs.hand_view import HandView
+from mw_envs.rendering import FULL_VIEW
 from mw_envs.tasks import INSTRUCTION_BYTES, TASKS, Trial, did_you_mean, encode_instruction
 from sb3_vla.collecting import CollectReport, TaskReport, collect
 from sb3_vla.errors import InputError
-from sb3_vla.lerobot_reader import ACTION, IMAGE, STATE, LeRobotReader
+from sb3_vla.lerobot_reader import ACTION, HAND_IMAGE, IMAGE, STATE, LeRobotReader
 from sb3_vla.lerobot_writer import DemonstrationWriter, Episode
 from sb3_vla.machine import available_memory
 
 __all__ = ["CollectReport", "DemonstrationWriter", "Demonstrations", "Episode", "TaskReport", "collect"]
 
 _log = logging.getLogger(__name__)
+# Full views that are in memory at a time while hand views are cut from them.
+_CUT_FRAMES = 256
 _SMALLEST_STD = np.float32(1e-2)
 
 
@@ -59,6 +64,8 @@ class Demonstrations:
     :param camera: How the pictures were taken, as far as the dataset says (``camera``, ``crop``, ...); where they were
         brought to another size, also from which (``render_size``), and how (``resize``).
     :param instruction_bytes: Bytes that a sentence may have, and to which a model's are padded.
+    :param hand_images: uint8 ``(N, size, size, 3)``, the hand view, of which ``camera["hand_view"]`` tells the window;
+        None where there is none.
     """
 
     images: np.ndarray
@@ -74,6 +81,7 @@ class Demonstrations:
     trials: list[Trial | None]
     camera: dict[str, Any]
     instruction_bytes: int = INSTRUCTION_BYTES
+    hand_images: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.actions)
@@ -87,6 +95,7 @@ class Demonstrations:
         image_size: int | None = None,
         rename: Mapping[str, str] | None = None,
         instruction_bytes: int = INSTRUCTION_BYTES,
+        hand_view: HandView | None = None,
     ) -> Demonstrations:
         """Load a LeRobot dataset v3.0 with pictures as PNG or as video.
 
@@ -100,6 +109,8 @@ class Demonstrations:
             is trained on them is then shown what the environment draws at their own size, brought to this one alike.
         :param rename: The dataset's feature name -> ours, e.g. ``{"observation.images.camera1": "observation.image"}``.
         :param instruction_bytes: Bytes of UTF-8 that a sentence may have.
+        :param hand_view: The hand view to have. A dataset that was recorded with one has it in any case; from one of
+            full views, such as the published ``lerobot/metaworld_mt50``, it is cut while loading.
         :raises FileNotFoundError: If the folder or one of its files is missing.
         :raises ValueError: If the dataset has another version, lacks a feature, is empty or damaged, does not have a
             requested task, has a longer sentence, or does not fit in memory, or ranks have no room for their file.
@@ -145,6 +156,18 @@ class Demonstrations:
         instructions = list(dict.fromkeys(spoken.values()))
         index = {number: instructions.index(sentence) for number, sentence in spoken.items()}
         ends = np.cumsum(lengths[kept])
+        view = _view(reader, image_size)
+        hand_images = None
+        if HAND_IMAGE in reader.features:
+            hand_images = _images(reader, rows, None, HAND_IMAGE)
+            recorded = view.get("hand_view")
+            if hand_view is not None and recorded != dataclasses.asdict(hand_view):
+                raise InputError(
+                    f"{root} was recorded with hand_view={recorded}, but {hand_view} is asked for; leave it out"
+                )
+        elif hand_view is not None:
+            hand_images = _cut_hand_images(reader, rows, states, view, hand_view)
+            view["hand_view"] = dataclasses.asdict(hand_view)
         return cls(
             images=_images(reader, rows, image_size),
             states=states,
@@ -157,8 +180,9 @@ class Demonstrations:
             episode_starts=ends - lengths[kept],
             episode_ends=ends,
             trials=[_trial(reader.episodes[i]) for i in kept],
-            camera=_view(reader, image_size),
+            camera=view,
             instruction_bytes=instruction_bytes,
+            hand_images=hand_images,
         )
 
     def action_chunks(self, indices: np.ndarray, horizon: int) -> tuple[np.ndarray, np.ndarray]:
@@ -285,24 +309,48 @@ def _trial(episode: Mapping[str, Any]) -> Trial | None:
     return Trial(task, int(episode["trial/seed"]), int(episode["trial/goal"])) if isinstance(task, str) else None
 
 
-def _images(reader: LeRobotReader, rows: np.ndarray, size: int | None) -> np.ndarray:
+def _cut_hand_images(
+    reader: LeRobotReader, rows: np.ndarray, states: np.ndarray, view: Mapping[str, Any], hand: HandView
+) -> np.ndarray:
+    """The hand view of frames whose pictures are of the full view; where the dataset does not say its camera, the
+    published one's."""
+    crop, camera = view.get("crop"), view.get("camera", "corner2")
+    if crop not in (None, "full") and tuple(crop) != FULL_VIEW:
+        raise InputError(
+            f"{reader.root} holds pictures of crop={crop}, from which no hand view is cut; record it with "
+            f"hand_view={hand.size}"
+        )
+    cut = [
+        hand.cut(reader.images(rows[first : first + _CUT_FRAMES]), camera, states[first : first + _CUT_FRAMES])
+        for first in range(0, len(rows), _CUT_FRAMES)
+    ]
+    return np.concatenate(cut)
+
+
+def _images(reader: LeRobotReader, rows: np.ndarray, size: int | None, feature: str = IMAGE) -> np.ndarray:
     """Pictures of frames, once for all ranks of a machine that ask for the same."""
     from sb3_vla.distributed import current_ranks  # imports torch, which takes seconds and which reading needs not
 
     ranks = current_ranks()
-    wanted = (socket.gethostname(), str(reader.root.resolve()), size, hashlib.sha256(rows.tobytes()).hexdigest())
+    wanted = (
+        socket.gethostname(),
+        str(reader.root.resolve()),
+        feature,
+        size,
+        hashlib.sha256(rows.tobytes()).hexdigest(),
+    )
     asked = ranks.gather(wanted)
     first = asked.index(wanted)
     file: Path | None = None
     images: np.ndarray | None = None
     error: Exception | None = None
-    shape = (len(rows), *((size, size) if size is not None else reader.image_shape()), 3)
+    shape = (len(rows), *((size, size) if size is not None else reader.image_shape(feature)), 3)
     try:
         if ranks.rank == first:
             try:
                 if asked.count(wanted) > 1:
                     file, images = _shared_array(shape)
-                images = reader.images(rows, size, images)
+                images = reader.images(rows, size, images, feature)
                 images.setflags(write=file is None)  # what is shared nobody may change
             except Exception as raised:  # the others shall not wait for pictures that do not come
                 error = raised
@@ -344,6 +392,8 @@ def _shared_array(shape: tuple[int, ...]) -> tuple[Path, np.ndarray]:
 def _check_memory(root: str | Path, reader: LeRobotReader, frames: int, image_size: int | None) -> None:
     height, width = (image_size, image_size) if image_size is not None else reader.image_shape()
     needed, free = frames * height * width * 3, available_memory()
+    if HAND_IMAGE in reader.features:
+        needed += frames * math.prod(reader.image_shape(HAND_IMAGE)) * 3
     if needed <= free:
         return
     fitting = [size for size in (224, 128, 96, 64) if size < min(height, width) and frames * size * size * 3 <= free]

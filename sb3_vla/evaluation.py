@@ -37,6 +37,7 @@ from mw_envs import Trial, suite_tasks
 from mw_envs.tasks import GOALS_PER_TASK, select_tasks
 from sb3_vla.distributed import current_ranks
 from sb3_vla.errors import InputError
+from sb3_vla.models import VLAModel
 from sb3_vla.policies import CRITIC_KEYS, VLAPolicy
 from sb3_vla.results import (
     PROTOCOLS,
@@ -61,7 +62,15 @@ from sb3_vla.trial_envs import (
 )
 from sb3_vla.vec_env import SharedMemoryVecEnv
 from sb3_vla.videos import temporary_path
-from sb3_vla.views import FULL_VIEW, described, known_view, view_of_envs, warn_of_another_view, warn_once
+from sb3_vla.views import (
+    FULL_VIEW,
+    described,
+    hand_options,
+    known_view,
+    view_of_envs,
+    warn_of_another_view,
+    warn_once,
+)
 
 __all__ = [
     "PROTOCOLS",
@@ -236,6 +245,9 @@ def seen_by(policy: Policy, env_kwargs: Mapping[str, Any] | None = None) -> dict
         height, width = shape[:2] if shape[2] == 3 else shape[1:]
         seen["image_size"] = height if height == width else [height, width]
     seen.update({key: True for key in CRITIC_KEYS if key in observed})
+    model = getattr(getattr(policy, "policy", policy), "model", None)
+    if isinstance(model, VLAModel):
+        seen.update(hand_options(model))
     return {**seen, **(env_kwargs or {})}
 
 

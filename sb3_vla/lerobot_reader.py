@@ -29,6 +29,7 @@ from sb3_vla.paths import local_path
 
 VERSION = "v3.0"
 IMAGE = "observation.image"
+HAND_IMAGE = "observation.hand_image"
 STATE = "observation.state"
 ENVIRONMENT_STATE = "observation.environment_state"
 ACTION = "action"
@@ -85,11 +86,13 @@ class LeRobotReader:
             message += " If one of these is meant, pass rename={its name: the missing name}."
         raise InputError(message)
 
-    def image_shape(self) -> tuple[int, int]:
-        """Height and width of the stored pictures."""
-        shape = self.features[IMAGE]["shape"]
+    def image_shape(self, feature: str = IMAGE) -> tuple[int, int]:
+        """Height and width of a feature's stored pictures."""
+        shape = self.features[feature]["shape"]
         if len(shape) != 3:
-            raise InputError(f"meta/info.json of {self.root} says that {IMAGE} has the shape {shape}; expected 3 axes.")
+            raise InputError(
+                f"meta/info.json of {self.root} says that {feature} has the shape {shape}; expected 3 axes."
+            )
         # Both orders are in use: (3, H, W) in the published dataset, (H, W, 3) in LeRobot's recordings.
         last = shape[2] in _CHANNELS and shape[0] not in _CHANNELS
         return (shape[0], shape[1]) if last else (shape[1], shape[2])
@@ -101,19 +104,22 @@ class LeRobotReader:
         """
         return {name: values[self._stored_rows] for name, values in self._stored_columns(names).items()}
 
-    def images(self, frames: np.ndarray, size: int | None = None, out: np.ndarray | None = None) -> np.ndarray:
+    def images(
+        self, frames: np.ndarray, size: int | None = None, out: np.ndarray | None = None, feature: str = IMAGE
+    ) -> np.ndarray:
         """Decode pictures.
 
         :param frames: Numbers of the frames, as :meth:`columns` has them.
         :param size: Shrink or stretch every picture to ``size x size`` while decoding; None keeps them.
         :param out: array to decode into, of what is returned; None for a new one.
+        :param feature: whose pictures.
         :return: uint8 ``(len(frames), H, W, 3)``; see :func:`decode_picture`.
         :raises ValueError: If a file is damaged or lacks a picture; the message names it.
         """
-        height, width = (size, size) if size is not None else self.image_shape()
+        height, width = (size, size) if size is not None else self.image_shape(feature)
         images = np.empty((len(frames), height, width, 3), dtype=np.uint8) if out is None else out
-        decode = self._decode_videos if self.features[IMAGE]["dtype"] == "video" else self._decode_images
-        for position, image in decode(frames, size):
+        decode = self._decode_videos if self.features[feature]["dtype"] == "video" else self._decode_images
+        for position, image in decode(feature, frames, size):
             if image.shape != images.shape[1:]:
                 raise InputError(
                     f"Frame {frames[position]} of {self.root} has {image.shape[0]}x{image.shape[1]} pixels, but "
@@ -216,10 +222,10 @@ class LeRobotReader:
                 episodes += pq.read_table(path, columns=names).to_pylist()
         whole, needed = ["episode_index", "length", "data/chunk_index", "data/file_index"], []
         for name, feature in self.features.items():
-            if name == IMAGE and feature["dtype"] == "video":
-                key = self._stored_names[IMAGE]
+            if name in (IMAGE, HAND_IMAGE) and feature["dtype"] == "video":
+                key = self._stored_names[name]
                 whole += [f"videos/{key}/{item}" for item in ("chunk_index", "file_index")]
-                needed = [f"videos/{key}/from_timestamp"]
+                needed.append(f"videos/{key}/from_timestamp")
         missing = [name for name in (*whole, *needed) if episodes and name not in episodes[0]]
         if missing:
             raise InputError(f"meta/episodes of {self.root} lacks the columns {', '.join(missing)}.")
@@ -250,8 +256,8 @@ class LeRobotReader:
                 files.append((path, pq.read_metadata(path).num_rows))
         return files
 
-    def _decode_images(self, frames: np.ndarray, size: int | None) -> Iterator[tuple[int, np.ndarray]]:
-        key = self._stored_names[IMAGE]
+    def _decode_images(self, feature: str, frames: np.ndarray, size: int | None) -> Iterator[tuple[int, np.ndarray]]:
+        key = self._stored_names[feature]
         stored = self._stored_rows[frames]
         positions = np.argsort(stored)
         rows = stored[positions]
@@ -285,8 +291,8 @@ class LeRobotReader:
                             )
                         first = last
 
-    def _decode_videos(self, frames: np.ndarray, size: int | None) -> Iterator[tuple[int, np.ndarray]]:
-        key, fps = self._stored_names[IMAGE], self.info["fps"]
+    def _decode_videos(self, feature: str, frames: np.ndarray, size: int | None) -> Iterator[tuple[int, np.ndarray]]:
+        key, fps = self._stored_names[feature], self.info["fps"]
         wanted: dict[tuple[int, int], list[tuple[float, int]]] = {}  # video file -> (time in it, position in frames)
         for position, number in enumerate(np.searchsorted(self.starts, frames, side="right") - 1):
             episode = self.episodes[number]

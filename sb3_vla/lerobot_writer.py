@@ -36,7 +36,7 @@ from PIL import Image
 
 from mw_envs.tasks import Trial, get_task
 from sb3_vla.errors import InputError, InTheWayError, file_errors
-from sb3_vla.lerobot_reader import ACTION, ENVIRONMENT_STATE, IMAGE, STATE, VERSION, decode_picture
+from sb3_vla.lerobot_reader import ACTION, ENVIRONMENT_STATE, HAND_IMAGE, IMAGE, STATE, VERSION, decode_picture
 from sb3_vla.paths import begin_folder, entries, finish_folder, local_path
 
 ImageStorage = Literal["png", "mp4"]
@@ -83,6 +83,7 @@ class Episode:
     :param actions: float32 ``(T, 4)``, the action to imitate.
     :param rewards: float32 ``(T,)``, reward of step t.
     :param successes: bool ``(T,)``, whether step t ended in success.
+    :param hand_images: pictures of the hand view, as ``images``; None where the dataset has none.
     """
 
     trial: Trial
@@ -92,6 +93,7 @@ class Episode:
     actions: np.ndarray
     rewards: np.ndarray
     successes: np.ndarray
+    hand_images: np.ndarray | list[bytes] | None = None
 
     def __len__(self) -> int:
         return len(self.actions)
@@ -196,6 +198,7 @@ class DemonstrationWriter:
     :param image_storage: ``"png"`` keeps every pixel, inside the data files; ``"mp4"`` is smaller, but lossy.
     :param robot_type: Free text for ``info.json``.
     :param camera: How the pictures were taken (camera, crop, ...), stored with the image feature. JSON types only.
+    :param hand_shape: ``(H, W, 3)`` of the pictures of the hand view, where episodes have them.
     :param overwrite: Replace the dataset at ``root``, once the new one is complete. A folder that is no dataset is
         never replaced.
     :raises FileExistsError: If ``root`` exists and may not be replaced.
@@ -211,10 +214,11 @@ class DemonstrationWriter:
         image_storage: ImageStorage = "png",
         robot_type: str = "metaworld",
         camera: Mapping[str, Any] | None = None,
+        hand_shape: tuple[int, int, int] | None = None,
         overwrite: bool = False,
     ) -> None:
         self.root = local_path(root).resolve()
-        self.image_shape = tuple(image_shape)
+        self.shapes = {IMAGE: tuple(image_shape)} | ({} if hand_shape is None else {HAND_IMAGE: tuple(hand_shape)})
         self.fps = fps
         self.image_storage = image_storage
         self.robot_type = robot_type
@@ -224,24 +228,25 @@ class DemonstrationWriter:
             raise InputError(f"image_storage must be 'png' or 'mp4', got {image_storage!r}")
         if fps <= 0:
             raise InputError(f"fps must be positive, got {fps}")
-        if len(image_shape) != 3 or image_shape[2] != 3 or min(image_shape) < 1:
-            raise InputError(f"image_shape must be (height, width, 3), got {image_shape}")
-        if image_storage == "mp4" and (image_shape[0] % 2 or image_shape[1] % 2):
-            raise InputError(
-                f"Video needs an even height and width, got {image_shape[0]}x{image_shape[1]}. "
-                "Choose an even image size, or image_storage='png'."
-            )
+        for name, shape in (("image_shape", image_shape), ("hand_shape", hand_shape or image_shape)):
+            if len(shape) != 3 or shape[2] != 3 or min(shape) < 1:
+                raise InputError(f"{name} must be (height, width, 3), got {shape}")
+            if image_storage == "mp4" and (shape[0] % 2 or shape[1] % 2):
+                raise InputError(
+                    f"Video needs an even height and width, got {shape[0]}x{shape[1]}. "
+                    "Choose an even image size, or image_storage='png'."
+                )
         self._directory = begin_folder(self.root, self._check_destination)
         self._data_file = _FileNumber(0, 0)
         self._data_writer: pq.ParquetWriter | None = None
-        self._video_file = _FileNumber(0, 0)
-        self._video: _VideoFile | None = None
+        self._video_files = dict.fromkeys(self.shapes, _FileNumber(0, 0))
+        self._videos: dict[str, _VideoFile] = {}
         self._schema = self._make_schema()
         self._task_index: dict[str, int] = {}
         self._episodes: list[dict[str, Any]] = []
         self._frames = 0
         self._columns: dict[str, list[np.ndarray]] = {name: [] for name in _COLUMNS}
-        self._levels = np.zeros((3, 256), dtype=np.int64)
+        self._levels = {name: np.zeros((3, 256), dtype=np.int64) for name in self.shapes}
         self._sampled = 0
         self._open = True
 
@@ -290,17 +295,20 @@ class DemonstrationWriter:
             "trial/seed": episode.trial.seed,
             "trial/goal": episode.trial.goal,
         }
-        row |= self._write_data(columns, episode.images)
+        pictures = _pictures(episode)
+        row |= self._write_data(columns, pictures)
         if self.image_storage == "mp4":
-            row |= self._write_video(episode.images)
+            for name, images in pictures.items():
+                row |= self._write_video(name, images)
         row |= {"meta/episodes/chunk_index": 0, "meta/episodes/file_index": 0}
         for name, values in columns.items():
             self._columns[name].append(values)
             row |= {f"stats/{name}/{key}": value for key, value in _statistics(values).items()}
-        levels, sampled = self._sample_levels(episode.images)
-        self._levels += levels
+        for name, images in pictures.items():
+            levels, sampled = self._sample_levels(images)
+            self._levels[name] += levels
+            row |= {f"stats/{name}/{key}": value for key, value in _image_statistics(levels, sampled).items()}
         self._sampled += sampled
-        row |= {f"stats/{IMAGE}/{key}": value for key, value in _image_statistics(levels, sampled).items()}
         self._episodes.append(row)
         self._frames += length
 
@@ -362,12 +370,17 @@ class DemonstrationWriter:
             ("rewards", episode.rewards, (length,)),
             ("successes", episode.successes, (length,)),
         ]
-        if isinstance(episode.images, np.ndarray):
-            expected.append(("images", episode.images, (length, *self.image_shape)))
-        elif self.image_storage == "mp4":
-            raise InputError("image_storage='mp4' needs the episode's images as an array, got PNG pictures.")
-        elif len(episode.images) != length:
-            raise InputError(f"The episode has {length} actions but {len(episode.images)} images.")
+        pictures = _pictures(episode)
+        if pictures.keys() != self.shapes.keys():
+            raise InputError(f"The episode has {', '.join(pictures)}; expected {', '.join(self.shapes)}.")
+        for name, images in pictures.items():
+            told = "images" if name == IMAGE else "hand_images"
+            if isinstance(images, np.ndarray):
+                expected.append((told, images, (length, *self.shapes[name])))
+            elif self.image_storage == "mp4":
+                raise InputError(f"image_storage='mp4' needs the episode's {told} as an array, got PNG pictures.")
+            elif len(images) != length:
+                raise InputError(f"The episode has {length} actions but {len(images)} {told}.")
         for name, values, shape in expected:
             if np.shape(values) != shape:
                 raise InputError(f"The episode's {name} have shape {np.shape(values)}, expected {shape}.")
@@ -377,15 +390,20 @@ class DemonstrationWriter:
             name: {"dtype": dtype, "shape": list(shape), "names": names}
             for name, (dtype, shape, names) in _COLUMNS.items()
         }
-        height, width, channels = self.image_shape
-        image: dict[str, Any] = {
+        names = list(features)
+        position = names.index(ENVIRONMENT_STATE) + 1
+        pictures = {name: self._picture_feature(*shape) for name, shape in self.shapes.items()}
+        return {name: features[name] for name in names[:position]} | pictures | features
+
+    def _picture_feature(self, height: int, width: int, channels: int) -> dict[str, Any]:
+        feature: dict[str, Any] = {
             "dtype": "image" if self.image_storage == "png" else "video",
             "shape": [channels, height, width],
             "names": ["channels", "height", "width"],
             "info": {"camera": self.camera},
         }
         if self.image_storage == "mp4":
-            image["info"] |= {
+            feature["info"] |= {
                 "video.height": height,
                 "video.width": width,
                 "video.channels": channels,
@@ -395,16 +413,14 @@ class DemonstrationWriter:
                 "video.is_depth_map": False,
                 "has_audio": False,
             }
-        names = list(features)
-        position = names.index(ENVIRONMENT_STATE) + 1
-        return {name: features[name] for name in names[:position]} | {IMAGE: image} | features
+        return feature
 
     def _make_schema(self) -> pa.Schema:
         fields: list[pa.Field] = []
         # The same once more in the terms of Hugging Face's `datasets`, which looks for it in the file.
         described: dict[str, Any] = {}
         for name, feature in self._features().items():
-            if name == IMAGE:
+            if name in self.shapes:
                 if self.image_storage == "png":
                     fields.append(pa.field(name, pa.struct([("bytes", pa.binary()), ("path", pa.string())])))
                     described[name] = {"_type": "Image"}
@@ -415,12 +431,15 @@ class DemonstrationWriter:
             described[name] = value if size == 1 else {"_type": "Sequence", "feature": value, "length": size}
         return pa.schema(fields, metadata={"huggingface": json.dumps({"info": {"features": described}})})
 
-    def _write_data(self, columns: dict[str, np.ndarray], images: np.ndarray | list[bytes]) -> dict[str, int]:
+    def _write_data(
+        self, columns: dict[str, np.ndarray], pictures: Mapping[str, np.ndarray | list[bytes]]
+    ) -> dict[str, int]:
         arrays: list[pa.Array] = []
         for field in self._schema:
-            if field.name == IMAGE:
-                pictures = [encode_png(image) for image in images] if isinstance(images, np.ndarray) else images
-                arrays.append(pa.array([{"bytes": picture, "path": None} for picture in pictures], field.type))
+            if field.name in pictures:
+                images = pictures[field.name]
+                encoded = [encode_png(image) for image in images] if isinstance(images, np.ndarray) else images
+                arrays.append(pa.array([{"bytes": picture, "path": None} for picture in encoded], field.type))
             elif pa.types.is_fixed_size_list(field.type):
                 arrays.append(pa.FixedSizeListArray.from_arrays(columns[field.name].ravel(), field.type.list_size))
             else:
@@ -438,22 +457,23 @@ class DemonstrationWriter:
         self._data_writer.write_table(pa.Table.from_arrays(arrays, schema=self._schema))
         return {"data/chunk_index": self._data_file.chunk_index, "data/file_index": self._data_file.file_index}
 
-    def _write_video(self, images: np.ndarray | list[bytes]) -> dict[str, Any]:
-        if self._video is not None and self._video.bytes >= _VIDEO_FILE_MB * 2**20:
-            self._video.close()
-            self._video = None
-            self._video_file = self._video_file.next()
-        if self._video is None:
-            path = self._directory / _VIDEO_PATH.format(video_key=IMAGE, **self._video_file._asdict())
-            height, width, channels = self.image_shape
-            self._video = _VideoFile(path, self.fps, (height, width, channels))
-        start = self._video.frames
-        self._video.write(np.asarray(images))
+    def _write_video(self, name: str, images: np.ndarray | list[bytes]) -> dict[str, Any]:
+        if name in self._videos and self._videos[name].bytes >= _VIDEO_FILE_MB * 2**20:
+            self._videos.pop(name).close()
+            self._video_files[name] = self._video_files[name].next()
+        number = self._video_files[name]
+        if name not in self._videos:
+            path = self._directory / _VIDEO_PATH.format(video_key=name, **number._asdict())
+            height, width, channels = self.shapes[name]
+            self._videos[name] = _VideoFile(path, self.fps, (height, width, channels))
+        video = self._videos[name]
+        start = video.frames
+        video.write(np.asarray(images))
         return {
-            f"videos/{IMAGE}/chunk_index": self._video_file.chunk_index,
-            f"videos/{IMAGE}/file_index": self._video_file.file_index,
-            f"videos/{IMAGE}/from_timestamp": start / self.fps,
-            f"videos/{IMAGE}/to_timestamp": self._video.frames / self.fps,
+            f"videos/{name}/chunk_index": number.chunk_index,
+            f"videos/{name}/file_index": number.file_index,
+            f"videos/{name}/from_timestamp": start / self.fps,
+            f"videos/{name}/to_timestamp": video.frames / self.fps,
         }
 
     def _sample_levels(self, images: np.ndarray | list[bytes]) -> tuple[np.ndarray, int]:
@@ -466,9 +486,8 @@ class DemonstrationWriter:
         if self._data_writer is not None:
             self._data_writer.close()
             self._data_writer = None
-        if self._video is not None:
-            self._video.close()
-            self._video = None
+        while self._videos:
+            self._videos.popitem()[1].close()
 
     def _write_metadata(self) -> None:
         meta = self._directory / "meta"
@@ -477,7 +496,7 @@ class DemonstrationWriter:
         pq.write_table(pa.Table.from_pylist(self._episodes), episodes)
         pq.write_table(_tasks_table(self._task_index), meta / "tasks.parquet")
         statistics = {name: _statistics(np.concatenate(values)) for name, values in self._columns.items()}
-        statistics[IMAGE] = _image_statistics(self._levels, self._sampled)
+        statistics |= {name: _image_statistics(levels, self._sampled) for name, levels in self._levels.items()}
         _write_json(meta / "stats.json", statistics)
         info = {
             "codebase_version": VERSION,
@@ -495,6 +514,11 @@ class DemonstrationWriter:
             "features": self._features(),
         }
         _write_json(meta / "info.json", info)
+
+
+def _pictures(episode: Episode) -> dict[str, np.ndarray | list[bytes]]:
+    hand = {} if episode.hand_images is None else {HAND_IMAGE: episode.hand_images}
+    return {IMAGE: episode.images, **hand}
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -459,9 +459,12 @@ def _loss(model: VLAModel, observation: dict[str, Tensor], bf16: bool, denoising
 def _observation(model: VLAModel, count: int, fake: FakeTensorMode) -> dict[str, Tensor]:
     sentence = torch.from_numpy(np.array(encode_instruction(_SENTENCE)))
     with fake:
-        image = torch.empty((count, 3, *model.image_size), dtype=torch.uint8)
+        pictures = {"image": torch.empty((count, 3, *model.image_size), dtype=torch.uint8)}
+        if model.hand_view is not None:
+            size = model.hand_view.size
+            pictures["hand_image"] = torch.empty((count, 3, size, size), dtype=torch.uint8)
     return {
-        "image": image,
+        **pictures,
         "state": torch.zeros(count, int(model.config.get("state_dim", 4))),
         "instruction": sentence.expand(count, -1),
     }

@@ -199,6 +199,7 @@ def _collect(recipe: Recipe, suite: str, split: str) -> dict[str, Any]:
         "noise_std": recipe.data.noise_std,
         "image_size": recipe.data.image_size,
         "crop": recipe.data.crop,
+        "hand_view": recipe.data.hand_view,
         "seed": 100 * recipe.actor.seed,
         "num_workers": recipe.env.train.num_workers,
         "renderer": recipe.env.train.renderer,

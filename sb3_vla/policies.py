@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +36,8 @@ from sb3_vla.sharding import as_shards, in_shards, is_sharded
 from sb3_vla.views import known_view, settled_view
 
 MODEL_KEYS = ("image", "state", "instruction")
+#: what a model with a hand view reads as well
+HAND_KEY = "hand_image"
 #: observations that only the critic reads, where an environment gives them
 CRITIC_KEYS = ("privileged_state", "elapsed_time")
 RESIZES = ("model", "area")
@@ -50,7 +51,7 @@ COMPILING = "in its place give policy_kwargs=dict(compile={}), which compiles th
 _NORMALISED = 'Where VecNormalize made it that, name what it may change: VecNormalize(env, norm_obs_keys=["state"])'
 # What helps where an observation does not fit.
 _HINTS = {
-    "image": "; its channels may come first or last",
+    **dict.fromkeys(("image", HAND_KEY), "; its channels may come first or last"),
     "state": "",
     "instruction": "; mw_envs.encode_instruction makes one of a sentence",
     **dict.fromkeys(CRITIC_KEYS, ""),
@@ -181,10 +182,12 @@ class VLAPolicy(BasePolicy):
                 "action_horizon": self.action_chunk,
                 "state_dim": sizes["state"],
                 "image_size": _native_image_size(observation_space["image"], self._channels_first),
+                **_hand_options(model, observation_space),
                 **(model_kwargs or {}),
             }
             self.model = make_model(model, model_kwargs)
         self._check_model(action_dim)
+        self._check_hand_view()
         self._resize = "model" if resize is None else resize
         if self._resize not in RESIZES:
             raise InputError(f"Unknown resize={self._resize!r}; {did_you_mean(self._resize, RESIZES)}")
@@ -403,7 +406,7 @@ class VLAPolicy(BasePolicy):
                 'coherence="offset" is no diagonal Gaussian; use coherence="independent" with this algorithm'
             )
         assert isinstance(obs, dict)
-        with _twice_differentiable(self.model):
+        with sdpa_kernel(SDPBackend.MATH):  # trust regions need second derivatives, which fused attention has not
             context = self.model.encode(self.prepare(obs))
             mean, std = self.distribution.transition(self.model, context, {})
         gaussian = DiagGaussianDistribution(mean[0].numel())
@@ -424,6 +427,9 @@ class VLAPolicy(BasePolicy):
         if is_perceived(obs):
             return dict(obs)
         prepared = {key: obs[key] for key in (*MODEL_KEYS, *CRITIC_KEYS) if key in obs}
+        if self.model.hand_view is not None:
+            hand = obs[HAND_KEY]
+            prepared[HAND_KEY] = hand if hand.shape[1] == 3 else hand.permute(0, 3, 1, 2)
         for key in ("image", "instruction"):
             if prepared[key].dtype != torch.uint8:
                 raise InputError(f"VLAPolicy needs {key} as uint8; got {prepared[key].dtype}. {_NORMALISED}")
@@ -501,6 +507,18 @@ class VLAPolicy(BasePolicy):
                 "for this environment, or make the environment that this one was trained for."
             )
 
+    def _check_hand_view(self) -> None:
+        hand = self.model.hand_view
+        if hand is None:
+            return
+        space = self.observation_space.spaces.get(HAND_KEY)  # type: ignore[attr-defined]
+        if space is None or space.shape not in ((hand.size, hand.size, 3), (3, hand.size, hand.size)):
+            found = "has none" if space is None else f"has one of shape {space.shape}"
+            raise InputError(
+                f"The model reads {HAND_KEY}, {hand.size}x{hand.size} pixels around the hand; the environment {found}. "
+                f"Make it with hand_view={hand.size}, hand_window={hand.window:g}, hand_border={hand.border!r}"
+            )
+
     def _get_constructor_parameters(self) -> dict[str, Any]:
         data = super()._get_constructor_parameters()
         del data["normalize_images"]
@@ -549,10 +567,11 @@ def fitted(observation: Mapping[str, Any], space: spaces.Dict) -> dict[str, np.n
     :raises ValueError: for a missing key, for a shape, a type or an integer that the space has not, for a number that
         is not finite, and for a batch of none.
     """
-    missing = [key for key in MODEL_KEYS if key not in observation]
+    needed = (*MODEL_KEYS, *(key for key in (HAND_KEY,) if key in space.spaces))
+    missing = [key for key in needed if key not in observation]
     if missing:
         raise InputError(f"The observation has no {', '.join(missing)}; it has {', '.join(map(str, observation))}")
-    read = [key for key in (*MODEL_KEYS, *CRITIC_KEYS) if key in observation and key in space.spaces]
+    read = [key for key in (*MODEL_KEYS, HAND_KEY, *CRITIC_KEYS) if key in observation and key in space.spaces]
     found = {key: _fitted(key, np.asarray(observation[key]), space[key]) for key in read}
     counts = {key: len(array) if array.ndim > len(space[key].shape or ()) else None for key, array in found.items()}
     if len(set(counts.values())) > 1:
@@ -566,7 +585,7 @@ def fitted(observation: Mapping[str, Any], space: spaces.Dict) -> dict[str, np.n
 def _fitted(key: str, array: np.ndarray, space: spaces.Space) -> np.ndarray:
     assert isinstance(space, spaces.Box)
     where, whole = f"The observation's {key}", np.issubdtype(space.dtype, np.integer)
-    if key == "image" and array.ndim in (3, 4):
+    if key in ("image", HAND_KEY) and array.ndim in (3, 4):
         # As it is, (H, W, C) as (C, H, W), or the other way round.
         orders = [np.moveaxis(array, axes, (-3, -2, -1)) for axes in ((-3, -2, -1), (-1, -3, -2), (-2, -1, -3))]
         array = next((turned for turned in orders if turned.shape[-3:] == space.shape), array)
@@ -575,7 +594,7 @@ def _fitted(key: str, array: np.ndarray, space: spaces.Space) -> np.ndarray:
     if array.shape not in (space.shape, array.shape[:1] + space.shape):
         raise InputError(f"{where} has shape {array.shape}; expected {space.shape}, or a batch of such{_HINTS[key]}")
     if array.dtype.kind not in ("iu" if whole else "iuf"):
-        hint = _HINTS["float image"] if (key, array.dtype.kind) == ("image", "f") else ""
+        hint = _HINTS["float image"] if key in ("image", HAND_KEY) and array.dtype.kind == "f" else ""
         raise InputError(f"{where} has type {array.dtype}; expected {space.dtype}{hint}")
     if whole and array.size and not space.low.min() <= array.min() <= array.max() <= space.high.max():
         raise InputError(f"{where} has values from {array.min()} to {array.max()}; expected those of {space}")
@@ -585,20 +604,6 @@ def _fitted(key: str, array: np.ndarray, space: spaces.Space) -> np.ndarray:
     if not whole and not np.isfinite(fitting).all():
         raise InputError(f"{where} is {array}; expected finite numbers")
     return fitting
-
-
-@contextmanager
-def _twice_differentiable(model: nn.Module) -> Iterator[None]:
-    """Only operations with second derivatives, which trust regions need: fused attention has none, and the gradient of
-    a group norm's weights alone crashes the process for pictures in channels-last layout (torch 2.13, CPU)."""
-    norms = [module for module in model.modules() if isinstance(module, nn.GroupNorm)]
-    hooks = [norm.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),)) for norm in norms]
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _check_spaces(observation_space: spaces.Space, action_space: spaces.Space) -> None:
@@ -685,6 +690,13 @@ def _native_image_size(image: spaces.Space, channels_first: bool) -> int:
     return _DEFAULT_IMAGE
 
 
+def _hand_options(model: str, space: spaces.Dict) -> dict[str, Any]:
+    """Options of a new model that reads the hand view which the environment draws."""
+    if model != "compact" or HAND_KEY not in space.spaces:
+        return {}
+    return {"hand_view": {"size": max(space[HAND_KEY].shape or ())}}
+
+
 def _load_matching(part: nn.Module, tensors: dict[str, Tensor] | None) -> None:
     """Take a critic or distribution from a checkpoint, unless it has none that fits, such as for other observations."""
     shapes = {key: tensor.shape for key, tensor in (tensors or {}).items()}
@@ -727,6 +739,8 @@ def load_policy(
             "instruction": spaces.Box(0, 255, (said.get("instruction_bytes", INSTRUCTION_BYTES),), np.uint8),
         }
     )
+    if model.hand_view is not None:
+        observation_space[HAND_KEY] = spaces.Box(0, 255, (model.hand_view.size, model.hand_view.size, 3), np.uint8)
     chunk = model.action_horizon - model.first_action if action_chunk is None else action_chunk
     shape = (model.action_dim,) if chunk == 1 else (chunk, model.action_dim)
     policy = VLAPolicy(

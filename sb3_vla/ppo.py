@@ -48,7 +48,7 @@ from sb3_vla.noise import part_of_batch
 from sb3_vla.policies import COMPILING, STACKED, Evaluation, VLAPolicy
 from sb3_vla.precision import acting_precision, autocast
 from sb3_vla.progress import SuccessBar
-from sb3_vla.sft import DemonstrationBatches, shared_imitation_loss
+from sb3_vla.sft import DemonstrationBatches, check_hand_images, shared_imitation_loss
 from sb3_vla.sharding import (
     SHARDING,
     in_shards,
@@ -478,6 +478,7 @@ class PPO(stable_baselines3.PPO):
             )
         if self.rehearsal is not None:
             data = self.rehearsal.demonstrations
+            check_hand_images(data, model)
             found = (self.rehearsal.horizon, data.actions.shape[1], data.images.shape[1:3])
             expected = (model.action_horizon, model.action_dim, model.image_size)
             if found != expected:

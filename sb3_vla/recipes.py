@@ -350,6 +350,7 @@ class DataSection:
     :param noise_std: of the pushes that lead an expert off its path.
     :param image_size: side of the pictures that are kept, which is what the model reads.
     :param crop: window of the view that experts are shown in: ``workspace``, or ``full``.
+    :param hand_view: side of a second picture around the hand, which CompactVLA reads as well; None for none.
     :param instruction_bytes: bytes of UTF-8 that a sentence may have.
     """
 
@@ -359,6 +360,7 @@ class DataSection:
     noise_std: float = 0.5
     image_size: int = 96
     crop: str = "full"
+    hand_view: int | None = None
     instruction_bytes: int = INSTRUCTION_BYTES
 
 

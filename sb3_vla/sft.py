@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -157,12 +158,18 @@ class DemonstrationBatches:
     ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
         data = self.demonstrations
         rows = np.arange(len(index)) if rows is None else rows
-        moves = self.generator.integers(-shift, shift + 1, (2, len(index)))[:, rows] if shift else None
+        pictures = {"image": data.images}
+        if data.hand_images is not None:
+            pictures["hand_image"] = data.hand_images
+        shown = {}
+        for name, images in pictures.items():
+            moves = self.generator.integers(-shift, shift + 1, (2, len(index)))[:, rows] if shift else None
+            chosen = images[index[rows]] if moves is None else _shifted(images, index[rows], moves)
+            shown[name] = torch.from_numpy(chosen).permute(0, 3, 1, 2)
         index = index[rows]
-        images = data.images[index] if moves is None else _shifted(data.images, index, moves)
         actions, mask = data.action_chunks(index, self.horizon)
         observation = {
-            "image": torch.from_numpy(images).permute(0, 3, 1, 2),
+            **shown,
             "state": torch.from_numpy(data.states[index]),
             "instruction": torch.from_numpy(self._instructions[data.instruction_index[index]]),
         }
@@ -348,6 +355,8 @@ def _make_model(demonstrations: Demonstrations, config: SFTConfig) -> VLAModel:
             "state_dim": demonstrations.states.shape[1],
             "image_size": demonstrations.images.shape[1],
         }
+        if config.model == "compact" and demonstrations.hand_images is not None:
+            options["hand_view"] = demonstrations.camera["hand_view"]
         model, normalised = make_model(config.model, {**options, **config.model_kwargs}), False
     if not normalised:
         model.set_statistics(_statistics(demonstrations, model))
@@ -356,11 +365,23 @@ def _make_model(demonstrations: Demonstrations, config: SFTConfig) -> VLAModel:
             f"The demonstrations' pictures are {demonstrations.images.shape[1:3]}, the model reads {model.image_size}; "
             f"load them with image_size={model.image_size[0]}"
         )
+    check_hand_images(demonstrations, model)
     if demonstrations.actions.shape[1] != model.action_dim:
         raise InputError(
             f"The data has {demonstrations.actions.shape[1]}-D actions, the model {model.action_dim}-D ones"
         )
     return model
+
+
+def check_hand_images(demonstrations: Demonstrations, model: VLAModel) -> None:
+    """:raises ValueError: if a model reads a hand view that demonstrations do not show."""
+    found = demonstrations.camera.get("hand_view")
+    wanted = None if model.hand_view is None else dataclasses.asdict(model.hand_view)
+    if wanted is not None and found != wanted:
+        raise InputError(
+            f"The model reads the hand view {wanted}; the demonstrations have {found or 'none'}. Record them with "
+            f"hand_view={wanted['size']}, or load those of full views with Demonstrations.load(..., hand_view=...)"
+        )
 
 
 def _statistics(demonstrations: Demonstrations, model: VLAModel) -> dict[str, Tensor]:

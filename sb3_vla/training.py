@@ -51,7 +51,15 @@ from sb3_vla.sharding import whole_weights
 from sb3_vla.shared_run import SharedRun
 from sb3_vla.stopping import Stopped, StopRequest, stop_request
 from sb3_vla.vec_env import SharedMemoryVecEnv
-from sb3_vla.views import FULL_VIEW, known_view, settled_view, view_of, warn_of_another_view
+from sb3_vla.views import (
+    FULL_VIEW,
+    HAND_OPTIONS,
+    hand_options,
+    known_view,
+    settled_view,
+    view_of,
+    warn_of_another_view,
+)
 
 if TYPE_CHECKING:
     from sb3_vla.cluster.seat import Seat
@@ -525,6 +533,7 @@ def _env_options(
         # With GRPO it tells that a group's episodes begin alike.
         "privileged_state": _sees_state(config),
         "elapsed_time": True,
+        **hand_options(start.model),
         **view_of(start.notes),
         **further,
     }
@@ -545,7 +554,7 @@ def _refuse_early(make: Callable[[], gym.Env], renderer: str) -> None:
 
 def _seen(options: Mapping[str, Any]) -> dict[str, Any]:
     """Of the options of environments those that say what a policy sees."""
-    names = ("image_size", "camera", "crop", "privileged_state", "elapsed_time")
+    names = ("image_size", "camera", "crop", "privileged_state", "elapsed_time", *HAND_OPTIONS)
     return {name: options[name] for name in names if name in options}
 
 

@@ -15,7 +15,10 @@ from stable_baselines3.common.vec_env import VecEnv
 from mw_envs.rendering import CROPS, resolve_crop
 from sb3_vla.distributed import current_ranks
 from sb3_vla.errors import InputError
+from sb3_vla.models import VLAModel
 
+#: arguments of environments that decide on the hand view
+HAND_OPTIONS = ("hand_view", "hand_window", "hand_border")
 #: of environments that are told nothing else
 FULL_VIEW: dict[str, Any] = {"camera": "corner2", "crop": None}
 
@@ -37,6 +40,12 @@ def view_of(notes: Mapping[str, Any]) -> dict[str, Any]:
     said = notes.get("view", {})
     drawn = {"image_size": said["render_size"]} if "render_size" in said else {}
     return {**(known_view(said) or FULL_VIEW), **drawn}
+
+
+def hand_options(model: VLAModel) -> dict[str, Any]:
+    """Arguments of environments that draw the hand view which a model reads; none for a model that reads none."""
+    hand = model.hand_view
+    return {} if hand is None else dict(zip(HAND_OPTIONS, (hand.size, hand.window, hand.border), strict=True))
 
 
 def view_of_envs(env: VecEnv) -> dict[str, Any] | None:

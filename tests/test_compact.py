@@ -10,7 +10,7 @@ from torch import Tensor
 from toy import TINY, StateModel, stir, tiny_model, toy_observation
 
 from mw_envs import encode_instruction
-from sb3_vla.models import CompactVLA, Context, VLAModel, model_class
+from sb3_vla.models import CompactVLA, Context, VLAModel, compact, model_class
 
 
 def velocity(model: VLAModel, observation: dict[str, Tensor], seed: int = 0) -> Tensor:
@@ -246,3 +246,21 @@ def test_the_longest_instruction_fits() -> None:
     sentence = "x" * 64
     assert torch.isfinite(velocity(tiny_model(), toy_observation(1, sentence))).all()
     assert len(encode_instruction(sentence)) == 64
+
+
+def test_attention_on_a_cpu_is_attention() -> None:
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(3, 2, n, 64, generator=generator, dtype=torch.float64) for n in (5, 37, 37))
+    expected = torch.nn.functional.scaled_dot_product_attention(query, key, value)
+    torch.testing.assert_close(compact._attention(query, key, value), expected, atol=1e-12, rtol=0)
+
+
+def test_a_hand_view_is_read_beside_the_picture() -> None:
+    model = tiny_model(hand_view={"size": 48})
+    observation = {**toy_observation(2), "hand_image": torch.zeros(2, 3, 48, 48, dtype=torch.uint8)}
+    other = {**observation, "hand_image": torch.full((2, 3, 48, 48), 200, dtype=torch.uint8)}
+    other["hand_image"][:, :, :24] = 20
+    assert (velocity(model, observation) - velocity(model, other)).abs().max() > 1e-4
+    context = model.encode(observation)
+    assert context.features.shape == (2, model.feature_dim)
+    assert {id(p) for p in model.image_encoders.parameters()} <= {id(p) for p in model.backbone()}

@@ -258,7 +258,8 @@ def test_stock_algorithms_train_it(algorithm_class: Any, options: dict[str, Any]
     algorithm.learn(16)
     after = algorithm.policy.state_dict()
     assert all(torch.isfinite(value).all() for value in after.values())
-    for part in ("model.action_out.weight", "model.vision_encoder.stem.weight", "value_head.layers.0.weight"):
+    stem = "model.image_encoders.image.grids.stem.weight"
+    for part in ("model.action_out.weight", stem, "value_head.layers.0.weight"):
         assert not torch.equal(before[part], after[part]), part
     assert torch.equal(before["distribution.log_std"], after["distribution.log_std"]) is not learn_std
 

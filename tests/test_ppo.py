@@ -601,7 +601,7 @@ def test_a_frozen_backbone_stays_and_is_run_once(distribution: str) -> None:
         nonlocal pictures
         pictures += len(inputs[0])
 
-    model.vision_encoder.register_forward_pre_hook(count)
+    model.image_encoders["image"].register_forward_pre_hook(count)
     algorithm.learn(16)
     # Sixteen decisions, eight last observations of episodes, two of the rollout, and what is rehearsed.
     assert pictures == 16 + 8 + 2 + 3 * algorithm.rehearsal_batch_size

@@ -5,10 +5,11 @@ in the process that draws, so that environments can be made before worker proces
 """
 
 from mw_envs.rendering.select import RENDERERS, get_renderer, renderer_available
-from mw_envs.rendering.view import CROPS, Renderer, RendererUnavailableError, Scene, View, resolve_crop
+from mw_envs.rendering.view import CROPS, FULL_VIEW, Renderer, RendererUnavailableError, Scene, View, resolve_crop
 
 __all__ = [
     "CROPS",
+    "FULL_VIEW",
     "RENDERERS",
     "Renderer",
     "RendererUnavailableError",

@@ -66,7 +66,8 @@ def draw_still(look, camera, poses, drawables, shadows, background, seen, spans,
     shading.darken_background(background, shadows)
     show_background(background.nearness, spans, seen)
     _empty(spans)
-    window = _clipped(raster.project(geometry, drawables, poses, camera, workspace), background.bright)
+    rows, columns = background.light_d.shape
+    window = _clipped(raster.project(geometry, drawables, poses, camera, workspace), (0, 0, columns, rows))
     raster.rasterise(geometry, drawables, camera, look.eyes, window, workspace, seen, spans)
     count = 0
     for y in range(window[1], window[3], _BAND):
@@ -88,33 +89,36 @@ def draw_still(look, camera, poses, drawables, shadows, background, seen, spans,
 def show_background(nearness, spans, seen):
     """Make samples those of a background.
 
-    :param spans: first and last pixel of each row.
+    :param spans: first and last pixel of each row. Triangles are drawn some pixels at a time and may have reached
+        beyond the last one, where a part of the view ended.
     """
     shown, numbers = seen.nearness, seen.numbers
     for y in range(len(spans)):
         if spans[y, 0] <= spans[y, 1]:
-            for k in range(np.uint64(SAMPLES * spans[y, 0]), np.uint64(SAMPLES * (spans[y, 1] + 1))):
+            for k in range(np.uint64(SAMPLES * spans[y, 0]), np.uint64(SAMPLES * (spans[y, 1] + 1 + MARGIN))):
                 shown[y, k] = nearness[y, k]
                 numbers[y, k] = 0
 
 
 @compiled
-def draw_moving(look, camera, poses, moving, transparent, casting, lit, pixel, background, canvas, picture):
-    """Draw what moves over the background.
+def draw_moving(look, camera, poses, moving, transparent, casting, lit, pixel, background, canvas, part, picture):
+    """Draw a part of a view, what moves over the background.
 
     :param moving: opaque drawables, and transparent ones, nearest first, int32.
     :param casting: those of them that cast shadows, int32.
     :param lit: their window in the light's plane, to which they have been projected.
     :param canvas: see :class:`mw_envs.rendering.arrays.Canvas`; left with the frame's own spans.
-    :param picture: uint8 (rows, columns, 3); shows the background, updated.
+    :param part: pixels to draw: left, top, right, bottom, the last two exclusive.
+    :param picture: uint8 (rows, columns, 3); set in that part.
     """
     geometry, workspace, frame = look.geometry, look.workspace, look.frame
     shadows = cast_shadows(look, casting, lit, pixel)
-    shading.darken(background, shadows, picture)
+    picture[part[1] : part[3], part[0] : part[2]] = background.bright[part[1] : part[3], part[0] : part[2]]
+    shading.darken(background, shadows, part, picture)
     seen, spans = canvas.seen, canvas.spans
     show_background(background.nearness, spans, seen)
     _empty(spans)
-    left, top, right, bottom = _clipped(raster.project(geometry, moving, poses, camera, workspace), picture)
+    left, top, right, bottom = _clipped(raster.project(geometry, moving, poses, camera, workspace), part)
     raster.rasterise(geometry, moving, camera, look.eyes, (left, top, right, bottom), workspace, seen, spans)
     count = 0
     for y in range(top, bottom, _BAND):
@@ -129,7 +133,7 @@ def draw_moving(look, camera, poses, moving, transparent, casting, lit, pixel, b
     for k in range(2 * layers):
         i = k if k < layers else 2 * layers - 1 - k
         one = transparent[i : i + 1]
-        window = _clipped(raster.project(geometry, one, poses, camera, workspace), picture)
+        window = _clipped(raster.project(geometry, one, poses, camera, workspace), part)
         left, top, right, bottom = window
         for y in range(top, bottom):
             for sample in range(SAMPLES * left, SAMPLES * (right + MARGIN)):
@@ -150,8 +154,7 @@ def _empty(spans):
 
 
 @compiled
-def _clipped(window, picture):
-    """A window inside the picture."""
-    rows, columns = picture.shape[:2]
-    left, top = max(0, window[0]), max(0, window[1])
-    return left, top, max(left, min(columns, window[2])), max(top, min(rows, window[3]))
+def _clipped(window, part):
+    """A window inside a part of the view, both as left, top, right, bottom."""
+    left, top = max(part[0], window[0]), max(part[1], window[1])
+    return left, top, max(left, min(part[2], window[2])), max(top, min(part[3], window[3]))

@@ -67,6 +67,7 @@ class OpenGLRenderer:
             for flag in (mujoco.mjtRndFlag.mjRND_SHADOW, mujoco.mjtRndFlag.mjRND_REFLECTION):
                 self._graph[scene.name].flags[flag] = 0
         graph = self._graph[scene.name]
+        view = _of_part(view)
         self._camera.fixedcamid = camera
         mujoco.mjv_updateScene(model, data, self._options, None, self._camera, mujoco.mjtCatBit.mjCAT_ALL.value, graph)
         _narrow_frustum(graph, view)
@@ -129,6 +130,14 @@ def _open_context(platform: str) -> Any:
                 del sys.modules[name]
         raise RendererUnavailableError.of_library(platform, error) from error
     return context
+
+
+def _of_part(view: View) -> View:
+    """A view whose picture is that part of another's which is to be drawn."""
+    top, left, height, width = view.drawn
+    row, column = view.crop[2] / view.height, view.crop[3] / view.width  # of a pixel, in fractions of the camera's view
+    crop = (view.crop[0] + top * row, view.crop[1] + left * column, height * row, width * column)
+    return View(view.camera, height, width, crop, view.rotated)
 
 
 def _narrow_frustum(graph: Any, view: View) -> None:

@@ -457,26 +457,27 @@ def _occupied(depth, width):
 
 
 @compiled
-def darken(background, shadows, picture):
-    """Put the shadows of moving drawables on the background.
+def darken(background, shadows, part, picture):
+    """Put the shadows of moving drawables on a part of the background.
 
+    :param part: pixels: left, top, right, bottom, the last two exclusive.
     :param picture: uint8 (rows, columns, 3); pixels in shadow become those of the dark background.
     """
-    rows, columns = picture.shape[:2]
+    left, top, right, bottom = part
     light_u, light_v, light_d = background.light_u, background.light_v, background.light_d
     dark, tiles = background.dark, background.tiles
     depth, width, u0, v0, slack = _unpacked(shadows)
     occupied = _occupied(depth, width)
-    for i in range(tiles.shape[0]):
-        for j in range(tiles.shape[1]):
+    for i in range(top // TILE, (bottom - 1) // TILE + 1):
+        for j in range(left // TILE, (right - 1) // TILE + 1):
             first_u, last_u = max(tiles[i, j, 0] - u0, 0), min(tiles[i, j, 1] - u0, width - 1)
             first_v, last_v = max(tiles[i, j, 2] - v0, 0), min(tiles[i, j, 3] - v0, depth.shape[0] - 1)
             if first_u > last_u or first_v > last_v:
                 continue
             if not occupied[first_v // TILE : last_v // TILE + 1, first_u // TILE : last_u // TILE + 1].any():
                 continue
-            for y in range(i * TILE, min(i * TILE + TILE, rows)):
-                for x in range(j * TILE, min(j * TILE + TILE, columns)):
+            for y in range(max(i * TILE, top), min(i * TILE + TILE, bottom)):
+                for x in range(max(j * TILE, left), min(j * TILE + TILE, right)):
                     if _is_darkened(light_u, light_v, light_d, y, x, depth, width, u0, v0, slack):
                         picture[y, x, 0], picture[y, x, 1] = dark[y, x, 0], dark[y, x, 1]
                         picture[y, x, 2] = dark[y, x, 2]

@@ -107,11 +107,13 @@ class SoftwareRenderer:
         if len(transparent) > 1:
             distance = np.linalg.norm(poses[transparent, 9:] - camera.position, axis=1)
             transparent = transparent[np.argsort(distance, kind="stable")]
-        picture = background.bright.copy()
+        top, left, height, width = view.drawn
+        part = left, top, left + width, top + height
+        picture = np.empty_like(background.bright)
         frame.draw_moving(
-            look, camera, poses, moving, transparent, casting, window, pixel, background, canvas, picture
+            look, camera, poses, moving, transparent, casting, window, pixel, background, canvas, part, picture
         )  # fmt: skip
-        return picture
+        return picture if view.part is None else picture[top : top + height, left : left + width].copy()
 
     def _prepare(self, model: mujoco.MjModel, scene: Scene, pixel: float) -> Prepared:
         with self._preparing:

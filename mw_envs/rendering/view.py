@@ -61,6 +61,8 @@ class View:
     :param width: columns of the picture.
     :param crop: window of the camera's view, (top, left, height, width) in fractions of the picture as it is returned.
     :param rotated: turn the picture by 180 degrees, as the published MetaWorld data does.
+    :param part: the rectangle of the picture to draw and return, (top, left, height, width) in whole pixels; None for
+        all of it. A part that moves from frame to frame costs no more than one that stays, which a crop does not give.
     """
 
     camera: str
@@ -68,6 +70,12 @@ class View:
     width: int
     crop: Crop = FULL_VIEW
     rotated: bool = True
+    part: tuple[int, int, int, int] | None = None
+
+    @property
+    def drawn(self) -> tuple[int, int, int, int]:
+        """The rectangle that is drawn, (top, left, height, width) in pixels of the picture."""
+        return (0, 0, self.height, self.width) if self.part is None else self.part
 
 
 @dataclass(frozen=True)
@@ -92,7 +100,7 @@ class Renderer(Protocol):
         :param data: its ``MjData`` after ``mj_forward``.
         :param view: what to draw.
         :param scene: which scene it is.
-        :return: a new contiguous array, uint8, shape (height, width, 3).
+        :return: a new contiguous array, uint8, shape (height, width, 3), or of the view's part.
         """
         ...
 

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mw_envs.hand_view import HandView
 from mw_envs.tasks import did_you_mean
 from sb3_vla import noise as draw
 from sb3_vla.errors import InputError
@@ -80,6 +81,8 @@ class VLAModel(nn.Module, ABC):
     feature_dim: int
     #: (height, width) of the pictures the model reads; larger ones are shrunk before they are stored
     image_size: tuple[int, int]
+    #: the window of the camera's view that it reads as ``hand_image``, None for a model that reads ``image`` alone
+    hand_view: HandView | None = None
     #: constructor arguments, JSON values, from which a checkpoint builds the model again
     config: dict[str, Any]
     #: one of :data:`PREDICTIONS`; it decides which action distributions fit
@@ -177,7 +180,7 @@ class VLAModel(nn.Module, ABC):
         """The backbone's part of the encoding, which a rollout can keep where the backbone is frozen.
 
         :param observation: ``image`` uint8 (N, 3, height, width), ``state`` float32 (N, S), ``instruction`` uint8
-            (N, L).
+            (N, L), and ``hand_image`` uint8 (N, 3, size, size) where :attr:`hand_view` is set.
         :return: tensors of N rows, their names beginning with :data:`PERCEPTION`, and what passes unchanged.
         """
 

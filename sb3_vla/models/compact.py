@@ -3,19 +3,22 @@
 A small residual convolutional network, modulated by the instruction (FiLM, Perez et al. 2018), gives a grid of visual
 tokens; a byte-level encoder reads the instruction, so any sentence can be given; a transformer over the action chunk
 attends to visual and language tokens, is modulated by a summary of these and of the hand's state, and predicts the
-velocity of a flow. What the chunk attends to depends on picture and sentence alone, like pi0's cached prefix.
+velocity of a flow. What the chunk attends to depends on picture and sentence alone, like pi0's cached prefix. A second
+network of the same kind reads the hand view, where the model has one.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from mw_envs.hand_view import HandView
 from sb3_vla.errors import InputError
 from sb3_vla.models.base import PERCEPTION, Context, VLAModel
 
@@ -30,6 +33,8 @@ class CompactVLA(VLAModel):
     :param width: width of the transformer; a multiple of 64.
     :param depth: blocks of the transformer.
     :param channels: channels of the vision encoder's three stages, multiples of 8.
+    :param hand_view: arguments of :class:`mw_envs.hand_view.HandView`, whose ``size`` is a multiple of 16 here, for the
+        ``hand_image`` that the model reads as well; None for a model that reads ``image`` alone.
     """
 
     state_mean: Tensor
@@ -44,6 +49,7 @@ class CompactVLA(VLAModel):
         width: int = 128,
         depth: int = 3,
         channels: Sequence[int] = (32, 48, 96),
+        hand_view: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(action_dim, action_horizon)
         self.config = {
@@ -54,9 +60,16 @@ class CompactVLA(VLAModel):
             "width": width,
             "depth": depth,
             "channels": list(channels),
+            "hand_view": None if hand_view is None else dict(hand_view),
         }
-        if image_size < 32 or image_size % 16:
-            raise InputError(f"CompactVLA image_size={image_size}; expected a multiple of 16, at least 32")
+        self.hand_view = None if hand_view is None else HandView(**hand_view)
+        pictures = {"image": image_size}
+        if self.hand_view is not None:
+            pictures["hand_image"] = self.hand_view.size
+        for name, size in pictures.items():
+            if size < 32 or size % 16:
+                option = "image_size" if name == "image" else "hand_view size"
+                raise InputError(f"CompactVLA {option}={size}; expected a multiple of 16, at least 32")
         if len(channels) != 3 or any(c < 8 or c % 8 for c in channels):
             raise InputError(f"CompactVLA channels={channels!r}; expected three multiples of 8")
         if width < 64 or width % 64:
@@ -65,11 +78,10 @@ class CompactVLA(VLAModel):
         self.register_buffer("state_mean", torch.zeros(state_dim))
         self.register_buffer("state_std", torch.ones(state_dim))
         self.instruction_encoder = InstructionEncoder(width)
-        self.vision_encoder = VisionEncoder(channels, width)
+        self.image_encoders = nn.ModuleDict(
+            {name: ImageEncoder(side, channels, width) for name, side in pictures.items()}
+        )
         self.state_encoder = nn.Sequential(nn.Linear(state_dim, width), nn.SiLU(), nn.Linear(width, width))
-        cells = (image_size // 16) ** 2
-        self.visual_position = nn.Parameter(torch.randn(cells, width) * 0.02)
-        self.visual_projection = nn.Linear(channels[2], width)
         self.context_norm = nn.LayerNorm(width)
         self.action_in = nn.Linear(action_dim, width)
         self.action_position = nn.Parameter(torch.randn(action_horizon, width) * 0.02)
@@ -79,9 +91,7 @@ class CompactVLA(VLAModel):
         self.action_modulation = nn.Linear(width, 2 * width)
         self.action_feature_dim = width
         self.action_out = nn.Linear(width, action_dim)
-        # Where in the grids each channel is strong, finer than a cell: for the critic and the modulation of the blocks.
-        self.sharpness = nn.Parameter(torch.full((1, channels[1], 1, 1), 2.0))
-        self.feature_dim = 2 * (channels[1] + channels[2] + width)
+        self.feature_dim = 2 * (len(pictures) * (channels[1] + channels[2]) + width)
         self.summary = nn.Sequential(nn.Linear(self.feature_dim, width), nn.SiLU(), nn.Linear(width, width))
         nn.init.zeros_(self.action_out.weight)
         nn.init.zeros_(self.action_out.bias)
@@ -89,10 +99,7 @@ class CompactVLA(VLAModel):
     def backbone(self) -> Iterator[nn.Parameter]:
         """See :meth:`VLAModel.backbone`."""
         yield from self.instruction_encoder.parameters()
-        yield from self.vision_encoder.parameters()
-        yield self.sharpness
-        yield from self.visual_projection.parameters()
-        yield self.visual_position
+        yield from self.image_encoders.parameters()
         yield from self.context_norm.parameters()
         for block in self.blocks:
             yield from block.cross_kv.parameters()  # type: ignore[union-attr]
@@ -100,15 +107,13 @@ class CompactVLA(VLAModel):
     def perceive(self, observation: dict[str, Tensor]) -> dict[str, Tensor]:
         """See :meth:`VLAModel.perceive`."""
         words = self.instruction_encoder(observation["instruction"])  # (N, width)
-        image = observation["image"].float().div_(127.5).sub_(1.0).contiguous(memory_format=torch.channels_last)
-        fine, grid = self.vision_encoder(image, words)  # (N, C', 2h, 2w), (N, C, h, w)
-        tokens = self.visual_projection(rearrange(grid, "n c h w -> n (h w) c")) + self.visual_position
-        tokens = self.context_norm(torch.cat([tokens, words[:, None]], dim=1))
+        seen = [encoder(observation[name], words) for name, encoder in self.image_encoders.items()]
+        tokens = self.context_norm(torch.cat([*(tokens for tokens, _ in seen), words[:, None]], dim=1))
         keys_values = [torch.stack(block.keys_values(tokens), dim=1) for block in self.blocks]  # type: ignore[operator]
         return {
             PERCEPTION + "words": words,
             PERCEPTION + "keys_values": torch.stack(keys_values, dim=1),  # (N, blocks, 2, heads, tokens, 64)
-            PERCEPTION + "position": torch.cat([expected_position(fine * self.sharpness), expected_position(grid)], 1),
+            PERCEPTION + "position": torch.cat([position for _, position in seen], dim=1),
             "state": observation["state"],
         }
 
@@ -160,6 +165,23 @@ class InstructionEncoder(nn.Module):
         mean = h.sum(2) / present.sum(2).clamp(min=1)
         # Padding counts as 0 in the maximum, so a sentence without any must see that 0 too.
         return self.out(torch.cat([mean, h.amax(2).clamp(min=0)], dim=1))[inverse]
+
+
+class ImageEncoder(nn.Module):
+    """Pictures, uint8 (N, 3, S, S), to visual tokens (N, (S / 16)^2, width) and to where in the grids each channel is
+    strong, (N, 2 (channels[1] + channels[2])), which is finer than a token."""
+
+    def __init__(self, side: int, channels: Sequence[int], width: int) -> None:
+        super().__init__()
+        self.grids = VisionEncoder(channels, width)
+        self.projection = nn.Linear(channels[2], width)
+        self.position = nn.Parameter(torch.randn((side // 16) ** 2, width) * 0.02)
+        self.sharpness = nn.Parameter(torch.full((1, channels[1], 1, 1), 2.0))
+
+    def forward(self, image: Tensor, words: Tensor) -> tuple[Tensor, Tensor]:
+        fine, coarse = self.grids(image.float().div_(127.5).sub_(1.0).contiguous(), words)
+        tokens = self.projection(rearrange(coarse, "n c h w -> n (h w) c")) + self.position
+        return tokens, torch.cat([expected_position(fine * self.sharpness), expected_position(coarse)], dim=1)
 
 
 class VisionEncoder(nn.Module):
@@ -231,18 +253,29 @@ class ActionBlock(nn.Module):
             9, dim=2
         )
         q, k, v = self._split(self.self_qkv(self.norm(h) * (1 + scale1) + shift1), 3)
-        attended = F.scaled_dot_product_attention(q, k, v)
+        attended = _attention(q, k, v)
         h = h + gate1 * self.self_out(rearrange(attended, "n heads t d -> n t (heads d)"))
         (q,) = self._split(self.cross_q(self.norm(h) * (1 + scale2) + shift2), 1)
         # All R denoisings of a context query it together.
         q = rearrange(q, "(r n) heads t d -> n heads (r t) d", n=len(keys))
-        attended = F.scaled_dot_product_attention(q, keys, values)
+        attended = _attention(q, keys, values)
         attended = rearrange(attended, "n heads (r t) d -> (r n) t (heads d)", t=h.shape[1])
         h = h + gate2 * self.cross_out(attended)
         return h + gate3 * self.mlp(self.norm(h) * (1 + scale3) + shift3)
 
     def _split(self, x: Tensor, parts: int) -> tuple[Tensor, ...]:
         return rearrange(x, "n t (parts heads d) -> parts n heads t d", parts=parts, heads=self.heads).unbind()
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Scaled dot-product attention, (N, heads, tokens, 64) each.
+
+    On a CPU it is written out: there the backward pass of torch's fused kernel takes ten times as long for so few
+    tokens (``tests/benchmarks/bench_learner.py``).
+    """
+    if query.device.type != "cpu":
+        return F.scaled_dot_product_attention(query, key, value)
+    return ((query * query.shape[-1] ** -0.5) @ key.mT).softmax(dim=-1) @ value
 
 
 def expected_position(grid: Tensor) -> Tensor:

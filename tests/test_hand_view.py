@@ -1,0 +1,273 @@
+"""The hand view: the same pixels as in the full picture, from every camera, drawn or cut."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from PIL import Image
+from toy import TINY, stir
+
+from mw_envs.env import CAMERAS, MetaWorldEnv
+from mw_envs.hand_view import CARRIED, STANDING, HandView
+from mw_envs.rendering import View, get_renderer, renderer_available, resolve_crop
+from mw_envs.scene import acquire_simulator, release_simulator
+from mw_envs.tasks import Trial
+from sb3_vla import PPO
+from sb3_vla.demonstrations import Demonstrations, DemonstrationWriter, Episode
+from sb3_vla.evaluation import seen_by
+from sb3_vla.lerobot_writer import ImageStorage
+from sb3_vla.policies import load_policy
+from sb3_vla.sft import DemonstrationBatches, SFTConfig, sft
+
+
+def played(seed: int = 0, steps: int = 6, **options: Any) -> list[dict[str, Any]]:
+    """Observations of one episode with random actions, which throw the hand about."""
+    env = MetaWorldEnv("MT10", image_size=32, action_chunk=8, **options)
+    observation, _ = env.reset(seed=seed, options={"task": "push-v3"})
+    actions = np.random.default_rng(seed).uniform(-1, 1, (steps, 4)).astype(np.float32)
+    seen = [observation, *(env.step(np.tile(action, (8, 1)))[0] for action in actions)]
+    env.close()
+    return seen
+
+
+@pytest.mark.parametrize("camera", CAMERAS)
+@pytest.mark.parametrize("border", ["shift", "black"])
+def test_the_window_is_a_crop_of_the_full_picture(camera: str, border: str) -> None:
+    """To the bit: of the published 480-pixel picture with a window of 64 / 480, in each camera and at its borders."""
+    hand = HandView(64, 64 / 480, border)
+    options = {"camera": camera, "hand_view": 64, "hand_window": 64 / 480, "hand_border": border}
+    drawn = played(crop="workspace", **options)
+    full = played(camera=camera, record_frames=False)
+    env = MetaWorldEnv("MT10", camera=camera, action_chunk=8)
+    pictures = [env.reset(seed=0, options={"task": "push-v3"})[0]["image"]]
+    for action in np.random.default_rng(0).uniform(-1, 1, (6, 4)).astype(np.float32):
+        pictures.append(env.step(np.tile(action, (8, 1)))[0]["image"])
+    states = np.stack([observation["state"] for observation in full])
+    for window, one in zip(hand.cut(np.stack(pictures), camera, states), drawn, strict=True):
+        np.testing.assert_array_equal(window, one["hand_image"])
+
+
+def test_the_full_picture_of_the_window_s_resolution_gives_the_window_too() -> None:
+    assert HandView(64).resolution == 288
+    small = [one["hand_image"] for one in played(hand_view=64)]
+    env = MetaWorldEnv("MT10", image_size=288, action_chunk=8, hand_view=64)
+    observation, _ = env.reset(seed=0, options={"task": "push-v3"})
+    np.testing.assert_array_equal(observation["hand_image"], small[0])
+    np.testing.assert_array_equal(
+        HandView(64).cut(observation["image"][None], "corner2", observation["state"][None])[0], small[0]
+    )
+
+
+def test_the_fingertips_are_in_the_middle_of_the_window() -> None:
+    """Where MuJoCo places their sites, and where the window's middle is, less than a tenth of its side apart."""
+    env = MetaWorldEnv("MT1", task="reach-v3", image_size=32)
+    for seed in range(3):
+        state = env.reset(seed=seed)[0]["state"]
+        assert env._simulator is not None
+        sites = [env._simulator.data.site(f"{side}EndEffector").xpos for side in ("right", "left")]
+        place = STANDING["corner2"].project(np.mean(sites, axis=0)) * 288 - HandView(64).corner("corner2", state)
+        assert np.abs(place - 32).max() < 6.4, place
+
+
+@pytest.mark.parametrize("task", ["reach-v3", "sweep-v3", "bin-picking-v3"])
+def test_the_table_of_cameras_is_mujoco_s(task: str) -> None:
+    simulator = acquire_simulator(task)
+    try:
+        simulator.place(Trial(task, 0, 0))
+        for name, camera in STANDING.items():
+            there = simulator.model.camera(name)
+            axes = simulator.data.camera(name).xmat.reshape(3, 3)
+            np.testing.assert_allclose(camera.position, simulator.data.camera(name).xpos, atol=1e-9)
+            np.testing.assert_allclose(np.stack([camera.right, camera.up]), axes.T[:2], atol=1e-9)
+            assert camera.fovy == there.fovy[0]
+    finally:
+        release_simulator(simulator)
+    assert set(STANDING) | set(CARRIED) == set(CAMERAS)
+
+
+def test_another_resolution_is_reduced_as_pillow_does() -> None:
+    """A window of 40 pixels of 160, cut from a picture of 480: whole pixels, so Pillow can cut and reduce the same."""
+    hand = HandView(40, 0.25)
+    picture = played(hand_view=None)[0]
+    env = MetaWorldEnv("MT10")
+    observation, _ = env.reset(seed=0, options={"task": "push-v3"})
+    row, column = hand.corner("corner2", observation["state"])
+    whole = Image.fromarray(observation["image"]).resize((160, 160), Image.Resampling.BILINEAR)
+    expected = np.asarray(whole)[row : row + 40, column : column + 40].astype(int)
+    found = hand.cut(observation["image"][None], "corner2", picture["state"][None])[0]
+    assert np.abs(found - expected).max() <= 1
+
+
+def test_black_outside_the_view() -> None:
+    states = np.array([[0.4, 0.4, 0.1, 0.0]], np.float32)  # at the lower border
+    picture = np.full((1, 288, 288, 3), 200, np.uint8)
+    assert (HandView(64).cut(picture, "corner2", states) == 200).all()
+    black = HandView(64, border="black")
+    corner = black.corner("corner2", states[0])
+    window = black.cut(picture, "corner2", states)[0]
+    (top, left, height, width), (down, right) = black.inside(*corner)
+    assert 0 < height * width < 64 * 64
+    expected = np.zeros((64, 64, 3), np.uint8)
+    expected[down : down + height, right : right + width] = 200
+    np.testing.assert_array_equal(window, expected)
+    assert (top, left) == (max(corner[0], 0), max(corner[1], 0))
+
+
+@pytest.mark.parametrize("kind", ["software", "egl", "osmesa"])
+def test_a_part_of_a_view_is_that_part(kind: str) -> None:
+    if not renderer_available(kind):
+        pytest.skip(f"no {kind} here")
+    renderer = get_renderer(kind)
+    simulator = acquire_simulator("drawer-open-v3")
+    try:
+        simulator.place(Trial("drawer-open-v3", 0, 0))
+        for view in (
+            View("corner2", 200, 150),
+            View("corner2", 96, 96, resolve_crop("workspace")),
+            View("topview", 64, 64, rotated=False),
+        ):
+            whole = renderer.render(simulator.model, simulator.data, view, simulator.scene).astype(int)
+            for seed in range(5):
+                top, left = np.random.default_rng(seed).integers(0, (view.height - 40, view.width - 24))
+                part = replace(view, part=(int(top), int(left), 40, 24))
+                drawn = renderer.render(simulator.model, simulator.data, part, simulator.scene)
+                difference = np.abs(drawn - whole[top : top + 40, left : left + 24])
+                # OpenGL decides coverage anew in another frustum; ours computes the same numbers.
+                assert difference.mean() <= (0.0 if kind == "software" else 1.0)
+            again = renderer.render(simulator.model, simulator.data, view, simulator.scene)
+            np.testing.assert_array_equal(again, whole)
+    finally:
+        release_simulator(simulator)
+
+
+def test_the_environment_declares_it() -> None:
+    env = gym.make("MetaWorldMT1-v0", task="reach-v3", image_size=32, hand_view=48)
+    assert env.observation_space["hand_image"] == gym.spaces.Box(0, 255, (48, 48, 3), np.uint8)
+    assert env.reset(seed=0)[0]["hand_image"].shape == (48, 48, 3)
+    assert "hand_image" not in gym.make("MetaWorldMT1-v0", task="reach-v3").observation_space.spaces
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"hand_view": 0}, "hand_view=0"),
+        ({"hand_view": 2.5}, "hand_view=2.5"),
+        ({"hand_view": True}, "hand_view=True"),
+        ({"hand_view": "64"}, "hand_view='64'"),
+        ({"hand_view": 64, "hand_window": 0.0}, "hand_window=0.0"),
+        ({"hand_view": 64, "hand_window": 1.5}, "hand_window=1.5"),
+        ({"hand_view": 64, "hand_window": float("nan")}, "hand_window=nan"),
+        ({"hand_view": 64, "hand_border": "blak"}, "hand_border 'blak'.*black"),
+    ],
+)
+def test_bad_options(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        MetaWorldEnv("MT10", **options)
+
+
+# --- through the chain ------------------------------------------------------------------------------------------------
+
+SMALL = HandView(32, 2 / 3)  # of full pictures of 48 pixels
+
+
+def episode(shape: int, hand: bool, length: int = 6) -> Episode:
+    generator = np.random.default_rng(length)
+
+    def pictures(side: int) -> np.ndarray:
+        return generator.integers(0, 256, (length, side, side, 3), dtype=np.uint8)
+
+    states = np.tile(np.float32([0.05, 0.6, 0.2, 1.0]), (length, 1))
+    states[:, 0] += np.linspace(0, 0.2, length)
+    return Episode(
+        trial=Trial("reach-v3", 0, 3),
+        images=pictures(shape),
+        states=states.astype(np.float32),
+        environment_states=np.zeros((length, 39), np.float32),
+        actions=generator.uniform(-1, 1, (length, 4)).astype(np.float32),
+        rewards=np.zeros(length, np.float32),
+        successes=np.arange(length) == length - 1,
+        hand_images=pictures(SMALL.size) if hand else None,
+    )
+
+
+def write(folder: Path, one: Episode, storage: ImageStorage = "png", **camera: Any) -> Path:
+    height, width = np.shape(one.images)[1:3]
+    hand = None if one.hand_images is None else (SMALL.size, SMALL.size, 3)
+    if hand is not None:
+        camera["hand_view"] = asdict(SMALL)
+    shape = (height, width, 3)
+    with DemonstrationWriter(
+        folder, image_shape=shape, hand_shape=hand, image_storage=storage, camera=camera
+    ) as writer:
+        writer.add_episode(one)
+        writer.add_episode(one)
+    return folder
+
+
+def test_a_dataset_holds_it_as_a_feature(tmp_path: Path) -> None:
+    one = episode(40, hand=True)
+    data = Demonstrations.load(write(tmp_path / "png", one))
+    assert data.hand_images is not None and data.camera["hand_view"] == asdict(SMALL)
+    np.testing.assert_array_equal(data.hand_images, np.concatenate([one.hand_images, one.hand_images]))
+    video = Demonstrations.load(write(tmp_path / "mp4", one, "mp4"))
+    assert video.hand_images is not None and video.hand_images.shape == data.hand_images.shape
+    assert Demonstrations.load(tmp_path / "png", hand_view=SMALL).hand_images is not None
+    with pytest.raises(ValueError, match=r"was recorded with hand_view=.*'size': 32.*HandView\(size=48"):
+        Demonstrations.load(tmp_path / "png", hand_view=HandView(48))
+
+
+def test_it_is_cut_from_full_views_while_loading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sb3_vla.demonstrations._CUT_FRAMES", 5)
+    one = episode(48, hand=False)
+    folder = write(tmp_path / "full", one)
+    assert Demonstrations.load(folder).hand_images is None
+    data = Demonstrations.load(folder, image_size=32, hand_view=SMALL)
+    expected = SMALL.cut(np.concatenate([one.images, one.images]), "corner2", np.concatenate([one.states] * 2))
+    np.testing.assert_array_equal(data.hand_images, expected)
+    assert data.images.shape == (12, 32, 32, 3) and data.camera["hand_view"] == asdict(SMALL)
+    with pytest.raises(ValueError, match="pictures of crop=workspace, from which no hand view is cut"):
+        Demonstrations.load(write(tmp_path / "crop", one, crop="workspace"), hand_view=SMALL)
+
+
+def test_imitation_reads_it_and_ppo_goes_on(tmp_path: Path) -> None:
+    data = Demonstrations.load(write(tmp_path / "data", episode(32, hand=True), camera="corner2", crop=None))
+    config = SFTConfig(steps=1, batch_size=4, model_kwargs=TINY, action_horizon=2)
+    sft(data, config, output=tmp_path / "sft", progress=False)
+    policy = load_policy(tmp_path / "sft")
+    assert policy.model.hand_view == SMALL
+    stir(policy.model)
+    options = {"image_size": 32, "hand_view": 32, "hand_window": 2 / 3, "action_chunk": 2, "horizon": 4}
+    assert seen_by(policy).items() >= {"hand_view": 32, "hand_window": 2 / 3, "hand_border": "shift"}.items()
+    env = gym.make("mw_envs:MetaWorldMT1-v0", task="reach-v3", **options)
+    observation, _ = env.reset(seed=0)
+    action, _ = policy.predict(observation, deterministic=True)
+    other, _ = policy.predict({**observation, "hand_image": 255 - observation["hand_image"]}, deterministic=True)
+    turned = {**observation, "hand_image": observation["hand_image"].transpose(2, 0, 1)}
+    assert not np.array_equal(action, other)
+    np.testing.assert_array_equal(policy.predict(turned, deterministic=True)[0], action)
+    without = {key: value for key, value in observation.items() if key != "hand_image"}
+    with pytest.raises(ValueError, match="The observation has no hand_image"):
+        policy.predict(without)
+    kwargs = {"checkpoint": str(tmp_path / "sft"), "cache_perception": False}
+    rehearsal = DemonstrationBatches(data, None, 2, 1, 0)
+    algorithm = PPO("VLAPolicy", env, n_steps=4, batch_size=4, policy_kwargs=kwargs, rehearsal=rehearsal, device="cpu")
+    algorithm.learn(4)
+    assert algorithm.rollout_buffer.observations["hand_image"].shape[2:] == (3, 32, 32)  # type: ignore[attr-defined]
+    with pytest.raises(
+        ValueError, match=r"the environment has none\. Make it with hand_view=32, hand_window=0\.666667"
+    ):
+        PPO("VLAPolicy", gym.make(env.spec, hand_view=None), policy_kwargs=kwargs)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"The model reads the hand view .*; the demonstrations have none"):
+        sft(replace(data, hand_images=None, camera={}), SFTConfig(steps=1, checkpoint=str(tmp_path / "sft")))
+
+
+def test_a_new_policy_reads_the_hand_view_that_the_environment_draws() -> None:
+    env = gym.make("mw_envs:MetaWorldMT1-v0", task="reach-v3", image_size=32, hand_view=48)
+    algorithm = PPO("VLAPolicy", env, n_steps=2, batch_size=2, policy_kwargs={"model_kwargs": TINY}, device="cpu")
+    assert algorithm.policy.model.hand_view == HandView(48)
+    algorithm.learn(2)
