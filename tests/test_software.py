@@ -322,6 +322,24 @@ def test_where_nothing_can_be_kept_a_temporary_folder_is_told_of_once(tmp_path: 
     assert second.stderr == ""
 
 
+@pytest.mark.parametrize("cache", [None, "", "relative"])
+def test_without_a_home_no_folder_is_made_where_a_program_happens_to_run(cache: str | None, tmp_path: Path) -> None:
+    """A container may run as a user who is in no list; Numba takes ``~``, and a relative name, as they stand."""
+    environment = {key: value for key, value in blocked_package(tmp_path).items() if key != "HOME"}
+    environment |= {} if cache is None else {"XDG_CACHE_HOME": cache, "HOME": str(tmp_path / "home")}
+    program = (
+        "import os, pwd; pwd.getpwuid = {}.__getitem__; from mw_envs.rendering import arrays; print(arrays._CACHE)"
+    )
+    program += "; print(os.environ.get('XDG_CACHE_HOME'))"
+    (tmp_path / "here").mkdir()
+    runs = {"env": environment, "cwd": tmp_path / "here", "capture_output": True, "text": True}
+    done = subprocess.run([sys.executable, "-c", program], **runs)  # type: ignore[call-overload]
+    assert done.stdout.splitlines() == [str(tmp_path / "tmp" / f"mw_envs-compiled-{os.getuid()}"), str(cache)], (
+        done.stderr
+    )
+    assert list((tmp_path / "here").iterdir()) == []
+
+
 @pytest.mark.parametrize("how", ["no temporary folder", "writable by others", "a link", "read-only"])
 def test_machine_code_is_kept_in_no_folder_of_others(how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def no_locator(**_: Any) -> Any:

@@ -54,9 +54,19 @@ def _cache() -> str | None:
     """None where Numba finds a folder by itself (``NUMBA_CACHE_DIR``, beside the module, below the user's home), else
     a temporary one; an empty name where there is none of these.
     """
-    with suppress(RuntimeError):  # what Numba raises if it finds no folder
+    given = os.environ.get("XDG_CACHE_HOME")
+    if not os.path.isabs(os.path.expanduser("~") if given is None else given):
+        os.environ["XDG_CACHE_HOME"] = os.devnull  # else Numba makes a folder, such as ~, in the working directory
+    try:
         numba.njit(cache=True)(_cache)
         return None
+    except RuntimeError:  # what Numba raises if it finds no folder
+        pass
+    finally:
+        if given is None:
+            os.environ.pop("XDG_CACHE_HOME", None)
+        else:
+            os.environ["XDG_CACHE_HOME"] = given
     remedy = "Set NUMBA_CACHE_DIR to a folder that you may write to"
     try:
         folder = Path(tempfile.gettempdir()) / f"mw_envs-compiled-{os.getuid()}"

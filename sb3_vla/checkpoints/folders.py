@@ -84,7 +84,7 @@ def _kind_of_file(path: Path) -> str:
 
 def _elsewhere(source: str) -> str:
     """Where a checkpoint may be that is not there."""
-    archive = Path(f"{source}.zip").expanduser()
+    archive = local_path(f"{source}.zip")
     if archive.is_file():
         return f". {archive} is {_kind_of_file(archive)}"
     name = hub_name(source)
