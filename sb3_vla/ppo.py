@@ -348,6 +348,9 @@ class PPO(stable_baselines3.PPO):
                 raise InputError(f"Several ranks train VLAPolicy alone; got {self.policy_class.__name__}")
             super()._setup_model()
             return
+        other = {name for name, value in (changed or {}).items() if value != self.policy_kwargs.get(name)}
+        #: parts of the policy for which a saved state is not taken, because load was given other options of them
+        self._new_parts = {name.partition("_")[0] for name in other} & {"distribution", "optimizer"}
         self.policy_kwargs = {**self.policy_kwargs, **(changed or {})}
         self._check_numbers()  # before a model of billions of weights is read
         self._check_task_sampling()
@@ -984,6 +987,7 @@ class PPO(stable_baselines3.PPO):
             "_episodes",
             "_ended",
             "_idle_batch",
+            "_new_parts",
         ]
 
     def get_parameters(self) -> dict[str, dict[str, Any]]:
@@ -1005,7 +1009,7 @@ class PPO(stable_baselines3.PPO):
         """As in Stable-Baselines3; where there are shards all ranks must call it."""
         check_archive(load_path_or_dict, type(self).__name__)
         if isinstance(load_path_or_dict, dict) and isinstance(self.policy, VLAPolicy):
-            load_path_or_dict = self._with_fitting_optimizer(load_path_or_dict)
+            load_path_or_dict = self._with_new_parts(load_path_or_dict)
         super().set_parameters(load_path_or_dict, exact_match, device)
         if not isinstance(self.policy, VLAPolicy):
             return
@@ -1016,17 +1020,34 @@ class PPO(stable_baselines3.PPO):
                 group["fused"] = None  # that of an archive of one process
             load_optimizer_state(self.policy.optimizer, self.policy, self.policy.optimizer.state_dict()["state"])
 
-    def _with_fitting_optimizer(self, parameters: dict[str, Any]) -> dict[str, Any]:
-        """Parameters with the present optimiser's state in the place of one of other weights than are trained now."""
-        own, given = self.policy.optimizer.state_dict(), parameters.get("policy.optimizer")
-        if given is None or _group_sizes(given) == _group_sizes(own):
+    def _with_new_parts(self, parameters: dict[str, Any]) -> dict[str, Any]:
+        """Parameters with what the present policy has, where they are of other options or of other weights."""
+        new, self._new_parts = self._new_parts, set()
+        if "distribution" in new and "policy" in parameters:
+            parameters = {**parameters, "policy": self._with_new_distribution(parameters["policy"])}
+        state, saved = self.policy.optimizer.state_dict(), parameters.get("policy.optimizer")
+        if saved is None or ("optimizer" not in new and _group_sizes(saved) == _group_sizes(state)):
             return parameters
         warnings.warn(
-            "The saved state of the optimizer is of other weights than are trained now, such as by another trainable= "
-            "in policy_kwargs; the optimizer begins anew",
+            "The saved state of the optimizer is of other options, or of other weights than are trained now, such as "
+            "by another trainable= in policy_kwargs; the optimizer begins anew",
             stacklevel=4,
         )
-        return {**parameters, "policy.optimizer": own}
+        return {**parameters, "policy.optimizer": state}
+
+    def _with_new_distribution(self, saved: Mapping[str, Any]) -> dict[str, Any]:
+        """A policy's weights with the present distribution's own; what it has copied of the model is of those weights.
+
+        See :attr:`sb3_vla.distributions.diffusion.DDIM.pretrained`, which was made before they were there.
+        """
+        copied = "distribution.pretrained."
+        weights = {name: value for name, value in saved.items() if not name.startswith("distribution.")}
+        for name, value in self.policy.state_dict().items():
+            if name.startswith(copied):
+                weights[name] = saved[name] if name in saved else saved[f"model.{name.removeprefix(copied)}"]
+            elif name.startswith("distribution."):
+                weights[name] = value
+        return weights
 
     def save(self, path: Any, exclude: Any = None, include: Any = None) -> None:
         """As in Stable-Baselines3; of several ranks, all of which must call it, the first writes."""
@@ -1073,9 +1094,11 @@ class PPO(stable_baselines3.PPO):
         **kwargs: Any,
     ) -> Any:
         """As in Stable-Baselines3; each of the constructor's keywords, here or in ``custom_objects``, takes the place
-        of what was saved and is checked as there. Of ``policy_kwargs`` here those that are given do.
+        of what was saved and is checked as there. Of ``policy_kwargs`` here those that are given do; with other options
+        of the distribution or the optimizer, what these had learned is left, and they begin anew.
 
-        :raises TypeError: for a keyword that the constructor does not have.
+        :raises TypeError: for a keyword that the constructor does not have, or a name in ``custom_objects`` that
+            neither it nor an archive has.
         :raises ValueError: for a value that the constructor refuses, or the ``policy`` of another archive.
         :raises IsADirectoryError: for a folder; the message says how a checkpoint is used.
         """

@@ -542,7 +542,7 @@ def test_a_loaded_algorithm_may_train_other_weights(trained: tuple[str, str], tm
     algorithm = toy_ppo(trainable=trained[0])
     algorithm.learn(16)
     algorithm.save(tmp_path / "saved")
-    with pytest.warns(UserWarning, match="optimizer is of other weights than are trained now"):
+    with pytest.warns(UserWarning, match="of other weights than are trained now, .* begins anew"):
         loaded = PPO.load(tmp_path / "saved", toy_vec(2), device="cpu", policy_kwargs={"trainable": trained[1]})
     for name, weights in algorithm.policy.named_parameters():
         assert torch.equal(weights, loaded.policy.get_parameter(name)), name
@@ -550,6 +550,45 @@ def test_a_loaded_algorithm_may_train_other_weights(trained: tuple[str, str], tm
     loaded.learn(16)
     moved = [not torch.equal(*pair) for pair in zip(backbone, loaded.policy.model.backbone(), strict=True)]
     assert any(moved) == (trained[1] == "all")
+
+
+def test_other_options_of_distribution_and_optimizer_act_on_a_loaded_algorithm(tmp_path: Path) -> None:
+    """What the archive says of them does not take their place again."""
+    algorithm = toy_ppo(distribution_kwargs={"learn_std": True, "std": 0.5})
+    algorithm.learn(16)
+    algorithm.save(tmp_path / "saved")
+    load = partial(PPO.load, tmp_path / "saved", device="cpu")
+    learned = algorithm.policy.distribution.log_std
+    same = load(policy_kwargs={"distribution_kwargs": {"learn_std": True, "std": 0.5}})
+    assert torch.equal(same.policy.distribution.log_std, learned)
+    wider = load(policy_kwargs={"distribution_kwargs": {"learn_std": True, "std": 0.75}})
+    assert wider.policy.distribution.log_std.exp().tolist() == pytest.approx([0.75] * 2)
+    with pytest.warns(UserWarning, match="begins anew"):
+        flow = load(policy_kwargs={"distribution": "flow_sde", "distribution_kwargs": {}})
+    assert type(flow.policy.distribution).__name__ == "FlowSDE"
+    for options in ({"optimizer_kwargs": {"betas": (0.5, 0.75)}}, {"optimizer_class": torch.optim.SGD}):
+        with pytest.warns(UserWarning, match="begins anew"):
+            loaded = load(env=toy_vec(2), policy_kwargs=options)
+        fresh = loaded.policy.optimizer
+        assert type(fresh) is options.get("optimizer_class", torch.optim.Adam) and not fresh.state
+        assert fresh.param_groups[0].get("betas") == options.get("optimizer_kwargs", {}).get("betas")
+        loaded.learn(16)
+
+
+def test_steps_that_stay_are_of_the_archive_also_with_other_options(toy_models: None, tmp_path: Path) -> None:
+    """Those that it has, or those of its model where it has none."""
+    options: dict[str, Any] = {"model": "toy_diffusion", "model_kwargs": {}, "trainable": "expert"}
+    for saved in (2, 5):
+        kwargs = {"denoising_steps": 5, "trained_steps": saved}
+        algorithm = toy_ppo(distribution="ddim", distribution_kwargs=kwargs, learning_rate=0.1, **options)
+        algorithm.learn(16)
+        algorithm.save(tmp_path / "saved")
+        given = {"distribution_kwargs": {**kwargs, "trained_steps": 3}}
+        loaded = PPO.load(tmp_path / "saved", device="cpu", policy_kwargs=given).policy
+        assert loaded.distribution.trained_steps == 3
+        stays = algorithm.policy.model if saved == 5 else algorithm.policy.distribution.pretrained
+        for name, weights in loaded.distribution.pretrained.named_parameters():
+            assert torch.equal(weights, stays.get_parameter(name)), (saved, name)
 
 
 def test_a_loaded_window_of_statistics_is_the_one_that_was_asked_for(tmp_path: Path) -> None:
