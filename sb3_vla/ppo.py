@@ -81,6 +81,8 @@ _RANGES = (
     *((name, 0, math.inf) for name in ("critic_warmup", "actor_warmup")),
     *((name, 1, math.inf) for name in ("batch_size", "n_steps", "n_epochs", "rehearsal_batch_size")),
 )
+# What is on or off; bf16 may be None as well.
+_FLAGS = ("normalize_advantage", "bootstrap_truncated", "overlap", "normalize_length", "bf16")
 # What may be a number or a function of the share of the training that is left.
 _SCHEDULES = ("learning_rate", "clip_range", "clip_range_vf", "clip_range_high", "noise_scale")
 
@@ -337,10 +339,12 @@ class PPO(stable_baselines3.PPO):
             value = getattr(self, name)
             if value not in known:
                 raise InputError(f"Unknown {name}={value!r}; {did_you_mean(str(value), known)}")
-        changed = vars(self).pop("_changed_policy_kwargs", None)  # by load
+        # By load: options that take the place of the archive's, or all of them.
+        changed, replaced = (vars(self).pop(f"_{how}_policy_kwargs", None) for how in ("changed", "replaced"))
         if not self.ranks.leads:  # the first prints and logs; a saved algorithm may say so of each
             self.verbose, self.tensorboard_log = 0, None
         if not issubclass(self.policy_class, VLAPolicy):
+            self.policy_kwargs = self.policy_kwargs if replaced is None else replaced
             if changed not in (None, self.policy_kwargs):  # Stable-Baselines3's rule
                 raise InputError(f"policy_kwargs={changed}, but those of the archive are {self.policy_kwargs}")
             self._refuse_own_options()
@@ -348,10 +352,11 @@ class PPO(stable_baselines3.PPO):
                 raise InputError(f"Several ranks train VLAPolicy alone; got {self.policy_class.__name__}")
             super()._setup_model()
             return
-        other = {name for name, value in (changed or {}).items() if value != self.policy_kwargs.get(name)}
+        given = {**(replaced or {}), **(changed or {})}
+        other = {name for name, value in given.items() if value != self.policy_kwargs.get(name)}
         #: parts of the policy for which a saved state is not taken, because load was given other options of them
         self._new_parts = {name.partition("_")[0] for name in other} & {"distribution", "optimizer"}
-        self.policy_kwargs = {**self.policy_kwargs, **(changed or {})}
+        self.policy_kwargs = {**(self.policy_kwargs if replaced is None else {}), **given}
         self._check_numbers()  # before a model of billions of weights is read
         self._check_task_sampling()
         # The stock set-up would allocate its own buffer at the size of the raw images.
@@ -433,6 +438,10 @@ class PPO(stable_baselines3.PPO):
                 raise InputError(f"clip_range_high is {self.clip_range_high(left)}; expected at least 0")
             if self.clip_range_vf is not None and not FloatSchedule(self.clip_range_vf)(left) > 0:
                 raise InputError(f"clip_range_vf={self.clip_range_vf}; expected more than 0, or None")
+        for name in _FLAGS:
+            value = getattr(self, name, None)
+            if isinstance(value, str):  # "no" would be on
+                raise InputError(f"{name}={value!r}; expected True or False{', or None' if name == 'bf16' else ''}")
         for name, least, most in _RANGES:
             value = getattr(self, name, least)
             if not least <= value <= most:
@@ -1104,15 +1113,16 @@ class PPO(stable_baselines3.PPO):
         """
         check_archive(path, cls.__name__)
         keywords = [name for name in inspect.signature(cls).parameters if name not in _NOT_LOADED]
-        given = {name: value for name, value in (custom_objects or {}).items() if name in keywords} | kwargs
+        custom = dict(custom_objects or {})
+        replaced = custom.pop("policy_kwargs", None)  # compared with the archive's, which it would hide
+        given = {name: value for name, value in custom.items() if name in keywords} | kwargs
         for name in kwargs:
             if name not in keywords:
                 raise TypeError(f"{cls.__name__} has no option {name!r}; {did_you_mean(name, keywords)}")
         policy = given.pop("policy", None)
-        model = super().load(
-            path, env, device, custom_objects, print_system_info, force_reset, **cls._as_attributes(given)
-        )
-        for name in custom_objects or {}:  # they may also take the place of other things that an archive holds
+        attributes = cls._as_attributes(given) | {"_replaced_policy_kwargs": replaced}
+        model = super().load(path, env, device, custom, print_system_info, force_reset, **attributes)
+        for name in custom:  # they may also take the place of other things that an archive holds
             if name not in keywords and not hasattr(model, name):
                 raise TypeError(
                     f"custom_objects names {name!r}, which no archive holds; {did_you_mean(name, keywords)}"

@@ -500,6 +500,7 @@ def test_every_keyword_of_the_constructor_works_through_load(
         ("logprob_type", "step", "Unknown logprob_type='step'"),
         ("batch_size", 0, "batch_size=0; expected at least 1"),
         ("n_epochs", 0, "n_epochs=0; expected at least 1"),
+        ("bf16", "no", "bf16='no'; expected True or False, or None"),
         ("policy", "MlpPolicy", "policy='MlpPolicy', but"),
     ],
 )
@@ -561,8 +562,12 @@ def test_other_options_of_distribution_and_optimizer_act_on_a_loaded_algorithm(t
     learned = algorithm.policy.distribution.log_std
     same = load(policy_kwargs={"distribution_kwargs": {"learn_std": True, "std": 0.5}})
     assert torch.equal(same.policy.distribution.log_std, learned)
-    wider = load(policy_kwargs={"distribution_kwargs": {"learn_std": True, "std": 0.75}})
-    assert wider.policy.distribution.log_std.exp().tolist() == pytest.approx([0.75] * 2)
+    std = {"distribution_kwargs": {"learn_std": True, "std": 0.75}}
+    whole = {**algorithm.policy_kwargs, **std}
+    for wider in (load(policy_kwargs=std), load(custom_objects={"policy_kwargs": whole})):
+        assert wider.policy.distribution.log_std.exp().tolist() == pytest.approx([0.75] * 2)
+    kept = load(custom_objects={"policy_kwargs": algorithm.policy_kwargs})
+    assert torch.equal(kept.policy.distribution.log_std, learned)
     with pytest.warns(UserWarning, match="begins anew"):
         flow = load(policy_kwargs={"distribution": "flow_sde", "distribution_kwargs": {}})
     assert type(flow.policy.distribution).__name__ == "FlowSDE"
