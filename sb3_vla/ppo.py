@@ -357,6 +357,7 @@ class PPO(stable_baselines3.PPO):
         #: parts of the policy for which a saved state is not taken, because load was given other options of them
         self._new_parts = {name.partition("_")[0] for name in other} & {"distribution", "optimizer"}
         self.policy_kwargs = {**(self.policy_kwargs if replaced is None else {}), **given}
+        self._check_flags()
         self._check_numbers()  # before a model of billions of weights is read
         self._check_task_sampling()
         # The stock set-up would allocate its own buffer at the size of the raw images.
@@ -426,6 +427,12 @@ class PPO(stable_baselines3.PPO):
         shared = [self.policy.optimizer, *(p for p in self.policy.parameters() if not p.requires_grad)]
         self._reference = copy.deepcopy(self.policy, {id(each): each for each in shared}).requires_grad_(False)
 
+    def _check_flags(self) -> None:
+        for name in _FLAGS:
+            value = getattr(self, name, None)
+            if isinstance(value, str):  # "no" would be on
+                raise InputError(f"{name}={value!r}; expected True or False{', or None' if name == 'bf16' else ''}")
+
     def _check_numbers(self) -> None:
         rate, clip_range = FloatSchedule(self.learning_rate), FloatSchedule(self.clip_range)
         for left in (0.0, 1.0):
@@ -438,10 +445,6 @@ class PPO(stable_baselines3.PPO):
                 raise InputError(f"clip_range_high is {self.clip_range_high(left)}; expected at least 0")
             if self.clip_range_vf is not None and not FloatSchedule(self.clip_range_vf)(left) > 0:
                 raise InputError(f"clip_range_vf={self.clip_range_vf}; expected more than 0, or None")
-        for name in _FLAGS:
-            value = getattr(self, name, None)
-            if isinstance(value, str):  # "no" would be on
-                raise InputError(f"{name}={value!r}; expected True or False{', or None' if name == 'bf16' else ''}")
         for name, least, most in _RANGES:
             value = getattr(self, name, least)
             if not least <= value <= most:
