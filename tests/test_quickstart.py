@@ -126,7 +126,7 @@ def test_an_interrupt_leaves_no_process_and_the_next_start_goes_on(
         return  # what is left is the same
     done = len(list((run / "checkpoints" / "ppo").glob("step-*")))
     resumed = quickstart(run, f"ppo.iterations={done + 1}")
-    # Other iterations are other settings, so PPO starts afresh; what came before it is kept.
+    # Fewer iterations are other settings, so PPO starts afresh; what came before it is kept.
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
     assert (run / "checkpoints" / "ppo.replaced-1").is_dir()
 
