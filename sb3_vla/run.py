@@ -187,13 +187,13 @@ class RunDirectory:
             if not same and self._goes_further(name, length, before):
                 same = _canonical({part: before[part] for part in basis}) == canonical
             put_back = (lambda: None) if same else self._set_aside(name, outputs, _differences(before, marker))
-            found = self._left(name, outputs), self.latest_checkpoint(name)
+            found = self._left(name, outputs), self._checkpoints(name)
             self.write_json(f"stages/{name}.json", {"complete": False, **marker})
             start = time.monotonic()
             try:
                 yield Stage(done=False, resumed=same)
             except BaseException:
-                if before and found == (self._left(name, outputs), self.latest_checkpoint(name)):
+                if before and found == (self._left(name, outputs), self._checkpoints(name)):
                     put_back()
                     self.write_json(f"stages/{name}.json", before)
                 raise
@@ -255,10 +255,8 @@ class RunDirectory:
             renamed to ``step-<n>.damaged``, and the one before it is taken
         :raises RunError: none of them is whole
         """
-        folder = self.path / "checkpoints" / stage
-        _put_back(folder)
         damaged: list[tuple[Path, DamagedError]] = []
-        for found in reversed(_checkpoints_by_step(folder)):
+        for found in reversed(self._checkpoints(stage)):
             try:
                 if check is not None:
                     check(found)
@@ -273,15 +271,21 @@ class RunDirectory:
             return found
         if damaged:
             raise RunError(
-                f"{damaged[0][1]}; no checkpoint of {stage} before it is whole: copy it again, or delete {folder} to "
-                "begin the stage anew"
+                f"{damaged[0][1]}; no checkpoint of {stage} before it is whole: copy it again, or delete "
+                f"{damaged[0][0].parent} to begin the stage anew"
             )
         return None
+
+    def _checkpoints(self, stage: str) -> list[Path]:
+        """The complete checkpoints of a stage by their steps."""
+        folder = self.path / "checkpoints" / stage
+        _put_back(folder)
+        return _checkpoints_by_step(folder)
 
     def _goes_further(self, stage: str, length: int | None, before: Mapping[str, Any]) -> bool:
         reached = before.get("length")
         further = length is not None and reached is not None and length > reached
-        return further and (not self.done(stage) or self.latest_checkpoint(stage) is not None)
+        return further and (not self.done(stage) or bool(self._checkpoints(stage)))
 
     def _left(self, stage: str, outputs: Sequence[str]) -> tuple[list[str], list[dict[str, Any]]]:
         """What is there of a stage: paths below the run directory, and rows of metrics."""

@@ -60,3 +60,30 @@ def test_a_stage_that_fails_is_not_complete(tmp_path: Path) -> None:
 
     run_ranks(2, work)
     assert not RunDirectory(tmp_path).done("ppo")
+
+
+def test_ranks_that_go_further_and_that_fail_at_once(tmp_path: Path) -> None:
+    """What rank 0 looks at to decide it looks at alone, and a stage that made nothing is what it was."""
+
+    def work(_: int) -> list[Any]:
+        run = SharedRun(tmp_path, {})
+        found: list[Any] = []
+        for length, seed in ((1, 0), (2, 0), (2, 1), (2, 0)):
+            try:
+                with run.stage("ppo", {"seed": seed}, length=length, outputs=["result"]) as stage:
+                    found.append((stage.done, stage.resumed))
+                    if seed == 1:
+                        raise KeyError
+                    with run.checkpoint("ppo", length) as place:
+                        if place is not None:
+                            (place / "state").write_text("whole")
+                    if run.ranks.leads:
+                        (tmp_path / "result").write_text("")
+            except KeyError:
+                found.append(KeyError)
+            run.ranks.wait()
+        return found
+
+    first, second = run_ranks(2, work)
+    assert first == second
+    assert first == [(False, False), (False, True), (False, False), KeyError, (True, False)]

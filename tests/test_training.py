@@ -190,15 +190,19 @@ def test_settings_reach_environments_and_algorithm(
 def test_the_model_at_the_start_is_in_memory_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """While the algorithm learns there are as many models, and bytes of parameters, as its policy has."""
 
-    def learn(algorithm: PPO, *_: Any, **__: Any) -> None:
+    def alive() -> list[CompactVLA]:
         gc.collect()
-        alive = [each for each in gc.get_objects() if isinstance(each, CompactVLA)]
-        assert [each is algorithm.policy.model for each in alive] == [True]
+        return [each for each in gc.get_objects() if isinstance(each, CompactVLA)]
+
+    earlier = alive()  # of other tests
+
+    def learn(algorithm: PPO, *_: Any, **__: Any) -> None:
+        made = [each for each in alive() if not any(each is other for other in earlier)]
+        assert [each is algorithm.policy.model for each in made] == [True]
         raise Captured
 
     monkeypatch.setattr(training, "SharedMemoryVecEnv", lambda makers, num_workers: toy_vec(4, chunk=5, action_dim=4))
     monkeypatch.setattr(PPO, "learn", learn)
-    gc.collect()
     with pytest.raises(Captured):
         start(tmp_path, PPOConfig(num_envs=4, decisions=4, batch_size=16, device="cpu"), suite="MT10")
 
