@@ -28,11 +28,13 @@ from sb3_vla.demonstrations import Demonstrations
 from sb3_vla.evaluation import Comparison, EvaluationResult, VideoOptions, compare, evaluate, find_protocol
 from sb3_vla.figures import before_after_bars, learning_curve
 from sb3_vla.identity import checkpoint_identity, deciding_options
+from sb3_vla.local_ranks import local_rank_count, local_ranks, this_command
 from sb3_vla.policies import load_policy
 from sb3_vla.report import write_report
 from sb3_vla.results import TRIAL_SEED
-from sb3_vla.run import RunDirectory, RunError
+from sb3_vla.run import RunError
 from sb3_vla.sft import SFTConfig, sft
+from sb3_vla.shared_run import SharedRun
 from sb3_vla.training import PPOConfig, train
 
 # Three sets of trials that share no goal: demonstrations and PPO use seeds below these.
@@ -49,6 +51,7 @@ class CollectConfig:
     noise_std: float = 0.5
     image_size: int = 96
     crop: str = "workspace"
+    hand_view: int | None = 64
 
 
 @dataclass
@@ -109,14 +112,15 @@ def main() -> int:
         if folder is None:  # another seed is another run, and does not take the place of the first
             name = "quickstart-full" if arguments.full else "quickstart"
             folder = Path("runs") / (name if config.seed == 0 else f"{name}-seed{config.seed}")
-        with RunDirectory(folder, config) as run:
-            quickstart(run, config, Console())
+        count = local_rank_count(config.ppo.num_envs)
+        with local_ranks(count, this_command()) as ranks, SharedRun(folder, config) as run:
+            quickstart(run, config, Console(quiet=not ranks.leads))
 
     again = "the same command goes on"
     return run_command(work, again=again, show_traceback=arguments.traceback, errors=Console())
 
 
-def quickstart(run: RunDirectory, config: QuickstartConfig, console: Console) -> None:
+def quickstart(run: SharedRun, config: QuickstartConfig, console: Console) -> None:
     """The stages in order; each is skipped if it is done with the same settings."""
     started = time.monotonic()
     suite = config.collect.suite
@@ -125,18 +129,8 @@ def quickstart(run: RunDirectory, config: QuickstartConfig, console: Console) ->
     console.rule(f"1  demonstrations by scripted experts, {suite}")
     with run.stage("collect", {"collect": config.collect, "seed": seed}, outputs=["demonstrations"]) as stage:
         if not stage.done:
-            report = collect(
-                run.path / "demonstrations",
-                suite,
-                tasks=config.collect.tasks,
-                episodes_per_task=config.collect.episodes_per_task,
-                noise_std=config.collect.noise_std,
-                image_size=config.collect.image_size,
-                crop=config.collect.crop,
-                seed=100 * seed,
-                renderer=config.renderer,
-                overwrite=True,
-            )
+            settings = {**vars(config.collect), "seed": 100 * seed, "renderer": config.renderer, "overwrite": True}
+            report = run.ranks.first_does(lambda: collect(run.path / "demonstrations", **settings))
             console.print(str(report), highlight=False)
 
     console.rule("2  imitation")
@@ -162,10 +156,11 @@ def quickstart(run: RunDirectory, config: QuickstartConfig, console: Console) ->
     def films(name: str) -> list[str]:
         return [f"videos/{name}"] if config.evaluation.videos_per_task else []
 
-    def measure(name: str, checkpoint: Path, trials: int, trial_seed: int, filmed: bool) -> EvaluationResult:
+    def measure(name: str, checkpoint: Path, trials: int, trial_seed: int, filmed: bool) -> None:
         videos = None
         if filmed and config.evaluation.videos_per_task:
             videos = VideoOptions(run.path / "videos" / name, per_task=config.evaluation.videos_per_task)
+            run.ranks.first_does(videos.prepare)
         result = evaluate(
             load_policy(checkpoint, find_protocol(config.evaluation.protocol).action_chunk),
             tasks=config.collect.tasks or suite_tasks(suite),
@@ -175,8 +170,8 @@ def quickstart(run: RunDirectory, config: QuickstartConfig, console: Console) ->
             env_kwargs={"renderer": config.renderer},
             videos=videos,
         )
-        result.to_json(run.path / f"evaluation_{name}.json")
-        return result
+        if run.ranks.leads:
+            result.to_json(run.path / f"evaluation_{name}.json")
 
     console.rule("3  which tasks give a signal to practise on")
     with run.stage(
@@ -184,7 +179,7 @@ def quickstart(run: RunDirectory, config: QuickstartConfig, console: Console) ->
     ) as stage:
         if not stage.done:
             measure("choice", run.path / "sft", config.evaluation.choice_trials, CHOICE_SEED, filmed=False)
-    choice = EvaluationResult.from_json(run.path / "evaluation_choice.json").per_task()
+    choice = run.ranks.first_does(lambda: EvaluationResult.from_json(run.path / "evaluation_choice.json").per_task())
     rates = {task: rate.rate.value for task, rate in choice.items()}
     tasks = [task for task, rate in rates.items() if config.evaluation.lowest < rate < config.evaluation.highest]
     # Practice of other tasks may spoil these; tasks are drawn by the signal that they give, so they cost little.
@@ -237,6 +232,8 @@ def quickstart(run: RunDirectory, config: QuickstartConfig, console: Console) ->
         if not stage.done:
             measure("after", run.path / "ppo", config.evaluation.test_trials, TEST_SEED, filmed=True)
 
+    if not run.ranks.leads:
+        return
     before = EvaluationResult.from_json(run.path / "evaluation_before.json")
     after = EvaluationResult.from_json(run.path / "evaluation_after.json")
     comparison = compare(before, after, names=("imitation", "PPO"))
@@ -244,7 +241,7 @@ def quickstart(run: RunDirectory, config: QuickstartConfig, console: Console) ->
     console.print(f"{(time.monotonic() - started) / 60:.1f} minutes for this start", highlight=False)
 
 
-def report_results(run: RunDirectory, comparison: Comparison, tasks: list[str], console: Console) -> None:
+def report_results(run: SharedRun, comparison: Comparison, tasks: list[str], console: Console) -> None:
     """Tables, figures, and where everything lies."""
     practised = comparison.restricted_to(tasks)
     comparison.to_json(run.path / "comparison.json")

@@ -56,7 +56,7 @@ class CollectCommand:
     episodes_per_task: int = 20
     image_size: int = 96
     crop: str = "workspace"
-    hand_view: int | None = None
+    hand_view: int | None = 64
     noise_std: float = 0.5
     image_storage: str = "png"
     seed: int = 0

@@ -33,7 +33,7 @@ from sb3_vla.models.prompts import same_tokenizer
 from sb3_vla.models.resizing import resize_by_area
 from sb3_vla.paths import local_path
 from sb3_vla.sharding import as_shards, in_shards, is_sharded
-from sb3_vla.views import known_view, settled_view
+from sb3_vla.views import FULL_PICTURE, cut_window, known_view, settled_view
 
 MODEL_KEYS = ("image", "state", "instruction")
 #: what a model with a hand view reads as well
@@ -455,17 +455,34 @@ class VLAPolicy(BasePolicy):
         """As in Stable-Baselines3; of an observation what the policy does not read is left out.
 
         :param observation: one, or a batch of them in which each array has a further axis in front. Pictures may have
-            their channels first or last, an instruction any number of zeros at its end.
+            their channels first or last, an instruction any number of zeros at its end. A picture of
+            480 x 480 pixels is taken for the full view of the policy's camera, as MetaWorld draws it: the policy's
+            window, and its hand view where none is given, are cut from it.
         :raises ValueError: for what does not fit the observation space, see :func:`fitted`; or for what is no dict.
         """
         if isinstance(observation, Mapping):
-            observation = fitted(observation, self.observation_space)  # type: ignore[arg-type]
+            observation = fitted(self._cut_from_full_view(observation), self.observation_space)  # type: ignore[arg-type]
         elif not isinstance(observation, tuple):  # for which Stable-Baselines3 has a message
             raise InputError(
                 f"VLAPolicy reads a dict with {', '.join(MODEL_KEYS)}, as the environment gives it; got "
                 f"{type(observation).__name__}"
             )
         return super().predict(observation, state, episode_start, deterministic)
+
+    def _cut_from_full_view(self, observation: Mapping[str, Any]) -> Mapping[str, Any]:
+        picture, state = (np.asarray(observation.get(key)) for key in ("image", "state"))
+        if self.view is None or picture.dtype != np.uint8 or picture.shape[-3:] != FULL_PICTURE:
+            return observation
+        found, batch, pictures = dict(observation), picture.shape[:-3], picture.reshape(-1, *FULL_PICTURE)
+        hand, expected = self.model.hand_view, (*batch, *self.observation_space["state"].shape)  # type: ignore[index]
+        if hand is not None and HAND_KEY not in observation and state.shape == expected:
+            cut = hand.cut(pictures, self.view["camera"], state.reshape(len(pictures), -1))
+            found[HAND_KEY] = cut.reshape(*batch, *cut.shape[1:])
+        size = _height_and_width(self.observation_space["image"], self._channels_first)  # type: ignore[index]
+        if tuple(size) != FULL_PICTURE[:2]:
+            cut = cut_window(pictures, self.view["crop"], (size[0], size[1]))
+            found["image"] = cut.reshape(*batch, *cut.shape[1:])
+        return found
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> Tensor:
         assert isinstance(observation, dict)

@@ -10,6 +10,8 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 from stable_baselines3.common.vec_env import VecEnv
 
 from mw_envs.rendering import CROPS, resolve_crop
@@ -21,6 +23,8 @@ from sb3_vla.models import VLAModel
 HAND_OPTIONS = ("hand_view", "hand_window", "hand_border")
 #: of environments that are told nothing else
 FULL_VIEW: dict[str, Any] = {"camera": "corner2", "crop": None}
+#: height, width and channels of the pictures of the full view that MetaWorld itself draws
+FULL_PICTURE = (480, 480, 3)
 
 
 def known_view(said: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -46,6 +50,30 @@ def hand_options(model: VLAModel) -> dict[str, Any]:
     """Arguments of environments that draw the hand view which a model reads; none for a model that reads none."""
     hand = model.hand_view
     return {} if hand is None else dict(zip(HAND_OPTIONS, (hand.size, hand.window, hand.border), strict=True))
+
+
+def cut_window(pictures: npt.NDArray[np.uint8], crop: Any, size: tuple[int, int]) -> npt.NDArray[np.uint8]:
+    """The window of a crop, cut from pictures of the full view.
+
+    :param pictures: uint8 (N, height, width, 3).
+    :param crop: a name, or (top, left, height, width) in fractions; None for all of it.
+    :param size: height and width to have.
+    :return: uint8 (N, *size, 3), each pixel the mean of what it covers.
+    """
+    top, left, height, width = resolve_crop(crop)
+    down = _shares(pictures.shape[1], top, height, size[0])
+    across = _shares(pictures.shape[2], left, width, size[1])
+    mean = np.einsum("yh,nhwc,xw->nyxc", down, pictures.astype(np.float32), across, optimize=True)
+    return np.rint(mean).astype(np.uint8)
+
+
+def _shares(before: int, first: float, length: float, after: int) -> npt.NDArray[np.float32]:
+    """How much of each new pixel of a part of a line each old one covers, (after, before)."""
+    edges = before * (first + length * np.arange(after + 1) / after)
+    old = np.arange(before)
+    covered = np.minimum(edges[1:, None], old + 1) - np.maximum(edges[:-1, None], old)
+    shares = np.maximum(covered, 0.0)
+    return (shares / shares.sum(1, keepdims=True)).astype(np.float32)
 
 
 def view_of_envs(env: VecEnv) -> dict[str, Any] | None:

@@ -9,6 +9,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from toy import TINY, stir
 
@@ -18,9 +19,11 @@ from mw_envs.rendering import View, get_renderer, renderer_available, resolve_cr
 from mw_envs.scene import acquire_simulator, release_simulator
 from mw_envs.tasks import Trial
 from sb3_vla import PPO
+from sb3_vla.checkpoints import save_checkpoint
 from sb3_vla.demonstrations import Demonstrations, DemonstrationWriter, Episode
 from sb3_vla.evaluation import seen_by
 from sb3_vla.lerobot_writer import ImageStorage
+from sb3_vla.models import make_model
 from sb3_vla.policies import load_policy
 from sb3_vla.sft import DemonstrationBatches, SFTConfig, sft
 
@@ -271,3 +274,35 @@ def test_a_new_policy_reads_the_hand_view_that_the_environment_draws() -> None:
     algorithm = PPO("VLAPolicy", env, n_steps=2, batch_size=2, policy_kwargs={"model_kwargs": TINY}, device="cpu")
     assert algorithm.policy.model.hand_view == HandView(48)
     algorithm.learn(2)
+
+
+def test_a_raw_picture_of_metaworld_is_enough_to_act(tmp_path: Path) -> None:
+    """The policy's window and its hand view are cut from the 480 x 480 pixels of the full view."""
+    torch.manual_seed(0)
+    model = make_model("compact", {**TINY, "image_size": 96, "hand_view": {"size": 64}})
+    stir(model)
+    save_checkpoint(tmp_path / "start", model, notes={"view": {"camera": "corner2", "crop": "workspace"}})
+    policy = load_policy(tmp_path / "start")
+    env = MetaWorldEnv("MT10", image_size=96, crop="workspace", hand_view=64)
+    raw_env = MetaWorldEnv("MT10")
+    drawn, raw = (each.reset(seed=3, options={"task": "push-v3"})[0] for each in (env, raw_env))
+    assert raw["image"].shape == (480, 480, 3) and "hand_image" not in raw
+    seen = {}
+    real = type(policy).prepare
+
+    def noted(self: Any, observation: Any) -> Any:
+        seen.update(observation)
+        return real(self, observation)
+
+    policy.prepare = noted.__get__(policy)
+    for observation in (raw, {key: np.stack([value, value]) for key, value in raw.items()}):
+        actions, _ = policy.predict(observation, deterministic=True)
+        for name in ("image", "hand_image"):
+            shown = seen[name].numpy().astype(float)[0]
+            shown = shown if shown.shape[-1] == 3 else np.moveaxis(shown, 0, -1)
+            # A pixel is the mean of what it covers, where small pictures are drawn from a few samples of it.
+            assert np.abs(shown - drawn[name]).mean() < 2.5, name
+            assert abs((shown - drawn[name]).mean()) < 1.5, name
+    expected, _ = policy.predict(drawn, deterministic=True)
+    np.testing.assert_allclose(actions[0], expected, atol=0.02)
+    assert np.abs(expected).max() > 0.1
