@@ -130,7 +130,7 @@ class EvalCommand:
 
     :param checkpoint: what to measure.
     :param output: JSON file of the result; a Markdown table goes beside it.
-    :param protocol: rlinf-160, rlinf-100 or lerobot-500.
+    :param protocol: rlinf-160, rlinf-100, evo1-400 or lerobot-500.
     :param action_chunk: actions executed per decision; None for the protocol's. A model that predicts fewer, such as
         OpenVLA-OFT with its one, needs it.
     :param trials_per_task: trials, fixed by ``trial_seed``.
