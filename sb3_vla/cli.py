@@ -20,8 +20,9 @@ from mw_envs.tasks import INSTRUCTION_BYTES, select_tasks
 from sb3_vla import doctor
 from sb3_vla.command import run_command
 from sb3_vla.config import ConfigError, deciding_settings, given_view, load_config, to_yaml
-from sb3_vla.distributed import current_ranks, torchrun
+from sb3_vla.distributed import current_ranks, is_first_rank, torchrun
 from sb3_vla.errors import InTheWayError
+from sb3_vla.local_ranks import local_ranks, this_command
 from sb3_vla.paths import finish_exchange, hidden_beside, writable_file
 from sb3_vla.results import TRIAL_SEED
 from sb3_vla.run import fingerprint_of
@@ -311,8 +312,12 @@ def run_train(command: TrainCommand, console: Console) -> None:
     console.print(f"checkpoint {run.path / name}, TensorBoard {run.path / 'tensorboard'}", highlight=False)
 
 
-def run_recipe(parsed: argparse.Namespace, settings: list[str], console: Console) -> None:
-    """``sb3-vla train RECIPE``, ``--list`` and ``--dry-run``."""
+def run_recipe(parsed: argparse.Namespace, settings: list[str], starts_ranks: bool) -> None:
+    """``sb3-vla train RECIPE``, ``--list`` and ``--dry-run``.
+
+    :param starts_ranks: whether it may start a rank for each core.
+    """
+    console = Console(quiet=not is_first_rank())
     from sb3_vla.plan import make_plan
     from sb3_vla.recipes import given_keys, load_recipe, recipe_names, summary
 
@@ -337,7 +342,8 @@ def run_recipe(parsed: argparse.Namespace, settings: list[str], console: Console
         return
     from sb3_vla.launch import launch
 
-    launch(recipe, plan, console)
+    with local_ranks(plan.local_ranks if starts_ranks else 1, this_command()):
+        launch(recipe, plan, console)
 
 
 def run_eval(command: EvalCommand, console: Console) -> None:
@@ -439,6 +445,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             sub.add_argument("--dry-run", action="store_true", help="print a recipe's settings, and what they need")
         sub.add_argument("settings", nargs="*", metavar="RECIPE | key=value" if name == "train" else "key=value")
     commands.add_parser("doctor", help="Say what this machine can do, and what is missing.", add_help=False)
+    is_this_command = arguments is None
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments[:1] == ["doctor"]:
         return doctor.main(arguments[1:])
@@ -451,12 +458,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         settings = [f"run={settings[0]}", *settings[1:]]
 
     def work() -> None:
+        if parsed.command == "train" and (parsed.list or parsed.dry_run or (settings and "=" not in settings[0])):
+            run_recipe(parsed, settings, starts_ranks=is_this_command)
+            return
         with torchrun() as ranks:
-            console = Console(quiet=not ranks.leads)
-            if parsed.command == "train" and (parsed.list or parsed.dry_run or (settings and "=" not in settings[0])):
-                run_recipe(parsed, settings, console)
-            elif ranks.leads or parsed.command in _SHARED_COMMANDS:
-                run(load_config(kind, parsed.config, settings), console)
+            if ranks.leads or parsed.command in _SHARED_COMMANDS:
+                run(load_config(kind, parsed.config, settings), Console(quiet=not ranks.leads))
 
     again = f"the same command {'goes on' if parsed.command in ('train', 'sft') else 'starts again'}"
     return run_command(work, again=again, show_traceback=parsed.traceback)

@@ -283,6 +283,11 @@ def check_membership(algorithm: str) -> None:
         )
 
 
+def is_first_rank() -> bool:
+    """Whether this process is the first of the ranks that torchrun started, joined or not; or alone."""
+    return _invited() == 1 or os.environ["RANK"] == "0"
+
+
 def is_left_out() -> bool:
     """Whether ``torchrun`` started other ranks which this process has not joined."""
     return _invited() > 1 and not _has_joined and not dist.is_initialized()

@@ -12,6 +12,7 @@ from mw_envs.tasks import INSTRUCTION_BYTES, did_you_mean, select_tasks
 from sb3_vla.cluster import ClusterOptions
 from sb3_vla.config import ConfigError, given_view
 from sb3_vla.filming import TrainingFilms
+from sb3_vla.local_ranks import local_rank_count
 from sb3_vla.loggers import LoggerOptions
 from sb3_vla.models import MODELS
 from sb3_vla.paths import local_path
@@ -92,6 +93,17 @@ class Plan:
     def begins(self) -> bool:
         """Whether the model is a new one, which needs no checkpoint."""
         return self.checkpoint is None and can_begin(self.model, self.model_kwargs)
+
+    @property
+    def local_ranks(self) -> int:
+        """Ranks that a machine without a GPU trains such a model with: more than one of a network that is small enough
+        to fit several times."""
+        if self.model not in FROM_SCRATCH or self.cluster is not None:
+            return 1
+        shared = [] if self.config is None else [self.config.num_envs]
+        if isinstance(self.config, GRPOConfig):  # a group is played on one rank
+            shared.append(self.config.num_envs // self.config.group_size)
+        return local_rank_count(*shared)
 
     @property
     def algorithm(self) -> str | None:

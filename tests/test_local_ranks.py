@@ -11,8 +11,12 @@ from pathlib import Path
 import pytest
 
 from sb3_vla import local_ranks
+from sb3_vla.plan import make_plan
+from sb3_vla.recipes import load_recipe
 
 SCRIPT = Path(__file__).with_name("toy_ranks.py")
+# Of recipes on four cores. GRPO's 16 environments play two groups of eight at a time, each on one rank; pi0 fits once.
+COUNTS = {"ppo_compact": 4, "sft_compact": 4, "grpo_compact": 2, "ppo_openpi": 1}
 
 
 def start(count: int, folder: Path, what: str = "") -> subprocess.Popen[str]:
@@ -101,3 +105,11 @@ def test_torchrun_has_the_say_and_so_has_a_gpu(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert local_ranks.local_rank_count(16) == 1
+
+
+def test_recipes_of_the_small_model_take_all_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local_ranks, "usable_cores", lambda: 4)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    counts = {name: make_plan(load_recipe(f"metaworld_50_{name}")).local_ranks for name in COUNTS}
+    assert counts == COUNTS
