@@ -1,20 +1,29 @@
 """What PPO itself costs beside stable_baselines3.PPO: the same network, batch and data, learning in turns.
 
     python tests/benchmarks/bench_learner.py --envs 16 --image-size 96
+    python tests/benchmarks/bench_learner.py --against 3939af5
 
 The environments hand out pictures that were drawn before, so a rollout is the learner's own work. On a CPU the
 processor's time counts, which other load disturbs less than the clock's; a ratio is the median of those of neighbours
 in time, since a machine's speed drifts by more than what is measured. The first table has the memory of a rollout
 beside its payload, each buffer in a process of its own: the peak of resident memory while a rollout is stored and all
 of its minibatches are read twice.
+
+``--against`` compares CompactVLA's steps with those of another commit instead, in turns: imitation of 128 frames, an
+update of 512 decisions with a frozen backbone, and an iteration of the quickstart's PPO with its environments, by the
+clock.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import json
 import multiprocessing
 import os
+import subprocess
+import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -68,7 +77,13 @@ class Pictures(gym.Env[dict[str, npt.NDArray[Any]], npt.NDArray[np.float32]]):
 class Timed:
     """An algorithm whose rollouts and updates are timed; both algorithms learn by the same two calls."""
 
-    def __init__(self, algorithm_class: type[stable_baselines3.PPO], options: argparse.Namespace, epochs: int) -> None:
+    def __init__(
+        self,
+        algorithm_class: type[stable_baselines3.PPO],
+        options: argparse.Namespace,
+        epochs: int,
+        policy_kwargs: dict[str, Any] | None = None,
+    ) -> None:
         env = DummyVecEnv([functools.partial(Pictures, options.image_size)] * options.envs)
         self.algorithm = algorithm_class(
             "VLAPolicy",
@@ -78,6 +93,7 @@ class Timed:
             n_epochs=epochs,
             seed=0,
             device=options.device,
+            policy_kwargs=policy_kwargs,
         )
         self.seconds: dict[str, list[float]] = {"rollout": [], "update": []}
         self._time("collect_rollouts", "rollout")
@@ -198,6 +214,125 @@ def memory(options: argparse.Namespace) -> Table:
     return table
 
 
+def _serve() -> None:
+    """Do what standard input names, line by line, and say how many seconds it took: for :func:`against`."""
+    steps = {"imitation": _imitation(), "update": _update(), "iteration": _iteration()}
+    print(json.dumps("ready"), flush=True)
+    for line in sys.stdin:
+        print(json.dumps(steps[line.strip()]()), flush=True)
+
+
+def _imitation(frames: int = 1000, steps: int = 12) -> Any:
+    from sb3_vla.demonstrations import Demonstrations
+    from sb3_vla.sft import SFTConfig, sft
+
+    generator = np.random.default_rng(0)
+    index = np.zeros(frames, np.int64)
+    data = Demonstrations(
+        images=generator.integers(0, 256, (frames, 96, 96, 3), np.uint8),
+        states=generator.normal(size=(frames, 4)).astype(np.float32),
+        actions=generator.uniform(-1, 1, (frames, 4)).astype(np.float32),
+        instructions=["Reach a goal position"],
+        instruction_index=index,
+        tasks=["reach-v3"],
+        episode_index=index,
+        frame_index=np.arange(frames),
+        episode_starts=np.array([0]),
+        episode_ends=np.array([frames]),
+        trials=[None],
+        camera={"camera": "corner2", "crop": "workspace"},
+    )
+
+    def step() -> float:
+        ends: list[float] = []
+        sft(
+            data,
+            SFTConfig(steps=steps, validation_fraction=0.0),
+            progress=False,
+            on_step=lambda _: ends.append(time.process_time()),
+        )
+        return float(np.median(np.diff(ends)))
+
+    return step
+
+
+def _update(epochs: int = 4) -> Any:
+    options = argparse.Namespace(envs=16, image_size=96, decisions=32, batch_size=512, device="cpu")
+    timed = Timed(PPO, options, epochs, {"trainable": "expert"})
+
+    def step() -> float:
+        timed.learn()
+        return timed.seconds["update"][-1] / epochs
+
+    return step
+
+
+def _iteration() -> Any:
+    from sb3_vla.training import PPOConfig
+    from sb3_vla.vec_env import SharedMemoryVecEnv
+
+    config = PPOConfig()
+    make = functools.partial(
+        gym.make, "mw_envs:MetaWorldMT10-v0", image_size=96, crop="workspace", action_chunk=5, horizon=160,
+        privileged_state=True, elapsed_time=True,
+    )  # fmt: skip
+    env = SharedMemoryVecEnv([make] * config.num_envs)
+    algorithm = PPO("VLAPolicy", env, policy_kwargs={"trainable": "expert"}, **config.arguments())
+
+    def step() -> float:
+        started = time.perf_counter()
+        algorithm.learn(config.num_envs * config.decisions, reset_num_timesteps=False)
+        return time.perf_counter() - started
+
+    return step
+
+
+def against(revision: str, rounds: int, threads: int) -> Table:
+    """CompactVLA's steps at another commit and here."""
+    root = Path(__file__).parents[2]
+    table = Table(
+        title=f"CompactVLA beside {revision}, bf16 where it pays, {threads} thread(s), {rounds} rounds in turns"
+    )
+    for column in ("", f"{revision}, s", "here, s", "times faster"):
+        table.add_column(column, justify="right")
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run(
+            ["git", "-C", root, "worktree", "add", "--detach", folder, revision], check=True, capture_output=True
+        )
+        servers = []
+        try:
+            for tree in (Path(folder), root):
+                variables = {**os.environ, "PYTHONPATH": str(tree), "OMP_NUM_THREADS": str(threads)}
+                command = [sys.executable, __file__, "--serve"]
+                pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+                servers.append(subprocess.Popen(command, env=variables, **pipes))
+                _answer(servers[-1])
+            for name in ("imitation", "update", "iteration"):
+                found = np.array([[_answer(server, name) for server in servers] for _ in range(rounds + 1)])[1:]
+                before, here = np.median(found, axis=0)
+                table.add_row(name, f"{before:.3f}", f"{here:.3f}", f"{np.median(found[:, 0] / found[:, 1]):.2f}")
+        finally:
+            for server in servers:
+                server.kill()
+            subprocess.run(["git", "-C", root, "worktree", "remove", "--force", folder], check=True)
+    return table
+
+
+def _answer(server: subprocess.Popen[str], name: str | None = None) -> Any:
+    assert server.stdin is not None and server.stdout is not None
+    if name is not None:
+        server.stdin.write(f"{name}\n")
+        server.stdin.flush()
+    while True:  # other lines are what is said on the way
+        line = server.stdout.readline()
+        if not line:
+            raise RuntimeError("a server of another commit ended")
+        try:
+            return json.loads(line)
+        except json.JSONDecodeError:
+            continue
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--envs", type=int, default=16)
@@ -208,7 +343,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--memory-pixels", type=int, nargs="*", default=[96, 224, 480])
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--against", metavar="REVISION", help="compare with another commit instead")
+    parser.add_argument("--threads", type=int, default=1, help="of either, with --against")
+    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.serve:
+        return _serve()
+    if options.against:
+        return Console().print(against(options.against, options.rounds, options.threads))
     Console().print(memory(options))
     Console().print(learning(options))
 
