@@ -18,6 +18,7 @@ from toy import ToyEnv, tiny_model, toy_observation, toy_ppo
 from sb3_vla import PPO
 from sb3_vla.checkpoints import checkpoint_digest, load_checkpoint, native, save_checkpoint
 from sb3_vla.distributions.flow_sde import FlowSDE
+from sb3_vla.identity import checkpoint_identity
 from sb3_vla.policies import ValueHead, VLAPolicy, load_policy
 
 
@@ -369,3 +370,31 @@ def test_nothing_is_unpickled(saved: Path) -> None:
     torch.save({"model": torch.zeros(1)}, saved / "model.safetensors")
     with pytest.raises(ValueError, match="damaged"):
         load_checkpoint(saved)
+
+
+def test_weights_in_half_the_size_are_read_as_float32(tmp_path: Path) -> None:
+    model = tiny_model(hand_view={"size": 32})
+    model.set_statistics({"action_mean": torch.full((4,), 1 / 3)})
+    save_checkpoint(tmp_path / "whole", model)
+    save_checkpoint(tmp_path / "half", model, bf16=True)
+    sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("whole", "half")]
+    assert 0.45 < sizes[1] / sizes[0] < 0.6
+    half = load_checkpoint(tmp_path / "half").model.state_dict()
+    for name, weights in load_checkpoint(tmp_path / "whole").model.state_dict().items():
+        assert half[name].dtype == torch.float32
+        torch.testing.assert_close(half[name], weights, rtol=2**-8, atol=1e-30)
+    assert torch.equal(half["action_mean"], model.action_mean)  # what numbers are normalised by is exact
+
+
+def test_a_checkpoint_of_the_package_is_known_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sb3_vla.checkpoints.folders.BOX", tmp_path / "box")
+    monkeypatch.chdir(tmp_path)
+    boxed, own = tiny_model(), tiny_model(action_horizon=7)
+    save_checkpoint(tmp_path / "box" / "small", boxed)
+    assert load_checkpoint("small").model.action_horizon == boxed.action_horizon
+    assert checkpoint_digest("small") == checkpoint_digest(tmp_path / "box" / "small")
+    assert checkpoint_identity("small") == checkpoint_digest("small")
+    with pytest.raises(FileNotFoundError, match="With the package comes small"):
+        load_checkpoint("smal")
+    save_checkpoint(tmp_path / "small", own)  # a folder of one's own comes first
+    assert load_checkpoint("small").model.action_horizon == 7

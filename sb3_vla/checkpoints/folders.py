@@ -18,6 +18,8 @@ from sb3_vla.errors import InputError, InTheWayError, NotThereError
 from sb3_vla.paths import entries, local_path, whole_folder
 
 HUB = "hf://"
+#: checkpoints that come with the package, each a folder, by whose name it is reached
+BOX = Path(__file__).parents[1] / "box"
 #: of RLinf's training, in the order in which it looks for them
 FULL_WEIGHTS = ("model_state_dict/full_weights.pt", "actor/model_state_dict/full_weights.pt")
 _SHOWN = 6
@@ -26,10 +28,14 @@ _SHOWN = 6
 def local_folder(source: str | Path) -> Path:
     """A checkpoint's folder; ``hf://owner/name`` or ``hf://owner/name@revision`` is fetched from the Hugging Face hub.
 
+    A name among :func:`boxed_checkpoints` is that of one that comes with the package, unless there is a folder here.
+
     :raises FileNotFoundError: if there is none; the message says what there is, and what to give instead.
     """
     if not str(source).startswith(HUB):
         folder = local_path(source)
+        if not folder.exists() and str(source) in boxed_checkpoints():
+            return BOX / str(source)
         if folder.is_file():
             raise NotThereError(f"{folder} is {_kind_of_file(folder)}")
         if not folder.is_dir():
@@ -46,6 +52,11 @@ def local_folder(source: str | Path) -> Path:
         return Path(snapshot_download(repository, revision=revision or None, allow_patterns=patterns))
     except Exception as error:  # gated, offline, unknown: all mean that there is no checkpoint
         raise NotThereError(f"Checkpoint {source} could not be fetched from the hub: {error}") from error
+
+
+def boxed_checkpoints() -> list[str]:
+    """Names of the checkpoints that come with the package."""
+    return sorted(path.parent.name for path in BOX.glob("*/config.json"))
 
 
 def is_saved_algorithm(path: Path) -> bool:
@@ -87,8 +98,9 @@ def _elsewhere(source: str) -> str:
     archive = local_path(f"{source}.zip")
     if archive.is_file():
         return f". {archive} is {_kind_of_file(archive)}"
-    name = hub_name(source)
-    return f". For one on the Hugging Face hub write {name or HUB + 'owner/name'}"
+    name, boxed = hub_name(source), boxed_checkpoints()
+    own = f". With the package comes {', '.join(boxed)}" if boxed else ""
+    return f"{own}. For one on the Hugging Face hub write {name or HUB + 'owner/name'}"
 
 
 def read_json(path: Path) -> dict:

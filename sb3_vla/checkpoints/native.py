@@ -68,6 +68,7 @@ def save_checkpoint(
     notes: Mapping[str, Any] | None = None,
     distribution: tuple[str, Mapping[str, Any]] | None = None,
     distribution_module: nn.Module | None = None,
+    bf16: bool = False,
 ) -> None:
     """Write a checkpoint folder; it appears whole or not at all, and takes the place of one that is there.
 
@@ -77,6 +78,7 @@ def save_checkpoint(
     :param notes: JSON values kept beside the weights.
     :param distribution: name and options of the action distribution that the model acts by.
     :param distribution_module: that distribution, for the weights that it owns.
+    :param bf16: write the weights in bfloat16, for half the size; what reads them computes in float32 again.
     :raises FileExistsError: if the folder holds something else than a checkpoint.
     """
     names = {kind: name for name, kind in MODELS.items()}
@@ -92,6 +94,9 @@ def save_checkpoint(
     for prefix, part in (("value_head", value_head), ("distribution", distribution_module)):
         if part is not None:
             tensors.update({f"{prefix}.{key}": value for key, value in part.state_dict().items()})
+    if bf16:  # statistics, by which numbers are normalised, stay exact
+        exact = {f"model.{name}" for name, _ in model.named_buffers()}
+        tensors = {key: value if key in exact else value.bfloat16() for key, value in tensors.items()}
     with whole_checkpoint(folder) as partial:
         save_file(
             {key: value.detach().cpu().contiguous() for key, value in tensors.items()}, partial / "model.safetensors"

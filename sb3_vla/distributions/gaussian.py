@@ -38,8 +38,9 @@ class GaussianChunk(ActionDistribution):
     :param std: standard deviation in environment units (the box is -1..1), one or A numbers.
     :param coherence: ``independent`` or ``offset``.
     :param learn_std: whether the deviation is trained; only then does it have an entropy worth a bonus.
-    :param denoising_steps: Euler steps to the mean. From zero noise the first one leads to the mean of the actions that
-        were imitated (the velocity there is minus that mean), and more steps measured the same success.
+    :param denoising_steps: Euler steps to the mean. From zero noise the first one alone leads to the mean of all
+        actions that were imitated in such a situation (the velocity there is minus that mean), which between two ways
+        to act is neither: it dithers at a grasp. The second one decides.
     """
 
     needs_trace = False
@@ -52,7 +53,7 @@ class GaussianChunk(ActionDistribution):
         std: float | Sequence[float] = 0.2,
         coherence: str = "independent",
         learn_std: bool = False,
-        denoising_steps: int = 1,
+        denoising_steps: int = 2,
     ) -> None:
         super().__init__(action_chunk)
         check_denoising_steps(denoising_steps)
