@@ -28,7 +28,7 @@ from sb3_vla.demonstrations import Demonstrations
 from sb3_vla.evaluation import Comparison, EvaluationResult, VideoOptions, compare, evaluate, find_protocol
 from sb3_vla.figures import before_after_bars, learning_curve
 from sb3_vla.identity import checkpoint_identity, deciding_options
-from sb3_vla.local_ranks import local_rank_count, local_ranks, this_command
+from sb3_vla.local_ranks import local_rank_count, local_ranks
 from sb3_vla.policies import load_policy
 from sb3_vla.report import write_report
 from sb3_vla.results import TRIAL_SEED
@@ -112,8 +112,9 @@ def main() -> int:
         if folder is None:  # another seed is another run, and does not take the place of the first
             name = "quickstart-full" if arguments.full else "quickstart"
             folder = Path("runs") / (name if config.seed == 0 else f"{name}-seed{config.seed}")
-        count = local_rank_count(config.ppo.num_envs)
-        with local_ranks(count, this_command()) as ranks, SharedRun(folder, config) as run:
+        frames = (config.sft.batch_size, config.ppo.batch_size, config.ppo.rehearsal_batch_size)
+        count = local_rank_count([config.ppo.num_envs], frames) if __name__ == "__main__" else 1
+        with local_ranks(count) as ranks, SharedRun(folder, config) as run:
             quickstart(run, config, Console(quiet=not ranks.leads))
 
     again = "the same command goes on"

@@ -22,7 +22,7 @@ from sb3_vla.command import run_command
 from sb3_vla.config import ConfigError, deciding_settings, given_view, load_config, to_yaml
 from sb3_vla.distributed import current_ranks, is_first_rank, torchrun
 from sb3_vla.errors import InTheWayError
-from sb3_vla.local_ranks import local_ranks, this_command
+from sb3_vla.local_ranks import local_ranks
 from sb3_vla.paths import finish_exchange, hidden_beside, writable_file
 from sb3_vla.results import TRIAL_SEED
 from sb3_vla.run import fingerprint_of
@@ -336,13 +336,15 @@ def run_recipe(parsed: argparse.Namespace, settings: list[str], starts_ranks: bo
         from sb3_vla.footprint import footprint
 
         console.print(to_yaml(recipe), highlight=False, markup=False, soft_wrap=True)
-        for stage, memory in footprint(plan).items():
+        with torchrun():
+            planned = footprint(plan)
+        for stage, memory in planned.items():
             told = f"Memory that {stage} takes of each rank\n{memory}\n"
             console.print(told, highlight=False, markup=False, soft_wrap=True)
         return
     from sb3_vla.launch import launch
 
-    with local_ranks(plan.local_ranks if starts_ranks else 1, this_command()):
+    with local_ranks(plan.local_ranks if starts_ranks else 1):
         launch(recipe, plan, console)
 
 

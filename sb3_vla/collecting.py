@@ -29,8 +29,8 @@ from mw_envs.hand_view import DEFAULT_WINDOW, HandView
 from mw_envs.tasks import GOALS_PER_TASK, Trial, get_task, select_tasks
 from sb3_vla.errors import FailedError, InputError, file_errors
 from sb3_vla.lerobot_writer import DemonstrationWriter, Episode, ImageStorage, encode_png
+from sb3_vla.machine import usable_cores
 from sb3_vla.paths import local_path
-from sb3_vla.vec_env import available_cores
 
 # Length of a burst of noise, environment steps: long enough to push the hand off its path, short enough to come back.
 _BURST_STEPS = (3, 10)
@@ -166,7 +166,7 @@ def collect(
     """
     names = select_tasks(suite, split, tasks)
     if num_workers is None:
-        num_workers = available_cores()
+        num_workers = usable_cores()  # also where ranks share them: one of these collects, and the others wait
     _check_at_least(
         ("episodes_per_task", episodes_per_task, 1),
         ("num_workers", num_workers, 1),

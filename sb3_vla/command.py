@@ -12,7 +12,9 @@ from rich.console import Console
 from rich.markup import escape
 
 from sb3_vla.config import ConfigError
+from sb3_vla.distributed import RankLostError
 from sb3_vla.errors import ExpectedError, RunError, keep_traceback
+from sb3_vla.local_ranks import leave_reason
 from sb3_vla.stopping import Stopped, stopped_by_signals
 
 
@@ -39,6 +41,8 @@ def run_command(
         Console().print("\ninterrupted")
         return 130
     except Exception as error:
+        if not isinstance(error, RankLostError):
+            leave_reason(f"{error}" if isinstance(error, ExpectedError) else f"{type(error).__name__}: {error}")
         # What every rank finds in the same settings is said once.
         if os.environ.get("RANK", "0") == "0" or not isinstance(error, (ConfigError, RunError)):
             _tell(error, show_traceback, errors or Console(stderr=True))

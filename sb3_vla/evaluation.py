@@ -193,8 +193,9 @@ def evaluate(
     films = videos if videos is None or isinstance(videos, VideoOptions) else VideoOptions(**videos)
     ranks = current_ranks()
     filmed = _first_of_each_task(trials, films.per_task) if films else set()
-    # Neighbours, which are of few tasks: a process takes long to construct a task's scene.
-    own = ranks.rows(len(trials), "trials")
+    # Neighbours, which are of few tasks: a process takes long to construct a task's scene. Where there are fewer trials
+    # than ranks, some have none.
+    own = np.array_split(np.arange(len(trials)), ranks.count)[ranks.rank]
     part = _Part([trials[index] for index in own], films, {int(index - own[0]) for index in own if index in filmed})
     progress = progress and ranks.leads
     if vec_env is not None:
@@ -205,12 +206,14 @@ def evaluate(
     else:
         env_kwargs = seen_by(policy, env_kwargs)
         settings = check_fit(policy, resolved, env_kwargs)
-        count = min(len(part.trials), env_count(num_envs, num_workers))
-        own_env = make_trial_vec_env(
-            resolved, env_kwargs, num_envs=count, num_workers=num_workers, start_method=start_method
-        )
-        with _closing(own_env, films):
-            outcomes = _run(policy, own_env, part, deterministic, progress)
+        outcomes = ()
+        if part.trials:
+            count = min(len(part.trials), env_count(num_envs, num_workers))
+            own_env = make_trial_vec_env(
+                resolved, env_kwargs, num_envs=count, num_workers=num_workers, start_method=start_method
+            )
+            with _closing(own_env, films):
+                outcomes = _run(policy, own_env, part, deterministic, progress)
     everyones = tuple(outcome for found in ranks.gather(outcomes) for outcome in found)
     return EvaluationResult(resolved, everyones, _versions(), settings["env_kwargs"], deterministic)
 

@@ -51,7 +51,7 @@ def footprint(plan: Plan, sizes: Mapping[str, Any] | None = None) -> dict[str, M
     :raises FileNotFoundError: if the checkpoint is incomplete.
     :raises ValueError: for options that the model does not take, or a checkpoint that is damaged.
     """
-    ranks = current_ranks().count
+    ranks = max(current_ranks().count, plan.local_ranks)
     found = {}
     if plan.sft is not None:
         found["sft"] = _imitation(_on_meta(plan, sizes), plan.sft, ranks)

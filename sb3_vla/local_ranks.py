@@ -1,134 +1,217 @@
 """A rank for each core: where there is no GPU, a command starts the other ranks of its machine itself.
 
 A network as small as CompactVLA hardly gains from a second thread, which waits more than it works; two processes of one
-thread each, which share every batch, take half the time of one (``tests/benchmarks/bench_learner.py``).
+thread each share every batch, and take turns at simulating and deciding (``tests/benchmarks/bench_learner.py``).
 """
 
 from __future__ import annotations
 
-import contextlib
+import json
 import os
+import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import IO
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from sb3_vla.distributed import RankLostError, Ranks, torchrun
-from sb3_vla.machine import usable_cores
+from sb3_vla.errors import InputError
+from sb3_vla.machine import available_memory, usable_cores
 
 #: how many ranks a command starts at most; 1 for none but itself
 VARIABLE = "SB3_VLA_RANKS"
-# A pipe that a started rank reads: it ends when the first rank does, however that ends.
+# More ranks than this would each have a few frames of a batch.
+_MOST_RANKS = 8
+# What a rank takes beside the pictures that all of them share: libraries, a worker with its scenes, the model.
+_BYTES_OF_A_RANK = 1.5e9
+# Of a rank that was started: the folder in which it tells that it is there, and what it could not do.
+_FOLDER = "SB3_VLA_RANK_FOLDER"
+# And a pipe that it reads, which ends when the first rank does, however that ends.
 _LEASH = "SB3_VLA_LEASH"
 _SECONDS_TO_END = 60.0
 
 
-def local_rank_count(*shared: int) -> int:
-    """Ranks for this machine: one a core, and no more than what is shared equally allows; 1 where there is a GPU, or
-    where torchrun has started ranks.
+def local_rank_count(shared: Sequence[int] = (), at_most: Sequence[int] = ()) -> int:
+    """Ranks for this machine: one a core, as far as its memory and the work allow; 1 where there is a GPU, or where
+    somebody else starts the ranks.
 
     :param shared: numbers that ranks share equally, such as of environments.
+    :param at_most: numbers of what each rank needs one of, such as frames of a batch.
+    :raises ValueError: if the variable ``SB3_VLA_RANKS`` is no whole number above 0.
     """
     import torch
 
-    if "WORLD_SIZE" in os.environ or torch.cuda.is_available():
+    given = os.environ.get(VARIABLE, str(_MOST_RANKS))
+    if not given.isdigit() or int(given) < 1:
+        raise InputError(f"{VARIABLE}={given!r}; expected how many processes may share the work, 1 for one alone")
+    if "WORLD_SIZE" in os.environ or torch.cuda.is_available() or _command() is None:
         return 1
-    most = min(usable_cores(), int(os.environ.get(VARIABLE, "1024")))
+    most = min(int(given), usable_cores(), max(1, int(available_memory() / _BYTES_OF_A_RANK)), *at_most)
     return max(count for count in range(1, most + 1) if all(number % count == 0 for number in shared))
 
 
 @contextmanager
-def local_ranks(count: int, command: Sequence[str]) -> Iterator[Ranks]:
-    """Be rank 0 of some ranks of this machine, and start the others; or one of those that were started already.
+def local_ranks(count: int) -> Iterator[Ranks]:
+    """Be rank 0 of some ranks of this machine, and start the others: the same command, in processes of their own. With
+    a count of 1, or as one of those that were started, join whom torchrun started.
 
-    The others end with this one. What they write to the terminal is not shown; the last line of one that ended early is
-    told.
+    The others end with this one, and what they write to the terminal is not shown. What one of them could not do is
+    told by the error.
 
     :param count: how many, see :func:`local_rank_count`.
-    :param command: what starts this process, and so the others.
     :raises RankLostError: if one of the others ends early.
     """
-    if count == 1 or "WORLD_SIZE" in os.environ:
-        _follow_the_first()
+    command = _command()
+    if count == 1 or command is None or "WORLD_SIZE" in os.environ:
+        _tell_that_it_is_here()
         with torchrun() as ranks:
             yield ranks
         return
     import torch
 
-    told = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(count)}
-    own = {**told, "LOCAL_WORLD_SIZE": str(count), "RANK": "0", "LOCAL_RANK": "0"}
+    before, threads_before = dict(os.environ), torch.get_num_threads()
     threads = max(1, usable_cores() // count)
+    port = _free_port()
+    told = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(count),
+    }
+    # The name of this machine may stand for an interface that comes and goes.
+    os.environ.update({"GLOO_SOCKET_IFNAME": "lo", **before, **told, "RANK": "0", "LOCAL_RANK": "0"})
     torch.set_num_threads(threads)
     leash, held = os.pipe()
     others: list[_Other] = []
-    os.environ.update(own)
-    try:
-        for rank in range(1, count):
-            numbers = {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": str(threads), _LEASH: str(leash)}
-            others.append(_Other(rank, command, {**os.environ, **numbers}, leash))
-        os.close(leash)
-        with torchrun() as ranks:
-            yield ranks
-        for other in others:
-            other.wait()
-    except RankLostError as error:
-        said = [line for other in others if (line := other.last_words())]
-        if not said:
-            raise
-        raise RankLostError(f"{error}. {'; '.join(said)}") from error
-    finally:
-        for other in others:
-            other.end()
-        os.close(held)
-        for name in own:
-            os.environ.pop(name, None)
+    with TemporaryDirectory(prefix="sb3-vla-ranks-") as folder:
+        own = {_FOLDER: folder, _LEASH: str(leash), "OMP_NUM_THREADS": str(threads)}
+        try:
+            for rank in range(1, count):
+                variables = {**os.environ, **own, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+                others.append(_Other(rank, command, variables, leash, Path(folder)))
+            _wait_until_all_are_here(others)
+            with _ended_with_the_others(others), torchrun() as ranks:
+                yield ranks
+            for other in others:
+                other.wait()
+        except RankLostError as error:
+            reasons = [reason for other in others if (reason := other.reason())]
+            if not reasons:
+                raise
+            raise RankLostError("; ".join(reasons)) from error
+        finally:
+            for other in others:
+                other.end()
+            os.close(leash)
+            os.close(held)
+            torch.set_num_threads(threads_before)
+            for name in os.environ.keys() - before.keys():
+                del os.environ[name]
+            os.environ.update(before)
+
+
+def leave_reason(message: str) -> None:
+    """In a rank that was started: tell the first why this one ends."""
+    folder = os.environ.get(_FOLDER)
+    if folder is not None and Path(folder).is_dir():
+        (Path(folder) / f"reason-{os.environ['RANK']}.json").write_text(json.dumps(message), encoding="utf-8")
 
 
 class _Other:
     """A rank that this process started."""
 
-    def __init__(self, rank: int, command: Sequence[str], environment: dict[str, str], leash: int) -> None:
-        self._rank = rank
-        self._errors: IO[bytes] = tempfile.TemporaryFile()
+    def __init__(self, rank: int, command: Sequence[str], variables: dict[str, str], leash: int, folder: Path) -> None:
+        self._rank, self._folder = rank, folder
+        quiet = subprocess.DEVNULL
         self._process = subprocess.Popen(
-            command,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=self._errors,
-            pass_fds=[leash],
+            command, env=variables, stdin=quiet, stdout=quiet, stderr=quiet, pass_fds=[leash]
         )
 
-    def wait(self) -> None:
-        """Until it has ended by itself; it has nothing left to do."""
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(_SECONDS_TO_END)
+    @property
+    def is_here(self) -> bool:
+        """Whether it has come as far as to join."""
+        return (self._folder / f"here-{self._rank}").exists()
 
-    def last_words(self) -> str:
-        """How it ended, if it did so before it was asked to."""
-        deadline = time.monotonic() + 5
-        while self._process.poll() is None and time.monotonic() < deadline:
+    @property
+    def has_ended(self) -> bool:
+        """Whether the process is gone."""
+        return self._process.poll() is not None
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether it is gone without having done its part."""
+        return self._process.poll() not in (None, 0)
+
+    def wait(self) -> None:
+        """Until it has ended by itself, having nothing left to do."""
+        deadline = time.monotonic() + _SECONDS_TO_END
+        while not self.has_ended and time.monotonic() < deadline:
+            time.sleep(0.01)
+
+    def reason(self) -> str:
+        """What it could not do, if it has ended because of that."""
+        deadline = time.monotonic() + 5  # it may be about to
+        while not self.has_ended and time.monotonic() < deadline:
             time.sleep(0.05)
-        if self._process.poll() in (None, 0):
+        told = self._folder / f"reason-{self._rank}.json"
+        if told.exists():
+            return f"Rank {self._rank} of this machine: {json.loads(told.read_text(encoding='utf-8'))}"
+        status = self._process.poll()
+        if status is None or status == 2:  # 2: it has lost another one
             return ""
-        self._errors.seek(0)
-        lines = self._errors.read().decode(errors="replace").strip().splitlines()
-        return f"Rank {self._rank} ended with status {self._process.returncode}" + (f": {lines[-1]}" if lines else "")
+        killed = "; -9 mostly means that memory ran out" if status == -9 else ""
+        return f"Rank {self._rank} of this machine ended with status {status}{killed}. {VARIABLE}=1 does without it"
 
     def end(self) -> None:
-        # It writes nothing that could be left half done, and its own workers end with it.
+        """At once: its workers end with it, and what it films is not finished without the first rank."""
         self._process.kill()
         self._process.wait()
-        self._errors.close()
 
 
-def _follow_the_first() -> None:
-    """In a rank that :func:`local_ranks` started: end when the first rank is gone."""
+def _wait_until_all_are_here(others: Sequence[_Other]) -> None:
+    """Before joining them, which no signal could interrupt.
+
+    :raises RankLostError: if one has ended.
+    """
+    while not all(other.is_here for other in others):
+        for other in others:
+            if other.has_ended and not other.is_here:
+                raise RankLostError(other.reason() or "Another rank of this machine ended before it began")
+        time.sleep(0.02)
+
+
+@contextmanager
+def _ended_with_the_others(others: Sequence[_Other]) -> Iterator[None]:
+    """End this process if one of the others has failed, and that is not noticed when they are next needed: it may wait
+    for them where Python does not run, or work alone for an hour."""
+    done = threading.Event()
+
+    def watch() -> None:
+        while not any(other.has_failed for other in others):
+            if done.wait(1.0):
+                return
+        if done.wait(_SECONDS_TO_END):
+            return
+        reasons = "; ".join(reason for other in others if (reason := other.reason()))
+        print(f"error: {reasons or 'another rank of this machine has ended'}", file=sys.stderr, flush=True)
+        os.kill(os.getpid(), signal.SIGTERM)
+        if not done.wait(_SECONDS_TO_END):
+            os._exit(2)
+
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    finally:
+        done.set()
+
+
+def _tell_that_it_is_here() -> None:
+    """In a rank that :func:`local_ranks` started: say so, and end when the first rank is gone."""
     leash = os.environ.pop(_LEASH, None)
     if leash is None:
         return
@@ -138,6 +221,7 @@ def _follow_the_first() -> None:
         os._exit(1)
 
     threading.Thread(target=wait, daemon=True).start()
+    (Path(os.environ[_FOLDER]) / f"here-{os.environ['RANK']}").touch()
 
 
 def _free_port() -> int:
@@ -146,6 +230,16 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-def this_command() -> list[str]:
-    """What started this process."""
-    return [sys.executable, *sys.orig_argv[1:]]
+def _command() -> list[str] | None:
+    """What starts this process again; None where that is not known, as in a notebook or under a debugger."""
+    main = sys.modules.get("__main__")
+    arguments, file = sys.orig_argv[1:], getattr(main, "__file__", None)
+    own = len(sys.argv) - 1
+    begins = arguments[: len(arguments) - own]
+    if file is None or arguments[len(arguments) - own :] != sys.argv[1:] or not begins:
+        return None
+    spec = getattr(main, "__spec__", None)
+    module = None if spec is None else spec.name.removesuffix(".__main__")
+    is_module = begins[-2:] == ["-m", module]
+    is_script = "-m" not in begins and Path(begins[-1]).exists() and Path(begins[-1]).resolve() == Path(file).resolve()
+    return [sys.executable, *arguments] if is_module or is_script else None

@@ -100,10 +100,15 @@ class Plan:
         to fit several times."""
         if self.model not in FROM_SCRATCH or self.cluster is not None:
             return 1
-        shared = [] if self.config is None else [self.config.num_envs]
+        shared, at_most = [], [] if self.sft is None else [self.sft.batch_size]
+        if self.config is not None:
+            shared.append(self.config.num_envs)
+            at_most += [self.config.batch_size, self.config.rehearsal_batch_size]
         if isinstance(self.config, GRPOConfig):  # a group is played on one rank
-            shared.append(self.config.num_envs // self.config.group_size)
-        return local_rank_count(*shared)
+            groups = self.config.num_envs // self.config.group_size
+            shared.append(groups)
+            at_most.append(max(1, groups))
+        return local_rank_count(shared, at_most)
 
     @property
     def algorithm(self) -> str | None:

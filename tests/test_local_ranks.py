@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -19,9 +20,24 @@ SCRIPT = Path(__file__).with_name("toy_ranks.py")
 COUNTS = {"ppo_compact": 4, "sft_compact": 4, "grpo_compact": 2, "ppo_openpi": 1}
 
 
-def start(count: int, folder: Path, what: str = "") -> subprocess.Popen[str]:
-    command = [sys.executable, str(SCRIPT), str(count), str(folder), what]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def start(
+    count: int, folder: Path, what: str = "", start_new_session: bool = False, **variables: str
+) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, str(SCRIPT), str(count), str(folder), what],
+        env={**os.environ, **variables},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=start_new_session,
+    )
+
+
+def wait_for(file: Path, seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not (file.exists() and file.read_text()):
+        assert time.monotonic() < deadline, f"{file} does not come"
+        time.sleep(0.02)
 
 
 def is_alive(process: int) -> bool:
@@ -53,20 +69,45 @@ def test_one_rank_is_the_process_alone(tmp_path: Path) -> None:
     assert output.startswith("[(0, 1, ")
 
 
-def test_the_error_of_another_rank_is_told(tmp_path: Path) -> None:
-    process = start(2, tmp_path, "fails")
-    _, errors = process.communicate(timeout=120)
+def test_the_error_of_another_rank_is_told_once(tmp_path: Path) -> None:
+    process = start(3, tmp_path, "fails")
+    output, errors = process.communicate(timeout=120)
     assert process.returncode == 2
-    told = " ".join(errors.split())
-    assert "Rank 1 ended with status 2: error: rank 1 is out of luck" in told
-    assert "Traceback" not in told
+    assert errors.split("\n") == ["error: Rank 1 of this machine: rank 1 is out of luck, in two lines:", "this one", ""]
+    assert output == ""
+
+
+@pytest.mark.parametrize(
+    ("how", "told"), [("dies", "status 9"), ("is killed", "status -9; -9 mostly means that memory")]
+)
+def test_a_rank_that_ends_before_it_joins_is_told(how: str, told: str, tmp_path: Path) -> None:
+    process = start(2, tmp_path, how)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert f"Rank 1 of this machine ended with {told}" in errors and "SB3_VLA_RANKS=1 does without" in errors
+
+
+@pytest.mark.parametrize(("sent", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_in_the_first_seconds_ends_all(sent: signal.Signals, status: int, tmp_path: Path) -> None:
+    process = start(2, tmp_path, "comes late", start_new_session=True)
+    wait_for(tmp_path / "begun-1")
+    os.killpg(process.pid, sent)
+    output, errors = process.communicate(timeout=30)
+    assert process.returncode == status, errors
+    assert "interrupted" in output and "Traceback" not in errors
+    assert gone(int((tmp_path / "begun-1").read_text()))
+
+
+def test_a_rank_that_is_lost_while_the_first_works_alone_is_told(tmp_path: Path) -> None:
+    process = start(2, tmp_path, "works alone", SECONDS="1")
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert "error: Rank 1 of this machine ended with status 9" in errors
 
 
 def test_the_others_end_with_the_first_however_it_ends(tmp_path: Path) -> None:
     process = start(2, tmp_path, "waits")
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "rank-1").exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
+    wait_for(tmp_path / "rank-1")
     other = int((tmp_path / "rank-1").read_text())
     assert is_alive(other)
     process.kill()
@@ -74,42 +115,96 @@ def test_the_others_end_with_the_first_however_it_ends(tmp_path: Path) -> None:
     assert gone(other)
 
 
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """Eight cores, much memory, no GPU, and a command that can be started again."""
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.delenv(local_ranks.VARIABLE, raising=False)
+    monkeypatch.setattr(local_ranks, "usable_cores", lambda: 8)
+    monkeypatch.setattr(local_ranks, "available_memory", lambda: 1e12)
+    monkeypatch.setattr(local_ranks, "_command", lambda: ["python"])
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    return monkeypatch
+
+
 @pytest.mark.parametrize(
-    ("cores", "shared", "most", "expected"),
+    ("cores", "shared", "at_most", "most", "expected"),
     [
-        (2, (16,), None, 2),
-        (8, (16,), None, 8),
-        (6, (16,), None, 4),
-        (6, (16, 6), None, 2),
-        (3, (), None, 3),
-        (8, (16,), 1, 1),
+        (2, [16], [], None, 2),
+        (8, [16], [], None, 8),
+        (64, [64], [], None, 8),
+        (6, [16], [], None, 4),
+        (6, [16, 6], [], None, 2),
+        (3, [], [], None, 3),
+        (8, [16], [], "1", 1),
+        (64, [64], [], "16", 16),
+        (8, [16], [128, 3], None, 2),
     ],
 )
 def test_as_many_as_cores_and_shares_allow(
-    cores: int, shared: tuple[int, ...], most: int | None, expected: int, monkeypatch: pytest.MonkeyPatch
+    cores: int, shared: list[int], at_most: list[int], most: str | None, expected: int, machine: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(local_ranks, "usable_cores", lambda: cores)
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-    monkeypatch.delenv(local_ranks.VARIABLE, raising=False)
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    machine.setattr(local_ranks, "usable_cores", lambda: cores)
     if most is not None:
-        monkeypatch.setenv(local_ranks.VARIABLE, str(most))
-    assert local_ranks.local_rank_count(*shared) == expected
+        machine.setenv(local_ranks.VARIABLE, most)
+    assert local_ranks.local_rank_count(shared, at_most) == expected
 
 
-def test_torchrun_has_the_say_and_so_has_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(local_ranks, "usable_cores", lambda: 8)
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    assert local_ranks.local_rank_count(16) == 1
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert local_ranks.local_rank_count(16) == 1
+def test_memory_bounds_them(machine: pytest.MonkeyPatch) -> None:
+    machine.setattr(local_ranks, "available_memory", lambda: 4e9)
+    assert local_ranks.local_rank_count([16]) == 2
+    machine.setattr(local_ranks, "available_memory", lambda: 1e8)
+    assert local_ranks.local_rank_count([16]) == 1
 
 
-def test_recipes_of_the_small_model_take_all_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(local_ranks, "usable_cores", lambda: 4)
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+@pytest.mark.parametrize("given", ["0", "-1", "", "two", "1.5"])
+def test_a_number_of_ranks_that_is_none_is_told(given: str, machine: pytest.MonkeyPatch) -> None:
+    machine.setenv(local_ranks.VARIABLE, given)
+    with pytest.raises(ValueError, match=f"SB3_VLA_RANKS='{given}'; expected how many"):
+        local_ranks.local_rank_count([16])
+
+
+def test_torchrun_has_the_say_and_so_has_a_gpu(machine: pytest.MonkeyPatch) -> None:
+    assert local_ranks.local_rank_count([16]) == 8
+    machine.setattr(local_ranks, "_command", lambda: None)  # as in a notebook
+    assert local_ranks.local_rank_count([16]) == 1
+    machine.setattr(local_ranks, "_command", lambda: ["python"])
+    machine.setattr("torch.cuda.is_available", lambda: True)
+    assert local_ranks.local_rank_count([16]) == 1
+    machine.setattr("torch.cuda.is_available", lambda: False)
+    machine.setenv("WORLD_SIZE", "2")
+    assert local_ranks.local_rank_count([16]) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "known"),
+    [
+        (["FILE", "a=1"], True),
+        (["-X", "utf8", "FILE", "a=1"], True),
+        (["-m", "tell", "a=1"], True),
+        (["-m", "pdb", "-c", "continue", "FILE", "a=1"], False),
+        (["-c", "import tell; tell.tell()", "a=1"], False),
+        (["-", "a=1"], False),
+    ],
+)
+def test_what_starts_a_command_again_is_known_or_left_alone(arguments: list[str], known: bool, tmp_path: Path) -> None:
+    program = (
+        "import sys\nfrom sb3_vla import local_ranks\n"
+        "def tell():\n    print('found', local_ranks._command())\n"
+        "if __name__ == '__main__':\n    tell()\n"
+    )
+    file = tmp_path / "tell.py"
+    file.write_text(program)
+    command = [sys.executable, *(str(file) if word == "FILE" else word for word in arguments)]
+    env = {**os.environ, "PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}
+    done = subprocess.run(command, input=program, capture_output=True, text=True, cwd=Path.cwd(), env=env, check=False)
+    found = next(line for line in done.stdout.splitlines() if line.startswith("found"))
+    assert found == f"found {command if known else None}", done.stderr
+
+
+def test_recipes_of_the_small_model_take_all_cores(machine: pytest.MonkeyPatch) -> None:
+    machine.setattr(local_ranks, "usable_cores", lambda: 4)
     counts = {name: make_plan(load_recipe(f"metaworld_50_{name}")).local_ranks for name in COUNTS}
     assert counts == COUNTS
+    few = load_recipe("metaworld_50_grpo_compact", ["env.train.total_num_envs=4"])
+    assert make_plan(few).local_ranks == 1  # which play one group together
