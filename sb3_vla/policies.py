@@ -455,9 +455,9 @@ class VLAPolicy(BasePolicy):
         """As in Stable-Baselines3; of an observation what the policy does not read is left out.
 
         :param observation: one, or a batch of them in which each array has a further axis in front. Pictures may have
-            their channels first or last, an instruction any number of zeros at its end. A picture of
-            480 x 480 pixels is taken for the full view of the policy's camera, as MetaWorld draws it: the policy's
-            window, and its hand view where none is given, are cut from it.
+            their channels first or last, an instruction any number of zeros at its end. Where the policy reads smaller
+            ones, a picture of 480 x 480 pixels is taken for the full view of its camera, as the environment draws it
+            unless told otherwise: the policy's window is cut from it, and its hand view where none is given.
         :raises ValueError: for what does not fit the observation space, see :func:`fitted`; or for what is no dict.
         """
         if isinstance(observation, Mapping):
@@ -470,19 +470,26 @@ class VLAPolicy(BasePolicy):
         return super().predict(observation, state, episode_start, deterministic)
 
     def _cut_from_full_view(self, observation: Mapping[str, Any]) -> Mapping[str, Any]:
+        space, view = self.observation_space, known_view(self.view or {})
+        height, width = _height_and_width(space["image"], self._channels_first)  # type: ignore[index]
         picture, state = (np.asarray(observation.get(key)) for key in ("image", "state"))
-        if self.view is None or picture.dtype != np.uint8 or picture.shape[-3:] != FULL_PICTURE:
+        if picture.shape[-3:] == (FULL_PICTURE[2], *FULL_PICTURE[:2]):
+            picture = np.moveaxis(picture, -3, -1)
+        own = (height, width) == FULL_PICTURE[:2]
+        if view is None or own or picture.shape[-3:] != FULL_PICTURE or picture.dtype != np.uint8 or not picture.size:
             return observation
         found, batch, pictures = dict(observation), picture.shape[:-3], picture.reshape(-1, *FULL_PICTURE)
-        hand, expected = self.model.hand_view, (*batch, *self.observation_space["state"].shape)  # type: ignore[index]
-        if hand is not None and HAND_KEY not in observation and state.shape == expected:
-            cut = hand.cut(pictures, self.view["camera"], state.reshape(len(pictures), -1))
+        hand, expected = self.model.hand_view, (*batch, *space["state"].shape)  # type: ignore[index]
+        if hand is not None and HAND_KEY not in observation:
+            if state.shape != expected:
+                raise InputError(
+                    f"The observation's state has shape {state.shape}; expected {expected}, beside an image of shape "
+                    f"{picture.shape}, from which the hand view is cut where it says that the hand is"
+                )
+            cut = hand.cut(pictures, view["camera"], state.reshape(len(pictures), -1))
             found[HAND_KEY] = cut.reshape(*batch, *cut.shape[1:])
-        size = _height_and_width(self.observation_space["image"], self._channels_first)  # type: ignore[index]
-        if tuple(size) != FULL_PICTURE[:2]:
-            cut = cut_window(pictures, self.view["crop"], (size[0], size[1]))
-            found["image"] = cut.reshape(*batch, *cut.shape[1:])
-        return found
+        cut = cut_window(pictures, view["crop"], (height, width))
+        return {**found, "image": cut.reshape(*batch, *cut.shape[1:])}
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> Tensor:
         assert isinstance(observation, dict)

@@ -71,9 +71,9 @@ PROTOCOLS: dict[str, Protocol] = {
         Protocol("rlinf-160", horizon=160, action_chunk=5, settle_steps=15),
         # RLinf's evaluation within training on MT50, which settles for one step more than the script.
         Protocol("rlinf-100", horizon=100, action_chunk=5, settle_steps=16),
-        # The limit of Evo-1's client, after whose data and evaluation those of FabriVLA and others follow. There 15
-        # actions are executed per decision, of 50; the camera is what the policy knows.
-        Protocol("evo1-400", horizon=400, action_chunk=None, settle_steps=1),
+        # Evo-1's client, whose data and evaluation FabriVLA and others took over: 15 of 50 predicted actions are
+        # executed. Its camera stands elsewhere; here the policy sees what it was trained on.
+        Protocol("evo1-400", horizon=400, action_chunk=15, settle_steps=1),
         # LeRobot's evaluation command, with MetaWorld's own step limit.
         Protocol("lerobot-500", horizon=500, action_chunk=None, settle_steps=0),
     )

@@ -23,7 +23,7 @@ from sb3_vla.models import VLAModel
 HAND_OPTIONS = ("hand_view", "hand_window", "hand_border")
 #: of environments that are told nothing else
 FULL_VIEW: dict[str, Any] = {"camera": "corner2", "crop": None}
-#: height, width and channels of the pictures of the full view that MetaWorld itself draws
+#: height, width and channels of the pictures that environments draw which are told nothing else
 FULL_PICTURE = (480, 480, 3)
 
 
@@ -59,8 +59,14 @@ def cut_window(pictures: npt.NDArray[np.uint8], crop: Any, size: tuple[int, int]
     :param crop: a name, or (top, left, height, width) in fractions; None for all of it.
     :param size: height and width to have.
     :return: uint8 (N, *size, 3), each pixel the mean of what it covers.
+    :raises ValueError: if the window has other proportions than the size, which shows more than the full view does.
     """
     top, left, height, width = resolve_crop(crop)
+    if abs(height / size[0] - width / size[1]) > 1e-6:
+        raise InputError(
+            f"A window of {height:g} x {width:g} of the view is not cut to {size[0]}x{size[1]} pixels, of other "
+            "proportions; draw it with the environment's crop and image_size"
+        )
     down = _shares(pictures.shape[1], top, height, size[0])
     across = _shares(pictures.shape[2], left, width, size[1])
     mean = np.einsum("yh,nhwc,xw->nyxc", down, pictures.astype(np.float32), across, optimize=True)

@@ -250,6 +250,7 @@ def test_gaussian_mode_follows_the_flow_from_zero() -> None:
         x -= 0.25 * (0.8 * (x - 0.3) + 1 - step / 4)
     expected = torch.tensor([1 + 0.5 * x, 2 + 0.25 * x]).expand(1, 2, 2)
     torch.testing.assert_close(GaussianChunk(2, 2, denoising_steps=4).mode(model, context), expected)
+    assert GaussianChunk(2, 2).denoising_steps == 2  # by which checkpoints act that do not say it
     torch.testing.assert_close(FlowSDE(2, denoising_steps=4).mode(model, context), expected)
 
 

@@ -132,7 +132,7 @@ def test_trials_are_the_goals_of_one_seed_then_of_the_next() -> None:
 
 def test_protocols_are_the_published_ones() -> None:
     numbers = {name: (p.horizon, p.action_chunk, p.settle_steps) for name, p in PROTOCOLS.items()}
-    theirs = {"evo1-400": (400, None, 1), "lerobot-500": (500, None, 0)}
+    theirs = {"evo1-400": (400, 15, 1), "lerobot-500": (500, None, 0)}
     assert numbers == {"rlinf-160": (160, 5, 15), "rlinf-100": (100, 5, 16), **theirs}
     assert find_protocol("rlinf-100") is PROTOCOLS["rlinf-100"]
     assert "160 steps, chunk 5, 15 settle steps" in str(PROTOCOLS["rlinf-160"])

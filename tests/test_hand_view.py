@@ -26,6 +26,7 @@ from sb3_vla.lerobot_writer import ImageStorage
 from sb3_vla.models import make_model
 from sb3_vla.policies import load_policy
 from sb3_vla.sft import DemonstrationBatches, SFTConfig, sft
+from sb3_vla.views import cut_window
 
 
 def played(seed: int = 0, steps: int = 6, **options: Any) -> list[dict[str, Any]]:
@@ -306,3 +307,26 @@ def test_a_raw_picture_of_metaworld_is_enough_to_act(tmp_path: Path) -> None:
     expected, _ = policy.predict(drawn, deterministic=True)
     np.testing.assert_allclose(actions[0], expected, atol=0.02)
     assert np.abs(expected).max() > 0.1
+    turned = {**raw, "image": np.moveaxis(raw["image"], -1, 0)}
+    np.testing.assert_allclose(policy.predict(turned, deterministic=True)[0], actions[0], atol=1e-5)
+    with pytest.raises(ValueError, match=r"state has shape \(39,\); expected \(4,\), beside an image"):
+        policy.predict({**raw, "state": np.zeros(39, np.float32)})
+    with pytest.raises(ValueError, match="batch of none"):
+        policy.predict({key: value[None][:0] for key, value in raw.items()})
+
+
+def test_a_picture_of_480_pixels_that_a_policy_reads_itself_is_no_full_view(tmp_path: Path) -> None:
+    model = make_model("compact", {**TINY, "image_size": 96, "hand_view": {"size": 64}})
+    view = {"camera": "corner2", "crop": "workspace", "render_size": 480}
+    save_checkpoint(tmp_path / "start", model, notes={"view": view})
+    observation, _ = MetaWorldEnv("MT10", crop="workspace").reset(seed=0)
+    with pytest.raises(ValueError, match="has no hand_image"):
+        load_policy(tmp_path / "start").predict(observation)
+
+
+@pytest.mark.parametrize("size", [(96, 128), (32, 16)])
+def test_a_window_of_other_proportions_is_not_cut(size: tuple[int, int]) -> None:
+    pictures = np.zeros((1, 480, 480, 3), np.uint8)
+    assert cut_window(pictures, (0.1, 0.2, 0.3, 0.6), (48, 96)).shape == (1, 48, 96, 3)
+    with pytest.raises(ValueError, match=f"is not cut to {size[0]}x{size[1]} pixels"):
+        cut_window(pictures, "workspace", size)

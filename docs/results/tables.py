@@ -13,7 +13,6 @@ import dataclasses
 import json
 import os
 import platform
-import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -68,6 +67,7 @@ class Row:
     protocol: dict[str, Any] = field(default_factory=dict)
     trial_seed: int = 0
     env_kwargs: dict[str, Any] = field(default_factory=dict)
+    deterministic: bool = True
     versions: dict[str, str] = field(default_factory=dict)
     outcomes: dict[str, str] = field(default_factory=dict)
 
@@ -78,7 +78,7 @@ class Row:
             for task, digits in self.outcomes.items()
             for trial, digit in zip(trials_for([task], len(digits), self.trial_seed), digits, strict=True)
         )
-        return EvaluationResult(Protocol(**self.protocol), trials, self.versions, self.env_kwargs)
+        return EvaluationResult(Protocol(**self.protocol), trials, self.versions, self.env_kwargs, self.deterministic)
 
 
 def add(name: str, evaluation: str, settings: dict[str, Any]) -> None:
@@ -91,13 +91,15 @@ def add(name: str, evaluation: str, settings: dict[str, Any]) -> None:
     for task, trials in outcomes.items():
         if trials != trials_for([task], len(trials), seed):
             raise SystemExit(f"{evaluation}: the trials of {task} are not those of an evaluation")
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
-    settings.setdefault("commit", git.stdout.strip())
+    for needed in ("title", "commit", "commands"):
+        if needed not in settings:
+            raise SystemExit(f"{needed}=... is missing; a row says how it was made")
     settings.setdefault("machine", f"{len(os.sched_getaffinity(0))} cores, {_processor()}, no GPU")
     row = Row(
         **settings,
         protocol=dataclasses.asdict(result.protocol),
         trial_seed=seed,
+        deterministic=result.deterministic,
         env_kwargs={key: value for key, value in result.env_kwargs.items() if key != "renderer"},
         versions=result.versions,
         outcomes={

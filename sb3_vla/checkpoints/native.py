@@ -94,9 +94,11 @@ def save_checkpoint(
     for prefix, part in (("value_head", value_head), ("distribution", distribution_module)):
         if part is not None:
             tensors.update({f"{prefix}.{key}": value for key, value in part.state_dict().items()})
-    if bf16:  # statistics, by which numbers are normalised, stay exact
-        exact = {f"model.{name}" for name, _ in model.named_buffers()}
-        tensors = {key: value if key in exact else value.bfloat16() for key, value in tensors.items()}
+    if bf16:  # statistics, by which numbers are normalised, stay exact, and so does a distribution's deviation
+        rounded = {f"model.{name}" for name, _ in model.named_parameters()} | {
+            key for key in tensors if key.startswith("value_head.")
+        }
+        tensors = {key: value.bfloat16() if key in rounded else value for key, value in tensors.items()}
     with whole_checkpoint(folder) as partial:
         save_file(
             {key: value.detach().cpu().contiguous() for key, value in tensors.items()}, partial / "model.safetensors"
