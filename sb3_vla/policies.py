@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -476,9 +477,10 @@ class VLAPolicy(BasePolicy):
         if picture.shape[-3:] == (FULL_PICTURE[2], *FULL_PICTURE[:2]):
             picture = np.moveaxis(picture, -3, -1)
         own = (height, width) == FULL_PICTURE[:2]
-        if view is None or own or picture.shape[-3:] != FULL_PICTURE or picture.dtype != np.uint8 or not picture.size:
+        if view is None or own or picture.shape[-3:] != FULL_PICTURE or picture.dtype != np.uint8:
             return observation
-        found, batch, pictures = dict(observation), picture.shape[:-3], picture.reshape(-1, *FULL_PICTURE)
+        found, batch = dict(observation), picture.shape[:-3]
+        pictures = picture.reshape(math.prod(batch), *FULL_PICTURE)
         hand, expected = self.model.hand_view, (*batch, *space["state"].shape)  # type: ignore[index]
         if hand is not None and HAND_KEY not in observation:
             if state.shape != expected:
@@ -486,7 +488,7 @@ class VLAPolicy(BasePolicy):
                     f"The observation's state has shape {state.shape}; expected {expected}, beside an image of shape "
                     f"{picture.shape}, from which the hand view is cut where it says that the hand is"
                 )
-            cut = hand.cut(pictures, view["camera"], state.reshape(len(pictures), -1))
+            cut = hand.cut(pictures, view["camera"], state.reshape(len(pictures), state.shape[-1]))
             found[HAND_KEY] = cut.reshape(*batch, *cut.shape[1:])
         cut = cut_window(pictures, view["crop"], (height, width))
         return {**found, "image": cut.reshape(*batch, *cut.shape[1:])}

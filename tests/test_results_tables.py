@@ -52,5 +52,5 @@ def test_rows_are_read_back_and_tables_written(tables: Any, tmp_path: Path) -> N
 
 def test_a_row_says_how_it_was_made(tables: Any, tmp_path: Path) -> None:
     result(3).to_json(tmp_path / "evaluation.txt")
-    with pytest.raises(SystemExit, match="commit=... is missing"):
+    with pytest.raises(SystemExit, match=r"commit=\.\.\. is missing"):
         tables.add("one", tmp_path / "evaluation.txt", {"title": "Ours"})
