@@ -35,6 +35,7 @@ NORMALISED = "normalised"
 OF_A_CHECKPOINT = (
     *("config.json", "model*.safetensors", "model.safetensors.index.json", "policy_*", TOKENIZER, "tokenizer*.json"),
     *("special_tokens_map.json", "preprocessor_config.json", "dataset_statistics.json", "dataset_stats.pkl", "vlm"),
+    "README.md",
 )
 #: numbers of a state and of an action in the environment
 ENVIRONMENT_DIM = 4
