@@ -84,7 +84,7 @@ class HandView:
     """Which window of a camera's view follows the hand.
 
     The window is ``size`` pixels of the full square picture of ``resolution`` pixels. With a window of size / 480 that
-    is the 480-pixel picture itself.
+    is the 480-pixel picture itself. Two are equal that show the same pixels, however their windows were rounded.
 
     :param size: side of the window's picture, pixels.
     :param window: side of the window as a fraction of the view; it is rounded to whole pixels of a picture.
@@ -109,6 +109,20 @@ class HandView:
     def resolution(self) -> int:
         """Side of the full picture that the window is cut from, pixels."""
         return round(self.size / self.window)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, HandView) and self._shown == other._shown
+
+    def __hash__(self) -> int:
+        return hash(self._shown)
+
+    def __str__(self) -> str:
+        """As an environment is told it."""
+        return f"hand_view={self.size}, hand_window={self.window:g}, hand_border={self.border!r}"
+
+    @property
+    def _shown(self) -> tuple[int, int, str]:
+        return self.size, self.resolution, self.border
 
     def corner(self, camera: str, states: npt.NDArray[np.floating]) -> npt.NDArray[np.int64]:
         """Where the window begins, row and column in pixels of the full picture; with ``black`` it may lie outside.

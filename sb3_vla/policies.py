@@ -533,7 +533,7 @@ class VLAPolicy(BasePolicy):
             found = "has none" if space is None else f"has one of shape {space.shape}"
             raise InputError(
                 f"The model reads {HAND_KEY}, {hand.size}x{hand.size} pixels around the hand; the environment {found}. "
-                f"Make it with hand_view={hand.size}, hand_window={hand.window:g}, hand_border={hand.border!r}"
+                f"Make it with {hand}"
             )
 
     def _get_constructor_parameters(self) -> dict[str, Any]:

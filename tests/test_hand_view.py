@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.vec_env import VecEnv
 from toy import TINY, stir
 
 from mw_envs.env import CAMERAS, MetaWorldEnv
@@ -18,10 +20,10 @@ from mw_envs.hand_view import CARRIED, STANDING, HandView
 from mw_envs.rendering import View, get_renderer, renderer_available, resolve_crop
 from mw_envs.scene import acquire_simulator, release_simulator
 from mw_envs.tasks import Trial
-from sb3_vla import PPO
+from sb3_vla import GRPO, PPO
 from sb3_vla.checkpoints import save_checkpoint
 from sb3_vla.demonstrations import Demonstrations, DemonstrationWriter, Episode
-from sb3_vla.evaluation import seen_by
+from sb3_vla.evaluation import Protocol, evaluate, seen_by
 from sb3_vla.lerobot_writer import ImageStorage
 from sb3_vla.models import make_model
 from sb3_vla.policies import load_policy
@@ -220,7 +222,7 @@ def test_a_dataset_holds_it_as_a_feature(tmp_path: Path) -> None:
     video = Demonstrations.load(write(tmp_path / "mp4", one, "mp4"))
     assert video.hand_images is not None and video.hand_images.shape == data.hand_images.shape
     assert Demonstrations.load(tmp_path / "png", hand_view=SMALL).hand_images is not None
-    with pytest.raises(ValueError, match=r"was recorded with hand_view=.*'size': 32.*HandView\(size=48"):
+    with pytest.raises(ValueError, match=r"was recorded with hand_view=.*'size': 32.*but hand_view=48, "):
         Demonstrations.load(tmp_path / "png", hand_view=HandView(48))
 
 
@@ -274,6 +276,51 @@ def test_a_new_policy_reads_the_hand_view_that_the_environment_draws() -> None:
     algorithm = PPO("VLAPolicy", env, n_steps=2, batch_size=2, policy_kwargs={"model_kwargs": TINY}, device="cpu")
     assert algorithm.policy.model.hand_view == HandView(48)
     algorithm.learn(2)
+
+
+BLACK = HandView(48, 0.5, "black")
+DRAWS_BLACK = {"hand_view": 48, "hand_window": 0.5, "hand_border": "black"}
+
+
+def reach(**options: Any) -> gym.Env:
+    return gym.make("mw_envs:MetaWorldMT1-v0", task="reach-v3", image_size=32, horizon=4, **options)
+
+
+@pytest.mark.parametrize("algorithm_class", [PPO, GRPO])
+def test_a_new_policy_reads_the_window_that_the_environment_draws(algorithm_class: type[PPO], tmp_path: Path) -> None:
+    def drawing(**changed: Any) -> VecEnv:
+        return make_vec_env(lambda: reach(privileged_state=True, **{**DRAWS_BLACK, **changed}), 2)
+
+    env = drawing()
+    assert env.get_attr("hand_view") == [BLACK, BLACK]
+    sizes = {"group_size": 2, "n_groups": 1} if algorithm_class is GRPO else {"n_steps": 2}
+    options: dict[str, Any] = {"batch_size": 2, "device": "cpu", **sizes}
+    algorithm = algorithm_class("VLAPolicy", env, policy_kwargs={"model_kwargs": TINY}, **options)
+    assert algorithm.policy.model.hand_view == BLACK
+    assert seen_by(algorithm).items() >= DRAWS_BLACK.items()
+    algorithm.save(tmp_path / "saved.zip")
+    with pytest.raises(ValueError, match=r"hand_border='black' draws, .* made with .*hand_border='shift'"):
+        algorithm_class.load(tmp_path / "saved.zip", env=drawing(hand_border="shift"), device="cpu")
+    with pytest.raises(ValueError, match=r"hand_window=0\.5, .* made with .*hand_window=0\.4"):
+        algorithm.set_env(drawing(hand_window=0.4))
+    algorithm.set_env(drawing(hand_window=0.501))  # the same pixels
+    plain = algorithm_class("VLAPolicy", env, policy_kwargs={"model_kwargs": {**TINY, "hand_view": None}}, **options)
+    assert plain.policy.model.hand_view is None
+    asked = {"model_kwargs": {**TINY, "hand_view": {"size": 48}}}
+    with pytest.raises(ValueError, match=r"hand_window=0\.222222, .*'shift'.* made with .*hand_window=0\.5"):
+        algorithm_class("VLAPolicy", env, policy_kwargs=asked, **options)
+
+
+def test_evaluation_warns_of_another_window(tmp_path: Path) -> None:
+    model = make_model("compact", {**TINY, "image_size": 32, "action_horizon": 1, "hand_view": {"size": 48}})
+    save_checkpoint(tmp_path / "start", model, notes={"view": {"camera": "corner2", "crop": None}})
+    policy = load_policy(tmp_path / "start")
+    protocol = Protocol("two steps", horizon=2, action_chunk=1, settle_steps=0)
+    short: dict[str, Any] = {"tasks": ["reach-v3"], "trials_per_task": 1, "protocol": protocol, "num_workers": 1}
+    for changed, named in (({"hand_window": 0.5}, r"hand_window=0\.5"), ({"hand_border": "black"}, "'black'")):
+        with pytest.warns(UserWarning, match=f"hand_window=0.222222, hand_border='shift' draws, but is shown.*{named}"):
+            evaluate(policy, env_kwargs=changed, progress=False, **short)
+    evaluate(policy, env_kwargs={"hand_window": 0.2222}, progress=False, **short)  # the same pixels
 
 
 def test_a_raw_picture_of_metaworld_is_enough_to_act(tmp_path: Path) -> None:
