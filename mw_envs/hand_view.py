@@ -7,7 +7,8 @@ cut from a picture of the full view as well.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from functools import lru_cache
 
 import numpy as np
@@ -96,6 +97,17 @@ class HandView:
     size: int
     window: float = DEFAULT_WINDOW
     border: str = "shift"
+
+    @classmethod
+    def noted(cls, note: object) -> HandView:
+        """As a note of a data set or a model says it: a mapping of these arguments, of which ``size`` is needed.
+
+        :raises ValueError: for a note of anything else.
+        """
+        known = [field.name for field in fields(cls)]
+        if not isinstance(note, Mapping) or "size" not in note or not set(note) <= set(known):
+            raise InputError(f"The hand view is noted as {note!r}; expected size, and window and border if they differ")
+        return cls(**note)
 
     def __post_init__(self) -> None:
         if isinstance(self.size, bool) or not isinstance(self.size, (int, np.integer)) or self.size < 1:

@@ -109,11 +109,13 @@ class Demonstrations:
             is trained on them is then shown what the environment draws at their own size, brought to this one alike.
         :param rename: The dataset's feature name -> ours, e.g. ``{"observation.images.camera1": "observation.image"}``.
         :param instruction_bytes: Bytes of UTF-8 that a sentence may have.
-        :param hand_view: The hand view to have. A dataset that was recorded with one has it in any case; from one of
-            full views, such as the published ``lerobot/metaworld_mt50``, it is cut while loading.
+        :param hand_view: The hand view to have. A dataset that was recorded with one has it in any case, where it does
+            not note which, it is this one; from one of full views, such as the published ``lerobot/metaworld_mt50``, it
+            is cut while loading.
         :raises FileNotFoundError: If the folder or one of its files is missing.
         :raises ValueError: If the dataset has another version, lacks a feature, is empty or damaged, does not have a
-            requested task, has a longer sentence, or does not fit in memory, or ranks have no room for their file.
+            requested task, has a longer sentence, another hand view or one that nobody names, or does not fit in
+            memory, or ranks have no room for their file.
         """
         if image_size is not None and image_size < 1:
             raise InputError(f"image_size must be at least 1 pixel, got {image_size}")
@@ -159,12 +161,8 @@ class Demonstrations:
         view = _view(reader, image_size)
         hand_images = None
         if HAND_IMAGE in reader.features:
+            view["hand_view"] = dataclasses.asdict(_recorded_hand_view(reader, view.get("hand_view"), hand_view))
             hand_images = _images(reader, rows, None, HAND_IMAGE)
-            recorded = view.get("hand_view")
-            if hand_view is not None and recorded != dataclasses.asdict(hand_view):
-                raise InputError(
-                    f"{root} was recorded with hand_view={recorded}, but {hand_view} is asked for; leave it out"
-                )
         elif hand_view is not None:
             hand_images = _cut_hand_images(reader, rows, states, view, hand_view)
             view["hand_view"] = dataclasses.asdict(hand_view)
@@ -307,6 +305,26 @@ def _trial(episode: Mapping[str, Any]) -> Trial | None:
     """The trial; in a merged dataset, of which not all name it, numbers come as floats and nothing as None or NaN."""
     task = episode.get("trial/task")
     return Trial(task, int(episode["trial/seed"]), int(episode["trial/goal"])) if isinstance(task, str) else None
+
+
+def _recorded_hand_view(reader: LeRobotReader, note: object, asked: HandView | None) -> HandView:
+    """What a dataset's pictures of the hand show: as it notes, or else as it is asked for."""
+    height, width = reader.image_shape(HAND_IMAGE)
+    if note is None and asked is None:
+        raise InputError(
+            f"{reader.root} has {HAND_IMAGE} and does not note which window it shows; give "
+            f"hand_view=HandView(size={height}, window=..., border=...)"
+        )
+    try:
+        recorded = asked if note is None else HandView.noted(note)
+    except ValueError as error:
+        raise InputError(f"{reader.root}: {error}") from error
+    assert recorded is not None
+    if asked not in (None, recorded):
+        raise InputError(f"{reader.root} was recorded with {recorded}, but {asked} is asked for; leave it out")
+    if (height, width) != (recorded.size, recorded.size):
+        raise InputError(f"{reader.root} has {HAND_IMAGE} of {height}x{width} pixels, which is not {recorded}")
+    return recorded
 
 
 def _cut_hand_images(

@@ -322,7 +322,8 @@ def _settings_of(vec_env: VecEnv, protocol: Protocol, env_kwargs: Mapping[str, A
 def _check_spaces(policy: Policy, observation_space: spaces.Space[Any], action_space: spaces.Space[Any]) -> None:
     """Compare what the policy says about itself, if it does, with the environment."""
     assert isinstance(observation_space, spaces.Dict)
-    wanted = getattr(policy, "observation_space", None)
+    reader = getattr(policy, "policy", None)  # of an algorithm, whose own space has also what the policy leaves out
+    wanted = getattr(reader if isinstance(reader, VLAPolicy) else policy, "observation_space", None)
     for key, space in wanted.items() if isinstance(wanted, spaces.Dict) else ():
         given = observation_space.spaces.get(key)
         if key == "instruction" and given is not None:  # of any length

@@ -25,7 +25,7 @@ from sb3_vla.checkpoints import save_checkpoint
 from sb3_vla.demonstrations import Demonstrations, DemonstrationWriter, Episode
 from sb3_vla.evaluation import Protocol, evaluate, seen_by
 from sb3_vla.lerobot_writer import ImageStorage
-from sb3_vla.models import make_model
+from sb3_vla.models import CompactVLA, make_model
 from sb3_vla.policies import load_policy
 from sb3_vla.sft import DemonstrationBatches, SFTConfig, sft
 
@@ -204,7 +204,7 @@ def write(folder: Path, one: Episode, storage: ImageStorage = "png", **camera: A
     height, width = np.shape(one.images)[1:3]
     hand = None if one.hand_images is None else (SMALL.size, SMALL.size, 3)
     if hand is not None:
-        camera["hand_view"] = asdict(SMALL)
+        camera = {"hand_view": asdict(SMALL), **camera}
     shape = (height, width, 3)
     with DemonstrationWriter(
         folder, image_shape=shape, hand_shape=hand, image_storage=storage, camera=camera
@@ -222,8 +222,37 @@ def test_a_dataset_holds_it_as_a_feature(tmp_path: Path) -> None:
     video = Demonstrations.load(write(tmp_path / "mp4", one, "mp4"))
     assert video.hand_images is not None and video.hand_images.shape == data.hand_images.shape
     assert Demonstrations.load(tmp_path / "png", hand_view=SMALL).hand_images is not None
-    with pytest.raises(ValueError, match=r"was recorded with hand_view=.*'size': 32.*but hand_view=48, "):
+    with pytest.raises(ValueError, match=r"was recorded with hand_view=.*32, .*but hand_view=48, "):
         Demonstrations.load(tmp_path / "png", hand_view=HandView(48))
+
+
+def test_notes_of_the_hand_view_are_read(tmp_path: Path) -> None:
+    """One that leaves out what is the default means the same; none, or one of another picture, is told."""
+    one = episode(32, hand=True)
+    view = {"camera": "corner2", "crop": None}
+    short = write(tmp_path / "short", one, hand_view={"size": 32, "window": 2 / 3}, **view)
+    assert Demonstrations.load(short).camera["hand_view"] == asdict(SMALL)
+    assert Demonstrations.load(short, hand_view=HandView(32, 0.6667)).hand_images is not None
+    silent = write(tmp_path / "silent", one, hand_view=None, **view)
+    with pytest.raises(ValueError, match=r"not note which window it shows; give hand_view=HandView\(size=32"):
+        Demonstrations.load(silent)
+    data = Demonstrations.load(silent, hand_view=SMALL)
+    assert data.camera["hand_view"] == asdict(SMALL) and data.hand_images is not None
+    for name, note, message in (
+        ("word", "64", "noted as '64'"),
+        ("sizeless", {"window": 0.5}, r"noted as .*expected size"),
+        ("unknown", {"size": 32, "widow": 0.5}, "noted as .*widow"),
+        ("border", {"size": 32, "border": "blak"}, f"{tmp_path}.*hand_border 'blak'"),
+        ("larger", {"size": 64}, "32x32 pixels, which is not hand_view=64"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Demonstrations.load(write(tmp_path / name, one, hand_view=note, **view))
+    noted = replace(data, camera={**view, "hand_view": {"size": 32, "window": 2 / 3}})
+    config = SFTConfig(steps=1, batch_size=2, model_kwargs=TINY, action_horizon=2, validation_fraction=0.0)
+    assert sft(noted, config, progress=False).model.hand_view == SMALL
+    sft(noted, replace(config, model_kwargs={**TINY, "hand_view": asdict(SMALL)}), progress=False)
+    with pytest.raises(ValueError, match="does not note which window they show"):
+        sft(replace(data, camera=view), config, progress=False)
 
 
 def test_it_is_cut_from_full_views_while_loading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -311,16 +340,60 @@ def test_a_new_policy_reads_the_window_that_the_environment_draws(algorithm_clas
         algorithm_class("VLAPolicy", env, policy_kwargs=asked, **options)
 
 
+SHORT: dict[str, Any] = {
+    "tasks": ["reach-v3"],
+    "trials_per_task": 1,
+    "protocol": Protocol("two steps", horizon=2, action_chunk=1, settle_steps=0),
+    "num_workers": 1,
+    "progress": False,
+}
+
+
+def test_a_model_without_a_hand_view_is_asked_for_none() -> None:
+    """In an environment that draws one: it acts and is evaluated without."""
+    env = reach(**DRAWS_BLACK)
+    kwargs = {"model_kwargs": {**TINY, "hand_view": None}}
+    algorithm = PPO("VLAPolicy", env, n_steps=2, batch_size=2, policy_kwargs=kwargs, device="cpu").learn(2)
+    observation, _ = env.reset(seed=0)
+    expected, _ = algorithm.predict(observation, deterministic=True)
+    del observation["hand_image"]
+    for policy in (algorithm, algorithm.policy):
+        np.testing.assert_array_equal(policy.predict(observation, deterministic=True)[0], expected)
+    assert len(evaluate(algorithm, **SHORT).trials) == 1
+    assert len(evaluate(algorithm, env_kwargs=DRAWS_BLACK, **SHORT).trials) == 1
+
+
+def test_batches_are_of_what_the_model_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = Demonstrations.load(write(tmp_path / "data", episode(32, hand=True), camera="corner2", crop=None))
+    given: list[bool] = []
+    for name in ("imitation_loss", "encode"):
+        real = getattr(CompactVLA, name)
+
+        def noted(self: Any, observation: Any, *args: Any, real: Any = real, **kwargs: Any) -> Any:
+            given.append("hand_image" in observation)
+            return real(self, observation, *args, **kwargs)
+
+        monkeypatch.setattr(CompactVLA, name, noted)
+    for hand in (None, asdict(SMALL)):
+        options = {**TINY, "hand_view": hand}
+        config = SFTConfig(steps=1, batch_size=4, model_kwargs=options, action_horizon=2, validation_fraction=0.5)
+        sft(data, config, progress=False)
+        env = reach(hand_view=32, hand_window=2 / 3, action_chunk=2)
+        rehearsal = DemonstrationBatches(data, None, 2, 1, 0)
+        kwargs = {"model_kwargs": options}
+        PPO("VLAPolicy", env, n_steps=2, batch_size=2, policy_kwargs=kwargs, rehearsal=rehearsal, device="cpu").learn(2)
+        assert given and set(given) == {hand is not None}
+        given.clear()
+
+
 def test_evaluation_warns_of_another_window(tmp_path: Path) -> None:
     model = make_model("compact", {**TINY, "image_size": 32, "action_horizon": 1, "hand_view": {"size": 48}})
     save_checkpoint(tmp_path / "start", model, notes={"view": {"camera": "corner2", "crop": None}})
     policy = load_policy(tmp_path / "start")
-    protocol = Protocol("two steps", horizon=2, action_chunk=1, settle_steps=0)
-    short: dict[str, Any] = {"tasks": ["reach-v3"], "trials_per_task": 1, "protocol": protocol, "num_workers": 1}
     for changed, named in (({"hand_window": 0.5}, r"hand_window=0\.5"), ({"hand_border": "black"}, "'black'")):
         with pytest.warns(UserWarning, match=f"hand_window=0.222222, hand_border='shift' draws, but is shown.*{named}"):
-            evaluate(policy, env_kwargs=changed, progress=False, **short)
-    evaluate(policy, env_kwargs={"hand_window": 0.2222}, progress=False, **short)  # the same pixels
+            evaluate(policy, env_kwargs=changed, **SHORT)
+    evaluate(policy, env_kwargs={"hand_window": 0.2222}, **SHORT)  # the same pixels
 
 
 def test_a_raw_picture_of_metaworld_is_enough_to_act(tmp_path: Path) -> None:
