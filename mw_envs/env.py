@@ -12,7 +12,7 @@ import numpy.typing as npt
 from gymnasium import spaces
 
 from mw_envs.errors import InputError
-from mw_envs.hand_view import DEFAULT_WINDOW, HandView
+from mw_envs.hand_view import DEFAULT_WINDOW, HandView, check_window
 from mw_envs.rendering import FULL_VIEW, RENDERERS, View, get_renderer, resolve_crop
 from mw_envs.scene import Simulator, acquire_simulator, release_simulator
 from mw_envs.tasks import (
@@ -149,6 +149,7 @@ class MetaWorldEnv(gym.Env[dict[str, Any], npt.NDArray[np.float32]]):
             camera in _TURNED_CAMERAS,
         )
         self._render_view = View(camera, _RENDER_SIZE, _RENDER_SIZE, rotated=self._view.rotated)
+        check_window(hand_window, hand_border)  # also where they are without effect
         #: the window that ``hand_image`` shows, None for no such image
         self.hand_view = None if hand_view is None else HandView(hand_view, hand_window, hand_border)
         self._renderer = _one_of("renderer", renderer, RENDERERS)

@@ -168,11 +168,26 @@ def test_the_environment_declares_it() -> None:
         ({"hand_view": 64, "hand_window": 1.5}, "hand_window=1.5"),
         ({"hand_view": 64, "hand_window": float("nan")}, "hand_window=nan"),
         ({"hand_view": 64, "hand_border": "blak"}, "hand_border 'blak'.*black"),
+        ({"hand_view": 64, "hand_border": 3}, "hand_border 3.*black"),
+        ({"hand_view": 64, "hand_window": "0.2"}, "hand_window='0.2'"),
+        ({"hand_view": 64, "hand_window": None}, "hand_window=None"),
+        ({"hand_view": 64, "hand_window": True}, "hand_window=True"),
+        ({"hand_window": 5.0}, "hand_window=5.0"),
+        ({"hand_border": "blak"}, "hand_border 'blak'.*black"),
+        ({"hand_view": 64, "hand_window": 0.05}, r"hand_window=0\.05 with hand_view=64 .*at least 0\.0667"),
+        ({"hand_view": 64, "hand_window": 1e-6}, r"hand_window=1e-06 with hand_view=64 .*at least 0\.0667"),
+        ({"hand_view": 64, "hand_window": 1e-320}, r"hand_window=1e-320 with hand_view=64 .*at least 0\.0667"),
+        ({"hand_view": 1000, "hand_window": 1.0}, "hand_view=1000; expected at most 960"),
     ],
 )
 def test_bad_options(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         MetaWorldEnv("MT10", **options)
+
+
+def test_the_least_window_is_one() -> None:
+    assert HandView(64, 0.0667).resolution == 960
+    assert HandView(960, 1.0).resolution == 960
 
 
 # --- through the chain ------------------------------------------------------------------------------------------------
