@@ -321,7 +321,7 @@ def _recorded_hand_view(reader: LeRobotReader, note: object, asked: HandView | N
         raise InputError(f"{reader.root}: {error}") from error
     assert recorded is not None
     if asked not in (None, recorded):
-        raise InputError(f"{reader.root} was recorded with {recorded}, but {asked} is asked for; leave it out")
+        raise InputError(f"{reader.root} was recorded with {recorded}, but {asked} is asked for; leave hand_view out")
     if (height, width) != (recorded.size, recorded.size):
         raise InputError(f"{reader.root} has {HAND_IMAGE} of {height}x{width} pixels, which is not {recorded}")
     return recorded
@@ -335,8 +335,8 @@ def _cut_hand_images(
     crop, camera = view.get("crop"), view.get("camera", "corner2")
     if crop not in (None, "full") and tuple(crop) != FULL_VIEW:
         raise InputError(
-            f"{reader.root} holds pictures of crop={crop}, from which no hand view is cut; record it with "
-            f"hand_view={hand.size}"
+            f"{reader.root} holds pictures of crop={crop}, from which no hand view is cut; leave hand_view "
+            f"out, or record the dataset with hand_view={hand.size}"
         )
     cut = [
         hand.cut(reader.images(rows[first : first + _CUT_FRAMES]), camera, states[first : first + _CUT_FRAMES])

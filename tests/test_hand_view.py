@@ -22,6 +22,7 @@ from mw_envs.scene import acquire_simulator, release_simulator
 from mw_envs.tasks import Trial
 from sb3_vla import GRPO, PPO
 from sb3_vla.checkpoints import save_checkpoint
+from sb3_vla.cli import main
 from sb3_vla.demonstrations import Demonstrations, DemonstrationWriter, Episode
 from sb3_vla.evaluation import Protocol, evaluate, seen_by
 from sb3_vla.lerobot_writer import ImageStorage
@@ -279,8 +280,18 @@ def test_it_is_cut_from_full_views_while_loading(tmp_path: Path, monkeypatch: py
     expected = SMALL.cut(np.concatenate([one.images, one.images]), "corner2", np.concatenate([one.states] * 2))
     np.testing.assert_array_equal(data.hand_images, expected)
     assert data.images.shape == (12, 32, 32, 3) and data.camera["hand_view"] == asdict(SMALL)
-    with pytest.raises(ValueError, match="pictures of crop=workspace, from which no hand view is cut"):
+    with pytest.raises(ValueError, match="of crop=workspace, from which no hand view is cut; leave hand_view out"):
         Demonstrations.load(write(tmp_path / "crop", one, crop="workspace"), hand_view=SMALL)
+
+
+def test_sft_cuts_it_from_full_views(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    full = write(tmp_path / "full", episode(48, hand=False), camera="corner2", crop=None)
+    tiny = ["sft.model_kwargs={width: 64, depth: 1, channels: [8, 8, 16]}", "sft.steps=1", "sft.batch_size=2"]
+    command = ["sft", f"data={full}", f"output={tmp_path / 'sft'}", "hand_view=32", "image_size=32", *tiny]
+    assert main(command) == 0
+    assert load_policy(tmp_path / "sft").model.hand_view == HandView(32)
+    assert main(command) == 0 and "is complete" in capsys.readouterr().out
+    assert main([*command, "hand_view=0"]) == 2 and "hand_view=0" in capsys.readouterr().err
 
 
 def test_imitation_reads_it_and_ppo_goes_on(tmp_path: Path) -> None:
