@@ -6,6 +6,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import av
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from mw_envs.hand_view import CARRIED, STANDING, HandView
 from mw_envs.rendering import View, get_renderer, renderer_available, resolve_crop
 from mw_envs.scene import acquire_simulator, release_simulator
 from mw_envs.tasks import Trial
-from sb3_vla import GRPO, PPO
+from sb3_vla import GRPO, PPO, lerobot_reader
 from sb3_vla.checkpoints import save_checkpoint
 from sb3_vla.cli import main
 from sb3_vla.demonstrations import Demonstrations, DemonstrationWriter, Episode
@@ -272,14 +273,26 @@ def test_notes_of_the_hand_view_are_read(tmp_path: Path) -> None:
 
 
 def test_it_is_cut_from_full_views_while_loading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sb3_vla.demonstrations._CUT_FRAMES", 5)
     one = episode(48, hand=False)
+    opened: list[str] = []
+    real_open, real_decode = av.open, lerobot_reader.decode_picture
+    monkeypatch.setattr(av, "open", lambda *args, **kw: opened.append("video") or real_open(*args, **kw))
+    monkeypatch.setattr(lerobot_reader, "decode_picture", lambda *args: opened.append("picture") or real_decode(*args))
     folder = write(tmp_path / "full", one)
     assert Demonstrations.load(folder).hand_images is None
+    opened.clear()
     data = Demonstrations.load(folder, image_size=32, hand_view=SMALL)
+    assert opened == ["picture"] * 12  # each once
     expected = SMALL.cut(np.concatenate([one.images, one.images]), "corner2", np.concatenate([one.states] * 2))
     np.testing.assert_array_equal(data.hand_images, expected)
     assert data.images.shape == (12, 32, 32, 3) and data.camera["hand_view"] == asdict(SMALL)
+    film = write(tmp_path / "film", one, "mp4")
+    stored = Demonstrations.load(film).images
+    opened.clear()
+    shown = Demonstrations.load(film, image_size=32, hand_view=SMALL)
+    assert opened == ["video"]
+    np.testing.assert_array_equal(shown.hand_images, SMALL.cut(stored, "corner2", shown.states))
+    np.testing.assert_array_equal(shown.images, Demonstrations.load(film, image_size=32).images)
     with pytest.raises(ValueError, match="of crop=workspace, from which no hand view is cut; leave hand_view out"):
         Demonstrations.load(write(tmp_path / "crop", one, crop="workspace"), hand_view=SMALL)
 
