@@ -298,6 +298,7 @@ def run_train(command: TrainCommand, console: Console) -> None:
                 data = Demonstrations.load(
                     command.data,
                     image_size=start.model.image_size[0],
+                    hand_view=start.model.hand_view,
                     instruction_bytes=start.notes.get("view", {}).get("instruction_bytes", INSTRUCTION_BYTES),
                 )
             train(

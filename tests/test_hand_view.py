@@ -307,6 +307,18 @@ def test_sft_cuts_it_from_full_views(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert main([*command, "hand_view=0"]) == 2 and "hand_view=0" in capsys.readouterr().err
 
 
+def test_train_cuts_it_from_full_views(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For rehearsal, the one that the checkpoint's model reads."""
+    full = write(tmp_path / "full", episode(48, hand=False), camera="corner2", crop=None)
+    save_checkpoint(tmp_path / "start", make_model("compact", {**TINY, "image_size": 32, "hand_view": asdict(SMALL)}))
+    given: dict[str, Any] = {}
+    monkeypatch.setattr("sb3_vla.training.train", lambda *_, **options: given.update(options))
+    options = [f"checkpoint={tmp_path / 'start'}", f"data={full}", f"run={tmp_path / 'run'}", "ppo.rehearsal_coef=1"]
+    main(["train", *options])
+    assert given["demonstrations"].camera["hand_view"] == asdict(SMALL)
+    assert given["demonstrations"].hand_images.shape == (12, 32, 32, 3)
+
+
 def test_imitation_reads_it_and_ppo_goes_on(tmp_path: Path) -> None:
     data = Demonstrations.load(write(tmp_path / "data", episode(32, hand=True), camera="corner2", crop=None))
     config = SFTConfig(steps=1, batch_size=4, model_kwargs=TINY, action_horizon=2)
