@@ -12,7 +12,7 @@ import numpy.typing as npt
 from gymnasium import spaces
 
 from mw_envs.errors import InputError
-from mw_envs.hand_view import DEFAULT_WINDOW, HandView
+from mw_envs.hand_view import DEFAULT_WINDOW, HandView, check_window
 from mw_envs.rendering import FULL_VIEW, RENDERERS, View, get_renderer, resolve_crop
 from mw_envs.scene import Simulator, acquire_simulator, release_simulator
 from mw_envs.tasks import (
@@ -149,7 +149,9 @@ class MetaWorldEnv(gym.Env[dict[str, Any], npt.NDArray[np.float32]]):
             camera in _TURNED_CAMERAS,
         )
         self._render_view = View(camera, _RENDER_SIZE, _RENDER_SIZE, rotated=self._view.rotated)
-        self._hand = None if hand_view is None else HandView(hand_view, hand_window, hand_border)
+        check_window(hand_window, hand_border)  # also where they are without effect
+        #: the window that ``hand_image`` shows, None for no such image
+        self.hand_view = None if hand_view is None else HandView(hand_view, hand_window, hand_border)
         self._renderer = _one_of("renderer", renderer, RENDERERS)
         self.record_frames = _flag("record_frames", record_frames)
         if render_mode not in (None, "rgb_array"):
@@ -161,8 +163,8 @@ class MetaWorldEnv(gym.Env[dict[str, Any], npt.NDArray[np.float32]]):
             "state": spaces.Box(_STATE_LOW, _STATE_HIGH, dtype=np.float32),
             "instruction": spaces.Box(0, 255, (self.instruction_bytes,), np.uint8),
         }
-        if self._hand is not None:
-            observation["hand_image"] = spaces.Box(0, 255, (self._hand.size, self._hand.size, 3), np.uint8)
+        if self.hand_view is not None:
+            observation["hand_image"] = spaces.Box(0, 255, (self.hand_view.size, self.hand_view.size, 3), np.uint8)
         if _flag("privileged_state", privileged_state):
             observation["privileged_state"] = spaces.Box(-_PRIVILEGED_LIMIT, _PRIVILEGED_LIMIT, (39,), np.float32)
         if _flag("elapsed_time", elapsed_time):
@@ -393,8 +395,8 @@ class MetaWorldEnv(gym.Env[dict[str, Any], npt.NDArray[np.float32]]):
             "state": np.clip(metaworld[:4], _STATE_LOW, _STATE_HIGH),
             "instruction": encode_instruction(TASKS[self._trial.task].instruction, self.instruction_bytes),
         }
-        if self._hand is not None:
-            observation["hand_image"] = self._draw_hand(self._hand, observation)
+        if self.hand_view is not None:
+            observation["hand_image"] = self._draw_hand(self.hand_view, observation)
         if "privileged_state" in self._observed:
             observation["privileged_state"] = np.clip(metaworld, -_PRIVILEGED_LIMIT, _PRIVILEGED_LIMIT)
         if "elapsed_time" in self._observed:

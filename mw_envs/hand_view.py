@@ -7,7 +7,9 @@ cut from a picture of the full view as well.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+import numbers
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from functools import lru_cache
 
 import numpy as np
@@ -18,6 +20,8 @@ from mw_envs.tasks import did_you_mean
 
 BORDERS = ("shift", "black")
 DEFAULT_WINDOW = 2 / 9
+#: side in pixels of the largest full picture that a window is cut from, which a renderer holds whole
+LARGEST_PICTURE = 960
 # The state tells where the palm is; what is handled is between the fingertips, meters from there.
 _PALM_TO_FINGERTIPS = np.array([0.0, 0.0, -0.06])
 
@@ -79,36 +83,76 @@ STANDING = {
 CARRIED = {"behindGripper": (0.6003, 0.5), "gripperPOV": (0.5869, 0.3302)}
 
 
+def check_window(window: object, border: object) -> None:
+    """:raises ValueError: for a window or a border that no hand view has."""
+    number = isinstance(window, numbers.Real) and not isinstance(window, bool)
+    if not number or not 0 < window <= 1:  # type: ignore[operator]
+        raise InputError(f"hand_window={window!r}; expected a fraction of the view, above 0 and at most 1")
+    if border not in BORDERS:
+        raise InputError(f"Unknown hand_border {border!r}; {did_you_mean(str(border), BORDERS)}")
+
+
 @dataclass(frozen=True)
 class HandView:
     """Which window of a camera's view follows the hand.
 
     The window is ``size`` pixels of the full square picture of ``resolution`` pixels. With a window of size / 480 that
-    is the 480-pixel picture itself.
+    is the 480-pixel picture itself. Two are equal that show the same pixels, however their windows were rounded.
 
     :param size: side of the window's picture, pixels.
     :param window: side of the window as a fraction of the view; it is rounded to whole pixels of a picture.
     :param border: what happens where the window reaches beyond the view: ``shift`` moves it back inside, ``black``
         leaves the hand in its center and black what lies outside.
-    :raises ValueError: for a size below 1, a window outside (0, 1], or an unknown border.
+    :raises ValueError: for a size below 1, a window outside (0, 1] or so small that the full picture is of more than
+        :data:`LARGEST_PICTURE` pixels, or an unknown border.
     """
 
     size: int
     window: float = DEFAULT_WINDOW
     border: str = "shift"
 
+    @classmethod
+    def noted(cls, note: object) -> HandView:
+        """As a note of a data set or a model says it: a mapping of these arguments, of which ``size`` is needed.
+
+        :raises ValueError: for a note of anything else.
+        """
+        known = [field.name for field in fields(cls)]
+        if not isinstance(note, Mapping) or "size" not in note or not set(note) <= set(known):
+            raise InputError(f"The hand view is noted as {note!r}; expected size, and window and border if they differ")
+        return cls(**note)
+
     def __post_init__(self) -> None:
         if isinstance(self.size, bool) or not isinstance(self.size, (int, np.integer)) or self.size < 1:
             raise InputError(f"hand_view={self.size!r}; expected the side of a picture, a whole number of pixels")
-        if not 0 < self.window <= 1:
-            raise InputError(f"hand_window={self.window!r}; expected a fraction of the view, above 0 and at most 1")
-        if self.border not in BORDERS:
-            raise InputError(f"Unknown hand_border {self.border!r}; {did_you_mean(self.border, BORDERS)}")
+        check_window(self.window, self.border)
+        least = self.size / LARGEST_PICTURE
+        if self.size > LARGEST_PICTURE:
+            raise InputError(f"hand_view={self.size}; expected at most {LARGEST_PICTURE} pixels")
+        if not self.size <= self.window * (LARGEST_PICTURE + 0.5):  # no division, which may overflow
+            raise InputError(
+                f"hand_window={self.window!r} with hand_view={self.size} is cut from a picture of more than "
+                f"{LARGEST_PICTURE} pixels a side; expected a window of at least {math.ceil(least * 1e4) / 1e4:g}"
+            )
 
     @property
     def resolution(self) -> int:
         """Side of the full picture that the window is cut from, pixels."""
         return round(self.size / self.window)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, HandView) and self._shown == other._shown
+
+    def __hash__(self) -> int:
+        return hash(self._shown)
+
+    def __str__(self) -> str:
+        """As an environment is told it."""
+        return f"hand_view={self.size}, hand_window={self.window:g}, hand_border={self.border!r}"
+
+    @property
+    def _shown(self) -> tuple[int, int, str]:
+        return self.size, self.resolution, self.border
 
     def corner(self, camera: str, states: npt.NDArray[np.floating]) -> npt.NDArray[np.int64]:
         """Where the window begins, row and column in pixels of the full picture; with ``black`` it may lie outside.

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from rich.console import Console
 
+from mw_envs.hand_view import HandView
 from mw_envs.tasks import INSTRUCTION_BYTES, select_tasks
 from sb3_vla import doctor
 from sb3_vla.command import run_command
@@ -75,6 +76,8 @@ class SFTCommand:
     :param crop: window of the view that the pictures are of, where the dataset does not say it: ``workspace``, ``full``
         or ``[top, left, height, width]`` in fractions.
     :param camera: which camera's view, where the dataset does not say it.
+    :param hand_view: side of the hand view to cut from pictures of the full view; a dataset that was recorded with one
+        has it anyway.
     :param rename: the dataset's feature names to ours.
     :param instruction_bytes: bytes of UTF-8 that a sentence may have.
     :param overwrite: replace a checkpoint that is there.
@@ -85,6 +88,7 @@ class SFTCommand:
     image_size: int | None = None
     crop: Any = None
     camera: str | None = None
+    hand_view: int | None = None
     tasks: list[str] | None = None
     rename: dict[str, str] = field(default_factory=dict)
     instruction_bytes: int = INSTRUCTION_BYTES
@@ -216,6 +220,8 @@ def run_sft(command: SFTCommand, console: Console) -> None:
         "rename": command.rename or None,
         "instruction_bytes": command.instruction_bytes,
     }
+    if command.hand_view is not None:
+        load["hand_view"] = HandView(command.hand_view)
     inputs: dict[str, Any] = {
         "sft": deciding_settings(command.sft),
         "options": deciding_options(command.sft.model_kwargs),
@@ -292,6 +298,7 @@ def run_train(command: TrainCommand, console: Console) -> None:
                 data = Demonstrations.load(
                     command.data,
                     image_size=start.model.image_size[0],
+                    hand_view=start.model.hand_view,
                     instruction_bytes=start.notes.get("view", {}).get("instruction_bytes", INSTRUCTION_BYTES),
                 )
             train(

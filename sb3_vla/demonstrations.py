@@ -18,8 +18,7 @@ import logging
 import math
 import os
 import socket
-import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,8 +37,6 @@ from sb3_vla.machine import available_memory
 __all__ = ["CollectReport", "DemonstrationWriter", "Demonstrations", "Episode", "TaskReport", "collect"]
 
 _log = logging.getLogger(__name__)
-# Full views that are in memory at a time while hand views are cut from them.
-_CUT_FRAMES = 256
 _SMALLEST_STD = np.float32(1e-2)
 
 
@@ -100,8 +97,7 @@ class Demonstrations:
         """Load a LeRobot dataset v3.0 with pictures as PNG or as video.
 
         Ranks (:mod:`sb3_vla.distributed`) must all call it. Those on one machine that load the same pictures have them
-        in memory once: the first one decodes them to a file without a name in the folder for temporary files, which all
-        of them map, read-only.
+        in memory once, read-only: the first one decodes them to memory that all of them map.
 
         :param root: Folder of the dataset.
         :param tasks: Only the episodes of these tasks; MetaWorld names, or sentences that are said in them.
@@ -109,11 +105,13 @@ class Demonstrations:
             is trained on them is then shown what the environment draws at their own size, brought to this one alike.
         :param rename: The dataset's feature name -> ours, e.g. ``{"observation.images.camera1": "observation.image"}``.
         :param instruction_bytes: Bytes of UTF-8 that a sentence may have.
-        :param hand_view: The hand view to have. A dataset that was recorded with one has it in any case; from one of
-            full views, such as the published ``lerobot/metaworld_mt50``, it is cut while loading.
+        :param hand_view: The hand view to have. A dataset that was recorded with one has it in any case, where it does
+            not note which, it is this one; from one of full views, such as the published ``lerobot/metaworld_mt50``, it
+            is cut while loading.
         :raises FileNotFoundError: If the folder or one of its files is missing.
         :raises ValueError: If the dataset has another version, lacks a feature, is empty or damaged, does not have a
-            requested task, has a longer sentence, or does not fit in memory, or ranks have no room for their file.
+            requested task, has a longer sentence, another hand view or one that nobody names, or does not fit in
+            memory.
         """
         if image_size is not None and image_size < 1:
             raise InputError(f"image_size must be at least 1 pixel, got {image_size}")
@@ -141,7 +139,7 @@ class Demonstrations:
 
         kept = _select_episodes(root, episode_tasks, sentences, tasks)
         rows = np.concatenate([np.arange(starts[i], starts[i] + lengths[i]) for i in kept])
-        _check_memory(root, reader, len(rows), image_size)
+        _check_memory(root, reader, len(rows), image_size, hand_view)
         # A feature of one number is stored as a plain column, or as lists of one.
         states, actions = (columns[name][rows].reshape(len(rows), -1).astype(np.float32) for name in (STATE, ACTION))
         for name, values in ((STATE, states), (ACTION, actions)):
@@ -159,17 +157,17 @@ class Demonstrations:
         view = _view(reader, image_size)
         hand_images = None
         if HAND_IMAGE in reader.features:
+            view["hand_view"] = dataclasses.asdict(_recorded_hand_view(reader, view.get("hand_view"), hand_view))
             hand_images = _images(reader, rows, None, HAND_IMAGE)
-            recorded = view.get("hand_view")
-            if hand_view is not None and recorded != dataclasses.asdict(hand_view):
-                raise InputError(
-                    f"{root} was recorded with hand_view={recorded}, but {hand_view} is asked for; leave it out"
-                )
-        elif hand_view is not None:
-            hand_images = _cut_hand_images(reader, rows, states, view, hand_view)
+        if hand_view is None or HAND_IMAGE in reader.features:
+            images = _images(reader, rows, image_size)
+        else:
+            _check_full_view(reader, view, hand_view)
+            camera = view.get("camera", "corner2")  # the published one's where the dataset does not say it
+            images, hand_images = _images_and_cuts(reader, rows, image_size, hand_view, camera, states)
             view["hand_view"] = dataclasses.asdict(hand_view)
         return cls(
-            images=_images(reader, rows, image_size),
+            images=images,
             states=states,
             actions=np.clip(actions, -1.0, 1.0),
             instructions=instructions,
@@ -309,91 +307,146 @@ def _trial(episode: Mapping[str, Any]) -> Trial | None:
     return Trial(task, int(episode["trial/seed"]), int(episode["trial/goal"])) if isinstance(task, str) else None
 
 
-def _cut_hand_images(
-    reader: LeRobotReader, rows: np.ndarray, states: np.ndarray, view: Mapping[str, Any], hand: HandView
-) -> np.ndarray:
-    """The hand view of frames whose pictures are of the full view; where the dataset does not say its camera, the
-    published one's."""
-    crop, camera = view.get("crop"), view.get("camera", "corner2")
+def _recorded_hand_view(reader: LeRobotReader, note: object, asked: HandView | None) -> HandView:
+    """What a dataset's pictures of the hand show: as it notes, or else as it is asked for."""
+    height, width = reader.image_shape(HAND_IMAGE)
+    if note is None and asked is None:
+        raise InputError(
+            f"{reader.root} has {HAND_IMAGE} and does not note which window it shows; give "
+            f"hand_view=HandView(size={height}, window=..., border=...)"
+        )
+    try:
+        recorded = asked if note is None else HandView.noted(note)
+    except ValueError as error:
+        raise InputError(f"{reader.root}: {error}") from error
+    assert recorded is not None
+    if asked not in (None, recorded):
+        raise InputError(f"{reader.root} was recorded with {recorded}, but {asked} is asked for; leave hand_view out")
+    if (height, width) != (recorded.size, recorded.size):
+        raise InputError(f"{reader.root} has {HAND_IMAGE} of {height}x{width} pixels, which is not {recorded}")
+    return recorded
+
+
+def _check_full_view(reader: LeRobotReader, view: Mapping[str, Any], hand: HandView) -> None:
+    """:raises ValueError: for pictures from which no hand view can be cut."""
+    crop, (height, width) = view.get("crop"), reader.image_shape()
     if crop not in (None, "full") and tuple(crop) != FULL_VIEW:
         raise InputError(
-            f"{reader.root} holds pictures of crop={crop}, from which no hand view is cut; record it with "
-            f"hand_view={hand.size}"
+            f"{reader.root} holds pictures of crop={crop}, from which no hand view is cut; leave hand_view "
+            f"out, or record the dataset with hand_view={hand.size}"
         )
-    cut = [
-        hand.cut(reader.images(rows[first : first + _CUT_FRAMES]), camera, states[first : first + _CUT_FRAMES])
-        for first in range(0, len(rows), _CUT_FRAMES)
-    ]
-    return np.concatenate(cut)
+    if height != width:
+        raise InputError(f"A hand view is cut from square pictures; {reader.root} has {height}x{width} pixels")
 
 
 def _images(reader: LeRobotReader, rows: np.ndarray, size: int | None, feature: str = IMAGE) -> np.ndarray:
     """Pictures of frames, once for all ranks of a machine that ask for the same."""
+    shape = (len(rows), *((size, size) if size is not None else reader.image_shape(feature)), 3)
+
+    def decode(into: np.ndarray) -> None:
+        reader.images(rows, size, into.reshape(shape), feature)
+
+    return _once(reader, rows, (feature, size), math.prod(shape), decode).reshape(shape)
+
+
+def _images_and_cuts(
+    reader: LeRobotReader, rows: np.ndarray, size: int | None, hand: HandView, camera: str, states: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """As :func:`_images`, and the hand view, which is cut from each picture of the full view as it is decoded."""
+    shape = (len(rows), *((size, size) if size is not None else reader.image_shape()), 3)
+    hand_shape, count = (len(rows), hand.size, hand.size, 3), math.prod(shape)
+
+    def decode(into: np.ndarray) -> None:
+        windows = into[count:].reshape(hand_shape)
+
+        def cut(position: int, picture: np.ndarray) -> None:
+            windows[position] = hand.cut(picture[None], camera, states[position : position + 1])[0]
+
+        reader.images(rows, size, into[:count].reshape(shape), look=cut)
+
+    both = _once(reader, rows, (IMAGE, size, hand, camera), count + math.prod(hand_shape), decode)
+    return both[:count].reshape(shape), both[count:].reshape(hand_shape)
+
+
+def _once(
+    reader: LeRobotReader, rows: np.ndarray, what: tuple[Any, ...], count: int, decode: Callable[[np.ndarray], None]
+) -> np.ndarray:
+    """What is decoded, uint8 (count,), in memory once for all ranks of a machine that ask for the same.
+
+    :param what: of these rows, to tell it from other things.
+    :param decode: writes into such an array.
+    """
     from sb3_vla.distributed import current_ranks  # imports torch, which takes seconds and which reading needs not
 
     ranks = current_ranks()
-    wanted = (
-        socket.gethostname(),
-        str(reader.root.resolve()),
-        feature,
-        size,
-        hashlib.sha256(rows.tobytes()).hexdigest(),
-    )
+    wanted = (_can_share_with(), str(reader.root.resolve()), what, hashlib.sha256(rows.tobytes()).hexdigest())
     asked = ranks.gather(wanted)
     first = asked.index(wanted)
-    file: Path | None = None
-    images: np.ndarray | None = None
+    shared: int | None = None
+    decoded: np.ndarray | None = None
     error: Exception | None = None
-    shape = (len(rows), *((size, size) if size is not None else reader.image_shape(feature)), 3)
     try:
         if ranks.rank == first:
             try:
                 if asked.count(wanted) > 1:
-                    file, images = _shared_array(shape)
-                images = reader.images(rows, size, images, feature)
-                images.setflags(write=file is None)  # what is shared nobody may change
+                    shared = _shared_memory(count)
+                    decoded = np.memmap(_place(shared), np.uint8, "r+", shape=count)
+                else:
+                    decoded = np.empty(count, np.uint8)
+                decode(decoded)
+                decoded.setflags(write=shared is None)  # what is shared nobody may change
             except Exception as raised:  # the others shall not wait for pictures that do not come
                 error = raised
-        place, error = ranks.gather((file, error))[first]
+        place, error = ranks.gather((None if shared is None else _place(shared), error))[first]
         if error is not None:
             raise error
-        if images is None:
+        if decoded is None:
             assert place is not None
-            images = np.memmap(place, np.uint8, "r", shape=shape)
-        ranks.wait()  # until all have opened the file, which then needs no name
+            decoded = np.memmap(place, np.uint8, "r", shape=count)
+        ranks.wait()  # until all have opened it, who then keep it alive
     finally:
-        if file is not None:
-            file.unlink()
-    return np.asarray(images)
+        if shared is not None:
+            os.close(shared)
+    return np.asarray(decoded)
 
 
-def _shared_array(shape: tuple[int, ...]) -> tuple[Path, np.ndarray]:
-    """A new file in the folder for temporary files, and its content, uint8, as an array.
+def _can_share_with() -> tuple[Any, ...]:
+    """Ranks for which this is the same see one another's processes, and so their memory."""
+    if not hasattr(os, "memfd_create"):
+        return socket.gethostname(), os.getpid()
+    return socket.gethostname(), os.readlink("/proc/self/ns/pid")
+
+
+def _place(handle: int) -> str:
+    return f"/proc/{os.getpid()}/fd/{handle}"
+
+
+def _shared_memory(count: int) -> int:
+    """A handle to so many bytes of memory, which end with the last process that has them open.
 
     :raises ValueError: if there is no room for it.
     """
-    handle, name = tempfile.mkstemp(prefix="sb3_vla_pictures.")
-    needed = math.prod(shape)
+    handle = os.memfd_create("sb3_vla_pictures")
     try:
-        if hasattr(os, "posix_fallocate"):  # a write to a mapped file that finds the disk full ends the process
-            os.posix_fallocate(handle, 0, needed)
-        os.ftruncate(handle, needed)
-        return Path(name), np.memmap(name, np.uint8, "r+", shape=shape)
+        os.posix_fallocate(handle, 0, count)  # a write to mapped memory that finds no room ends the process
     except OSError as error:
-        os.unlink(name)
-        raise InputError(
-            f"The pictures that ranks of this machine share need {needed / 1e9:.1f} GB in {tempfile.gettempdir()}: "
-            f"{error.strerror}. Set the variable TMPDIR to a folder with more room, or pass fewer tasks or image_size"
-        ) from error
-    finally:
         os.close(handle)
+        raise InputError(
+            f"The pictures that ranks of this machine share need {count / 1e9:.1f} GB of memory: {error.strerror}. "
+            "Pass fewer tasks or image_size"
+        ) from error
+    return handle
 
 
-def _check_memory(root: str | Path, reader: LeRobotReader, frames: int, image_size: int | None) -> None:
+def _check_memory(
+    root: str | Path, reader: LeRobotReader, frames: int, image_size: int | None, hand_view: HandView | None
+) -> None:
     height, width = (image_size, image_size) if image_size is not None else reader.image_shape()
     needed, free = frames * height * width * 3, available_memory()
     if HAND_IMAGE in reader.features:
         needed += frames * math.prod(reader.image_shape(HAND_IMAGE)) * 3
+    elif hand_view is not None:
+        needed += frames * hand_view.size**2 * 3
     if needed <= free:
         return
     fitting = [size for size in (224, 128, 96, 64) if size < min(height, width) and frames * size * size * 3 <= free]

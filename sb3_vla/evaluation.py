@@ -67,6 +67,8 @@ from sb3_vla.views import (
     described,
     hand_options,
     known_view,
+    other_hand_view,
+    told_hand_view,
     view_of_envs,
     warn_of_another_view,
     warn_once,
@@ -185,8 +187,8 @@ def evaluate(
     :return: the outcomes, in the order of the trials
     :raises ValueError: for unknown names, no trials, or a policy that does not fit the environment
     :raises RuntimeError: if an environment fails or a worker stops; none is left behind then, nor after Ctrl-C
-    :warns UserWarning: if the policy was trained on another camera or crop than it is to see, or a loaded algorithm
-        does not say on which
+    :warns UserWarning: if the policy was trained on another camera, crop or hand view than it is to see, or a loaded
+        algorithm does not say on which
     """
     trials = trials_for(_chosen_tasks(tasks, suite, split), trials_per_task, trial_seed)
     resolved = _with_chunk(find_protocol(protocol), policy)
@@ -248,10 +250,15 @@ def seen_by(policy: Policy, env_kwargs: Mapping[str, Any] | None = None) -> dict
         height, width = shape[:2] if shape[2] == 3 else shape[1:]
         seen["image_size"] = height if height == width else [height, width]
     seen.update({key: True for key in CRITIC_KEYS if key in observed})
-    model = getattr(getattr(policy, "policy", policy), "model", None)
-    if isinstance(model, VLAModel):
+    model = _model_of(policy)
+    if model is not None:
         seen.update(hand_options(model))
     return {**seen, **(env_kwargs or {})}
+
+
+def _model_of(policy: Policy) -> VLAModel | None:
+    model = getattr(getattr(policy, "policy", policy), "model", None)
+    return model if isinstance(model, VLAModel) else None
 
 
 def _view_of(policy: Policy) -> dict[str, Any] | None:
@@ -264,6 +271,14 @@ def _view_of(policy: Policy) -> dict[str, Any] | None:
 
 
 def _check_view(policy: Policy, env_kwargs: Mapping[str, Any]) -> None:
+    model = _model_of(policy)
+    read = None if model is None else model.hand_view
+    other = other_hand_view(read, [told_hand_view(env_kwargs)])
+    if other is not None:
+        warn_once(
+            f"The policy was trained on the hand view that {read} draws, but is shown {other}, where it acts worse or "
+            "fails. Where these are left out, they are those that the policy knows"
+        )
     view, shown = _view_of(policy), known_view(env_kwargs)
     if view is not None:
         warn_of_another_view(view, shown or FULL_VIEW)
@@ -310,7 +325,8 @@ def _settings_of(vec_env: VecEnv, protocol: Protocol, env_kwargs: Mapping[str, A
 def _check_spaces(policy: Policy, observation_space: spaces.Space[Any], action_space: spaces.Space[Any]) -> None:
     """Compare what the policy says about itself, if it does, with the environment."""
     assert isinstance(observation_space, spaces.Dict)
-    wanted = getattr(policy, "observation_space", None)
+    reader = getattr(policy, "policy", None)  # of an algorithm, whose own space has also what the policy leaves out
+    wanted = getattr(reader if isinstance(reader, VLAPolicy) else policy, "observation_space", None)
     for key, space in wanted.items() if isinstance(wanted, spaces.Dict) else ():
         given = observation_space.spaces.get(key)
         if key == "instruction" and given is not None:  # of any length

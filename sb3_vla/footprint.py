@@ -80,7 +80,7 @@ def _on_meta(plan: Plan, sizes: Mapping[str, Any] | None) -> VLAModel:
     """The model, which a plan may change: nothing of it is allocated."""
     options = dict(plan.model_kwargs)
     if plan.begins and plan.sft is not None and plan.load is not None:
-        own = {"action_horizon": plan.sft.action_horizon, "image_size": plan.load["image_size"]}
+        own = {"action_horizon": plan.sft.action_horizon, "image_size": plan.load["image_size"], **_hand_view(plan)}
         options = {**_DIMENSIONS, **own, **options}
     elif sizes is None and plan.checkpoint is not None and local_path(plan.checkpoint).is_dir():
         return load_checkpoint(plan.checkpoint, options, weights=False).model
@@ -90,6 +90,13 @@ def _on_meta(plan: Plan, sizes: Mapping[str, Any] | None) -> VLAModel:
         given = {key: value for key, value in options.items() if key in _OF_ANY_SIZE}
         options = {**(published_options(plan.model) if sizes is None else sizes), **given}
     return copy.deepcopy(_made(plan.model, json.dumps(options)))
+
+
+def _hand_view(plan: Plan) -> dict[str, Any]:
+    """The option of a new model that reads the hand view of the recipe's demonstrations."""
+    loaded = (plan.load or {}).get("hand_view")
+    size = (plan.collect or {}).get("hand_view") if loaded is None else loaded.size
+    return {} if plan.model != "compact" or size is None else {"hand_view": {"size": size}}
 
 
 def _sized(model: str, options: Mapping[str, Any]) -> bool:

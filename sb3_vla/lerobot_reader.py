@@ -8,7 +8,7 @@ Letters: N frames of a dataset, H x W pixels, d numbers of a feature.
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cached_property
@@ -105,7 +105,12 @@ class LeRobotReader:
         return {name: values[self._stored_rows] for name, values in self._stored_columns(names).items()}
 
     def images(
-        self, frames: np.ndarray, size: int | None = None, out: np.ndarray | None = None, feature: str = IMAGE
+        self,
+        frames: np.ndarray,
+        size: int | None = None,
+        out: np.ndarray | None = None,
+        feature: str = IMAGE,
+        look: Callable[[int, np.ndarray], None] | None = None,
     ) -> np.ndarray:
         """Decode pictures.
 
@@ -113,13 +118,15 @@ class LeRobotReader:
         :param size: Shrink or stretch every picture to ``size x size`` while decoding; None keeps them.
         :param out: array to decode into, of what is returned; None for a new one.
         :param feature: whose pictures.
+        :param look: called once for each picture, by several threads at a time, with its position in ``frames`` and
+            with the picture in the size in which it is stored, uint8 ``(H, W, 3)``.
         :return: uint8 ``(len(frames), H, W, 3)``; see :func:`decode_picture`.
         :raises ValueError: If a file is damaged or lacks a picture; the message names it.
         """
         height, width = (size, size) if size is not None else self.image_shape(feature)
         images = np.empty((len(frames), height, width, 3), dtype=np.uint8) if out is None else out
         decode = self._decode_videos if self.features[feature]["dtype"] == "video" else self._decode_images
-        for position, image in decode(feature, frames, size):
+        for position, image in decode(feature, frames, size, look):
             if image.shape != images.shape[1:]:
                 raise InputError(
                     f"Frame {frames[position]} of {self.root} has {image.shape[0]}x{image.shape[1]} pixels, but "
@@ -256,17 +263,23 @@ class LeRobotReader:
                 files.append((path, pq.read_metadata(path).num_rows))
         return files
 
-    def _decode_images(self, feature: str, frames: np.ndarray, size: int | None) -> Iterator[tuple[int, np.ndarray]]:
+    def _decode_images(
+        self, feature: str, frames: np.ndarray, size: int | None, look: Callable[[int, np.ndarray], None] | None
+    ) -> Iterator[tuple[int, np.ndarray]]:
         key = self._stored_names[feature]
         stored = self._stored_rows[frames]
         positions = np.argsort(stored)
         rows = stored[positions]
 
-        def decode(row: int, data: bytes) -> np.ndarray:
+        def decode(position: int, row: int, data: bytes) -> np.ndarray:
             try:
-                return decode_picture(data, size)
+                picture = decode_picture(data, size if look is None else None)
             except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises where a picture is damaged
                 raise InputError(f"The picture in row {row} of {path} cannot be read: {error}") from error
+            if look is None:
+                return picture
+            look(position, picture)
+            return _resize(Image.fromarray(picture), size)
 
         first = 0  # row number of the first frame of the row group
         with ThreadPoolExecutor() as threads:
@@ -286,12 +299,14 @@ class LeRobotReader:
                             data = [picture["bytes"] for picture in chosen]
                             yield from zip(
                                 positions[start:stop],
-                                threads.map(decode, rows[start:stop] - beginning, data),
+                                threads.map(decode, positions[start:stop], rows[start:stop] - beginning, data),
                                 strict=True,
                             )
                         first = last
 
-    def _decode_videos(self, feature: str, frames: np.ndarray, size: int | None) -> Iterator[tuple[int, np.ndarray]]:
+    def _decode_videos(
+        self, feature: str, frames: np.ndarray, size: int | None, look: Callable[[int, np.ndarray], None] | None
+    ) -> Iterator[tuple[int, np.ndarray]]:
         key, fps = self._stored_names[feature], self.info["fps"]
         wanted: dict[tuple[int, int], list[tuple[float, int]]] = {}  # video file -> (time in it, position in frames)
         for position, number in enumerate(np.searchsorted(self.starts, frames, side="right") - 1):
@@ -305,7 +320,10 @@ class LeRobotReader:
             )
             if not path.is_file():
                 raise NotThereError(f"The dataset {self.root} lacks {path.relative_to(self.root)}. Download it again.")
-            yield from _decode_video(path, sorted(moments), 0.5 / fps, size)
+            for position, picture in _decode_video(path, sorted(moments), 0.5 / fps):
+                if look is not None:
+                    look(position, np.asarray(picture))
+                yield position, _resize(picture, size)
 
 
 @contextmanager
@@ -319,9 +337,7 @@ def _names_file(path: Path) -> Iterator[None]:
         raise InputError(f"{path} cannot be read: {error}. If it is damaged, download it again.") from error
 
 
-def _decode_video(
-    path: Path, wanted: list[tuple[float, int]], tolerance: float, size: int | None
-) -> Iterator[tuple[int, np.ndarray]]:
+def _decode_video(path: Path, wanted: list[tuple[float, int]], tolerance: float) -> Iterator[tuple[int, Image.Image]]:
     """Yield (position, picture) for each (time in seconds, position), ascending in time, in one pass over the file."""
     remaining = iter(wanted)
     time, position = next(remaining)
@@ -339,7 +355,7 @@ def _decode_video(
                 break
             if damaged:
                 raise InputError(f"{path} is damaged at {time:.3f} s. Download it again.")
-            yield position, _resize(frame.to_image(), size)
+            yield position, frame.to_image()
             try:
                 time, position = next(remaining)
             except StopIteration:

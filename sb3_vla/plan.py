@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, cast
 
+from mw_envs.hand_view import HandView
 from mw_envs.tasks import INSTRUCTION_BYTES, did_you_mean, select_tasks
 from sb3_vla.cluster import ClusterOptions
 from sb3_vla.config import ConfigError, given_view
@@ -227,7 +228,10 @@ def _load(recipe: Recipe, suite: str, split: str) -> dict[str, Any]:
     own, tasks = recipe.data.path is None, recipe.env.train.tasks
     if not own and tasks is None and suite != "MT50":  # of a dataset of all tasks, none that is held out
         tasks = list(select_tasks(suite, split))
+    # What experts are recorded with they have; a key only where it decides, since a run knows its stages by these.
+    hand_view = None if own else recipe.data.hand_view
     return {
+        **({} if hand_view is None else {"hand_view": HandView(hand_view)}),
         "root": recipe.data.path,
         "rename": None if own else dict(recipe.data.rename) or None,
         "tasks": tasks,

@@ -534,15 +534,18 @@ class VLAPolicy(BasePolicy):
             )
 
     def _check_hand_view(self) -> None:
-        hand = self.model.hand_view
+        """The observation space is that of what the policy reads from here on."""
+        hand, observed = self.model.hand_view, self.observation_space.spaces  # type: ignore[attr-defined]
+        space = observed.get(HAND_KEY)
+        if hand is None and space is not None:  # what is not read is not asked for
+            self.observation_space = spaces.Dict({key: observed[key] for key in observed if key != HAND_KEY})
         if hand is None:
             return
-        space = self.observation_space.spaces.get(HAND_KEY)  # type: ignore[attr-defined]
         if space is None or space.shape not in ((hand.size, hand.size, 3), (3, hand.size, hand.size)):
             found = "has none" if space is None else f"has one of shape {space.shape}"
             raise InputError(
                 f"The model reads {HAND_KEY}, {hand.size}x{hand.size} pixels around the hand; the environment {found}. "
-                f"Make it with hand_view={hand.size}, hand_window={hand.window:g}, hand_border={hand.border!r}"
+                f"Make it with {hand}"
             )
 
     def _get_constructor_parameters(self) -> dict[str, Any]:

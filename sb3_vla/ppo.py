@@ -14,6 +14,7 @@ import warnings
 from collections import defaultdict, deque
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from dataclasses import asdict
 from numbers import Real
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -45,7 +46,7 @@ from sb3_vla.metrics import (
 )
 from sb3_vla.models.lora import adapted_layers
 from sb3_vla.noise import part_of_batch
-from sb3_vla.policies import COMPILING, STACKED, Evaluation, VLAPolicy
+from sb3_vla.policies import COMPILING, HAND_KEY, STACKED, Evaluation, VLAPolicy
 from sb3_vla.precision import acting_precision, autocast
 from sb3_vla.progress import SuccessBar
 from sb3_vla.sft import DemonstrationBatches, check_hand_images, shared_imitation_loss
@@ -68,7 +69,7 @@ from sb3_vla.stepping import (
     step_by_halves,
     step_together,
 )
-from sb3_vla.views import view_of_envs, warn_of_another_view
+from sb3_vla.views import hand_views_of_envs, other_hand_view, view_of_envs, warn_of_another_view
 
 if TYPE_CHECKING:
     from sb3_vla.cluster.rollout import Replicas
@@ -368,10 +369,12 @@ class PPO(stable_baselines3.PPO):
                 f"{self.rollout_buffer_kwargs!r}: VLAPolicy has its own rollout buffer"
             )
         self.rollout_buffer_class = _NoBuffer  # type: ignore[assignment]
+        self._give_hand_view()
         self.ranks.take_generators()  # without a seed, too, all ranks begin with the same weights
         super()._setup_model()
         self.rollout_buffer_class = None
         self._check_options()
+        self._check_hand_view()
         if self.policy.view is None:
             self._take_view()
         self.policy.value_head.requires_grad_(self.has_critic)
@@ -412,6 +415,28 @@ class PPO(stable_baselines3.PPO):
                 raise InputError(
                     f"{name}={getattr(self, name)!r} acts on VLAPolicy alone; got {self.policy_class.__name__}"
                 )
+
+    def _give_hand_view(self) -> None:
+        """A new model reads the window that the environment draws; its space tells the size of the picture alone."""
+        options = self.policy_kwargs
+        new = options.get("checkpoint") is None and options.get("model") in (None, "compact")
+        drawn = hand_views_of_envs(self.env) if new and self.env is not None else ()
+        space = getattr(self.observation_space, "spaces", {}).get(HAND_KEY)
+        for hand in drawn:
+            if space is not None and hand.size in space.shape:  # else a wrapper has changed it
+                model_kwargs = {"hand_view": asdict(hand), **(options.get("model_kwargs") or {})}
+                self.policy_kwargs = {**options, "model_kwargs": model_kwargs}
+
+    def _check_hand_view(self) -> None:
+        if self.env is None or not isinstance(getattr(self, "policy", None), VLAPolicy):
+            return
+        read = self.policy.model.hand_view
+        shown = other_hand_view(read, hand_views_of_envs(self.env))
+        if shown is not None:
+            raise InputError(
+                f"The model reads the hand view that {read} draws, but the environment was made with {shown}; make "
+                "it with the former"
+            )
 
     def _take_view(self) -> None:
         """From now on the policy is trained on what the environment shows."""
@@ -1167,10 +1192,12 @@ class PPO(stable_baselines3.PPO):
     def set_env(self, env: GymEnv, force_reset: bool = True) -> None:
         """As in Stable-Baselines3.
 
-        :raises ValueError: for environments that cannot draw tasks as ``task_sampling`` says.
+        :raises ValueError: for environments that cannot draw tasks as ``task_sampling`` says, or draw another hand view
+            than the model reads.
         """
         super().set_env(env, force_reset)
         self._check_task_sampling()
+        self._check_hand_view()
 
     def _init_callback(self, callback: MaybeCallback, progress_bar: bool = False) -> BaseCallback:
         """As in Stable-Baselines3, but the bar tells the success rate too."""

@@ -350,7 +350,8 @@ class DataSection:
     :param noise_std: of the pushes that lead an expert off its path.
     :param image_size: side of the pictures that are kept, which is what the model reads.
     :param crop: window of the view that experts are shown in: ``workspace``, or ``full``.
-    :param hand_view: side of a second picture around the hand, which CompactVLA reads as well; None for none.
+    :param hand_view: side of a second picture around the hand, which CompactVLA reads as well; a dataset's is cut from
+        its pictures of the full view, where it was not recorded with this one. None for none but a dataset's own.
     :param instruction_bytes: bytes of UTF-8 that a sentence may have.
     """
 

@@ -17,6 +17,7 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
+from mw_envs.hand_view import HandView
 from mw_envs.tasks import INSTRUCTION_BYTES, encode_instruction
 from sb3_vla.checkpoints import load_checkpoint, save_checkpoint
 from sb3_vla.checkpoints.native import NORMALISED, refuse_other_files
@@ -140,26 +141,29 @@ class DemonstrationBatches:
             [encode_instruction(text, length, "the demonstrations") for text in demonstrations.instructions]
         )
 
-    def sample(self, size: int, rows: np.ndarray | None = None) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    def sample(
+        self, size: int, rows: np.ndarray | None = None, *, hand: bool = True
+    ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
         """A batch with replacement: observation, actions (N, H, A), mask (N, H).
 
         :param size: of the batch.
         :param rows: which N of it are wanted, None for all; the generator goes on as if all were.
+        :param hand: whether the hand view, where the demonstrations have one, is among the observation.
         """
-        return self._batch(self.generator.choice(self.frames, size), self.shift, rows)
+        return self._batch(self.generator.choice(self.frames, size), self.shift, rows, hand)
 
-    def epoch(self, size: int) -> Iterator[tuple[dict[str, Tensor], Tensor, Tensor]]:
-        """All frames once, in order, not shifted."""
+    def epoch(self, size: int, *, hand: bool = True) -> Iterator[tuple[dict[str, Tensor], Tensor, Tensor]]:
+        """All frames once, in order, not shifted; see :meth:`sample`."""
         for start in range(0, len(self.frames), size):
-            yield self._batch(self.frames[start : start + size], 0)
+            yield self._batch(self.frames[start : start + size], 0, None, hand)
 
     def _batch(
-        self, index: np.ndarray, shift: int, rows: np.ndarray | None = None
+        self, index: np.ndarray, shift: int, rows: np.ndarray | None, hand: bool
     ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
         data = self.demonstrations
         rows = np.arange(len(index)) if rows is None else rows
         pictures = {"image": data.images}
-        if data.hand_images is not None:
+        if hand and data.hand_images is not None:
             pictures["hand_image"] = data.hand_images
         shown = {}
         for name, images in pictures.items():
@@ -208,7 +212,7 @@ def sft(
     batches = DemonstrationBatches(demonstrations, train_frames, model.action_horizon, config.shift, config.seed)
     validation = []
     if ranks.leads:  # the others do not validate, and need no copy of the pictures
-        validation = _validation_batches(demonstrations, validation_frames, model.action_horizon, config.seed)
+        validation = _validation_batches(demonstrations, validation_frames, model, config.seed)
     trainable = config.trainable or model.default_trainable
     prepare_training(
         model,
@@ -322,7 +326,7 @@ def shared_imitation_loss(
     :param loss_of: what runs the model's ``imitation_loss``; None for the model itself.
     """
     rows = ranks.rows(size, "frames of a batch")
-    observation, actions, mask = batches.sample(size, rows)
+    observation, actions, mask = batches.sample(size, rows, hand=model.hand_view is not None)
     weight = model.imitation_weight(mask)
     with part_of_batch(rows, size):
         loss = (loss_of or model.imitation_loss)(
@@ -356,7 +360,7 @@ def _make_model(demonstrations: Demonstrations, config: SFTConfig) -> VLAModel:
             "image_size": demonstrations.images.shape[1],
         }
         if config.model == "compact" and demonstrations.hand_images is not None:
-            options["hand_view"] = demonstrations.camera["hand_view"]
+            options["hand_view"] = dataclasses.asdict(_hand_view_of(demonstrations))
         model, normalised = make_model(config.model, {**options, **config.model_kwargs}), False
     if not normalised:
         model.set_statistics(_statistics(demonstrations, model))
@@ -375,13 +379,25 @@ def _make_model(demonstrations: Demonstrations, config: SFTConfig) -> VLAModel:
 
 def check_hand_images(demonstrations: Demonstrations, model: VLAModel) -> None:
     """:raises ValueError: if a model reads a hand view that demonstrations do not show."""
-    found = demonstrations.camera.get("hand_view")
-    wanted = None if model.hand_view is None else dataclasses.asdict(model.hand_view)
-    if wanted is not None and found != wanted:
+    wanted = model.hand_view
+    if wanted is None:
+        return
+    found = None if demonstrations.hand_images is None else _hand_view_of(demonstrations)
+    if found != wanted:
         raise InputError(
-            f"The model reads the hand view {wanted}; the demonstrations have {found or 'none'}. Record them with "
-            f"hand_view={wanted['size']}, or load those of full views with Demonstrations.load(..., hand_view=...)"
+            f"The model reads the hand view that {wanted} draws; the demonstrations have {found or 'none'}. Record "
+            f"them with hand_view={wanted.size}, or load those of full views with Demonstrations.load(..., "
+            "hand_view=...)"
         )
+
+
+def _hand_view_of(demonstrations: Demonstrations) -> HandView:
+    if demonstrations.camera.get("hand_view") is None:
+        raise InputError(
+            "The demonstrations have hand_images, and demonstrations.camera does not note which window they show; set "
+            'demonstrations.camera["hand_view"] = {"size": ..., "window": ..., "border": ...}'
+        )
+    return HandView.noted(demonstrations.camera["hand_view"])
 
 
 def _statistics(demonstrations: Demonstrations, model: VLAModel) -> dict[str, Tensor]:
@@ -396,12 +412,13 @@ def _statistics(demonstrations: Demonstrations, model: VLAModel) -> dict[str, Te
 
 
 def _validation_batches(
-    demonstrations: Demonstrations, frames: np.ndarray, horizon: int, seed: int
+    demonstrations: Demonstrations, frames: np.ndarray, model: VLAModel, seed: int
 ) -> list[tuple[dict[str, Tensor], Tensor, Tensor]]:
     if len(frames) == 0:
         return []
     chosen = np.random.default_rng(seed).permutation(frames)[:_VALIDATION_SAMPLES]
-    return list(DemonstrationBatches(demonstrations, np.sort(chosen), horizon, 0, seed).epoch(256))
+    batches = DemonstrationBatches(demonstrations, np.sort(chosen), model.action_horizon, 0, seed)
+    return list(batches.epoch(256, hand=model.hand_view is not None))
 
 
 @torch.no_grad()

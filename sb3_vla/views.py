@@ -7,20 +7,21 @@ model that is shown another one fails without an error, so whoever brings the tw
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from stable_baselines3.common.vec_env import VecEnv
 
+from mw_envs.hand_view import HandView
 from mw_envs.rendering import CROPS, resolve_crop
 from sb3_vla.distributed import current_ranks
 from sb3_vla.errors import InputError
 from sb3_vla.models import VLAModel
 
-#: arguments of environments that decide on the hand view
-HAND_OPTIONS = ("hand_view", "hand_window", "hand_border")
+#: arguments of environments that decide on the hand view, and what :class:`mw_envs.hand_view.HandView` calls them
+HAND_OPTIONS = {"hand_view": "size", "hand_window": "window", "hand_border": "border"}
 #: of environments that are told nothing else
 FULL_VIEW: dict[str, Any] = {"camera": "corner2", "crop": None}
 #: height, width and channels of the pictures that environments draw which are told nothing else
@@ -49,7 +50,32 @@ def view_of(notes: Mapping[str, Any]) -> dict[str, Any]:
 def hand_options(model: VLAModel) -> dict[str, Any]:
     """Arguments of environments that draw the hand view which a model reads; none for a model that reads none."""
     hand = model.hand_view
-    return {} if hand is None else dict(zip(HAND_OPTIONS, (hand.size, hand.window, hand.border), strict=True))
+    return {} if hand is None else {name: getattr(hand, field) for name, field in HAND_OPTIONS.items()}
+
+
+def told_hand_view(said: Mapping[str, Any]) -> HandView | None:
+    """The hand view that environments draw with these arguments, see :data:`HAND_OPTIONS`."""
+    if said.get("hand_view") is None:
+        return None
+    return HandView(**{field: said[name] for name, field in HAND_OPTIONS.items() if name in said})
+
+
+def hand_views_of_envs(env: VecEnv) -> set[HandView]:
+    """The hand views that environments draw; none where they draw none, or do not tell."""
+    found = env.get_attr("hand_view") if env.has_attr("hand_view") else []
+    return {one for one in found if isinstance(one, HandView)}
+
+
+def other_hand_view(read: HandView | None, shown: Iterable[HandView | None]) -> HandView | None:
+    """A hand view among those that are shown whose window or border is not that of the one that a model reads.
+
+    Of the size of its picture the observation's space tells, also where a wrapper has changed it.
+    """
+    if read is None:
+        return None
+    known = read.resolution, read.border
+    found = (one for one in shown if one is not None and (round(read.size / one.window), one.border) != known)
+    return next(found, None)
 
 
 def cut_window(pictures: npt.NDArray[np.uint8], crop: Any, size: tuple[int, int]) -> npt.NDArray[np.uint8]:

@@ -23,6 +23,7 @@ from ranks import run_ranks
 from toy import TINY
 
 from mw_envs import TASKS, Trial, decode_instruction
+from mw_envs.hand_view import HandView
 from mw_envs.rendering import RendererUnavailableError
 from sb3_vla import collecting, demonstrations, lerobot_reader, lerobot_writer
 from sb3_vla.demonstrations import Demonstrations, DemonstrationWriter, Episode, collect
@@ -841,6 +842,8 @@ def test_memory_is_checked_before_loading(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(ValueError, match=r"3 frames of 256x256 pixels .* Pass image_size=128 .* or fewer tasks"):
         Demonstrations.load(tmp_path / "set")
     assert Demonstrations.load(tmp_path / "set", image_size=128).images.shape == (3, 128, 128, 3)
+    with pytest.raises(ValueError, match=r"need 0\.0 GB of memory"):
+        Demonstrations.load(tmp_path / "set", image_size=128, hand_view=HandView(64))
     monkeypatch.undo()
     assert 2**20 < demonstrations.available_memory() < 2**50
 
@@ -864,36 +867,42 @@ def two_tasks(tmp_path: Path) -> Path:
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads what Linux tells of a process")
 def test_ranks_of_a_machine_hold_pictures_once(two_tasks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a file that they map and that has no name; a rank that asks for others has its own."""
-    place = two_tasks.parent / "temporary"
-    place.mkdir()
-    monkeypatch.setattr("tempfile.tempdir", str(place))
+    """In memory that they map, in no folder; a rank that asks for others has its own, as on another machine."""
+    monkeypatch.setattr("tempfile.tempdir", str(two_tasks.parent / "missing"))
     expected = Demonstrations.load(two_tasks, image_size=512)  # 36 MB
     few = Demonstrations.load(two_tasks, image_size=32, tasks=["reach-v3"])
+    hand = HandView(16, 0.5)
+    cut = Demonstrations.load(two_tasks, hand_view=hand)
 
-    def work(rank: int) -> tuple[int, bool, bool]:
+    def work(rank: int) -> tuple[int, bool, bool, list[bool]]:
         before = own_bytes()
         loaded = Demonstrations.load(two_tasks, image_size=512)
-        grown = own_bytes() - before
+        grown, handles = own_bytes() - before, len(os.listdir("/proc/self/fd"))
         frames = np.arange(0, 48, 5)
         same = np.array_equal(loaded.images, expected.images) and loaded.images[frames].flags.writeable
+        same &= not loaded.images.flags.writeable
         other = Demonstrations.load(two_tasks, image_size=32, tasks=["reach-v3"] if rank == 2 else None)
         alike = np.array_equal(other.images[: len(few)], few.images) and len(other) == (24 if rank == 2 else 48)
-        return grown, same, alike
+        with pytest.MonkeyPatch.context() as patch:
+            if rank == 1:  # of other processes
+                patch.setattr("sb3_vla.demonstrations.socket.gethostname", lambda: "elsewhere")
+            found = Demonstrations.load(two_tasks, hand_view=hand)
+        assert found.hand_images is not None
+        alike &= np.array_equal(found.images, cut.images) and np.array_equal(found.hand_images, cut.hand_images)
+        writeable = [each.flags.writeable for each in (found.images, found.hand_images)]
+        del other, found  # which have their memory open
+        assert len(os.listdir("/proc/self/fd")) == handles
+        return grown, same, alike, writeable
 
-    for grown, same, alike in run_ranks(3, work):
+    for rank, (grown, same, alike, writeable) in enumerate(run_ranks(3, work)):
         assert grown < expected.images.nbytes // 3
         assert same and alike
-    assert os.listdir(place) == []
+        assert writeable == [rank == 1] * 2
 
 
-def test_ranks_are_told_what_the_one_that_decodes_found(two_tasks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    place = two_tasks.parent / "temporary"
-    place.mkdir()
-    monkeypatch.setattr("tempfile.tempdir", str(place))
-
+def test_ranks_are_told_what_the_one_that_decodes_found(two_tasks: Path) -> None:
     def full(*_: Any) -> None:
-        raise OSError(28, "No space left on device")
+        raise OSError(12, "Cannot allocate memory")
 
     def work(_: int) -> list[str]:
         messages = []
@@ -905,9 +914,8 @@ def test_ranks_are_told_what_the_one_that_decodes_found(two_tasks: Path, monkeyp
         return messages
 
     for no_room, damaged in run_ranks(2, work):
-        assert "share need 0.0 GB" in no_room and "Set the variable TMPDIR to a folder with more room" in no_room
-        assert "No space left" in damaged
-    assert os.listdir(place) == []
+        assert "share need 0.0 GB of memory: Cannot allocate memory. Pass fewer tasks or image_size" in no_room
+        assert "Cannot allocate memory" in damaged and "share" not in damaged
 
 
 # --- what is loaded --------------------------------------------------------------------------------------------------

@@ -6,11 +6,14 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import av
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.vec_env import VecEnv
 from toy import TINY, stir
 
 from mw_envs.env import CAMERAS, MetaWorldEnv
@@ -18,12 +21,13 @@ from mw_envs.hand_view import CARRIED, STANDING, HandView
 from mw_envs.rendering import View, get_renderer, renderer_available, resolve_crop
 from mw_envs.scene import acquire_simulator, release_simulator
 from mw_envs.tasks import Trial
-from sb3_vla import PPO
+from sb3_vla import GRPO, PPO, lerobot_reader
 from sb3_vla.checkpoints import save_checkpoint
+from sb3_vla.cli import main
 from sb3_vla.demonstrations import Demonstrations, DemonstrationWriter, Episode
-from sb3_vla.evaluation import seen_by
+from sb3_vla.evaluation import Protocol, evaluate, seen_by
 from sb3_vla.lerobot_writer import ImageStorage
-from sb3_vla.models import make_model
+from sb3_vla.models import CompactVLA, make_model
 from sb3_vla.policies import load_policy
 from sb3_vla.sft import DemonstrationBatches, SFTConfig, sft
 from sb3_vla.views import cut_window
@@ -167,11 +171,26 @@ def test_the_environment_declares_it() -> None:
         ({"hand_view": 64, "hand_window": 1.5}, "hand_window=1.5"),
         ({"hand_view": 64, "hand_window": float("nan")}, "hand_window=nan"),
         ({"hand_view": 64, "hand_border": "blak"}, "hand_border 'blak'.*black"),
+        ({"hand_view": 64, "hand_border": 3}, "hand_border 3.*black"),
+        ({"hand_view": 64, "hand_window": "0.2"}, "hand_window='0.2'"),
+        ({"hand_view": 64, "hand_window": None}, "hand_window=None"),
+        ({"hand_view": 64, "hand_window": True}, "hand_window=True"),
+        ({"hand_window": 5.0}, "hand_window=5.0"),
+        ({"hand_border": "blak"}, "hand_border 'blak'.*black"),
+        ({"hand_view": 64, "hand_window": 0.05}, r"hand_window=0\.05 with hand_view=64 .*at least 0\.0667"),
+        ({"hand_view": 64, "hand_window": 1e-6}, r"hand_window=1e-06 with hand_view=64 .*at least 0\.0667"),
+        ({"hand_view": 64, "hand_window": 1e-320}, r"hand_window=1e-320 with hand_view=64 .*at least 0\.0667"),
+        ({"hand_view": 1000, "hand_window": 1.0}, "hand_view=1000; expected at most 960"),
     ],
 )
 def test_bad_options(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         MetaWorldEnv("MT10", **options)
+
+
+def test_the_least_window_is_one() -> None:
+    assert HandView(64, 0.0667).resolution == 960
+    assert HandView(960, 1.0).resolution == 960
 
 
 # --- through the chain ------------------------------------------------------------------------------------------------
@@ -203,7 +222,7 @@ def write(folder: Path, one: Episode, storage: ImageStorage = "png", **camera: A
     height, width = np.shape(one.images)[1:3]
     hand = None if one.hand_images is None else (SMALL.size, SMALL.size, 3)
     if hand is not None:
-        camera["hand_view"] = asdict(SMALL)
+        camera = {"hand_view": asdict(SMALL), **camera}
     shape = (height, width, 3)
     with DemonstrationWriter(
         folder, image_shape=shape, hand_shape=hand, image_storage=storage, camera=camera
@@ -221,21 +240,84 @@ def test_a_dataset_holds_it_as_a_feature(tmp_path: Path) -> None:
     video = Demonstrations.load(write(tmp_path / "mp4", one, "mp4"))
     assert video.hand_images is not None and video.hand_images.shape == data.hand_images.shape
     assert Demonstrations.load(tmp_path / "png", hand_view=SMALL).hand_images is not None
-    with pytest.raises(ValueError, match=r"was recorded with hand_view=.*'size': 32.*HandView\(size=48"):
+    with pytest.raises(ValueError, match=r"was recorded with hand_view=.*32, .*but hand_view=48, "):
         Demonstrations.load(tmp_path / "png", hand_view=HandView(48))
 
 
+def test_notes_of_the_hand_view_are_read(tmp_path: Path) -> None:
+    """One that leaves out what is the default means the same; none, or one of another picture, is told."""
+    one = episode(32, hand=True)
+    view = {"camera": "corner2", "crop": None}
+    short = write(tmp_path / "short", one, hand_view={"size": 32, "window": 2 / 3}, **view)
+    assert Demonstrations.load(short).camera["hand_view"] == asdict(SMALL)
+    assert Demonstrations.load(short, hand_view=HandView(32, 0.6667)).hand_images is not None
+    silent = write(tmp_path / "silent", one, hand_view=None, **view)
+    with pytest.raises(ValueError, match=r"not note which window it shows; give hand_view=HandView\(size=32"):
+        Demonstrations.load(silent)
+    data = Demonstrations.load(silent, hand_view=SMALL)
+    assert data.camera["hand_view"] == asdict(SMALL) and data.hand_images is not None
+    for name, note, message in (
+        ("word", "64", "noted as '64'"),
+        ("sizeless", {"window": 0.5}, r"noted as .*expected size"),
+        ("unknown", {"size": 32, "widow": 0.5}, "noted as .*widow"),
+        ("border", {"size": 32, "border": "blak"}, f"{tmp_path}.*hand_border 'blak'"),
+        ("larger", {"size": 64}, "32x32 pixels, which is not hand_view=64"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Demonstrations.load(write(tmp_path / name, one, hand_view=note, **view))
+    noted = replace(data, camera={**view, "hand_view": {"size": 32, "window": 2 / 3}})
+    config = SFTConfig(steps=1, batch_size=2, model_kwargs=TINY, action_horizon=2, validation_fraction=0.0)
+    assert sft(noted, config, progress=False).model.hand_view == SMALL
+    sft(noted, replace(config, model_kwargs={**TINY, "hand_view": asdict(SMALL)}), progress=False)
+    with pytest.raises(ValueError, match="does not note which window they show"):
+        sft(replace(data, camera=view), config, progress=False)
+
+
 def test_it_is_cut_from_full_views_while_loading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sb3_vla.demonstrations._CUT_FRAMES", 5)
     one = episode(48, hand=False)
+    opened: list[str] = []
+    real_open, real_decode = av.open, lerobot_reader.decode_picture
+    monkeypatch.setattr(av, "open", lambda *args, **kw: opened.append("video") or real_open(*args, **kw))
+    monkeypatch.setattr(lerobot_reader, "decode_picture", lambda *args: opened.append("picture") or real_decode(*args))
     folder = write(tmp_path / "full", one)
     assert Demonstrations.load(folder).hand_images is None
+    opened.clear()
     data = Demonstrations.load(folder, image_size=32, hand_view=SMALL)
+    assert opened == ["picture"] * 12  # each once
     expected = SMALL.cut(np.concatenate([one.images, one.images]), "corner2", np.concatenate([one.states] * 2))
     np.testing.assert_array_equal(data.hand_images, expected)
     assert data.images.shape == (12, 32, 32, 3) and data.camera["hand_view"] == asdict(SMALL)
-    with pytest.raises(ValueError, match="pictures of crop=workspace, from which no hand view is cut"):
+    film = write(tmp_path / "film", one, "mp4")
+    stored = Demonstrations.load(film).images
+    opened.clear()
+    shown = Demonstrations.load(film, image_size=32, hand_view=SMALL)
+    assert opened == ["video"]
+    np.testing.assert_array_equal(shown.hand_images, SMALL.cut(stored, "corner2", shown.states))
+    np.testing.assert_array_equal(shown.images, Demonstrations.load(film, image_size=32).images)
+    with pytest.raises(ValueError, match="of crop=workspace, from which no hand view is cut; leave hand_view out"):
         Demonstrations.load(write(tmp_path / "crop", one, crop="workspace"), hand_view=SMALL)
+
+
+def test_sft_cuts_it_from_full_views(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    full = write(tmp_path / "full", episode(48, hand=False), camera="corner2", crop=None)
+    tiny = ["sft.model_kwargs={width: 64, depth: 1, channels: [8, 8, 16]}", "sft.steps=1", "sft.batch_size=2"]
+    command = ["sft", f"data={full}", f"output={tmp_path / 'sft'}", "hand_view=32", "image_size=32", *tiny]
+    assert main(command) == 0
+    assert load_policy(tmp_path / "sft").model.hand_view == HandView(32)
+    assert main(command) == 0 and "is complete" in capsys.readouterr().out
+    assert main([*command, "hand_view=0"]) == 2 and "hand_view=0" in capsys.readouterr().err
+
+
+def test_train_cuts_it_from_full_views(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For rehearsal, the one that the checkpoint's model reads."""
+    full = write(tmp_path / "full", episode(48, hand=False), camera="corner2", crop=None)
+    save_checkpoint(tmp_path / "start", make_model("compact", {**TINY, "image_size": 32, "hand_view": asdict(SMALL)}))
+    given: dict[str, Any] = {}
+    monkeypatch.setattr("sb3_vla.training.train", lambda *_, **options: given.update(options))
+    options = [f"checkpoint={tmp_path / 'start'}", f"data={full}", f"run={tmp_path / 'run'}", "ppo.rehearsal_coef=1"]
+    main(["train", *options])
+    assert given["demonstrations"].camera["hand_view"] == asdict(SMALL)
+    assert given["demonstrations"].hand_images.shape == (12, 32, 32, 3)
 
 
 def test_imitation_reads_it_and_ppo_goes_on(tmp_path: Path) -> None:
@@ -275,6 +357,95 @@ def test_a_new_policy_reads_the_hand_view_that_the_environment_draws() -> None:
     algorithm = PPO("VLAPolicy", env, n_steps=2, batch_size=2, policy_kwargs={"model_kwargs": TINY}, device="cpu")
     assert algorithm.policy.model.hand_view == HandView(48)
     algorithm.learn(2)
+
+
+BLACK = HandView(48, 0.5, "black")
+DRAWS_BLACK = {"hand_view": 48, "hand_window": 0.5, "hand_border": "black"}
+
+
+def reach(**options: Any) -> gym.Env:
+    return gym.make("mw_envs:MetaWorldMT1-v0", task="reach-v3", image_size=32, horizon=4, **options)
+
+
+@pytest.mark.parametrize("algorithm_class", [PPO, GRPO])
+def test_a_new_policy_reads_the_window_that_the_environment_draws(algorithm_class: type[PPO], tmp_path: Path) -> None:
+    def drawing(**changed: Any) -> VecEnv:
+        return make_vec_env(lambda: reach(privileged_state=True, **{**DRAWS_BLACK, **changed}), 2)
+
+    env = drawing()
+    assert env.get_attr("hand_view") == [BLACK, BLACK]
+    sizes = {"group_size": 2, "n_groups": 1} if algorithm_class is GRPO else {"n_steps": 2}
+    options: dict[str, Any] = {"batch_size": 2, "device": "cpu", **sizes}
+    algorithm = algorithm_class("VLAPolicy", env, policy_kwargs={"model_kwargs": TINY}, **options)
+    assert algorithm.policy.model.hand_view == BLACK
+    assert seen_by(algorithm).items() >= DRAWS_BLACK.items()
+    algorithm.save(tmp_path / "saved.zip")
+    with pytest.raises(ValueError, match=r"hand_border='black' draws, .* made with .*hand_border='shift'"):
+        algorithm_class.load(tmp_path / "saved.zip", env=drawing(hand_border="shift"), device="cpu")
+    with pytest.raises(ValueError, match=r"hand_window=0\.5, .* made with .*hand_window=0\.4"):
+        algorithm.set_env(drawing(hand_window=0.4))
+    algorithm.set_env(drawing(hand_window=0.501))  # the same pixels
+    plain = algorithm_class("VLAPolicy", env, policy_kwargs={"model_kwargs": {**TINY, "hand_view": None}}, **options)
+    assert plain.policy.model.hand_view is None
+    asked = {"model_kwargs": {**TINY, "hand_view": {"size": 48}}}
+    with pytest.raises(ValueError, match=r"hand_window=0\.222222, .*'shift'.* made with .*hand_window=0\.5"):
+        algorithm_class("VLAPolicy", env, policy_kwargs=asked, **options)
+
+
+SHORT: dict[str, Any] = {
+    "tasks": ["reach-v3"],
+    "trials_per_task": 1,
+    "protocol": Protocol("two steps", horizon=2, action_chunk=1, settle_steps=0),
+    "num_workers": 1,
+    "progress": False,
+}
+
+
+def test_a_model_without_a_hand_view_is_asked_for_none() -> None:
+    """In an environment that draws one: it acts and is evaluated without."""
+    env = reach(**DRAWS_BLACK)
+    kwargs = {"model_kwargs": {**TINY, "hand_view": None}}
+    algorithm = PPO("VLAPolicy", env, n_steps=2, batch_size=2, policy_kwargs=kwargs, device="cpu").learn(2)
+    observation, _ = env.reset(seed=0)
+    expected, _ = algorithm.predict(observation, deterministic=True)
+    del observation["hand_image"]
+    for policy in (algorithm, algorithm.policy):
+        np.testing.assert_array_equal(policy.predict(observation, deterministic=True)[0], expected)
+    assert len(evaluate(algorithm, **SHORT).trials) == 1
+    assert len(evaluate(algorithm, env_kwargs=DRAWS_BLACK, **SHORT).trials) == 1
+
+
+def test_batches_are_of_what_the_model_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = Demonstrations.load(write(tmp_path / "data", episode(32, hand=True), camera="corner2", crop=None))
+    given: list[bool] = []
+    for name in ("imitation_loss", "encode"):
+        real = getattr(CompactVLA, name)
+
+        def noted(self: Any, observation: Any, *args: Any, real: Any = real, **kwargs: Any) -> Any:
+            given.append("hand_image" in observation)
+            return real(self, observation, *args, **kwargs)
+
+        monkeypatch.setattr(CompactVLA, name, noted)
+    for hand in (None, asdict(SMALL)):
+        options = {**TINY, "hand_view": hand}
+        config = SFTConfig(steps=1, batch_size=4, model_kwargs=options, action_horizon=2, validation_fraction=0.5)
+        sft(data, config, progress=False)
+        env = reach(hand_view=32, hand_window=2 / 3, action_chunk=2)
+        rehearsal = DemonstrationBatches(data, None, 2, 1, 0)
+        kwargs = {"model_kwargs": options}
+        PPO("VLAPolicy", env, n_steps=2, batch_size=2, policy_kwargs=kwargs, rehearsal=rehearsal, device="cpu").learn(2)
+        assert given and set(given) == {hand is not None}
+        given.clear()
+
+
+def test_evaluation_warns_of_another_window(tmp_path: Path) -> None:
+    model = make_model("compact", {**TINY, "image_size": 32, "action_horizon": 1, "hand_view": {"size": 48}})
+    save_checkpoint(tmp_path / "start", model, notes={"view": {"camera": "corner2", "crop": None}})
+    policy = load_policy(tmp_path / "start")
+    for changed, named in (({"hand_window": 0.5}, r"hand_window=0\.5"), ({"hand_border": "black"}, "'black'")):
+        with pytest.warns(UserWarning, match=f"hand_window=0.222222, hand_border='shift' draws, but is shown.*{named}"):
+            evaluate(policy, env_kwargs=changed, **SHORT)
+    evaluate(policy, env_kwargs={"hand_window": 0.2222}, **SHORT)  # the same pixels
 
 
 def test_a_raw_picture_of_metaworld_is_enough_to_act(tmp_path: Path) -> None:

@@ -552,9 +552,9 @@ def test_rehearsal_adds_its_loss() -> None:
     sizes: list[int] = []
     real = rehearsal.sample
 
-    def sample(size: int, rows: Any) -> Any:
+    def sample(size: int, rows: Any, **options: Any) -> Any:
         sizes.append(size)
-        return real(size, rows)
+        return real(size, rows, **options)
 
     rehearsal.sample = sample  # type: ignore[method-assign]
     env = toy_vec(action_dim=4, reward=0.0)  # nothing else to learn from
@@ -571,7 +571,7 @@ def test_rehearsal_adds_its_loss() -> None:
     observation, actions, mask = real(24)
     with torch.no_grad():
         expected = algorithm.policy.model.imitation_loss(observation, actions, mask)
-    rehearsal.sample = lambda *_: (observation, actions, mask)  # type: ignore[method-assign]
+    rehearsal.sample = lambda *_, **__: (observation, actions, mask)  # type: ignore[method-assign]
     found, record = collected()
     indices = torch.arange(16)
     old = algorithm._old_policy(decisions(algorithm), [indices])

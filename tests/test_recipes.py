@@ -16,6 +16,7 @@ import torch
 import yaml
 from toy_pi0 import TINY_PI0, tiny_tokenizer
 
+from mw_envs.hand_view import HandView
 from sb3_vla.checkpoints import save_checkpoint, save_diffusion_policy, save_tinyvla
 from sb3_vla.checkpoints.openvla_oft import save_openvla_oft
 from sb3_vla.checkpoints.pi0 import save_openpi
@@ -148,7 +149,7 @@ def expected_keys(context: str) -> set[str]:
     }
     data = {key for key in keys if key.startswith("data.")}
     sft = {key for key in keys if key.startswith("sft.")}
-    by_experts = {"data.episodes_per_task", "data.noise_std", "data.crop", "data.hand_view"}
+    by_experts = {"data.episodes_per_task", "data.noise_std", "data.crop"}
     of_others = {"data.rename", "data.instruction_bytes"}
     learning = {key for key in keys if key.startswith(("algorithm.", "rollout.", "actor.optim."))}
     learning |= {f"actor.model.{name}" for name in ("trainable", "noise_method", "num_steps", "noise_level")}
@@ -543,6 +544,26 @@ def test_the_memory_of_imitation_and_of_what_follows_it() -> None:
     assert small["ppo"].buffer < stages["ppo"].buffer
     assert list(footprint(plan_of("metaworld_50_sft_compact", []))) == ["sft"]
     assert list(footprint(plan_of("metaworld_50_grpo_compact", ["actor.model.model_path=somewhere"]))) == ["grpo"]
+
+
+def test_the_memory_of_a_new_model_counts_its_hand_view() -> None:
+    """Whether experts are recorded with it or it is cut from a dataset's pictures."""
+    name, gradients = "metaworld_50_ppo_compact", []
+    for given in ([], ["data.path=somewhere"], ["data.hand_view=null"]):
+        stages = footprint(plan_of(name, given))
+        hand = None if "data.hand_view=null" in given else {"size": 64}
+        model = make_model("compact", {"action_horizon": 5, "image_size": 96, "hand_view": hand})
+        assert stages["sft"].gradients == 4 * sum(weights.numel() for weights in model.parameters())
+        gradients.append(stages["ppo"].gradients)
+    assert gradients[0] == gradients[1] > gradients[2]
+
+
+def test_a_dataset_s_hand_view_is_that_of_the_recipe() -> None:
+    plan = plan_of("metaworld_50_sft_compact", ["data.path=somewhere", "data.hand_view=48"])
+    assert plan.load is not None and plan.load["hand_view"] == HandView(48)
+    for given in ([], ["data.path=somewhere", "data.hand_view=null"]):  # recorded with it; none
+        plan = plan_of("metaworld_50_sft_compact", given)
+        assert plan.load is not None and "hand_view" not in plan.load
 
 
 def test_a_plan_of_a_checkpoint_is_of_its_published_size(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -181,9 +181,9 @@ def test_validation_uses_other_episodes_and_the_same_noise(monkeypatch: pytest.M
     seen: list[tuple[np.ndarray, int]] = []
     real = DemonstrationBatches._batch
 
-    def batch(self: DemonstrationBatches, index: np.ndarray, shift: int, rows: Any = None) -> Any:
+    def batch(self: DemonstrationBatches, index: np.ndarray, shift: int, *rest: Any) -> Any:
         seen.append((index, shift))
-        return real(self, index, shift, rows)
+        return real(self, index, shift, *rest)
 
     monkeypatch.setattr(DemonstrationBatches, "_batch", batch)
     result = run({"steps": 8, "validation_fraction": 0.34, "validation_interval": 4, "learning_rate": 0.0})

@@ -62,7 +62,7 @@ class CompactVLA(VLAModel):
             "channels": list(channels),
             "hand_view": None if hand_view is None else dict(hand_view),
         }
-        self.hand_view = None if hand_view is None else HandView(**hand_view)
+        self.hand_view = None if hand_view is None else HandView.noted(hand_view)
         pictures = {"image": image_size}
         if self.hand_view is not None:
             pictures["hand_image"] = self.hand_view.size
