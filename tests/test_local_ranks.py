@@ -7,7 +7,9 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -177,29 +179,31 @@ def test_torchrun_has_the_say_and_so_has_a_gpu(machine: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.parametrize(
-    ("arguments", "known"),
+    ("before", "file", "spec", "known"),
     [
-        (["FILE", "a=1"], True),
-        (["-X", "utf8", "FILE", "a=1"], True),
-        (["-m", "tell", "a=1"], True),
-        (["-m", "pdb", "-c", "continue", "FILE", "a=1"], False),
-        (["-c", "import tell; tell.tell()", "a=1"], False),
-        (["-", "a=1"], False),
+        (["tell.py"], "tell.py", None, True),
+        (["-X", "utf8", "tell.py"], "tell.py", None, True),
+        (["-m", "tell"], "tell.py", "tell", True),
+        (["-m", "tell"], "tell/__main__.py", "tell.__main__", True),
+        (["-m", "pdb", "-c", "continue", "tell.py"], "tell.py", None, False),
+        (["-c", "import tell; tell.main()"], None, None, False),
+        (["-"], None, None, False),
+        (["-m", "ipykernel_launcher", "-f", "connection.json"], "tell.py", None, False),
     ],
 )
-def test_what_starts_a_command_again_is_known_or_left_alone(arguments: list[str], known: bool, tmp_path: Path) -> None:
-    program = (
-        "import sys\nfrom sb3_vla import local_ranks\n"
-        "def tell():\n    print('found', local_ranks._command())\n"
-        "if __name__ == '__main__':\n    tell()\n"
-    )
-    file = tmp_path / "tell.py"
-    file.write_text(program)
-    command = [sys.executable, *(str(file) if word == "FILE" else word for word in arguments)]
-    env = {**os.environ, "PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}
-    done = subprocess.run(command, input=program, capture_output=True, text=True, cwd=Path.cwd(), env=env, check=False)
-    found = next(line for line in done.stdout.splitlines() if line.startswith("found"))
-    assert found == f"found {command if known else None}", done.stderr
+def test_what_starts_a_command_again_is_known_or_left_alone(
+    before: list[str], file: str | None, spec: str | None, known: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tell.py").touch()
+    main = ModuleType("__main__")
+    if file is not None:
+        main.__file__ = file
+    main.__spec__ = None if spec is None else ModuleSpec(spec, None)
+    monkeypatch.setitem(sys.modules, "__main__", main)
+    monkeypatch.setattr(sys, "orig_argv", ["python", *before, "a=1"])
+    monkeypatch.setattr(sys, "argv", [file or "-c", "a=1"])
+    assert local_ranks._command() == ([sys.executable, *before, "a=1"] if known else None)
 
 
 def test_recipes_of_the_small_model_take_all_cores(machine: pytest.MonkeyPatch) -> None:
