@@ -52,6 +52,7 @@ class CollectConfig:
     image_size: int = 96
     crop: str = "workspace"
     hand_view: int | None = 64
+    horizon: int = 160
 
 
 @dataclass

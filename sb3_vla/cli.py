@@ -45,6 +45,7 @@ class CollectCommand:
     :param image_size: side of the pictures.
     :param crop: window of the view: ``workspace``, or ``full``.
     :param hand_view: side of the pictures of the hand view, which a model of one's own reads as well; None for none.
+    :param horizon: environment steps after which an attempt has failed; 160 keeps what ends within the usual evaluation.
     :param noise_std: of the pushes that lead the expert off its path.
     :param image_storage: ``png`` or ``mp4``.
     :param seed: of the trials.
@@ -59,6 +60,7 @@ class CollectCommand:
     image_size: int = 96
     crop: str = "workspace"
     hand_view: int | None = 64
+    horizon: int = 200
     noise_std: float = 0.5
     image_storage: str = "png"
     seed: int = 0

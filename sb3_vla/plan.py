@@ -214,6 +214,7 @@ def _collect(recipe: Recipe, suite: str, split: str) -> dict[str, Any]:
         "split": split,
         "tasks": recipe.env.train.tasks,
         "episodes_per_task": recipe.data.episodes_per_task,
+        "horizon": recipe.data.horizon,
         "noise_std": recipe.data.noise_std,
         "image_size": recipe.data.image_size,
         "crop": recipe.data.crop,

@@ -347,6 +347,7 @@ class DataSection:
     :param path: a LeRobot dataset; None to have scripted experts play the tasks of ``env.train``.
     :param rename: the dataset's feature names to ours.
     :param episodes_per_task: successful episodes that the experts play of each task.
+    :param horizon: environment steps after which an attempt of theirs has failed.
     :param noise_std: of the pushes that lead an expert off its path.
     :param image_size: side of the pictures that are kept, which is what the model reads.
     :param crop: window of the view that experts are shown in: ``workspace``, or ``full``.
@@ -358,6 +359,7 @@ class DataSection:
     path: str | None = None
     rename: dict[str, str] = field(default_factory=dict)
     episodes_per_task: int = 25
+    horizon: int = 200
     noise_std: float = 0.5
     image_size: int = 96
     crop: str = "full"
