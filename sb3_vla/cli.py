@@ -45,7 +45,7 @@ class CollectCommand:
     :param image_size: side of the pictures.
     :param crop: window of the view: ``workspace``, or ``full``.
     :param hand_view: side of the pictures of the hand view, which a model of one's own reads as well; None for none.
-    :param horizon: environment steps after which an attempt has failed; 160 keeps what ends within the usual evaluation.
+    :param horizon: steps after which an attempt has failed; 160 keeps what ends within the usual evaluation.
     :param noise_std: of the pushes that lead the expert off its path.
     :param image_storage: ``png`` or ``mp4``.
     :param seed: of the trials.
