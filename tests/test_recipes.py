@@ -149,7 +149,7 @@ def expected_keys(context: str) -> set[str]:
     }
     data = {key for key in keys if key.startswith("data.")}
     sft = {key for key in keys if key.startswith("sft.")}
-    by_experts = {"data.episodes_per_task", "data.noise_std", "data.crop"}
+    by_experts = {"data.episodes_per_task", "data.horizon", "data.noise_std", "data.crop"}
     of_others = {"data.rename", "data.instruction_bytes"}
     learning = {key for key in keys if key.startswith(("algorithm.", "rollout.", "actor.optim."))}
     learning |= {f"actor.model.{name}" for name in ("trainable", "noise_method", "num_steps", "noise_level")}
