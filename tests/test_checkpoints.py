@@ -131,7 +131,7 @@ def test_the_policy_acts_by_the_distribution_it_was_trained_with(tmp_path: Path)
     assert isinstance(found, FlowSDE) and (found.denoising_steps, found.noise_level) == (7, 0.25)
     save_checkpoint(tmp_path / "a", tiny_model())
     assert load_checkpoint(tmp_path / "a").distribution is None
-    assert load_policy(tmp_path / "a").distribution.denoising_steps == 1
+    assert load_policy(tmp_path / "a").distribution.denoising_steps == 2
 
 
 @pytest.mark.parametrize(

@@ -381,6 +381,7 @@ def test_a_step_that_is_not_finite_on_one_rank_is_left_out_on_all() -> None:
 
 def test_ranks_are_counted_before_they_join(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     toy_ppo().save(tmp_path / "model.zip")
+    monkeypatch.setattr(distributed, "_has_joined", False)  # as another test may have, in this process
     for name in ("RANK", "LOCAL_RANK"):
         monkeypatch.setenv(name, "1")
     for name, value in {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "here", "MASTER_PORT": "1"}.items():
