@@ -80,7 +80,8 @@ def test_the_error_of_another_rank_is_told_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("how", "told"), [("dies", "status 9"), ("is killed", "status -9; -9 mostly means that memory")]
+    ("how", "told"),
+    [("dies", "status 9"), pytest.param("is killed", "status -9; -9 mostly means that memory", marks=pytest.mark.slow)],
 )
 def test_a_rank_that_ends_before_it_joins_is_told(how: str, told: str, tmp_path: Path) -> None:
     process = start(2, tmp_path, how)
@@ -89,7 +90,9 @@ def test_a_rank_that_ends_before_it_joins_is_told(how: str, told: str, tmp_path:
     assert f"Rank 1 of this machine ended with {told}" in errors and "SB3_VLA_RANKS=1 does without" in errors
 
 
-@pytest.mark.parametrize(("sent", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("sent", "status"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
+)
 def test_a_signal_in_the_first_seconds_ends_all(sent: signal.Signals, status: int, tmp_path: Path) -> None:
     process = start(2, tmp_path, "comes late", start_new_session=True)
     wait_for(tmp_path / "begun-1")

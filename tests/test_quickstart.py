@@ -94,7 +94,9 @@ def test_from_nothing_to_a_table_and_again(tmp_path: Path) -> None:
     assert (run / "ppo/model.safetensors").read_bytes() == weights
 
 
-@pytest.mark.parametrize(("sent", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("sent", "status"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
+)
 def test_an_interrupt_leaves_no_process_and_the_next_start_goes_on(
     sent: signal.Signals, status: int, tmp_path: Path
 ) -> None:
