@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from sb3_vla.checkpoints import load_checkpoint
+from sb3_vla.checkpoints.folders import boxed_checkpoints
 from sb3_vla.distributed import current_ranks
 from sb3_vla.memory import MemoryPlan, plan_memory
 from sb3_vla.models import VLAModel, make_model
@@ -82,7 +83,7 @@ def _on_meta(plan: Plan, sizes: Mapping[str, Any] | None) -> VLAModel:
     if plan.begins and plan.sft is not None and plan.load is not None:
         own = {"action_horizon": plan.sft.action_horizon, "image_size": plan.load["image_size"], **_hand_view(plan)}
         options = {**_DIMENSIONS, **own, **options}
-    elif sizes is None and plan.checkpoint is not None and local_path(plan.checkpoint).is_dir():
+    elif sizes is None and plan.checkpoint is not None and _is_here(plan.checkpoint):
         return load_checkpoint(plan.checkpoint, options, weights=False).model
     elif sizes is None and _sized(plan.model, options):
         options = {**_DIMENSIONS, "action_horizon": plan.action_chunk, **options}
@@ -97,6 +98,10 @@ def _hand_view(plan: Plan) -> dict[str, Any]:
     loaded = (plan.load or {}).get("hand_view")
     size = (plan.collect or {}).get("hand_view") if loaded is None else loaded.size
     return {} if plan.model != "compact" or size is None else {"hand_view": {"size": size}}
+
+
+def _is_here(checkpoint: str) -> bool:
+    return local_path(checkpoint).is_dir() or checkpoint in boxed_checkpoints()
 
 
 def _sized(model: str, options: Mapping[str, Any]) -> bool:

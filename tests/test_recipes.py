@@ -636,3 +636,8 @@ def test_memory_of_every_recipe_is_planned() -> None:
     for name in NAMES:
         stages = footprint(plan_of(name, [])).values()
         assert all(stage.device > stage.weights > 0 for stage in stages), name
+
+
+def test_the_memory_of_a_checkpoint_of_the_package_is_its_own() -> None:
+    plan = make_plan(load_recipe("metaworld_50_ppo_compact", ["actor.model.model_path=compact-mt50"]))
+    assert "of 2,266,308 parameters" in str(footprint(plan)["ppo"])
