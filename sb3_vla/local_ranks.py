@@ -1,7 +1,8 @@
 """A rank for each core: where there is no GPU, a command starts the other ranks of its machine itself.
 
-A network as small as CompactVLA hardly gains from a second thread, which waits more than it works; two processes of one
-thread each share every batch, and take turns at simulating and deciding (``tests/benchmarks/bench_learner.py``).
+A process alone waits for its simulators, and they for its decisions; several ranks fill one another's pauses.
+An update of a network as small as CompactVLA hardly gains from a second thread; whether imitation by ranks is faster
+than by threads depends on the processor.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -118,8 +119,9 @@ def local_ranks(count: int) -> Iterator[Ranks]:
 def leave_reason(message: str) -> None:
     """In a rank that was started: tell the first why this one ends."""
     folder = os.environ.get(_FOLDER)
-    if folder is not None and Path(folder).is_dir():
-        (Path(folder) / f"reason-{os.environ['RANK']}.json").write_text(json.dumps(message), encoding="utf-8")
+    if folder is not None:
+        with suppress(OSError):  # as on a full disk, which must not take the place of the reason
+            (Path(folder) / f"reason-{os.environ['RANK']}.json").write_text(json.dumps(message), encoding="utf-8")
 
 
 class _Other:

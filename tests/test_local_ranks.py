@@ -103,6 +103,12 @@ def test_a_signal_in_the_first_seconds_ends_all(sent: signal.Signals, status: in
     assert gone(int((tmp_path / "begun-1").read_text()))
 
 
+def test_a_reason_that_cannot_be_left_does_not_hide_the_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(local_ranks._FOLDER, "/proc/1/no such folder")
+    monkeypatch.setenv("RANK", "1")
+    local_ranks.leave_reason("the disk is full")  # raises nothing
+
+
 def test_a_rank_that_is_lost_while_the_first_works_alone_is_told(tmp_path: Path) -> None:
     process = start(2, tmp_path, "works alone", SECONDS="1")
     _, errors = process.communicate(timeout=60)
