@@ -869,14 +869,14 @@ def two_tasks(tmp_path: Path) -> Path:
 def test_ranks_of_a_machine_hold_pictures_once(two_tasks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In memory that they map, in no folder; a rank that asks for others has its own, as on another machine."""
     monkeypatch.setattr("tempfile.tempdir", str(two_tasks.parent / "missing"))
-    expected = Demonstrations.load(two_tasks, image_size=512)  # 36 MB
+    expected = Demonstrations.load(two_tasks, image_size=896)  # 116 MB, much more than threads that decode leave
     few = Demonstrations.load(two_tasks, image_size=32, tasks=["reach-v3"])
     hand = HandView(16, 0.5)
     cut = Demonstrations.load(two_tasks, hand_view=hand)
 
     def work(rank: int) -> tuple[int, bool, bool, list[bool]]:
         before = own_bytes()
-        loaded = Demonstrations.load(two_tasks, image_size=512)
+        loaded = Demonstrations.load(two_tasks, image_size=896)
         grown, handles = own_bytes() - before, len(os.listdir("/proc/self/fd"))
         frames = np.arange(0, 48, 5)
         same = np.array_equal(loaded.images, expected.images) and loaded.images[frames].flags.writeable
