@@ -4,8 +4,9 @@
     bash examples/quickstart.sh --full               # MT50
     bash examples/quickstart.sh --run runs/mine ppo.iterations=100 seed=1
 
-Scripted experts show the tasks, the model imitates them, is measured, practises by PPO the tasks that it solves now and
-then, and is measured again on the same trials. Started a second time, it goes on where it was interrupted.
+Scripted experts show the tasks, the model imitates them, is measured, practises by PPO, most often the tasks that it
+solves now and then, and is measured again on the same trials. Started a second time, it goes on where it was
+interrupted.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
@@ -32,13 +32,9 @@ from sb3_vla.local_ranks import local_rank_count, local_ranks
 from sb3_vla.policies import load_policy
 from sb3_vla.report import write_report
 from sb3_vla.results import TRIAL_SEED
-from sb3_vla.run import RunError
 from sb3_vla.sft import SFTConfig, sft
 from sb3_vla.shared_run import SharedRun
 from sb3_vla.training import PPOConfig, train
-
-# Three sets of trials that share no goal: demonstrations and PPO use seeds below these.
-TEST_SEED, CHOICE_SEED = TRIAL_SEED, TRIAL_SEED + 1_000_000
 
 
 @dataclass
@@ -57,13 +53,9 @@ class CollectConfig:
 
 @dataclass
 class EvaluationConfig:
-    """Trials per task: to choose what to practise, to measure before and after, and how many of these are filmed."""
+    """Trials per task before and after, and how many of these are filmed."""
 
-    # Enough that a task solved once in thirty trials is seldom taken for one that gives signal.
-    choice_trials: int = 100
-    test_trials: int = 30
-    lowest: float = 0.05
-    highest: float = 0.95
+    trials: int = 30
     videos_per_task: int = 1
     protocol: str = "rlinf-160"
 
@@ -86,10 +78,7 @@ FULL = [
     "collect.suite=MT50",
     "collect.episodes_per_task=25",
     "sft.steps=6000",
-    "evaluation.choice_trials=10",
-    "evaluation.test_trials=10",
-    "evaluation.lowest=0.2",
-    "evaluation.highest=0.8",
+    "evaluation.trials=10",
     "ppo.iterations=100",
     "ppo.distribution_kwargs={std: [0.12, 0.12, 0.12, 0.15], coherence: offset}",
     "ppo.learning_rate=2.5e-5",
@@ -127,6 +116,7 @@ def quickstart(run: SharedRun, config: QuickstartConfig, console: Console) -> No
     started = time.monotonic()
     suite = config.collect.suite
     seed = config.seed
+    names = config.collect.tasks or suite_tasks(suite)
 
     console.rule(f"1  demonstrations by scripted experts, {suite}")
     with run.stage("collect", {"collect": config.collect, "seed": seed}, outputs=["demonstrations"]) as stage:
@@ -152,62 +142,38 @@ def quickstart(run: SharedRun, config: QuickstartConfig, console: Console) -> No
             )
             run.write_json("sft_history.json", result.history)
 
-    def trials(count: int) -> dict[str, Any]:
-        return {"trials": count, "protocol": config.evaluation.protocol}
-
     def films(name: str) -> list[str]:
         return [f"videos/{name}"] if config.evaluation.videos_per_task else []
 
-    def measure(name: str, checkpoint: Path, trials: int, trial_seed: int, filmed: bool) -> None:
-        videos = None
-        if filmed and config.evaluation.videos_per_task:
-            videos = VideoOptions(run.path / "videos" / name, per_task=config.evaluation.videos_per_task)
-            run.ranks.first_does(videos.prepare)
-        result = evaluate(
-            load_policy(checkpoint, find_protocol(config.evaluation.protocol).action_chunk),
-            tasks=config.collect.tasks or suite_tasks(suite),
-            trials_per_task=trials,
-            trial_seed=trial_seed,
-            protocol=config.evaluation.protocol,
-            env_kwargs={"renderer": config.renderer},
-            videos=videos,
-        )
-        if run.ranks.leads:
-            result.to_json(run.path / f"evaluation_{name}.json")
+    def measure(name: str, checkpoint: Path, after: str) -> None:
+        inputs = {"trials": config.evaluation.trials, "protocol": config.evaluation.protocol}
+        result_file = f"evaluation_{name}.json"
+        with run.stage(name, inputs, after=[after], outputs=[result_file, *films(name)]) as stage:
+            if stage.done:
+                return
+            videos = None
+            if config.evaluation.videos_per_task:
+                videos = VideoOptions(run.path / "videos" / name, per_task=config.evaluation.videos_per_task)
+                run.ranks.first_does(videos.prepare)
+            result = evaluate(
+                load_policy(checkpoint, find_protocol(config.evaluation.protocol).action_chunk),
+                tasks=names,
+                trials_per_task=config.evaluation.trials,
+                trial_seed=TRIAL_SEED,  # demonstrations and PPO use seeds below it
+                protocol=config.evaluation.protocol,
+                env_kwargs={"renderer": config.renderer},
+                videos=videos,
+            )
+            if run.ranks.leads:
+                result.to_json(run.path / result_file)
 
-    console.rule("3  which tasks give a signal to practise on")
-    with run.stage(
-        "choose", trials(config.evaluation.choice_trials), after=["sft"], outputs=["evaluation_choice.json"]
-    ) as stage:
-        if not stage.done:
-            measure("choice", run.path / "sft", config.evaluation.choice_trials, CHOICE_SEED, filmed=False)
-    choice = run.ranks.first_does(lambda: EvaluationResult.from_json(run.path / "evaluation_choice.json").per_task())
-    rates = {task: rate.rate.value for task, rate in choice.items()}
-    tasks = [task for task, rate in rates.items() if config.evaluation.lowest < rate < config.evaluation.highest]
-    # Practice of other tasks may spoil these; tasks are drawn by the signal that they give, so they cost little.
-    solved = [task for task, rate in rates.items() if rate >= config.evaluation.highest]
-    console.print(f"solved now and then, so practised: {', '.join(tasks) or 'none'}", highlight=False)
-    console.print(f"solved already, so seen again now and then: {', '.join(solved) or 'none'}", highlight=False)
-    if not tasks:
-        raise RunError(
-            f"no task's success lies between {config.evaluation.lowest:.0%} and {config.evaluation.highest:.0%}; "
-            "give sft.steps another value, or set evaluation.lowest and evaluation.highest"
-        )
+    console.rule("3  measurement before")
+    measure("before", run.path / "sft", after="sft")
 
-    console.rule("4  measurement before")
-    with run.stage(
-        "before",
-        trials(config.evaluation.test_trials),
-        after=["sft"],
-        outputs=["evaluation_before.json", *films("before")],
-    ) as stage:
-        if not stage.done:
-            measure("before", run.path / "sft", config.evaluation.test_trials, TEST_SEED, filmed=True)
-
-    console.rule(f"5  PPO on {len(tasks)} tasks")
-    inputs = {"ppo": deciding_settings(config.ppo), "tasks": tasks + solved}
+    console.rule("4  PPO")
+    inputs = {"ppo": deciding_settings(config.ppo), "tasks": names}
     length = config.ppo.total_decisions
-    with run.stage("ppo", inputs, length=length, after=["choose"], outputs=["ppo"]) as stage:
+    with run.stage("ppo", inputs, length=length, after=["sft"], outputs=["ppo"]) as stage:
         if not stage.done:
             if config.ppo.rehearsal_coef > 0 and demonstrations is None:
                 demonstrations = Demonstrations.load(run.path / "demonstrations")
@@ -218,47 +184,35 @@ def quickstart(run: SharedRun, config: QuickstartConfig, console: Console) -> No
                 checkpoint=run.path / "sft",
                 output=run.path / "ppo",
                 suite=suite,
-                tasks=tasks + solved,
+                tasks=names,
                 demonstrations=demonstrations,
                 resume=stage.resumed,
                 renderer=config.renderer,
             )
 
-    console.rule("6  measurement after, on the same trials")
-    with run.stage(
-        "after",
-        trials(config.evaluation.test_trials),
-        after=["ppo"],
-        outputs=["evaluation_after.json", *films("after")],
-    ) as stage:
-        if not stage.done:
-            measure("after", run.path / "ppo", config.evaluation.test_trials, TEST_SEED, filmed=True)
+    console.rule("5  measurement after, on the same trials")
+    measure("after", run.path / "ppo", after="ppo")
 
     if not run.ranks.leads:
         return
     before = EvaluationResult.from_json(run.path / "evaluation_before.json")
     after = EvaluationResult.from_json(run.path / "evaluation_after.json")
     comparison = compare(before, after, names=("imitation", "PPO"))
-    report_results(run, comparison, tasks, console)
+    report_results(run, comparison, console)
     console.print(f"{(time.monotonic() - started) / 60:.1f} minutes for this start", highlight=False)
 
 
-def report_results(run: SharedRun, comparison: Comparison, tasks: list[str], console: Console) -> None:
+def report_results(run: SharedRun, comparison: Comparison, console: Console) -> None:
     """Tables, figures, and where everything lies."""
-    practised = comparison.restricted_to(tasks)
     comparison.to_json(run.path / "comparison.json")
     comparison.to_markdown(run.path / "comparison.md")
-    practised.to_json(run.path / "comparison_practised.json")
-    practised.to_markdown(run.path / "comparison_practised.md")
     rows = [row for row in run.metrics() if row.get("stage") == "ppo"]
     learning_curve(rows, run.path / "learning_curve.png", title="PPO while practising")
     before_after_bars(comparison, run.path / "before_after.png")
     comparison.print_table(console)
-    gain = practised.mean_over_tasks()
-    console.rule("practised tasks")
-    practised.print_table(console)
+    gain = comparison.mean_over_tasks()
     console.print(
-        f"practised tasks, same trials, paired: {100 * gain.difference.value:+.1f} points, "
+        f"mean over tasks, same trials, paired: {100 * gain.difference.value:+.1f} points, "
         f"95 % interval {100 * gain.difference.low:+.1f} to {100 * gain.difference.high:+.1f}",
         highlight=False,
     )
