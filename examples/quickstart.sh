@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Collect demonstrations, imitate, improve by PPO, evaluate: sets up on the first call, goes on after an interrupt.
 #
-#   bash examples/quickstart.sh             MT10, about 17 minutes on two cores
-#   bash examples/quickstart.sh --full      MT50, not measured yet
+#   bash examples/quickstart.sh             MT10, about 20 minutes on two cores
+#   bash examples/quickstart.sh --full      MT50, about two hours
 #   bash examples/quickstart.sh --help      settings
 set -euo pipefail
 
