@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sb3_vla.grpo import GRPO
-    from sb3_vla.holding import HoldAtEnd
-    from sb3_vla.policies import VLAPolicy
-    from sb3_vla.ppo import PPO
-    from sb3_vla.vec_env import SharedMemoryVecEnv
+    from sb3_vla.grpo.grpo import GRPO
+    from sb3_vla.envs.hold_at_end import HoldAtEnd
+    from sb3_vla.policies.vla_policy import VLAPolicy
+    from sb3_vla.ppo.ppo import PPO
+    from sb3_vla.envs.shared_memory import SharedMemoryVecEnv
 
     __version__: str
 
@@ -27,11 +27,11 @@ os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 __all__ = ["GRPO", "PPO", "HoldAtEnd", "SharedMemoryVecEnv", "VLAPolicy", "__version__"]
 _MODULES = {
-    "GRPO": "grpo",
-    "PPO": "ppo",
-    "HoldAtEnd": "holding",
-    "SharedMemoryVecEnv": "vec_env",
-    "VLAPolicy": "policies",
+    "GRPO": "grpo.grpo",
+    "PPO": "ppo.ppo",
+    "HoldAtEnd": "envs.hold_at_end",
+    "SharedMemoryVecEnv": "envs.shared_memory",
+    "VLAPolicy": "policies.vla_policy",
 }
 
 
@@ -55,7 +55,7 @@ def _register() -> None:
     import stable_baselines3
 
     import mw_envs  # noqa: F401 (registers its environments)
-    from sb3_vla.policies import NoVLAPolicy, VLAPolicy
+    from sb3_vla.policies.vla_policy import NoVLAPolicy, VLAPolicy
 
     for module in (stable_baselines3, sb3_contrib):
         for name in module.__all__:

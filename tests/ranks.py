@@ -11,7 +11,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
-from sb3_vla.distributed import torchrun
+from sb3_vla.distributed.ranks import torchrun
 
 
 def run_ranks(

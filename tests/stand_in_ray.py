@@ -1,4 +1,4 @@
-"""The part of Ray that sb3_vla.cluster calls, on processes of this machine.
+"""The part of Ray that sb3_vla.ray calls, on processes of this machine.
 
 With it what is ours can be tested where Ray, an optional extra, is not installed: real processes, real kills, requests
 in order, results pickled. The same tests run on Ray's own simulated cluster where it is installed.

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sb3_vla.buffers import ChunkRolloutBuffer
+from sb3_vla.rollouts.buffers import ChunkRolloutBuffer
 
 CPU = torch.device("cpu")
 

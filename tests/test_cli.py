@@ -16,17 +16,17 @@ import torch
 from safetensors.torch import load_file
 from toy import tiny_model, toy_demonstrations
 
-import sb3_vla.demonstrations
-import sb3_vla.evaluation
-import sb3_vla.run
-import sb3_vla.sft
-import sb3_vla.training
+import sb3_vla.data.demonstrations
+import sb3_vla.evaluation.evaluation
+import sb3_vla.runs.directory
+import sb3_vla.sft.imitation
+import sb3_vla.runs.training
 from sb3_vla import VLAPolicy
 from sb3_vla.checkpoints import load_checkpoint, save_checkpoint
-from sb3_vla.cli import COMMANDS, main
-from sb3_vla.evaluation import check_fit
-from sb3_vla.run import RunDirectory, RunError
-from sb3_vla.stopping import stop_request
+from sb3_vla.cli.main import COMMANDS, main
+from sb3_vla.evaluation.evaluation import check_fit
+from sb3_vla.runs.directory import RunDirectory, RunError
+from sb3_vla.common.signals import stop_request
 
 SFT = [
     "sft.steps=24",
@@ -96,8 +96,8 @@ def test_what_a_checkpoint_is_shown(
         shown.update(makers[0].keywords)
         raise Captured
 
-    monkeypatch.setattr(sb3_vla.evaluation, "evaluate", evaluate)
-    monkeypatch.setattr(sb3_vla.training, "SharedMemoryVecEnv", environments)
+    monkeypatch.setattr(sb3_vla.evaluation.evaluation, "evaluate", evaluate)
+    monkeypatch.setattr(sb3_vla.runs.training, "SharedMemoryVecEnv", environments)
     monkeypatch.chdir(tmp_path)
     view = {"camera": "corner2", "crop": "workspace"}
     save_checkpoint("said", tiny_model(action_horizon=5), notes={"view": view})
@@ -120,7 +120,7 @@ def test_imitation_notes_the_view_of_the_data(
 ) -> None:
     data = toy_demonstrations()
     data.camera = dict(known)
-    monkeypatch.setattr(sb3_vla.demonstrations.Demonstrations, "load", lambda *_, **__: data)
+    monkeypatch.setattr(sb3_vla.data.demonstrations.Demonstrations, "load", lambda *_, **__: data)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data" / "meta").mkdir(parents=True)
     imitate = ["sft", "data=data", *SFT, "sft.steps=1"]
@@ -189,7 +189,7 @@ def test_a_gpu_that_is_not_there_is_no_processor(
 def test_imitation_refuses_a_folder_of_other_files_before_the_work(
     demonstrations: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sb3_vla.sft, "sft", lambda *_, **__: pytest.fail("it began"))
+    monkeypatch.setattr(sb3_vla.sft.imitation, "sft", lambda *_, **__: pytest.fail("it began"))
     (tmp_path / "thesis.txt").write_text("mine")
     assert main(["sft", f"data={demonstrations}", f"output={tmp_path}", *SFT]) == 2
     assert "holds files that are no checkpoint" in " ".join(capsys.readouterr().err.split())
@@ -204,7 +204,7 @@ def test_an_interrupted_imitation_goes_on_to_the_same_weights(
 
     assert main(command("whole")) == 0
     steps: list[int] = []
-    imitate = sb3_vla.sft.sft
+    imitate = sb3_vla.sft.imitation.sft
 
     def in_small_stretches(*arguments: Any, interrupt: bool, **options: Any) -> Any:
         def on_step(row: dict[str, float]) -> None:
@@ -215,7 +215,7 @@ def test_an_interrupted_imitation_goes_on_to_the_same_weights(
         return imitate(*arguments, on_step=on_step, **options)
 
     for interrupt, status in ((True, 130), (False, 0)):
-        monkeypatch.setattr(sb3_vla.sft, "sft", lambda *a, i=interrupt, **o: in_small_stretches(*a, interrupt=i, **o))
+        monkeypatch.setattr(sb3_vla.sft.imitation, "sft", lambda *a, i=interrupt, **o: in_small_stretches(*a, interrupt=i, **o))
         assert main(command("broken")) == status
     assert steps == [*range(1, 21), *range(17, 25)]
     whole, broken = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "broken"))
@@ -228,7 +228,7 @@ def test_a_signal_ends_imitation_after_the_step_with_a_checkpoint(
     number: signal.Signals, status: int, demonstrations: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     steps: list[int] = []
-    imitate = sb3_vla.sft.sft
+    imitate = sb3_vla.sft.imitation.sft
 
     def watched(*arguments: Any, **options: Any) -> Any:
         def on_step(row: dict[str, float]) -> None:
@@ -240,7 +240,7 @@ def test_a_signal_ends_imitation_after_the_step_with_a_checkpoint(
 
     command = ["sft", f"data={demonstrations}", *SFT]
     assert main([*command, f"output={tmp_path / 'whole'}"]) == 0
-    monkeypatch.setattr(sb3_vla.sft, "sft", watched)
+    monkeypatch.setattr(sb3_vla.sft.imitation, "sft", watched)
     assert main([*command, f"output={tmp_path / 'broken'}"]) == status
     assert main([*command, f"output={tmp_path / 'broken'}"]) == 0
     assert steps == [*range(1, 25)]
@@ -279,7 +279,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, bool]]:
         (output / "result").write_text(f"{len(calls)}")
         calls.append((name, resume))
 
-    monkeypatch.setattr(sb3_vla.training, "train", train)
+    monkeypatch.setattr(sb3_vla.runs.training, "train", train)
     return calls
 
 
@@ -363,7 +363,7 @@ def test_imitation_is_neither_repeated_nor_overwritten(
     assert main(command) == 0
     first = weights.read_bytes()
     with monkeypatch.context() as patch:
-        patch.setattr(sb3_vla.sft, "sft", lambda *_, **__: pytest.fail("it began"))
+        patch.setattr(sb3_vla.sft.imitation, "sft", lambda *_, **__: pytest.fail("it began"))
         for setting in ("sft.device=cpu", "sft.checkpoint_interval=7", "sft.validation_interval=7"):
             assert main([*command, "output=big disk", setting]) == 0
             assert "big disk is complete" in " ".join(capsys.readouterr().out.split())
@@ -381,19 +381,19 @@ def test_imitations_into_one_folder_wait_for_each_other(
     """A second one begins when the first has ended, or ends without touching what the first has under way."""
     monkeypatch.chdir(tmp_path)
     command = ["sft", f"data={demonstrations}", "output=s", *SFT, "sft.steps=2"]
-    hold, status = sb3_vla.run._hold, []
+    hold, status = sb3_vla.runs.directory._hold, []
 
     def holding(folder: Path) -> Any:
-        monkeypatch.setattr(sb3_vla.run, "_hold", hold)
+        monkeypatch.setattr(sb3_vla.runs.directory, "_hold", hold)
         status.append(main([*command, "sft.seed=1"]))  # another process, which has the folder until it has ended
         return hold(folder)
 
-    monkeypatch.setattr(sb3_vla.run, "_hold", holding)
+    monkeypatch.setattr(sb3_vla.runs.directory, "_hold", holding)
     assert main(command) == 2 and status == [0]
     assert "made with other settings" in " ".join(capsys.readouterr().err.split())
     assert main([*command, "sft.seed=1"]) == 0  # which is complete
     with RunDirectory(".s.unfinished", {}) as other:  # as of another process
-        monkeypatch.setattr(sb3_vla.run, "_PATIENCE_SECONDS", 0.0)
+        monkeypatch.setattr(sb3_vla.runs.directory, "_PATIENCE_SECONDS", 0.0)
         other.write_json("state.json", {})
         main([*command, "sft.seed=1"])
         assert (other.path / "state.json").exists()
@@ -404,7 +404,7 @@ def test_imitation_into_the_working_directory_goes_on_too(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     command = ["sft", f"data={demonstrations}", "output=.", *SFT, "sft.steps=4"]
-    imitate, steps = sb3_vla.sft.sft, []
+    imitate, steps = sb3_vla.sft.imitation.sft, []
 
     def stopping(*arguments: Any, **options: Any) -> Any:
         def on_step(row: dict[str, float]) -> None:
@@ -414,7 +414,7 @@ def test_imitation_into_the_working_directory_goes_on_too(
 
         return imitate(*arguments, on_step=on_step, **options)
 
-    monkeypatch.setattr(sb3_vla.sft, "sft", stopping)
+    monkeypatch.setattr(sb3_vla.sft.imitation, "sft", stopping)
     assert main(command) == 143
     assert main(command) == 0
     assert steps == [1, 2, 3, 4] and sorted(os.listdir(tmp_path)) == ["config.json", "model.safetensors"]
@@ -460,7 +460,7 @@ def test_a_fault_of_ours_keeps_its_traceback(
     def mistaken(*_: Any, **__: Any) -> None:
         raise error("a [mistake]")
 
-    monkeypatch.setattr(sb3_vla.training, "train", mistaken)
+    monkeypatch.setattr(sb3_vla.runs.training, "train", mistaken)
     command = ["train", f"checkpoint={checkpoint}", f"run={tmp_path / 'run'}"]
     assert main(command) == 2
     told = capsys.readouterr().err
@@ -497,7 +497,7 @@ def test_what_follows_a_signal_is_told(
             os.kill(os.getpid(), signal.SIGTERM)
             raise next(faults)
 
-    monkeypatch.setattr(sb3_vla.training, "train", train)
+    monkeypatch.setattr(sb3_vla.runs.training, "train", train)
     command = ["train", f"checkpoint={checkpoint}", f"run={tmp_path / 'run'}"]
     assert main(command) == 143
     told = capsys.readouterr().out.strip()

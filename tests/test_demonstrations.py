@@ -25,10 +25,13 @@ from toy import TINY
 from mw_envs import TASKS, Trial, decode_instruction
 from mw_envs.hand_view import HandView
 from mw_envs.rendering import RendererUnavailableError
-from sb3_vla import collecting, demonstrations, lerobot_reader, lerobot_writer
-from sb3_vla.demonstrations import Demonstrations, DemonstrationWriter, Episode, collect
-from sb3_vla.lerobot_writer import encode_png
-from sb3_vla.sft import DemonstrationBatches, SFTConfig, sft
+from sb3_vla.data import collecting
+from sb3_vla.data import demonstrations
+from sb3_vla.data import lerobot_reader
+from sb3_vla.data import lerobot_writer
+from sb3_vla.data.demonstrations import Demonstrations, DemonstrationWriter, Episode, collect
+from sb3_vla.data.lerobot_writer import encode_png
+from sb3_vla.sft.imitation import DemonstrationBatches, SFTConfig, sft
 
 SIZE = 32
 # The published lerobot/metaworld_mt50, and next.done; dtype and shape as its info.json has them.
@@ -885,7 +888,7 @@ def test_ranks_of_a_machine_hold_pictures_once(two_tasks: Path, monkeypatch: pyt
         alike = np.array_equal(other.images[: len(few)], few.images) and len(other) == (24 if rank == 2 else 48)
         with pytest.MonkeyPatch.context() as patch:
             if rank == 1:  # of other processes
-                patch.setattr("sb3_vla.demonstrations.socket.gethostname", lambda: "elsewhere")
+                patch.setattr("sb3_vla.data.demonstrations.socket.gethostname", lambda: "elsewhere")
             found = Demonstrations.load(two_tasks, hand_view=hand)
         assert found.hand_images is not None
         alike &= np.array_equal(found.images, cut.images) and np.array_equal(found.hand_images, cut.hand_images)

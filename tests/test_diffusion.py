@@ -19,7 +19,7 @@ from sb3_vla.distributions import DDIM, DDPM, make_distribution
 from sb3_vla.distributions.diffusion import clean_and_noise
 from sb3_vla.models import Context
 from sb3_vla.models.base import PERCEPTION
-from sb3_vla.policies import VLAPolicy
+from sb3_vla.policies.vla_policy import VLAPolicy
 
 REFERENCE = load_file(Path(__file__).parent / "data" / "diffusion.safetensors")
 ALPHAS = REFERENCE["alphas_cumprod"]

@@ -30,8 +30,8 @@ from sb3_vla.checkpoints import load_checkpoint, save_checkpoint, save_diffusion
 from sb3_vla.distributions import make_distribution
 from sb3_vla.models import Context, DiffusionPolicy, make_model
 from sb3_vla.models.diffusion import noise_schedule, shrink
-from sb3_vla.policies import load_policy
-from sb3_vla.sft import SFTConfig, sft
+from sb3_vla.policies.vla_policy import load_policy
+from sb3_vla.sft.imitation import SFTConfig, sft
 
 DATA = Path(__file__).parent / "data" / "diffusion_policy"
 TINY: dict[str, Any] = {

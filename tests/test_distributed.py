@@ -21,15 +21,16 @@ from test_evaluation import EASY, EXPERT_PROTOCOL, ExpertPolicy, expert_env
 from test_grpo import toy_grpo
 from toy import TINY, ToyEnv, tiny_model, toy_demonstrations, toy_ppo, toy_vec
 
-from sb3_vla import PPO, HoldAtEnd, distributed
-from sb3_vla.distributed import RankLostError, Ranks, current_ranks, ranks_on_this_machine, torchrun
-from sb3_vla.evaluation import evaluate
-from sb3_vla.memory import MemoryPlan, plan_memory
-from sb3_vla.resume import load_algorithm, save_algorithm
-from sb3_vla.run import RunDirectory
-from sb3_vla.sft import DemonstrationBatches, SFTConfig, sft
-from sb3_vla.sharding import whole_optimizer_state
-from sb3_vla.training import PPOConfig, train
+from sb3_vla import PPO, HoldAtEnd
+from sb3_vla.distributed import ranks as distributed
+from sb3_vla.distributed.ranks import RankLostError, Ranks, current_ranks, ranks_on_this_machine, torchrun
+from sb3_vla.evaluation.evaluation import evaluate
+from sb3_vla.runs.memory_plan import MemoryPlan, plan_memory
+from sb3_vla.runs.resume import load_algorithm, save_algorithm
+from sb3_vla.runs.directory import RunDirectory
+from sb3_vla.sft.imitation import DemonstrationBatches, SFTConfig, sft
+from sb3_vla.distributed.fsdp import whole_optimizer_state
+from sb3_vla.runs.training import PPOConfig, train
 
 #: gradients summed in another order differ by a few units in the last place, and so do weights after steps of SGD
 ROUNDING = 2e-6
@@ -400,7 +401,7 @@ def test_ranks_are_counted_before_they_join(tmp_path: Path, monkeypatch: pytest.
 
 def test_several_ranks_do_not_write_one_run_side_by_side(tmp_path: Path) -> None:
     def work(rank: int) -> None:
-        with pytest.raises(ValueError, match=r"run is written by 2 ranks; give them a sb3_vla.shared_run.SharedRun"):
+        with pytest.raises(ValueError, match=r"run is written by 2 ranks; give them a sb3_vla.runs.shared.SharedRun"):
             train(
                 RunDirectory(tmp_path / f"{rank}" / "run", {}),
                 "rl",

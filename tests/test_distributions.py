@@ -26,7 +26,7 @@ from toy import (
 from sb3_vla.distributions import DISTRIBUTIONS as DISTRIBUTION_NAMES
 from sb3_vla.distributions import FlowSDE, GaussianChunk, Trace, integrate, make_distribution
 from sb3_vla.models import Context, VLAModel
-from sb3_vla.policies import VLAPolicy
+from sb3_vla.policies.vla_policy import VLAPolicy
 
 REFERENCE = load_file(Path(__file__).parent / "data" / "flow_sde.safetensors")
 STEPS = 5

@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 
-from sb3_vla import doctor, machine
-from sb3_vla.cli import main
-from sb3_vla.doctor import GIB, Finding, examine
+from sb3_vla.cli import doctor
+from sb3_vla.common import machine
+from sb3_vla.cli.main import main
+from sb3_vla.cli.doctor import GIB, Finding, examine
 
 ANSWERS: dict[str, dict[str, Any]] = {
     "package": {

@@ -32,7 +32,7 @@ import sb3_vla
 from mw_envs import TASKS, Trial, decode_instruction, suite_tasks
 from mw_envs.experts import ScriptedExpert
 from sb3_vla.checkpoints import save_checkpoint
-from sb3_vla.evaluation import (
+from sb3_vla.evaluation.evaluation import (
     PROTOCOLS,
     TRIAL_SEED,
     EvaluationResult,
@@ -48,10 +48,10 @@ from sb3_vla.evaluation import (
     make_trial_vec_env,
     trials_for,
 )
-from sb3_vla.figures import before_after_bars, learning_curve
-from sb3_vla.filming import captions
-from sb3_vla.policies import VLAPolicy, load_policy
-from sb3_vla.videos import annotate
+from sb3_vla.runs.report.figures import before_after_bars, learning_curve
+from sb3_vla.recording.episodes import captions
+from sb3_vla.policies.vla_policy import VLAPolicy, load_policy
+from sb3_vla.recording.videos import annotate
 
 EASY = ["coffee-button-v3", "door-unlock-v3"]
 SMALL = {"image_size": 16}
@@ -204,8 +204,8 @@ def test_by_default_a_worker_has_eight_environments(monkeypatch: pytest.MonkeyPa
         asked.append((len(env_fns), num_workers))
         raise Asked
 
-    monkeypatch.setattr("sb3_vla.trial_envs.SharedMemoryVecEnv", ask)
-    monkeypatch.setattr("sb3_vla.trial_envs.available_cores", lambda: 3)
+    monkeypatch.setattr("sb3_vla.evaluation.trial_envs.SharedMemoryVecEnv", ask)
+    monkeypatch.setattr("sb3_vla.evaluation.trial_envs.available_cores", lambda: 3)
     for options in choices:
         with pytest.raises(Asked):
             evaluate(RandomPolicy(), tasks=EASY, **options)
@@ -291,7 +291,7 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     def make(protocol: Protocol, env_kwargs: dict[str, Any], **_: Any) -> DummyVecEnv:
         return DummyVecEnv([functools.partial(make_trial_env, protocol, env_kwargs)])
 
-    monkeypatch.setattr(sb3_vla.evaluation, "make_trial_vec_env", make)
+    monkeypatch.setattr(sb3_vla.evaluation.evaluation, "make_trial_vec_env", make)
 
 
 def workspace_policy(folder: Path, **view: Any) -> VLAPolicy:

@@ -13,8 +13,8 @@ import pytest
 
 from mw_envs import Trial
 from sb3_vla import HoldAtEnd
-from sb3_vla.filming import Filmed, FilmEpisodes, FilmOptions, TrainingFilms, captions
-from sb3_vla.run import RunError
+from sb3_vla.recording.episodes import Filmed, FilmEpisodes, FilmOptions, TrainingFilms, captions
+from sb3_vla.runs.directory import RunError
 
 CHUNK, HORIZON = 5, 12
 
@@ -85,7 +85,7 @@ def test_the_text_says_what_happened(monkeypatch: pytest.MonkeyPatch, tmp_path: 
         said.append(captions(*arguments))
         return said[-1]
 
-    monkeypatch.setattr("sb3_vla.filming.captions", note)
+    monkeypatch.setattr("sb3_vla.recording.episodes.captions", note)
     play(Filmed(make(), FilmOptions(tmp_path / "with")), ["x_"])
     assert len(said) == 1 + HORIZON
     single = make(action_chunk=1)

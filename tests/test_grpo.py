@@ -20,11 +20,11 @@ from torch import Tensor
 from toy import EVERY_DISTRIBUTION, TINY, ToyEnv, mean_reward, stir, toy_demonstrations, toy_model_kwargs, toy_vec
 
 from sb3_vla import GRPO, HoldAtEnd, SharedMemoryVecEnv
-from sb3_vla.buffers import DecisionBatch
-from sb3_vla.groups import GroupBuffer, group_advantages
-from sb3_vla.policies import Evaluation
-from sb3_vla.ppo import _OldPolicy
-from sb3_vla.sft import DemonstrationBatches
+from sb3_vla.rollouts.buffers import DecisionBatch
+from sb3_vla.grpo.groups import GroupBuffer, group_advantages
+from sb3_vla.policies.vla_policy import Evaluation
+from sb3_vla.ppo.ppo import _OldPolicy
+from sb3_vla.sft.imitation import DemonstrationBatches
 
 
 def toy_grpo(
@@ -647,7 +647,7 @@ def test_a_reward_that_is_not_finite() -> None:
 
 
 def test_episodes_that_do_not_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sb3_vla.grpo._MOST_DECISIONS", 5)
+    monkeypatch.setattr("sb3_vla.grpo.grpo._MOST_DECISIONS", 5)
     toy_grpo(toy_vec(4, horizon=5)).learn(1)
     with pytest.raises(RuntimeError, match="4 of 4 episodes have not ended after 5 decisions"):
         toy_grpo(toy_vec(4, horizon=6)).learn(1)

@@ -21,16 +21,17 @@ from mw_envs.hand_view import CARRIED, STANDING, HandView
 from mw_envs.rendering import View, get_renderer, renderer_available, resolve_crop
 from mw_envs.scene import acquire_simulator, release_simulator
 from mw_envs.tasks import Trial
-from sb3_vla import GRPO, PPO, lerobot_reader
+from sb3_vla import GRPO, PPO
+from sb3_vla.data import lerobot_reader
 from sb3_vla.checkpoints import save_checkpoint
-from sb3_vla.cli import main
-from sb3_vla.demonstrations import Demonstrations, DemonstrationWriter, Episode
-from sb3_vla.evaluation import Protocol, evaluate, seen_by
-from sb3_vla.lerobot_writer import ImageStorage
+from sb3_vla.cli.main import main
+from sb3_vla.data.demonstrations import Demonstrations, DemonstrationWriter, Episode
+from sb3_vla.evaluation.evaluation import Protocol, evaluate, seen_by
+from sb3_vla.data.lerobot_writer import ImageStorage
 from sb3_vla.models import CompactVLA, make_model
-from sb3_vla.policies import load_policy
-from sb3_vla.sft import DemonstrationBatches, SFTConfig, sft
-from sb3_vla.views import cut_window
+from sb3_vla.policies.vla_policy import load_policy
+from sb3_vla.sft.imitation import DemonstrationBatches, SFTConfig, sft
+from sb3_vla.policies.views import cut_window
 
 
 def played(seed: int = 0, steps: int = 6, **options: Any) -> list[dict[str, Any]]:
@@ -313,7 +314,7 @@ def test_train_cuts_it_from_full_views(tmp_path: Path, monkeypatch: pytest.Monke
     full = write(tmp_path / "full", episode(48, hand=False), camera="corner2", crop=None)
     save_checkpoint(tmp_path / "start", make_model("compact", {**TINY, "image_size": 32, "hand_view": asdict(SMALL)}))
     given: dict[str, Any] = {}
-    monkeypatch.setattr("sb3_vla.training.train", lambda *_, **options: given.update(options))
+    monkeypatch.setattr("sb3_vla.runs.training.train", lambda *_, **options: given.update(options))
     options = [f"checkpoint={tmp_path / 'start'}", f"data={full}", f"run={tmp_path / 'run'}", "ppo.rehearsal_coef=1"]
     main(["train", *options])
     assert given["demonstrations"].camera["hand_view"] == asdict(SMALL)

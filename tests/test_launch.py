@@ -24,15 +24,17 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from toy import tiny_model, toy_ppo
 from toy_pi0 import HEADS, write_layout
 
-from sb3_vla import PPO, identity, launch
+from sb3_vla import PPO
+from sb3_vla.checkpoints import identity
+from sb3_vla.runs import launch
 from sb3_vla.checkpoints import LoadedCheckpoint, load_checkpoint, native, save_checkpoint
-from sb3_vla.cli import main
-from sb3_vla.evaluation import EvaluationResult
-from sb3_vla.plan import make_plan
-from sb3_vla.policies import VLAPolicy, load_policy
-from sb3_vla.recipes import load_recipe
-from sb3_vla.run import RunDirectory
-from sb3_vla.shared_run import SharedRun
+from sb3_vla.cli.main import main
+from sb3_vla.evaluation.evaluation import EvaluationResult
+from sb3_vla.recipes.resolve import make_plan
+from sb3_vla.policies.vla_policy import VLAPolicy, load_policy
+from sb3_vla.recipes.schema import load_recipe
+from sb3_vla.runs.directory import RunDirectory
+from sb3_vla.runs.shared import SharedRun
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "examples" / "embodiment" / "run_embodiment.sh"
@@ -128,11 +130,11 @@ def test_an_evaluation_acts_in_the_precision_of_the_recipe(
         return SimpleNamespace(to_json=lambda path: path.write_text("{}"))
 
     loaded = SimpleNamespace(model=SimpleNamespace(image_size=(32, 32)), notes={})
-    monkeypatch.setattr("sb3_vla.launch.load_checkpoint", lambda *_, **__: loaded)
+    monkeypatch.setattr("sb3_vla.runs.launch.load_checkpoint", lambda *_, **__: loaded)
     monkeypatch.setattr(
-        "sb3_vla.launch.load_policy", lambda *how, **named: asked.append((*how[2:], named["frozen_bf16"]))
+        "sb3_vla.runs.launch.load_policy", lambda *how, **named: asked.append((*how[2:], named["frozen_bf16"]))
     )
-    monkeypatch.setattr("sb3_vla.launch.evaluate", evaluate)
+    monkeypatch.setattr("sb3_vla.runs.launch.evaluate", evaluate)
     monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
     monkeypatch.setattr("torch.autocast", autocast)
     launch._measure(
@@ -413,7 +415,7 @@ def test_a_disk_that_fills_while_weights_are_written_is_told_in_one_message(
     def full(*_: Any, **__: Any) -> None:
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr("sb3_vla.launch.collect", full)
+    monkeypatch.setattr("sb3_vla.runs.launch.collect", full)
     assert main(["train", "metaworld_50_ppo_compact", f"runner.logger.log_path={tmp_path}"]) == 2
     told = capsys.readouterr().err
     assert told.startswith("error:") and "No space left" in told and "Traceback" not in told

@@ -30,8 +30,8 @@ from toy_pi0 import NAMES, reference_model, tiny_tokenizer
 
 from mw_envs import encode_instruction
 from sb3_vla.checkpoints import save_diffusion_policy
-from sb3_vla.checkpoints.pi0 import save_lerobot
-from sb3_vla.checkpoints.smolvla import load_smolvla, save_smolvla
+from sb3_vla.checkpoints.formats.pi0 import save_lerobot
+from sb3_vla.checkpoints.formats.smolvla import load_smolvla, save_smolvla
 from sb3_vla.distributions import make_distribution
 from sb3_vla.distributions.base import integrate
 from sb3_vla.models import DiffusionPolicy, SmolVLA, VLAModel

@@ -13,9 +13,9 @@ from types import ModuleType
 
 import pytest
 
-from sb3_vla import local_ranks
-from sb3_vla.plan import make_plan
-from sb3_vla.recipes import load_recipe
+from sb3_vla.distributed import local_ranks
+from sb3_vla.recipes.resolve import make_plan
+from sb3_vla.recipes.schema import load_recipe
 
 SCRIPT = Path(__file__).with_name("toy_ranks.py")
 # Of recipes on four cores. GRPO's 16 environments play two groups of eight at a time, each on one rank; pi0 fits once.

@@ -13,7 +13,7 @@ from toy_pi0 import HEADS, TINY_PI0, P, X, reference_model, tiny_tokenizer, writ
 
 from sb3_vla import PPO
 from sb3_vla.checkpoints import load_checkpoint, save_checkpoint
-from sb3_vla.checkpoints.pi0 import save_lerobot
+from sb3_vla.checkpoints.formats.pi0 import save_lerobot
 from sb3_vla.distributions.base import integrate
 from sb3_vla.models import CompactVLA, VLAModel
 from sb3_vla.models.lora import LoRA, adapted_layers, add_lora, make_lora, merged_state, prepare_training

@@ -20,19 +20,20 @@ from torch.profiler import ProfilerActivity, profile
 from toy import TINY, ToyEnv, toy_observation, toy_vec
 from toy_pi0 import TINY_PI0, tiny_tokenizer
 
-from sb3_vla import GRPO, PPO, HoldAtEnd, training
+from sb3_vla import GRPO, PPO, HoldAtEnd
+from sb3_vla.runs import training
 from sb3_vla.checkpoints import load_checkpoint, save_checkpoint
-from sb3_vla.cli import main
+from sb3_vla.cli.main import main
 from sb3_vla.distributions import make_distribution
 from sb3_vla.distributions.flow_sde import FlowSDE
-from sb3_vla.footprint import footprint
-from sb3_vla.memory import _SENTENCE, GIB, HEADROOM, MemoryPlan, plan_memory
+from sb3_vla.runs.recipe_memory import footprint
+from sb3_vla.runs.memory_plan import _SENTENCE, GIB, HEADROOM, MemoryPlan, plan_memory
 from sb3_vla.models import VLAModel, make_model
 from sb3_vla.models.recomputing import Recomputing
-from sb3_vla.plan import make_plan
-from sb3_vla.recipes import load_recipe
-from sb3_vla.run import RunDirectory
-from sb3_vla.training import GRPOConfig, PPOConfig, plan_training, train
+from sb3_vla.recipes.resolve import make_plan
+from sb3_vla.recipes.schema import load_recipe
+from sb3_vla.runs.directory import RunDirectory
+from sb3_vla.runs.training import GRPOConfig, PPOConfig, plan_training, train
 
 #: large enough that activations are far more than what is allocated beside them
 SMALL: dict[str, Any] = {
@@ -210,9 +211,9 @@ def test_one_of_the_frozen_layers_stands_for_all(
         monkeypatch.setattr(kind, "forward", counted(kind.forward, ran))
     for stand_in in (None, lambda *_: nullcontext()):
         ran.clear()
-        monkeypatch.setattr("sb3_vla.memory._PLAYED", {})
+        monkeypatch.setattr("sb3_vla.runs.memory_plan._PLAYED", {})
         if stand_in is not None:
-            monkeypatch.setattr("sb3_vla.memory._one_of_alike", stand_in)
+            monkeypatch.setattr("sb3_vla.runs.memory_plan._one_of_alike", stand_in)
         plans.append(plan_memory(model, **planned))
         passes.append(len(ran))
     assert plans[0] == plans[1]
@@ -235,7 +236,7 @@ def test_a_recipe_at_full_size_is_planned_in_seconds_without_its_weights(
 ) -> None:
     """Three to four seconds of a slow core; what takes longer is importing torch and transformers, done before."""
     make_model("pi0", TINY_PI0)
-    monkeypatch.setattr("sb3_vla.memory._PLAYED", {})
+    monkeypatch.setattr("sb3_vla.runs.memory_plan._PLAYED", {})
     Path("/proc/self/clear_refs").write_text("5")  # the largest memory is looked for anew
     before, started = resident("VmRSS"), time.process_time()
     assert main(["train", recipe, "--dry-run"]) == 0
@@ -302,7 +303,7 @@ def test_a_training_that_does_not_fit_is_refused_before_it_starts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save_checkpoint(tmp_path / "model", make_model("pi0", {**TINY_PI0, "tokenizer": str(tiny_tokenizer(tmp_path))}))
-    monkeypatch.setattr("sb3_vla.training.get_device", lambda _: torch.device("cuda"))
+    monkeypatch.setattr("sb3_vla.runs.training.get_device", lambda _: torch.device("cuda"))
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda _: (2**20, 2**20))
     config = PPOConfig(iterations=1, decisions=2, num_envs=2, horizon=10, batch_size=4)
     run = RunDirectory(tmp_path / "run", config)
@@ -317,10 +318,10 @@ def test_ranks_of_a_machine_have_its_memory_together(tmp_path: Path, monkeypatch
     save_checkpoint(tmp_path / "model", make_model("compact", {"action_horizon": 5, **TINY}))
     config = PPOConfig(iterations=1, decisions=2, num_envs=2, horizon=10, batch_size=4)
     planned = plan_training(load_checkpoint(tmp_path / "model", weights=False).model, config)
-    monkeypatch.setattr("sb3_vla.training.get_device", lambda _: torch.device("cuda"))
+    monkeypatch.setattr("sb3_vla.runs.training.get_device", lambda _: torch.device("cuda"))
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda _: (2**40, 2**40))
-    monkeypatch.setattr("sb3_vla.training.available_memory", lambda: 2 * (planned.buffer + planned.compared))
-    monkeypatch.setattr("sb3_vla.training.ranks_on_this_machine", lambda: 4)
+    monkeypatch.setattr("sb3_vla.runs.training.available_memory", lambda: 2 * (planned.buffer + planned.compared))
+    monkeypatch.setattr("sb3_vla.runs.training.ranks_on_this_machine", lambda: 4)
     run = RunDirectory(tmp_path / "run", config)
     with pytest.raises(ValueError, match="The rollout buffer needs"):
         train(run, "ppo", config, checkpoint=tmp_path / "model", output=tmp_path / "ppo", suite="MT10", progress=False)
@@ -338,7 +339,7 @@ def test_a_plan_for_a_gpu_does_not_depend_on_the_processor(stage: str, monkeypat
     name = f"metaworld_50_{stage}_compact"
 
     def planned(device: str, supported: bool) -> MemoryPlan:
-        monkeypatch.setattr("sb3_vla.precision.bf16_supported", lambda: supported)
+        monkeypatch.setattr("sb3_vla.common.precision.bf16_supported", lambda: supported)
         plan = make_plan(load_recipe(name, given))
         for config in (plan.sft, plan.config):
             if config is not None:

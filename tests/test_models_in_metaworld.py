@@ -20,15 +20,15 @@ from toy import TINY, changed_by_an_update
 from mw_envs.env import MetaWorldEnv
 from sb3_vla import GRPO, PPO, HoldAtEnd
 from sb3_vla.checkpoints import load_checkpoint, save_diffusion_policy, save_tinyvla
-from sb3_vla.checkpoints.openvla_oft import save_openvla_oft
-from sb3_vla.checkpoints.smolvla import save_smolvla
-from sb3_vla.collecting import collect
-from sb3_vla.demonstrations import Demonstrations
-from sb3_vla.evaluation import evaluate
-from sb3_vla.policies import load_policy
-from sb3_vla.results import Protocol
-from sb3_vla.sft import SFTConfig, sft
-from sb3_vla.training import view_of
+from sb3_vla.checkpoints.formats.openvla_oft import save_openvla_oft
+from sb3_vla.checkpoints.formats.smolvla import save_smolvla
+from sb3_vla.data.collecting import collect
+from sb3_vla.data.demonstrations import Demonstrations
+from sb3_vla.evaluation.evaluation import evaluate
+from sb3_vla.policies.vla_policy import load_policy
+from sb3_vla.evaluation.results import Protocol
+from sb3_vla.sft.imitation import SFTConfig, sft
+from sb3_vla.runs.training import view_of
 
 TASK, CHUNK, HORIZON = "drawer-close-v3", 4, 8
 VIEW: dict[str, Any] = {"image_size": 64, "crop": "workspace"}

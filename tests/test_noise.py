@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sb3_vla import noise
+from sb3_vla.common import batch_noise as noise
 
 Draw = Callable[[tuple[int, ...], torch.Generator], Tensor]
 DRAWS: dict[str, tuple[Draw, Draw]] = {

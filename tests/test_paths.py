@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from sb3_vla import paths
-from sb3_vla.errors import ExpectedError, InputError, InTheWayError, StorageError
-from sb3_vla.paths import finish_exchange, hidden_beside, local_path, whole_folder, writable_file
+from sb3_vla.common import paths
+from sb3_vla.common.errors import ExpectedError, InputError, InTheWayError, StorageError
+from sb3_vla.common.paths import finish_exchange, hidden_beside, local_path, whole_folder, writable_file
 
 
 @pytest.fixture

@@ -16,12 +16,13 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 from toy import tiny_model, toy_vec
 
 from mw_envs import Trial
-from sb3_vla import periodic, training
+from sb3_vla.evaluation import callback as periodic
+from sb3_vla.runs import training
 from sb3_vla.checkpoints import load_checkpoint, save_checkpoint
-from sb3_vla.periodic import PeriodicEvaluation
-from sb3_vla.results import TRIAL_SEED, EvaluationResult, TrialResult, find_protocol
-from sb3_vla.run import RunDirectory
-from sb3_vla.training import PPOConfig
+from sb3_vla.evaluation.callback import PeriodicEvaluation
+from sb3_vla.evaluation.results import TRIAL_SEED, EvaluationResult, TrialResult, find_protocol
+from sb3_vla.runs.directory import RunDirectory
+from sb3_vla.runs.training import PPOConfig
 
 TASKS = ("drawer-close-v3", "reach-v3")
 #: successes of eight trials, evaluation by evaluation: the third is the best, and the fourth as good

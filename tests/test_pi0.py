@@ -25,7 +25,7 @@ from sb3_vla.models import Context, Pi0, Pi05
 from sb3_vla.models.gemma import rotate, rotation_of
 from sb3_vla.models.pi0 import _Conditions, resize_with_pad
 from sb3_vla.models.resizing import resize_by_area, resize_by_integers
-from sb3_vla.policies import VLAPolicy
+from sb3_vla.policies.vla_policy import VLAPolicy
 
 TOLERANCE = 2e-5  # of float32, against the original implementation
 TIMES = (("t1", 1.0), ("t06", 0.6), ("t02", 0.2))

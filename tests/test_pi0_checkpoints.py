@@ -36,7 +36,7 @@ from toy_pi0 import (
 
 from sb3_vla import GRPO, PPO
 from sb3_vla.checkpoints import checkpoint_digest, load_checkpoint, save_checkpoint
-from sb3_vla.checkpoints.pi0 import (
+from sb3_vla.checkpoints.formats.pi0 import (
     TIED,
     canonical_name,
     load_pi0,
@@ -48,8 +48,8 @@ from sb3_vla.distributions.base import integrate
 from sb3_vla.distributions.flow_noise import FlowNoise
 from sb3_vla.models import Pi0, Pi05
 from sb3_vla.models.prompts import local_tokenizer_file
-from sb3_vla.policies import VLAPolicy, load_policy
-from sb3_vla.sft import SFTConfig, sft
+from sb3_vla.policies.vla_policy import VLAPolicy, load_policy
+from sb3_vla.sft.imitation import SFTConfig, sft
 
 both = pytest.mark.parametrize("name", ["pi0", "pi05"])
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from sb3_vla.cluster import ClusterOptions, PlacementError, place
-from sb3_vla.cluster.connection import import_ray
-from sb3_vla.cluster.placement import Node
-from sb3_vla.config import load_config
-from sb3_vla.recipes import ClusterSection, Recipe
+from sb3_vla.ray import ClusterOptions, PlacementError, place
+from sb3_vla.ray.connection import import_ray
+from sb3_vla.ray.placement import Node
+from sb3_vla.recipes.config import load_config
+from sb3_vla.recipes.schema import ClusterSection, Recipe
 
 EIGHT_GPUS = Node("a", 8, has_gpus=True)
 
@@ -98,7 +98,7 @@ def test_what_this_cluster_cannot_have() -> None:
 
 
 def test_ray_is_not_imported_and_its_lack_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    code = "import sys, sb3_vla, sb3_vla.cluster, sb3_vla.cluster.launch; sys.exit('ray' in sys.modules)"
+    code = "import sys, sb3_vla, sb3_vla.ray, sb3_vla.ray.launch; sys.exit('ray' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(PlacementError, match=r'needs Ray, which is not installed; .* `pip install "sb3-vla\[ray\]"`'):

@@ -28,8 +28,8 @@ from toy import TINY, ToyEnv, stir, tiny_model, toy_ppo, toy_vec
 from mw_envs import encode_instruction, fit_instruction
 from sb3_vla import PPO, VLAPolicy
 from sb3_vla.checkpoints import save_checkpoint
-from sb3_vla.lerobot_reader import decode_picture
-from sb3_vla.policies import load_policy
+from sb3_vla.data.lerobot_reader import decode_picture
+from sb3_vla.policies.vla_policy import load_policy
 
 
 def policy_for(env: gym.Env, **options: Any) -> VLAPolicy:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sb3_vla.evaluation import EvaluationResult
+from sb3_vla.evaluation.evaluation import EvaluationResult
 
 QUICKSTART = Path(__file__).parents[1] / "examples" / "quickstart.py"
 SMALL = [

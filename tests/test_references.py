@@ -29,7 +29,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from sb3_vla.checkpoints import load_checkpoint
-from sb3_vla.checkpoints.smolvla import load_smolvla
+from sb3_vla.checkpoints.formats.smolvla import load_smolvla
 from sb3_vla.distributions import ActionTokens, make_distribution
 from sb3_vla.models import Context, DiffusionPolicy, SmolVLA, TinyVLA
 from sb3_vla.models.base import PERCEPTION

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from mw_envs import suite_tasks
-from sb3_vla.evaluation import trials_for
-from sb3_vla.results import PROTOCOLS, EvaluationResult, TrialResult, compare
+from sb3_vla.evaluation.evaluation import trials_for
+from sb3_vla.evaluation.results import PROTOCOLS, EvaluationResult, TrialResult, compare
 
 
 @pytest.fixture

@@ -25,16 +25,17 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.summary.writer import event_file_writer
 from toy import TINY, ToyEnv, stir, tiny_model, toy_demonstrations, toy_ppo, toy_vec
 
-from sb3_vla import GRPO, HoldAtEnd, training
+from sb3_vla import GRPO, HoldAtEnd
+from sb3_vla.runs import training
 from sb3_vla.checkpoints import save_checkpoint, training_state
-from sb3_vla.cli import main
-from sb3_vla.policies import ValueHead
-from sb3_vla.ppo import PPO
-from sb3_vla.resume import load_algorithm, save_algorithm
-from sb3_vla.run import RunDirectory, RunError
-from sb3_vla.stopping import Stopped
-from sb3_vla.training import GRPOConfig, PPOConfig, TrainingConfig
-from sb3_vla.vec_env import SharedMemoryVecEnv
+from sb3_vla.cli.main import main
+from sb3_vla.policies.vla_policy import ValueHead
+from sb3_vla.ppo.ppo import PPO
+from sb3_vla.runs.resume import load_algorithm, save_algorithm
+from sb3_vla.runs.directory import RunDirectory, RunError
+from sb3_vla.common.signals import Stopped
+from sb3_vla.runs.training import GRPOConfig, PPOConfig, TrainingConfig
+from sb3_vla.envs.shared_memory import SharedMemoryVecEnv
 
 # Everything that a training carries from one iteration to the next: schedules, warm-ups, a reference, rehearsal,
 # sampling by signal, a learned deviation, a rate that rises and falls.
@@ -401,7 +402,7 @@ def test_what_the_comparison_would_notice(
 KILLED_WHILE_WRITING = """
 import os, signal, sys
 from sb3_vla.checkpoints import training_state
-from sb3_vla.cli import main
+from sb3_vla.cli.main import main
 
 real, written = training_state.save_file, []
 
@@ -452,9 +453,9 @@ def test_a_killed_command_goes_on_in_metaworld(monkeypatch: pytest.MonkeyPatch, 
 
 GROUPS_KILLED_WHILE_WRITING = """
 import os, signal, sys
-from sb3_vla import training
+from sb3_vla.runs import training
 from sb3_vla.checkpoints import training_state
-from sb3_vla.run import RunDirectory
+from sb3_vla.runs.directory import RunDirectory
 
 def train(folder, kill):
     real, written = training_state.save_file, []

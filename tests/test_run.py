@@ -18,9 +18,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sb3_vla import run as run_module
-from sb3_vla.errors import DamagedError
-from sb3_vla.run import RunDirectory, RunError, versions
+from sb3_vla.runs import directory as run_module
+from sb3_vla.common.errors import DamagedError
+from sb3_vla.runs.directory import RunDirectory, RunError, versions
 
 
 @dataclass
@@ -126,7 +126,7 @@ def test_a_write_cut_short_by_the_system_keeps_the_old_file(run: RunDirectory) -
 def test_a_kill_at_any_moment_leaves_whole_files(tmp_path: Path) -> None:
     writer = """if True:
         import itertools, sys
-        from sb3_vla.run import RunDirectory
+        from sb3_vla.runs.directory import RunDirectory
         run = RunDirectory(sys.argv[1], {})
         for step in itertools.count(1):
             run.write_json("state.json", {"step": step, "filling": [step] * 2000})
@@ -359,7 +359,7 @@ def test_a_longer_stage_goes_on_and_a_shorter_one_begins_anew(run: RunDirectory)
 
 HOLDS = """if True:
     import sys, time
-    from sb3_vla.run import RunDirectory
+    from sb3_vla.runs.directory import RunDirectory
     run = RunDirectory(sys.argv[1], {})
     print("holds", flush=True)
     time.sleep(60)

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from ranks import run_ranks
 
-from sb3_vla.run import RunDirectory, RunError
-from sb3_vla.shared_run import SharedRun
+from sb3_vla.runs.directory import RunDirectory, RunError
+from sb3_vla.runs.shared import SharedRun
 
 
 def play(folder: Path, seed: int) -> dict[str, Any]:

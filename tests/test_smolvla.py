@@ -35,13 +35,13 @@ from toy import (
 
 from sb3_vla import PPO
 from sb3_vla.checkpoints import load_checkpoint, save_checkpoint
-from sb3_vla.checkpoints import smolvla as layout
-from sb3_vla.checkpoints.smolvla import load_smolvla, save_smolvla
+from sb3_vla.checkpoints.formats import smolvla as layout
+from sb3_vla.checkpoints.formats.smolvla import load_smolvla, save_smolvla
 from sb3_vla.distributions.base import integrate
 from sb3_vla.models import SmolVLA
 from sb3_vla.models.base import PERCEPTION
 from sb3_vla.models.smolvla import expert_ffn
-from sb3_vla.sft import SFTConfig, sft
+from sb3_vla.sft.imitation import SFTConfig, sft
 
 TENSORS, RECORDS = recorded("smolvla")
 TINY: dict[str, Any] = {

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mw_envs import Trial
-from sb3_vla.statistics import (
+from sb3_vla.evaluation.statistics import (
     average_weights,
     bootstrap_interval,
     mcnemar_p_value,

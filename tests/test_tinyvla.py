@@ -31,13 +31,13 @@ from toy import changed_by_an_update, stir, toy_demonstrations, toy_observation,
 from mw_envs import encode_instruction
 from sb3_vla import PPO
 from sb3_vla.checkpoints import checkpoint_digest, load_checkpoint, save_checkpoint, save_tinyvla
-from sb3_vla.checkpoints.tinyvla import _NEW_HEAD, _their_name
+from sb3_vla.checkpoints.formats.tinyvla import _NEW_HEAD, _their_name
 from sb3_vla.distributions import make_distribution
 from sb3_vla.models import Context, TinyVLA, make_model
 from sb3_vla.models.diffusion import step_sinusoid
 from sb3_vla.models.tinyvla import bf16_sinusoid, pillow_bicubic
-from sb3_vla.policies import VLAPolicy, load_policy
-from sb3_vla.sft import SFTConfig, sft
+from sb3_vla.policies.vla_policy import VLAPolicy, load_policy
+from sb3_vla.sft.imitation import SFTConfig, sft
 
 DATA = Path(__file__).parent / "data" / "tinyvla"
 LANGS = ("Push the puck to a goal", "Open a door with a revolving joint")

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 from toy import tiny_model
 
 from sb3_vla.checkpoints import save_checkpoint
-from sb3_vla.run import RunDirectory
+from sb3_vla.runs.directory import RunDirectory
 
 SCRIPT = Path(__file__).with_name("toy_train.py")
 SETTINGS = (
@@ -111,7 +111,7 @@ def test_what_cannot_be_shared_is_told(tmp_path: Path, start: Path) -> None:
     code, output = finish(launch(2, tmp_path / "run", start, "ppo.num_envs=3", "ppo.batch_size=9"))
     assert code != 0
     assert "num_envs=3 cannot be shared by 2 ranks; expected a multiple of 2, such as 4" in output.replace("\n", " ")
-    assert "sb3_vla/training.py" not in output  # no traceback but torchrun's own
+    assert "sb3_vla/runs/training.py" not in output  # no traceback but torchrun's own
 
 
 SCRIPT_WITHOUT_CONTEXT = """

@@ -14,15 +14,16 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 from toy import TINY, tiny_model, toy_demonstrations, toy_vec
 
 from mw_envs.rendering import RendererUnavailableError
-from sb3_vla import GRPO, PPO, training
+from sb3_vla import GRPO, PPO
+from sb3_vla.runs import training
 from sb3_vla.checkpoints import load_checkpoint, save_checkpoint
-from sb3_vla.config import ConfigError, load_config
+from sb3_vla.recipes.config import ConfigError, load_config
 from sb3_vla.models import CompactVLA
-from sb3_vla.policies import load_policy
-from sb3_vla.run import RunDirectory
-from sb3_vla.sft import SFTConfig, sft
-from sb3_vla.training import GRPOConfig, PPOConfig, train
-from sb3_vla.views import view_of
+from sb3_vla.policies.vla_policy import load_policy
+from sb3_vla.runs.directory import RunDirectory
+from sb3_vla.sft.imitation import SFTConfig, sft
+from sb3_vla.runs.training import GRPOConfig, PPOConfig, train
+from sb3_vla.policies.views import view_of
 
 
 def start(tmp_path: Path, config: PPOConfig | GRPOConfig, **options: Any) -> None:

@@ -27,7 +27,7 @@ from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecMonitor
 from stable_baselines3.common.vec_env.base_vec_env import VecEnv
 
-from sb3_vla.vec_env import SharedMemoryVecEnv, available_cores
+from sb3_vla.envs.shared_memory import SharedMemoryVecEnv, available_cores
 
 KINDS: dict[str, spaces.Space[Any]] = {
     "box": spaces.Box(-10, 10, (2, 3), np.float64),
@@ -846,7 +846,7 @@ def test_closing_while_others_are_in_the_middle_of_a_step() -> None:
 
 
 def test_a_worker_that_hangs_is_terminated(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sb3_vla.vec_env._CLOSE_SECONDS", 1.0)
+    monkeypatch.setattr("sb3_vla.envs.shared_memory._CLOSE_SECONDS", 1.0)
     env = SharedMemoryVecEnv([SlowToy] * 2, start_method="fork", num_workers=2)
     env.reset()
     env.step_async(np.array([[100, 0], [0, 0]], np.float32))
@@ -900,7 +900,7 @@ def test_workers_end_with_the_environments_last_reference() -> None:
 SCRIPT = """
 import os, signal, sys, time
 import gymnasium as gym, numpy as np
-from sb3_vla.vec_env import SharedMemoryVecEnv
+from sb3_vla.envs.shared_memory import SharedMemoryVecEnv
 
 class Slow(gym.Env):
     observation_space = action_space = gym.spaces.Box(-1, 1, (1,), np.float32)

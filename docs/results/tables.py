@@ -22,10 +22,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from mw_envs import DIFFICULTIES, Trial
-from sb3_vla.evaluation import trials_for
-from sb3_vla.published import PUBLISHED
-from sb3_vla.results import EvaluationResult, Protocol, TrialResult, compare
-from sb3_vla.statistics import Estimate
+from sb3_vla.evaluation.evaluation import trials_for
+from sb3_vla.evaluation.published import PUBLISHED
+from sb3_vla.evaluation.results import EvaluationResult, Protocol, TrialResult, compare
+from sb3_vla.evaluation.statistics import Estimate
 
 FOLDER = Path(__file__).parent
 HARD_TASKS = (
@@ -49,7 +49,7 @@ class Row:
     :param before: name of the row with which it is compared, trial by trial.
     :param note: what a reader must know.
     :param protocol: of the evaluation.
-    :param trial_seed: of its trials, which are those of :func:`sb3_vla.evaluation.trials_for`.
+    :param trial_seed: of its trials, which are those of :func:`sb3_vla.evaluation.evaluation.trials_for`.
     :param versions: of what decides the simulation.
     :param outcomes: of each task a digit a trial, 1 for success.
     """

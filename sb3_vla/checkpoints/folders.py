@@ -14,8 +14,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from sb3_vla.errors import InputError, InTheWayError, NotThereError
-from sb3_vla.paths import entries, local_path, whole_folder
+from sb3_vla.common.errors import InputError, InTheWayError, NotThereError
+from sb3_vla.common.paths import entries, local_path, whole_folder
 
 HUB = "hf://"
 #: checkpoints that come with the package, each a folder, by whose name it is reached

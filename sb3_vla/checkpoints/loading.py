@@ -12,15 +12,15 @@ import torch
 
 from mw_envs.tasks import did_you_mean
 from sb3_vla.checkpoints import native
-from sb3_vla.checkpoints.diffusion_policy import load_diffusion_policy
+from sb3_vla.checkpoints.formats.diffusion_policy import load_diffusion_policy
 from sb3_vla.checkpoints.folders import HUB, checkpoints_in, hub_name, local_folder
 from sb3_vla.checkpoints.native import LoadedCheckpoint
-from sb3_vla.checkpoints.openvla_oft import load_openvla_oft
-from sb3_vla.checkpoints.pi0 import NAMES, is_pi0, load_pi0
-from sb3_vla.checkpoints.smolvla import load_smolvla
-from sb3_vla.checkpoints.tinyvla import load_tinyvla
-from sb3_vla.errors import InputError, NotThereError
-from sb3_vla.paths import finish_exchange, local_path
+from sb3_vla.checkpoints.formats.openvla_oft import load_openvla_oft
+from sb3_vla.checkpoints.formats.pi0 import NAMES, is_pi0, load_pi0
+from sb3_vla.checkpoints.formats.smolvla import load_smolvla
+from sb3_vla.checkpoints.formats.tinyvla import load_tinyvla
+from sb3_vla.common.errors import InputError, NotThereError
+from sb3_vla.common.paths import finish_exchange, local_path
 
 #: readers of published folders, by what the configuration says that it is; pi0's are told by their weights as well
 READERS: dict[str, Callable[..., LoadedCheckpoint]] = {
@@ -38,8 +38,8 @@ def load_checkpoint(
 
     :param source: folder; of a published one also ``hf://owner/name`` or ``hf://owner/name@revision`` on the
         Hugging Face hub.
-    :param options: of a published one, those of its reader, such as :func:`sb3_vla.checkpoints.pi0.load_pi0` or
-        :func:`sb3_vla.checkpoints.openvla_oft.load_openvla_oft`; ours says everything itself.
+    :param options: of a published one, those of its reader, such as :func:`sb3_vla.checkpoints.formats.pi0.load_pi0` or
+        :func:`sb3_vla.checkpoints.formats.openvla_oft.load_openvla_oft`; ours says everything itself.
     :param weights: False for what it tells besides: the model is on the meta device, where it has sizes alone. Files
         are mapped into memory then, and not read.
     :raises FileNotFoundError: if it is not there or incomplete; the message says what is missing.
@@ -99,7 +99,7 @@ def check_archive(path: object, algorithm: str = "PPO", kind: str | None = None)
     if on_hub or (place.is_dir() and (native.place_of_configuration(place) / "config.json").is_file()):
         raise (FileNotFoundError if on_hub else IsADirectoryError)(
             f"{path} is a checkpoint; {reads}. To train from it give {algorithm}('VLAPolicy', env, "
-            f"policy_kwargs={{'checkpoint': {str(path)!r}}}), to act by it sb3_vla.policies.load_policy({str(path)!r})"
+            f"policy_kwargs={{'checkpoint': {str(path)!r}}}), to act by it sb3_vla.policies.vla_policy.load_policy({str(path)!r})"
         )
     if place.is_dir():
         archives = sorted(str(found) for found in (*place.glob("*.zip"), Path(f"{place}.zip")) if found.is_file())

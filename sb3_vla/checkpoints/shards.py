@@ -7,8 +7,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from sb3_vla.checkpoints.layout import read_json, read_tensors, require_file, write_json, write_tensors
-from sb3_vla.errors import InputError
+from sb3_vla.checkpoints.formats.layout import read_json, read_tensors, require_file, write_json, write_tensors
+from sb3_vla.common.errors import InputError
 
 _WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 

@@ -18,10 +18,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from sb3_vla.checkpoints.layout import apart
-from sb3_vla.errors import DamagedError, InputError
-from sb3_vla.frozen import Unfrozen
-from sb3_vla.sharding import load_optimizer_state
+from sb3_vla.checkpoints.formats.layout import apart
+from sb3_vla.common.errors import DamagedError, InputError
+from sb3_vla.checkpoints.frozen_weights import Unfrozen
+from sb3_vla.distributed.fsdp import load_optimizer_state
 
 _TENSORS, _VALUES = "training_state.safetensors", "training_state.json"
 

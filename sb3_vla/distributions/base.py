@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from mw_envs.tasks import did_you_mean
-from sb3_vla import noise
-from sb3_vla.errors import InputError
+from sb3_vla.common import batch_noise as noise
+from sb3_vla.common.errors import InputError
 from sb3_vla.models.base import Context, VLAModel
 
 Trace = dict[str, Tensor]

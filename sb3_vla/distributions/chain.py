@@ -8,7 +8,7 @@ from abc import abstractmethod
 import torch
 from torch import Tensor
 
-from sb3_vla import noise
+from sb3_vla.common import batch_noise as noise
 from sb3_vla.distributions.base import (
     ActionDistribution,
     Trace,
@@ -19,7 +19,7 @@ from sb3_vla.distributions.base import (
     start_of_mode,
     time_grid,
 )
-from sb3_vla.errors import InputError
+from sb3_vla.common.errors import InputError
 from sb3_vla.models.base import Context, VLAModel
 
 

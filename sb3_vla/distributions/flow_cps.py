@@ -7,7 +7,7 @@ import math
 from torch import Tensor
 
 from sb3_vla.distributions.chain import FlowChain
-from sb3_vla.errors import InputError
+from sb3_vla.common.errors import InputError
 
 
 class FlowCPS(FlowChain):

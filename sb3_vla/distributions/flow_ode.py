@@ -15,7 +15,7 @@ from sb3_vla.distributions.base import (
     random_start,
     start_of_mode,
 )
-from sb3_vla.errors import InputError
+from sb3_vla.common.errors import InputError
 from sb3_vla.models.base import Context, VLAModel
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sb3_vla import noise
+from sb3_vla.common import batch_noise as noise
 from sb3_vla.distributions.base import (
     ActionDistribution,
     Trace,
@@ -21,7 +21,7 @@ from sb3_vla.distributions.base import (
     integrate,
     start_of_mode,
 )
-from sb3_vla.errors import InputError
+from sb3_vla.common.errors import InputError
 from sb3_vla.models.base import Context, VLAModel
 
 

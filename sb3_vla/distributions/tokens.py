@@ -7,9 +7,9 @@ import math
 import torch
 from torch import Tensor
 
-from sb3_vla import noise
+from sb3_vla.common import batch_noise as noise
 from sb3_vla.distributions.base import ActionDistribution, Trace
-from sb3_vla.errors import InputError
+from sb3_vla.common.errors import InputError
 from sb3_vla.models.base import Context, VLAModel
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mw_envs.tasks import did_you_mean
-from sb3_vla.errors import InputError
+from sb3_vla.common.errors import InputError
 from sb3_vla.models.base import Context, VLAModel
 from sb3_vla.models.compact import CompactVLA
 from sb3_vla.models.diffusion_policy import DiffusionPolicy

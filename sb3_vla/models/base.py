@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from mw_envs.hand_view import HandView
 from mw_envs.tasks import did_you_mean
-from sb3_vla import noise as draw
-from sb3_vla.errors import InputError
+from sb3_vla.common import batch_noise as draw
+from sb3_vla.common.errors import InputError
 from sb3_vla.models.recomputing import Recomputing
 
 SizesT = TypeVar("SizesT")
@@ -87,7 +87,7 @@ class VLAModel(nn.Module, ABC):
     config: dict[str, Any]
     #: one of :data:`PREDICTIONS`; it decides which action distributions fit
     prediction: str = "velocity"
-    #: what a policy trains unless told otherwise, see :class:`sb3_vla.policies.VLAPolicy`
+    #: what a policy trains unless told otherwise, see :class:`sb3_vla.policies.vla_policy.VLAPolicy`
     default_trainable: str = "all"
     #: whether a rollout keeps what a frozen backbone perceived unless told otherwise
     caches_perception: bool = True
@@ -125,7 +125,7 @@ class VLAModel(nn.Module, ABC):
 
     def sharding_units(self) -> Iterator[nn.Module]:
         """Layers that are always run by calling them, so that each can be gathered for itself where weights are sharded
-        over GPUs (:mod:`sb3_vla.sharding`)."""
+        over GPUs (:mod:`sb3_vla.distributed.fsdp`)."""
         yield from ()
 
     def set_trainable(self, trainable: str) -> None:

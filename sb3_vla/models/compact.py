@@ -19,7 +19,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from mw_envs.hand_view import HandView
-from sb3_vla.errors import InputError
+from sb3_vla.common.errors import InputError
 from sb3_vla.models.base import PERCEPTION, Context, VLAModel
 
 

@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mw_envs.tasks import did_you_mean
-from sb3_vla import noise as draw
-from sb3_vla.errors import InputError
+from sb3_vla.common import batch_noise as draw
+from sb3_vla.common.errors import InputError
 from sb3_vla.models.base import VLAModel
-from sb3_vla.models.normalisation import normalise, unnormalise
+from sb3_vla.models.normalization import normalise, unnormalise
 
 SCHEDULES = ("squaredcos_cap_v2", "linear")
 NORMALISATIONS = ("identity", "mean_std", "min_max")

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mw_envs.tasks import did_you_mean
-from sb3_vla.errors import InputError
+from sb3_vla.common.errors import InputError
 from sb3_vla.models.base import PERCEPTION, Context
 from sb3_vla.models.compact import InstructionEncoder
 from sb3_vla.models.diffusion import ConditionalUnet1d, DiffusionModel, check_horizon, shrink

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mw_envs.tasks import did_you_mean
-from sb3_vla.errors import InputError, NotInstalledError
+from sb3_vla.common.errors import InputError, NotInstalledError
 from sb3_vla.models.base import VLAModel
 
 _ADAPTER = "default"
@@ -111,7 +111,7 @@ def prepare_training(
     gradient_checkpointing: bool = False,
     compile: Mapping[str, Any] | None = None,
 ) -> None:
-    """Make a model ready to be trained, or planned; see :class:`sb3_vla.policies.VLAPolicy` for the options.
+    """Make a model ready to be trained, or planned; see :class:`sb3_vla.policies.vla_policy.VLAPolicy` for the options.
 
     :raises ValueError: for what the model cannot do.
     """

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sb3_vla.errors import InputError
+from sb3_vla.common.errors import InputError
 from sb3_vla.models.base import PERCEPTION, Context, VLAModel, sizes_of
 from sb3_vla.models.recomputing import Recomputing, recomputing
 from sb3_vla.models.tokenizing import InstructionTokenizer, byte_tokenizer

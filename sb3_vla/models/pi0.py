@@ -19,12 +19,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mw_envs.tasks import decode_instruction, did_you_mean
-from sb3_vla import noise as draw
-from sb3_vla.errors import InputError
+from sb3_vla.common import batch_noise as draw
+from sb3_vla.common.errors import InputError
 from sb3_vla.models.base import PERCEPTION, Context, VLAModel, is_perceived
 from sb3_vla.models.compact import time_embedding
 from sb3_vla.models.gemma import GemmaLayer, GemmaSize, GemmaTower, KeysValues, RMSNorm
-from sb3_vla.models.normalisation import CONVENTIONS, SCHEMES, STATISTICS, normalise, unnormalise
+from sb3_vla.models.normalization import CONVENTIONS, SCHEMES, STATISTICS, normalise, unnormalise
 from sb3_vla.models.prompts import PromptTokenizer, clean
 from sb3_vla.models.recomputing import recomputing
 from sb3_vla.models.resizing import resize_bytes
@@ -70,7 +70,7 @@ class Pi0(VLAModel):
     :param image_size: side of the square picture it reads.
     :param convention: ``openpi`` (and RLinf) or ``lerobot``: whose way of resizing pictures, keeping normalisation from
         dividing by zero, writing prompts and averaging the imitation loss (openpi: over padded dimensions as well).
-    :param state_scheme: how states are normalised, in :data:`sb3_vla.models.normalisation.SCHEMES`; None for
+    :param state_scheme: how states are normalised, in :data:`sb3_vla.models.normalization.SCHEMES`; None for
         the variant's own.
     :param action_scheme: how actions are.
     :param tokenizer: where PaliGemma's tokenizer is, see :class:`sb3_vla.models.prompts.PromptTokenizer`.

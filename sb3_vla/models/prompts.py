@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sb3_vla.errors import NotThereError
-from sb3_vla.paths import local_path
+from sb3_vla.common.errors import NotThereError
+from sb3_vla.common.paths import local_path
 
 BOS = 2
 _REMEMBERED = 4096

@@ -21,8 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sb3_vla import noise as draw
-from sb3_vla.errors import InputError
+from sb3_vla.common import batch_noise as draw
+from sb3_vla.common.errors import InputError
 from sb3_vla.models.base import PERCEPTION, Context, VLAModel, sizes_of
 from sb3_vla.models.compact import time_embedding
 from sb3_vla.models.tokenizing import InstructionTokenizer, byte_tokenizer

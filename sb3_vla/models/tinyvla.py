@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mw_envs.tasks import decode_instruction, did_you_mean
-from sb3_vla.errors import InputError
+from sb3_vla.common.errors import InputError
 from sb3_vla.models.base import PERCEPTION, Context
 from sb3_vla.models.diffusion import ConditionalUnet1d, DiffusionModel, check_horizon, shrink
 from sb3_vla.models.recomputing import recomputing

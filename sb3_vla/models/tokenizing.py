@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from mw_envs.tasks import decode_instruction
-from sb3_vla.errors import InputError
+from sb3_vla.common.errors import InputError
 
 
 class InstructionTokenizer:

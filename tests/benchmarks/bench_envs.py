@@ -42,7 +42,7 @@ from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv
 
 from mw_envs import TASKS
 from mw_envs.rendering import renderer_available
-from sb3_vla.vec_env import SharedMemoryVecEnv
+from sb3_vla.envs.shared_memory import SharedMemoryVecEnv
 
 WORKERS = 2
 HORIZON = 160

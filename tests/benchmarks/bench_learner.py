@@ -43,7 +43,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 
 from mw_envs import encode_instruction
 from sb3_vla import PPO
-from sb3_vla.buffers import ChunkRolloutBuffer
+from sb3_vla.rollouts.buffers import ChunkRolloutBuffer
 
 
 class Pictures(gym.Env[dict[str, npt.NDArray[Any]], npt.NDArray[np.float32]]):
@@ -223,8 +223,8 @@ def _serve() -> None:
 
 
 def _imitation(frames: int = 1000, steps: int = 12) -> Any:
-    from sb3_vla.demonstrations import Demonstrations
-    from sb3_vla.sft import SFTConfig, sft
+    from sb3_vla.data.demonstrations import Demonstrations
+    from sb3_vla.sft.imitation import SFTConfig, sft
 
     generator = np.random.default_rng(0)
     index = np.zeros(frames, np.int64)
@@ -268,8 +268,8 @@ def _update(epochs: int = 4) -> Any:
 
 
 def _iteration() -> Any:
-    from sb3_vla.training import PPOConfig
-    from sb3_vla.vec_env import SharedMemoryVecEnv
+    from sb3_vla.runs.training import PPOConfig
+    from sb3_vla.envs.shared_memory import SharedMemoryVecEnv
 
     config = PPOConfig()
     make = functools.partial(

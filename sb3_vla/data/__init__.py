@@ -1,0 +1,1 @@
+"""Demonstrations: recorded from scripted experts, kept as LeRobot datasets, read into memory."""

@@ -1,0 +1,1 @@
+"""Several processes as one training: ranks, sharded weights, ranks that a command starts itself."""

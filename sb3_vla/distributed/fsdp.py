@@ -1,0 +1,192 @@
+"""Parameters, gradients and optimiser in shards, where a replica on every rank does not fit (FSDP2, Zhao et al. 2023).
+
+What is trained is sharded; frozen weights, which have neither gradient nor optimiser state, stay whole. In an update
+(:func:`in_shards`) weights are gathered block by block when they run. Between updates they are whole on every rank, so
+that rollouts and evaluations, in which ranks decide differently often, need no other. What is written or read is whole
+too (:func:`whole_weights`): a checkpoint fits any number of ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sb3_vla.distributed.ranks import current_ranks, is_shard
+
+SHARDING = ("none", "fsdp")
+
+
+def shard(
+    module: nn.Module,
+    blocks: Iterable[nn.Module],
+    methods: Sequence[str],
+    optimizer: torch.optim.Optimizer,
+    device: torch.device,
+    ranks: int,
+) -> None:
+    """Shard the trainable parameters of a module, the same on all ranks, in place.
+
+    Gradients are then summed over ranks, not averaged, in the backward pass, which all must run equally often.
+
+    :param blocks: parts that are always run by calling them; each is gathered for itself, the rest together.
+    :param methods: of the module, those that an update runs; none of them calls another one of them.
+    :param optimizer: one without a state yet; it gets the shards.
+    :param device: where the module is.
+    :param ranks: how many there are.
+    """
+    # torch imports its compiler for these, for seconds.
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+    names = {parameter: name for name, parameter in module.named_parameters()}
+    groups = [[names[parameter] for parameter in group["params"]] for group in optimizer.param_groups]
+    mesh = init_device_mesh(device.type, (ranks,))
+    frozen = {parameter for parameter in module.parameters() if not parameter.requires_grad}
+    for block in blocks:
+        if any(parameter.requires_grad for parameter in block.parameters()):
+            fully_shard(block, mesh=mesh, ignored_params=frozen)
+    fully_shard(module, mesh=mesh, ignored_params=frozen)
+    for unit in _units(module):
+        unit.set_gradient_divide_factor(1.0)
+        unit.set_force_sum_reduction_for_comms(True)  # gloo has no other
+    for method in methods:
+        register_fsdp_forward_method(module, method)
+    shards = dict(module.named_parameters())
+    for group, members in zip(optimizer.param_groups, groups, strict=True):
+        group["params"] = [shards[name] for name in members]
+    _gather(module)
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether :func:`shard` was applied."""
+    return hasattr(module, "set_reshard_after_forward")
+
+
+@contextmanager
+def in_shards(module: nn.Module) -> Iterator[None]:
+    """For an update; all ranks must come and leave together. Does nothing to a module that is not sharded."""
+    _reshard(module)
+    try:
+        yield
+    finally:
+        _gather(module)
+
+
+@contextmanager
+def whole_weights(module: nn.Module, everywhere: bool = False) -> Iterator[None]:
+    """Plain weights on the CPU in the place of shards, for saving.
+
+    All ranks must come and leave together. Does nothing to a module that is not sharded.
+
+    :param everywhere: whether each rank gets them; else the first one, and the others get sizes alone (meta device).
+    """
+    device = "cpu" if everywhere or current_ranks().leads else "meta"
+    with in_shards(module):
+        places = [
+            (owner, name, parameter)
+            for owner in module.modules()
+            for name, parameter in owner.named_parameters(recurse=False)
+            if is_shard(parameter)
+        ]
+        for owner, name, parameter in places:
+            owner._parameters[name] = nn.Parameter(whole_tensor(parameter.detach()).to(device))
+        try:
+            yield
+        finally:
+            for owner, name, parameter in places:
+                owner._parameters[name] = parameter
+
+
+def as_shards(module: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights by name, in shards where the module's are; it must be in shards, and all ranks must call it."""
+    own = dict(module.named_parameters())
+    return {
+        name: _distributed(tensor, own[name]) if name in own and is_shard(own[name]) else tensor
+        for name, tensor in state.items()
+    }
+
+
+def whole_optimizer_state(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[int, dict[str, Any]]:
+    """The optimiser's state by number of the parameter, without shards; all ranks must call it.
+
+    Of shards it is gathered tensor by tensor to the CPU of the first rank; the others get nothing.
+
+    :param module: whose parameters are optimised.
+    """
+    if not is_sharded(module) or not optimizer.state:
+        return optimizer.state_dict()["state"]
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+    with in_shards(module):
+        names = _names(optimizer, module)
+        found = get_optimizer_state_dict(module, optimizer, options=_whole())
+    state: Any = found.get("state", {})
+    return {number: state[name] for number, name in enumerate(names) if name in state}
+
+
+def load_optimizer_state(
+    optimizer: torch.optim.Optimizer, module: nn.Module, state: Mapping[int, Mapping[str, Any]]
+) -> None:
+    """Take a state of :func:`whole_optimizer_state`; all ranks must call it. Where there are shards, it is the first
+    rank's, which is sent tensor by tensor.
+
+    :param module: whose parameters are optimised.
+    """
+    groups = optimizer.state_dict()["param_groups"]
+    if not is_sharded(module) or not current_ranks().from_first(bool(state)):
+        optimizer.load_state_dict({"state": dict(state), "param_groups": groups})
+        return
+    from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict
+
+    optimizer.state.clear()
+    with in_shards(module):
+        names = _names(optimizer, module)
+        named: dict[str, Any] = {
+            "state": {names[number]: values for number, values in state.items()},
+            "param_groups": [{**group, "params": [names[number] for number in group["params"]]} for group in groups],
+        }
+        options = _whole(broadcast_from_rank0=True)
+        set_optimizer_state_dict(module, optimizer, named if current_ranks().leads else {}, options=options)
+
+
+def _whole(**options: Any) -> Any:
+    from torch.distributed.checkpoint.state_dict import StateDictOptions
+
+    return StateDictOptions(full_state_dict=True, cpu_offload=True, **options)
+
+
+def _names(optimizer: torch.optim.Optimizer, module: nn.Module) -> list[str]:
+    """Of the optimiser's parameters, in their order; the module must be in shards."""
+    names = {parameter: name for name, parameter in module.named_parameters()}
+    return [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def whole_tensor(tensor: Tensor) -> Tensor:
+    """A tensor without shards; all ranks must ask for it."""
+    return tensor.full_tensor() if is_shard(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def _distributed(tensor: Tensor, like: Any) -> Tensor:
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
+
+
+def _gather(module: nn.Module) -> None:
+    for unit in _units(module):
+        unit.set_reshard_after_forward(False, recurse=False)
+        unit.unshard()
+
+
+def _reshard(module: nn.Module) -> None:
+    for unit in _units(module):
+        unit.reshard()
+        unit.set_reshard_after_forward(unit is not module, recurse=False)
+
+
+def _units(module: nn.Module) -> list[Any]:
+    return [part for part in module.modules() if is_sharded(part)]

@@ -1,0 +1,190 @@
+"""What a policy sees: camera, window of its view (``crop``), and the size in which pictures are drawn.
+
+A checkpoint notes the view that its model was trained on, an environment of ``mw_envs`` tells the one that it shows. A
+model that is shown another one fails without an error, so whoever brings the two together compares them here.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from stable_baselines3.common.vec_env import VecEnv
+
+from mw_envs.hand_view import HandView
+from mw_envs.rendering import CROPS, resolve_crop
+from sb3_vla.distributed.ranks import current_ranks
+from sb3_vla.common.errors import InputError
+from sb3_vla.models import VLAModel
+
+#: arguments of environments that decide on the hand view, and what :class:`mw_envs.hand_view.HandView` calls them
+HAND_OPTIONS = {"hand_view": "size", "hand_window": "window", "hand_border": "border"}
+#: of environments that are told nothing else
+FULL_VIEW: dict[str, Any] = {"camera": "corner2", "crop": None}
+#: height, width and channels of the pictures that environments draw which are told nothing else
+FULL_PICTURE = (480, 480, 3)
+
+
+def known_view(said: Mapping[str, Any]) -> dict[str, Any] | None:
+    """``camera`` and ``crop`` as somebody says them, where one that is left out is the environment's default.
+
+    :param said: such as the note ``view`` of a checkpoint, or the arguments of an environment.
+    :return: None where neither is said.
+    """
+    return {key: said.get(key, default) for key, default in FULL_VIEW.items()} if FULL_VIEW.keys() & said else None
+
+
+def view_of(notes: Mapping[str, Any]) -> dict[str, Any]:
+    """Camera and crop that a checkpoint's model was trained on; the full default view if it does not say.
+
+    Where pictures were drawn larger than the model reads them, also the size.
+    """
+    said = notes.get("view", {})
+    drawn = {"image_size": said["render_size"]} if "render_size" in said else {}
+    return {**(known_view(said) or FULL_VIEW), **drawn}
+
+
+def hand_options(model: VLAModel) -> dict[str, Any]:
+    """Arguments of environments that draw the hand view which a model reads; none for a model that reads none."""
+    hand = model.hand_view
+    return {} if hand is None else {name: getattr(hand, field) for name, field in HAND_OPTIONS.items()}
+
+
+def told_hand_view(said: Mapping[str, Any]) -> HandView | None:
+    """The hand view that environments draw with these arguments, see :data:`HAND_OPTIONS`."""
+    if said.get("hand_view") is None:
+        return None
+    return HandView(**{field: said[name] for name, field in HAND_OPTIONS.items() if name in said})
+
+
+def hand_views_of_envs(env: VecEnv) -> set[HandView]:
+    """The hand views that environments draw; none where they draw none, or do not tell."""
+    found = env.get_attr("hand_view") if env.has_attr("hand_view") else []
+    return {one for one in found if isinstance(one, HandView)}
+
+
+def other_hand_view(read: HandView | None, shown: Iterable[HandView | None]) -> HandView | None:
+    """A hand view among those that are shown whose window or border is not that of the one that a model reads.
+
+    Of the size of its picture the observation's space tells, also where a wrapper has changed it.
+    """
+    if read is None:
+        return None
+    known = read.resolution, read.border
+    found = (one for one in shown if one is not None and (round(read.size / one.window), one.border) != known)
+    return next(found, None)
+
+
+def cut_window(pictures: npt.NDArray[np.uint8], crop: Any, size: tuple[int, int]) -> npt.NDArray[np.uint8]:
+    """The window of a crop, cut from pictures of the full view.
+
+    :param pictures: uint8 (N, height, width, 3).
+    :param crop: a name, or (top, left, height, width) in fractions; None for all of it.
+    :param size: height and width to have.
+    :return: uint8 (N, *size, 3), each pixel the mean of what it covers.
+    :raises ValueError: if the window has other proportions than the size, which shows more than the full view does.
+    """
+    top, left, height, width = resolve_crop(crop)
+    if abs(height / size[0] - width / size[1]) > 1e-6:
+        raise InputError(
+            f"A window of {height:g} x {width:g} of the view is not cut to {size[0]}x{size[1]} pixels, of other "
+            "proportions; draw it with the environment's crop and image_size"
+        )
+    down = _shares(pictures.shape[1], top, height, size[0])
+    across = _shares(pictures.shape[2], left, width, size[1])
+    mean = np.einsum("yh,nhwc,xw->nyxc", down, pictures.astype(np.float32), across, optimize=True)
+    return np.rint(mean).astype(np.uint8)
+
+
+def _shares(before: int, first: float, length: float, after: int) -> npt.NDArray[np.float32]:
+    """How much of each new pixel of a part of a line each old one covers, (after, before)."""
+    edges = before * (first + length * np.arange(after + 1) / after)
+    old = np.arange(before)
+    covered = np.minimum(edges[1:, None], old + 1) - np.maximum(edges[:-1, None], old)
+    shares = np.maximum(covered, 0.0)
+    return (shares / shares.sum(1, keepdims=True)).astype(np.float32)
+
+
+def view_of_envs(env: VecEnv) -> dict[str, Any] | None:
+    """The view that environments show; None where they do not tell, or show several."""
+    if not env.has_attr("camera_view"):
+        return None
+    views = env.get_attr("camera_view")
+    return views[0] if all(same_view(view, views[0]) for view in views) else None
+
+
+def same_view(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two views show the same, whatever the name of their window."""
+    windows = resolve_crop(one["crop"]), resolve_crop(other["crop"])
+    return one["camera"] == other["camera"] and max(abs(a - b) for a, b in zip(*windows, strict=True)) < 1e-6
+
+
+def described(view: Mapping[str, Any]) -> str:
+    """A view in words."""
+    window = resolve_crop(view["crop"])
+    name = next((name for name, known in CROPS.items() if known == window), list(window))
+    return f"camera={view['camera']} with crop={name}"
+
+
+def settled_view(source: object, said: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The view to show to a checkpoint's model: as it is given, else as the checkpoint says.
+
+    It warns where the two differ, and where neither says anything; the environment's default is shown then.
+
+    :param source: the checkpoint, for the message.
+    :param said: its note ``view``.
+    :param given: ``camera``, ``crop`` or both, by whoever uses it.
+    :return: None where neither says anything.
+    """
+    known = known_view(said)
+    if not given:
+        if known is None:
+            warn_once(
+                f"Checkpoint {source} does not say which view its model was trained on; {described(FULL_VIEW)} is "
+                "taken. Give crop and camera, such as crop=workspace, if it was another"
+            )
+        return known
+    view = {**(known or FULL_VIEW), **given}
+    if known is not None:
+        warn_of_another_view(known, view)
+    return view
+
+
+def view_of_data(source: object, said: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """What demonstrations say of their view, with what they do not say as it is given.
+
+    :param source: the dataset, for the message.
+    :param said: such as :attr:`sb3_vla.data.demonstrations.Demonstrations.camera`.
+    :param given: ``camera``, ``crop`` or both.
+    :raises ValueError: if it is given otherwise than the data say, whose pictures are what they are.
+    """
+    known = known_view(said)
+    if given and known is not None and not same_view(known, {**known, **given}):
+        raise InputError(
+            f"{source} was recorded with {described(known)}, but {described({**known, **given})} is given; leave "
+            "camera and crop out"
+        )
+    return {**said, **((known or {**FULL_VIEW, **given}) if given else {})}
+
+
+def warn_of_another_view(
+    learned: Mapping[str, Any], shown: Mapping[str, Any], what: str = "The policy was trained on"
+) -> None:
+    """Warn if a policy is shown another view than that of what it learned from.
+
+    :param what: what that was, the beginning of the message.
+    """
+    if not same_view(learned, shown):
+        warn_once(
+            f"{what} {described(learned)}, but the policy is shown {described(shown)}, where it acts worse or fails. "
+            "Choose one view for both; where camera and crop are left out, they are those that the policy knows"
+        )
+
+
+def warn_once(message: str) -> None:
+    """Warn, of several ranks on the first alone."""
+    if current_ranks().leads:
+        warnings.warn(message, stacklevel=3)

@@ -1,0 +1,786 @@
+"""VLAPolicy: a Stable-Baselines3 policy around a vision-language-action model, an action distribution and a critic."""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from gymnasium import spaces
+from stable_baselines3.common.distributions import DiagGaussianDistribution
+from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import register_dataclass
+
+from mw_envs.tasks import INSTRUCTION_BYTES, did_you_mean, fit_instruction
+from sb3_vla.checkpoints import LoadedCheckpoint, load_checkpoint
+from sb3_vla.checkpoints.folders import is_saved_algorithm
+from sb3_vla.checkpoints.loading import check_archive, takes_options
+from sb3_vla.distributions import Trace, default_distribution, make_distribution
+from sb3_vla.common.errors import InputError
+from sb3_vla.checkpoints.frozen_weights import FrozenWeights
+from sb3_vla.models import Context, Pi0, VLAModel, make_model
+from sb3_vla.models.base import is_perceived
+from sb3_vla.models.lora import prepare_training
+from sb3_vla.models.prompts import same_tokenizer
+from sb3_vla.models.resizing import resize_by_area
+from sb3_vla.common.paths import local_path
+from sb3_vla.distributed.fsdp import as_shards, in_shards, is_sharded
+from sb3_vla.policies.views import FULL_PICTURE, cut_window, known_view, settled_view
+
+MODEL_KEYS = ("image", "state", "instruction")
+#: what a model with a hand view reads as well
+HAND_KEY = "hand_image"
+#: observations that only the critic reads, where an environment gives them
+CRITIC_KEYS = ("privileged_state", "elapsed_time")
+RESIZES = ("model", "area")
+#: what helps whoever stacks pictures
+STACKED = (
+    "A policy decides on one picture: leave VecFrameStack, FrameStackObservation and GrayscaleObservation out. Where "
+    "one picture does not tell enough, add numbers to the state"
+)
+#: what helps whoever compiles a policy
+COMPILING = "in its place give policy_kwargs=dict(compile={}), which compiles the towers of pi0 and pi0.5"
+_NORMALISED = 'Where VecNormalize made it that, name what it may change: VecNormalize(env, norm_obs_keys=["state"])'
+# What helps where an observation does not fit.
+_HINTS = {
+    **dict.fromkeys(("image", HAND_KEY), "; its channels may come first or last"),
+    "state": "",
+    "instruction": "; mw_envs.encode_instruction makes one of a sentence",
+    **dict.fromkeys(CRITIC_KEYS, ""),
+    "float image": ". Give it as it was drawn; one in 0..1 is (255 * image).round().astype(np.uint8)",
+}
+_LARGEST_NATIVE_IMAGE = 128
+_DEFAULT_IMAGE = 96
+
+
+@dataclass
+class Evaluation:
+    """Stored decisions under the policy's present weights.
+
+    :param values: critic's values, float32 (N,).
+    :param log_prob: of the traces, executed steps only, float32; (N,), or see :meth:`ActionDistribution.log_prob`.
+    :param mean: of the random transition, see :meth:`ActionDistribution.transition`.
+    :param std: its standard deviation.
+    :param entropy: float32 (N,) or None.
+    """
+
+    values: Tensor
+    log_prob: Tensor
+    mean: Tensor
+    std: Tensor
+    entropy: Tensor | None
+
+
+# Where weights are sharded, torch looks into what a method returns for what the backward pass begins with.
+register_dataclass(Evaluation)
+
+
+class VLAPolicy(BasePolicy):
+    """A vision-language-action policy for PPO, also for stock Stable-Baselines3 (Gaussian distribution).
+
+    :param observation_space: a ``Dict`` with ``image`` (uint8, three axes), ``state`` and ``instruction`` (uint8), such
+        as ``mw_envs`` gives; ``privileged_state`` and ``elapsed_time`` go to the critic alone.
+    :param action_space: ``Box`` of shape (A,) or (K, A): a chunk of K actions per decision.
+    :param lr_schedule: learning rate schedule.
+    :param use_sde: must be False; every Stable-Baselines3 algorithm passes it.
+    :param model: name in :data:`sb3_vla.models.MODELS`; None for the checkpoint's, or ``compact``.
+    :param model_kwargs: the model's own options.
+    :param checkpoint: folder written by :func:`sb3_vla.checkpoints.save_checkpoint`, which fixes model and
+        model_kwargs; or a published model, see :func:`sb3_vla.checkpoints.load_checkpoint`; then model_kwargs are what
+        it does not say. A saved algorithm needs it no more, unless the backbone is frozen: it then holds what was
+        trained alone, and where the folder has moved, ``load`` takes
+        ``custom_objects={"policy_kwargs": ...}``.
+    :param distribution: name in :data:`sb3_vla.distributions.DISTRIBUTIONS`.
+    :param distribution_kwargs: the distribution's own options.
+    :param value_width: width of the critic's two hidden layers.
+    :param trainable: ``all``, ``expert`` to freeze the model's backbone, or ``adaptive`` for what modulates its norms
+        alone (pi0.5), or ``lora`` for adapters alone; None for the model's default, ``expert`` with pi0 and pi0.5, else
+        ``all``.
+    :param lora: options of :class:`sb3_vla.models.lora.LoRA`, for adapters in what ``trainable`` leaves frozen; None
+        for none, or with ``trainable="lora"`` for the defaults.
+    :param frozen_bf16: keep a frozen backbone's weights in bfloat16, which halves their memory; what is trained, and
+        adapters, stay float32. pi0 and pi0.5 alone.
+    :param gradient_checkpointing: see :meth:`sb3_vla.models.VLAModel.set_gradient_checkpointing`.
+    :param resize: how pictures of another size than the model reads are brought to it: ``model`` for the model's own
+        way, or ``area`` for that of demonstrations that are shrunk while they are loaded; None for the checkpoint's.
+    :param compile: arguments of ``torch.compile``, such as ``{"mode": "reduce-overhead"}``, for the towers of pi0 and
+        pi0.5; ``{}`` for its defaults, None to run them as they are.
+    :param cache_perception: whether a rollout keeps what a frozen backbone perceived instead of the picture, so that an
+        update costs the expert alone. A decision takes 114 kB with CompactVLA's default size, and megabytes with pi0.
+        None for the model's default: not with pi0 and pi0.5.
+    :param view: ``camera`` and ``crop`` of the pictures that it is trained on, which
+        :func:`sb3_vla.evaluation.evaluation.evaluate` shows it; None for those that the checkpoint says. :class:`sb3_vla.PPO`
+        takes them from the environment.
+    :param optimizer_class: optimiser.
+    :param optimizer_kwargs: its options besides the learning rate.
+    :raises ValueError: if the spaces are not those of a vision-language-action environment, or the checkpoint is of
+        another model than is asked for.
+    """
+
+    def __init__(
+        self,
+        observation_space: spaces.Space,
+        action_space: spaces.Space,
+        lr_schedule: Schedule,
+        use_sde: bool = False,
+        *,
+        model: str | None = None,
+        model_kwargs: Mapping[str, Any] | None = None,
+        checkpoint: str | Path | None = None,
+        distribution: str = "gaussian",
+        distribution_kwargs: Mapping[str, Any] | None = None,
+        value_width: int = 256,
+        trainable: str | None = None,
+        lora: Mapping[str, Any] | None = None,
+        frozen_bf16: bool = False,
+        gradient_checkpointing: bool = False,
+        resize: str | None = None,
+        compile: Mapping[str, Any] | None = None,
+        cache_perception: bool | None = None,
+        view: Mapping[str, Any] | None = None,
+        optimizer_class: type[torch.optim.Optimizer] = torch.optim.Adam,
+        optimizer_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
+        if use_sde:
+            raise InputError("use_sde=True has no meaning for VLAPolicy; choose policy_kwargs=dict(distribution=...)")
+        _check_spaces(observation_space, action_space)
+        super().__init__(
+            observation_space,
+            action_space,
+            optimizer_class=optimizer_class,
+            optimizer_kwargs=dict(optimizer_kwargs or {}),
+            normalize_images=False,
+        )
+        assert isinstance(observation_space, spaces.Dict) and action_space.shape is not None
+        action_dim = action_space.shape[-1]
+        self.action_chunk = action_space.shape[0] if len(action_space.shape) == 2 else 1
+        sizes = {key: (space.shape or (0,))[0] for key, space in observation_space.spaces.items()}
+        self._channels_first = _channels_first(observation_space["image"])
+        if checkpoint is not None:
+            loaded = load_checkpoint(checkpoint, model_kwargs)
+            asked = dict(model_kwargs or {})
+            given, asked = (asked, {}) if takes_options(checkpoint) else ({}, asked)
+            _check_checkpoint(checkpoint, loaded, model, asked)
+            self.model: VLAModel = loaded.model
+            model, model_kwargs = loaded.model_name, loaded.model_kwargs
+            said = loaded.notes.get("view", {})
+            view = known_view(said) if view is None else view
+            resize = said.get("resize") if resize is None else resize
+            _check_size(checkpoint, said, observation_space["image"], self._channels_first)
+        else:
+            model = "compact" if model is None else model
+            model_kwargs = {
+                "action_dim": action_dim,
+                "action_horizon": self.action_chunk,
+                "state_dim": sizes["state"],
+                "image_size": _native_image_size(observation_space["image"], self._channels_first),
+                **_hand_options(model, observation_space),
+                **(model_kwargs or {}),
+            }
+            self.model = make_model(model, model_kwargs)
+        self._check_model(action_dim)
+        self._check_hand_view()
+        self._resize = "model" if resize is None else resize
+        if self._resize not in RESIZES:
+            raise InputError(f"Unknown resize={self._resize!r}; {did_you_mean(self._resize, RESIZES)}")
+        trainable = self.model.default_trainable if trainable is None else trainable
+        if lora is None and trainable == "lora":
+            lora = {}
+        prepare_training(
+            self.model,
+            trainable,
+            lora=lora,
+            frozen_bf16=frozen_bf16,
+            gradient_checkpointing=gradient_checkpointing,
+            compile=compile,
+        )
+        self._frozen_backbone = trainable != "all"
+        perceives_alike = self._frozen_backbone and not any(p.requires_grad for p in self.model.backbone())
+        caches = perceives_alike and self.model.caches_perception if cache_perception is None else cache_perception
+        if caches and not perceives_alike:
+            adapted = "" if lora is None else f" and lora={dict(lora)}"
+            raise InputError(
+                f'cache_perception=True keeps what changes with trainable={trainable!r}{adapted}; use "expert"'
+            )
+        self._caches_perception = caches
+        self._frozen: FrozenWeights | None = None
+        if self._frozen_backbone and checkpoint is not None:
+            frozen = [f"model.{name}" for name, weights in self.model.named_parameters() if not weights.requires_grad]
+            self._frozen = FrozenWeights(frozen)
+        self.distribution = make_distribution(
+            distribution, self.model, self.action_chunk, **dict(distribution_kwargs or {})
+        )
+        # What the distribution learned belongs to its options; with others it starts anew.
+        if checkpoint is not None and loaded.distribution == (distribution, _as_json(distribution_kwargs or {})):
+            _load_matching(self.distribution, loaded.distribution_weights)
+        critic_dim = sum(sizes.get(key, 0) for key in CRITIC_KEYS)
+        self.value_head = ValueHead(self.model.feature_dim, critic_dim, value_width)
+        if checkpoint is not None:
+            _load_matching(self.value_head, loaded.value_head)
+        # With the checkpoint's contents in the weights, a saved algorithm needs the checkpoint's folder no more.
+        source: dict[str, Any] = {"model": model, "model_kwargs": dict(model_kwargs)}
+        if self._frozen is not None and checkpoint is not None:
+            where = local_path(checkpoint)  # or a name on the hub
+            source = {
+                "model": model,
+                "checkpoint": str(where.resolve() if where.exists() else checkpoint),
+                "model_kwargs": given,
+            }
+        if isinstance(self.model, Pi0):
+            source["model_kwargs"] = _with_full_paths(source["model_kwargs"])
+        self.portable_kwargs: dict[str, Any] = {
+            **source,
+            "distribution": distribution,
+            "distribution_kwargs": dict(distribution_kwargs or {}),
+            "value_width": value_width,
+            "trainable": trainable,
+            "lora": None if lora is None else dict(lora),
+            "frozen_bf16": frozen_bf16,
+            "gradient_checkpointing": gradient_checkpointing,
+            "resize": self._resize,
+            "compile": None if compile is None else dict(compile),
+            "cache_perception": cache_perception,
+            "view": None if view is None else dict(view),
+            "optimizer_class": optimizer_class,
+            "optimizer_kwargs": dict(optimizer_kwargs or {}),
+        }
+        actor = [p for part in (self.model, self.distribution) for p in part.parameters() if p.requires_grad]
+        self.optimizer = optimizer_class(
+            [{"params": actor}, {"params": list(self.value_head.parameters())}],
+            lr=lr_schedule(1),  # type: ignore[call-arg]
+            **self.optimizer_kwargs,
+        )
+
+    @classmethod
+    def load(cls, path: str, device: torch.device | str = "auto") -> VLAPolicy:
+        """As in Stable-Baselines3, of what :meth:`save` wrote; :func:`load_policy` reads a checkpoint.
+
+        :raises IsADirectoryError: for a folder; the message says how a checkpoint is used.
+        :raises ValueError: for a saved algorithm.
+        """
+        check_archive(path, kind=cls.__name__)
+        if isinstance(path, (str, Path)) and Path(path).is_file() and is_saved_algorithm(Path(path)):
+            raise InputError(f"{path} is a saved algorithm; its policy is PPO.load({str(path)!r}).policy")
+        return super().load(path, device)
+
+    @property
+    def view(self) -> dict[str, Any] | None:
+        """Camera and crop of the pictures that it is trained on; None where nobody said."""
+        return self.portable_kwargs["view"]
+
+    @view.setter
+    def view(self, view: dict[str, Any]) -> None:
+        self.portable_kwargs["view"] = view
+
+    @property
+    def notes(self) -> dict[str, Any]:
+        """What a checkpoint of its model must say of the pictures: the view, and the size in which they are drawn."""
+        height, width = _height_and_width(self.observation_space["image"], self._channels_first)  # type: ignore[index]
+        drawn = {"render_size": height if height == width else [height, width]}
+        resized = {} if self._resize == "model" else {"resize": self._resize}
+        return {"view": {**(self.view or {}), **drawn, **resized}}
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if hasattr(value, "_orig_mod"):  # its weights have other names, under which no archive is read
+            raise InputError(
+                f"policy.{name} is what torch.compile(...) made; {COMPILING}. A part with a forward() of its own can "
+                f"be compiled where it is: policy.{name}.compile()"
+            )
+        super().__setattr__(name, value)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """Weights by name; without those of a frozen backbone that a checkpoint holds."""
+        state = super().state_dict(*args, **kwargs)
+        if self._frozen is not None:
+            self._frozen.take_out(self, state, kwargs.get("prefix", ""))
+        return state
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """See ``torch.nn.Module.load_state_dict``.
+
+        :raises RuntimeError: if they are the weights of another model; the message is short.
+        """
+        if self._frozen is not None:
+            state_dict = self._frozen.put_back(self, state_dict)
+        own = super().state_dict()
+        problems = [
+            f"{name} has shape {tuple(value.shape)}, expected {tuple(own[name].shape)}"
+            for name, value in state_dict.items()
+            if name in own and value.shape != own[name].shape
+        ]
+        if strict:
+            problems += [f"missing {name}" for name in own if name not in state_dict]
+            problems += [f"unexpected {name}" for name in state_dict if name not in own]
+        if problems:
+            raise RuntimeError(
+                f"These are not the weights of this {type(self.model).__name__} policy: {'; '.join(problems[:4])} "
+                f"({len(problems)} in all)"
+            )
+        if not is_sharded(self):
+            return super().load_state_dict(state_dict, strict, assign)
+        with in_shards(self):
+            return super().load_state_dict(as_shards(self, state_dict), strict, assign)
+
+    def set_training_mode(self, mode: bool) -> None:
+        """Dropout is off in updates as in rollouts: a ratio compares weights, not two draws of a mask."""
+        super().set_training_mode(False)
+
+    def forward(self, obs: dict[str, Tensor], deterministic: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        """Decide, by Stable-Baselines3's contract; :meth:`decide` is ours.
+
+        :return: actions (N, *action shape) not clipped, values (N, 1), log-probabilities (N,).
+        :raises ValueError: for a distribution whose log-probability needs more than the action.
+        """
+        self._check_stock("stable_baselines3's own training loop")  # before a rollout, not after it
+        obs = self.prepare(obs)
+        context = self.model.encode(obs)
+        values = self._values(context, obs)
+        if deterministic:
+            action = self.distribution.mode(self.model, context)
+            log_prob = torch.zeros(len(action), device=action.device)
+        else:
+            action, trace = self.distribution.sample(self.model, context)
+            mean, std = self.distribution.transition(self.model, context, trace)
+            log_prob = self.distribution.log_prob(mean, std, trace, self._all_executed(action))
+        return action.reshape(-1, *self.action_space.shape), values[:, None], log_prob  # type: ignore[misc]
+
+    def decide(self, obs: dict[str, Tensor]) -> tuple[Tensor, Tensor, Trace]:
+        """Actions, values (N,) and traces of prepared observations, for a rollout whose update computes the
+        log-probabilities itself, in its own precision."""
+        context = self.model.encode(obs)
+        action, trace = self.distribution.sample(self.model, context)
+        return action.reshape(-1, *self.action_space.shape), self._values(context, obs), trace  # type: ignore[misc]
+
+    def evaluate(
+        self, obs: dict[str, Tensor], trace: Trace, executed: Tensor, logprob_type: str = "chunk"
+    ) -> Evaluation:
+        """Stored decisions under the present weights.
+
+        :param obs: prepared observations.
+        :param trace: as :meth:`decide` gave it.
+        :param executed: environment steps run of each chunk, int64 (N,).
+        :param logprob_type: what one log-probability is of, see :meth:`ActionDistribution.log_prob`.
+        """
+        context = self.model.encode(obs)
+        mean, std = self.distribution.transition(self.model, context, trace)
+        return Evaluation(
+            values=self._values(context, obs),
+            log_prob=self.distribution.log_prob(mean, std, trace, executed, logprob_type),
+            mean=mean,
+            std=std,
+            entropy=self.distribution.entropy(mean, std, executed),
+        )
+
+    def imitation_loss(
+        self, observation: dict[str, Tensor], actions: Tensor, mask: Tensor, *, draws: int = 1
+    ) -> Tensor:
+        """The model's, see :meth:`VLAModel.imitation_loss`."""
+        return self.model.imitation_loss(observation, actions, mask, draws=draws)
+
+    def evaluate_actions(self, obs: PyTorchObs, actions: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Stable-Baselines3's contract: values (N, 1), log-probabilities (N,) and entropies of actions.
+
+        :raises ValueError: for a distribution whose log-probability needs more than the action.
+        """
+        self._check_stock("stable_baselines3's own training loop")
+        assert isinstance(obs, dict)
+        actions = actions.reshape(len(actions), self.action_chunk, -1)
+        found = self.evaluate(self.prepare(obs), {"action": actions}, self._all_executed(actions))
+        return found.values[:, None], found.log_prob, found.entropy
+
+    def get_distribution(self, obs: PyTorchObs) -> DiagGaussianDistribution:
+        """The action distribution as Stable-Baselines3 knows it, for algorithms such as sb3-contrib's TRPO."""
+        self._check_stock("this algorithm")
+        if self._frozen_backbone:
+            raise InputError('This algorithm asks every parameter for a gradient; use trainable="all" with it')
+        if self.distribution.coherent:  # type: ignore[union-attr]
+            raise InputError(
+                'coherence="offset" is no diagonal Gaussian; use coherence="independent" with this algorithm'
+            )
+        assert isinstance(obs, dict)
+        with sdpa_kernel(SDPBackend.MATH):  # trust regions need second derivatives, which fused attention has not
+            context = self.model.encode(self.prepare(obs))
+            mean, std = self.distribution.transition(self.model, context, {})
+        gaussian = DiagGaussianDistribution(mean[0].numel())
+        return gaussian.proba_distribution(mean.flatten(1), std.flatten(1).log())
+
+    def predict_values(self, obs: PyTorchObs) -> Tensor:
+        """The critic's values (N, 1)."""
+        assert isinstance(obs, dict)
+        obs = self.prepare(obs)
+        return self._values(self.model.encode(obs), obs)[:, None]
+
+    def prepare(self, obs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What model and critic read of an observation: pictures channels first and at the model's size, uint8.
+
+        Where perception is cached it is what the backbone perceives. Prepared observations pass unchanged, so a rollout
+        stores them and an update reads them.
+        """
+        if is_perceived(obs):
+            return dict(obs)
+        prepared = {key: obs[key] for key in (*MODEL_KEYS, *CRITIC_KEYS) if key in obs}
+        if self.model.hand_view is not None:
+            hand = obs[HAND_KEY]
+            prepared[HAND_KEY] = hand if hand.shape[1] == 3 else hand.permute(0, 3, 1, 2)
+        for key in ("image", "instruction"):
+            if prepared[key].dtype != torch.uint8:
+                raise InputError(f"VLAPolicy needs {key} as uint8; got {prepared[key].dtype}. {_NORMALISED}")
+        image = prepared["image"]
+        if not self._channels_first and image.shape[1] != 3:
+            image = image.permute(0, 3, 1, 2)
+        if self._resize == "area":
+            image = resize_by_area(image, self.model.image_size)
+        prepared["image"] = self.model.fit_image(image)
+        if not self._caches_perception:
+            return prepared
+        with torch.no_grad():
+            perception = self.model.perceive(prepared)
+        return {**perception, **{key: prepared[key] for key in CRITIC_KEYS if key in prepared}}
+
+    def predict(
+        self,
+        observation: np.ndarray | dict[str, np.ndarray],
+        state: tuple[np.ndarray, ...] | None = None,
+        episode_start: np.ndarray | None = None,
+        deterministic: bool = False,
+    ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
+        """As in Stable-Baselines3; of an observation what the policy does not read is left out.
+
+        :param observation: one, or a batch of them in which each array has a further axis in front. Pictures may have
+            their channels first or last, an instruction any number of zeros at its end. Where the policy reads smaller
+            ones, a picture of 480 x 480 pixels is taken for the full view of its camera, as the environment draws it
+            unless told otherwise: the policy's window is cut from it, and its hand view where none is given.
+        :raises ValueError: for what does not fit the observation space, see :func:`fitted`; or for what is no dict.
+        """
+        if isinstance(observation, Mapping):
+            observation = fitted(self._cut_from_full_view(observation), self.observation_space)  # type: ignore[arg-type]
+        elif not isinstance(observation, tuple):  # for which Stable-Baselines3 has a message
+            raise InputError(
+                f"VLAPolicy reads a dict with {', '.join(MODEL_KEYS)}, as the environment gives it; got "
+                f"{type(observation).__name__}"
+            )
+        return super().predict(observation, state, episode_start, deterministic)
+
+    def _cut_from_full_view(self, observation: Mapping[str, Any]) -> Mapping[str, Any]:
+        space, view = self.observation_space, known_view(self.view or {})
+        height, width = _height_and_width(space["image"], self._channels_first)  # type: ignore[index]
+        picture, state = (np.asarray(observation.get(key)) for key in ("image", "state"))
+        if picture.shape[-3:] == (FULL_PICTURE[2], *FULL_PICTURE[:2]):
+            picture = np.moveaxis(picture, -3, -1)
+        own = (height, width) == FULL_PICTURE[:2]
+        if view is None or own or picture.shape[-3:] != FULL_PICTURE or picture.dtype != np.uint8:
+            return observation
+        found, batch = dict(observation), picture.shape[:-3]
+        pictures = picture.reshape(math.prod(batch), *FULL_PICTURE)
+        hand, expected = self.model.hand_view, (*batch, *space["state"].shape)  # type: ignore[index]
+        if hand is not None and HAND_KEY not in observation:
+            if state.shape != expected:
+                raise InputError(
+                    f"The observation's state has shape {state.shape}; expected {expected}, beside an image of shape "
+                    f"{picture.shape}, from which the hand view is cut where it says that the hand is"
+                )
+            cut = hand.cut(pictures, view["camera"], state.reshape(len(pictures), state.shape[-1]))
+            found[HAND_KEY] = cut.reshape(*batch, *cut.shape[1:])
+        cut = cut_window(pictures, view["crop"], (height, width))
+        return {**found, "image": cut.reshape(*batch, *cut.shape[1:])}
+
+    def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> Tensor:
+        assert isinstance(observation, dict)
+        context = self.model.encode(self.prepare(observation))
+        if deterministic:
+            action = self.distribution.mode(self.model, context)
+        else:
+            action, _ = self.distribution.sample(self.model, context)
+        return action.reshape(-1, *self.action_space.shape)  # type: ignore[misc]
+
+    def _values(self, context: Context, obs: Mapping[str, Tensor]) -> Tensor:
+        critic_only = [obs[key].float() for key in CRITIC_KEYS if key in self.observation_space.spaces]  # type: ignore[attr-defined]
+        # The critic must not bend the features that the actor uses.
+        return self.value_head(context.features.detach(), critic_only)
+
+    def _all_executed(self, actions: Tensor) -> Tensor:
+        return torch.full((len(actions),), self.action_chunk, device=actions.device)
+
+    def _check_stock(self, who: str) -> None:
+        if self.distribution.needs_trace:
+            raise InputError(
+                f"{who} cannot train the {type(self.distribution).__name__} distribution: its log-probability needs "
+                'more than the action. Use sb3_vla.PPO, or policy_kwargs=dict(distribution="gaussian").'
+            )
+
+    def _check_model(self, action_dim: int) -> None:
+        horizon = self.model.action_horizon - self.model.first_action
+        if self.model.action_dim != action_dim or horizon < self.action_chunk:
+            raise InputError(
+                f"The model predicts {horizon} actions of {self.model.action_dim} dimensions; the "
+                f"environment takes chunks of {self.action_chunk} of {action_dim}. Make the environment with "
+                f"action_chunk <= {horizon}, or train a model for this one."
+            )
+        known = dict(self.model.named_buffers()).get("state_mean")
+        state = self.observation_space["state"].shape  # type: ignore[index]
+        if known is not None and tuple(known.shape) != tuple(state):
+            raise InputError(
+                f"The model reads a state of {len(known)} numbers; the environment's is {tuple(state)}. Train a model "
+                "for this environment, or make the environment that this one was trained for."
+            )
+
+    def _check_hand_view(self) -> None:
+        """The observation space is that of what the policy reads from here on."""
+        hand, observed = self.model.hand_view, self.observation_space.spaces  # type: ignore[attr-defined]
+        space = observed.get(HAND_KEY)
+        if hand is None and space is not None:  # what is not read is not asked for
+            self.observation_space = spaces.Dict({key: observed[key] for key in observed if key != HAND_KEY})
+        if hand is None:
+            return
+        if space is None or space.shape not in ((hand.size, hand.size, 3), (3, hand.size, hand.size)):
+            found = "has none" if space is None else f"has one of shape {space.shape}"
+            raise InputError(
+                f"The model reads {HAND_KEY}, {hand.size}x{hand.size} pixels around the hand; the environment {found}. "
+                f"Make it with {hand}"
+            )
+
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        data = super()._get_constructor_parameters()
+        del data["normalize_images"]
+        return {**data, **self.portable_kwargs, "lr_schedule": self._dummy_schedule}
+
+
+class NoVLAPolicy:
+    """What ``"VLAPolicy"`` means to algorithms that cannot train it."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        raise InputError(
+            '"VLAPolicy" is trained by PPO and GRPO of sb3_vla, by PPO and A2C of stable_baselines3 and by TRPO of '
+            "sb3_contrib; this algorithm needs a policy of another kind"
+        )
+
+
+class ValueHead(nn.Module):
+    """A perceptron from the model's features and what only the critic sees to a value."""
+
+    def __init__(self, feature_dim: int, critic_dim: int, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(feature_dim)
+        self.layers = nn.Sequential(
+            nn.Linear(feature_dim + critic_dim, width),
+            nn.SiLU(),
+            nn.Linear(width, width),
+            nn.SiLU(),
+            nn.Linear(width, 1),
+        )
+        for parameter in self.layers[-1].parameters():  # an untrained critic says nothing, rather than noise
+            nn.init.zeros_(parameter)
+
+    def forward(self, features: Tensor, critic_only: list[Tensor]) -> Tensor:
+        """Values, float32 (N,)."""
+        return self.layers(torch.cat([self.norm(features), *critic_only], dim=1)).float()[:, 0]
+
+
+def fitted(observation: Mapping[str, Any], space: spaces.Dict) -> dict[str, np.ndarray]:
+    """What a policy reads of an observation, in the types of its space and with the space's order of a picture's axes.
+
+    Other integers and other floats are converted, and integers to floats. An instruction in bytes may have any number
+    of zeros at its end.
+
+    :param observation: arrays of the space's shapes; or batches, which all have the same further axis in front. What
+        only a critic reads may be missing, and what nobody reads is left out.
+    :raises ValueError: for a missing key, for a shape, a type or an integer that the space has not, for a number that
+        is not finite, and for a batch of none.
+    """
+    needed = (*MODEL_KEYS, *(key for key in (HAND_KEY,) if key in space.spaces))
+    missing = [key for key in needed if key not in observation]
+    if missing:
+        raise InputError(f"The observation has no {', '.join(missing)}; it has {', '.join(map(str, observation))}")
+    read = [key for key in (*MODEL_KEYS, HAND_KEY, *CRITIC_KEYS) if key in observation and key in space.spaces]
+    found = {key: _fitted(key, np.asarray(observation[key]), space[key]) for key in read}
+    counts = {key: len(array) if array.ndim > len(space[key].shape or ()) else None for key, array in found.items()}
+    if len(set(counts.values())) > 1:
+        told = (f"{key} of {'one, without a batch axis' if n is None else n}" for key, n in counts.items())
+        raise InputError(f"The observation's arrays are batches of different sizes: {'; '.join(told)}")
+    if 0 in counts.values():
+        raise InputError("The observation is a batch of none; expected at least one")
+    return found
+
+
+def _fitted(key: str, array: np.ndarray, space: spaces.Space) -> np.ndarray:
+    assert isinstance(space, spaces.Box)
+    where, whole = f"The observation's {key}", np.issubdtype(space.dtype, np.integer)
+    if key in ("image", HAND_KEY) and array.ndim in (3, 4):
+        # As it is, (H, W, C) as (C, H, W), or the other way round.
+        orders = [np.moveaxis(array, axes, (-3, -2, -1)) for axes in ((-3, -2, -1), (-1, -3, -2), (-2, -1, -3))]
+        array = next((turned for turned in orders if turned.shape[-3:] == space.shape), array)
+    if key == "instruction" and array.dtype == np.uint8 and array.ndim in (1, 2):
+        array = fit_instruction(array, space.shape[0])
+    if array.shape not in (space.shape, array.shape[:1] + space.shape):
+        raise InputError(f"{where} has shape {array.shape}; expected {space.shape}, or a batch of such{_HINTS[key]}")
+    if array.dtype.kind not in ("iu" if whole else "iuf"):
+        hint = _HINTS["float image"] if key in ("image", HAND_KEY) and array.dtype.kind == "f" else ""
+        raise InputError(f"{where} has type {array.dtype}; expected {space.dtype}{hint}")
+    if whole and array.size and not space.low.min() <= array.min() <= array.max() <= space.high.max():
+        raise InputError(f"{where} has values from {array.min()} to {array.max()}; expected those of {space}")
+    with np.errstate(over="ignore"):
+        fitting = array.astype(space.dtype, copy=False)
+    # Bounds of floats are not looked at: VecNormalize leaves those of what it changes as they were.
+    if not whole and not np.isfinite(fitting).all():
+        raise InputError(f"{where} is {array}; expected finite numbers")
+    return fitting
+
+
+def _check_spaces(observation_space: spaces.Space, action_space: spaces.Space) -> None:
+    fix = 'Use an environment such as gym.make("mw_envs:MetaWorldMT50-v0").'
+    if not isinstance(observation_space, spaces.Dict):
+        raise InputError(
+            f"VLAPolicy needs a Dict observation with {', '.join(MODEL_KEYS)}; got {observation_space}. {fix}"
+        )
+    missing = [key for key in MODEL_KEYS if key not in observation_space.spaces]
+    if missing:
+        raise InputError(
+            f"VLAPolicy needs an observation with {', '.join(MODEL_KEYS)}; {', '.join(missing)} is missing among "
+            f"{', '.join(observation_space.spaces)}. {fix}"
+        )
+    image = observation_space["image"]
+    if image.dtype != np.uint8:
+        raise InputError(f"VLAPolicy needs image as uint8 with three axes; got {image}. {_NORMALISED}. Else: {fix}")
+    if len(image.shape or ()) != 3:
+        raise InputError(f"VLAPolicy needs image as uint8 with three axes; got {image}. {STACKED}. {fix}")
+    instruction = observation_space["instruction"]
+    if instruction.dtype != np.uint8:
+        raise InputError(f"VLAPolicy needs instruction as uint8; got {instruction}. {_NORMALISED}")
+    if not isinstance(action_space, spaces.Box) or len(action_space.shape) not in (1, 2):
+        raise InputError(f"VLAPolicy needs a Box action space of shape (A,) or (K, A); got {action_space}. {fix}")
+
+
+def _check_checkpoint(
+    folder: str | Path, loaded: LoadedCheckpoint, model: str | None, model_kwargs: Mapping[str, Any]
+) -> None:
+    fix = "leave model and model_kwargs out, or give another checkpoint"
+    if model not in (None, loaded.model_name):
+        raise InputError(f"model={model!r}, but the checkpoint {folder} is of {loaded.model_name!r}; {fix}")
+    asked, found = _as_json(model_kwargs), _as_json(loaded.model_kwargs)
+    if (
+        isinstance(loaded.model, Pi0)
+        and "tokenizer" in asked
+        and same_tokenizer(asked["tokenizer"], found["tokenizer"])
+    ):
+        del asked["tokenizer"]  # a checkpoint has its own copy
+    other = [key for key in asked if key not in found or asked[key] != found[key]]
+    if other:
+        raise InputError(
+            f"model_kwargs with {', '.join(f'{key}={asked[key]!r}' for key in other)}, but the checkpoint {folder} has "
+            f"{', '.join(f'{key}={found[key]!r}' if key in found else f'no {key}' for key in other)}; {fix}"
+        )
+
+
+def _with_full_paths(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of pi0 that name a file or folder here, so that they do it from another working directory, too."""
+    paths = {key: local_path(options[key]) for key in ("tokenizer", "norm_stats") if options.get(key)}
+    return {**options, **{key: str(path.resolve()) for key, path in paths.items() if path.exists()}}
+
+
+def _channels_first(image: spaces.Space) -> bool:
+    shape = image.shape or ()
+    if 3 not in (shape[0], shape[2]):
+        raise InputError(f"VLAPolicy needs one colour image, (H, W, 3) or (3, H, W); got shape {shape}. {STACKED}")
+    return shape[2] != 3
+
+
+def _height_and_width(image: spaces.Space, channels_first: bool) -> list[int]:
+    shape = list(image.shape or ())
+    return shape[1:] if channels_first else shape[:2]
+
+
+def _check_size(checkpoint: str | Path, view: Mapping[str, Any], image: spaces.Space, channels_first: bool) -> None:
+    """Warn of pictures that are not drawn at the size at which those were that the model has learned from."""
+    found = _height_and_width(image, channels_first)
+    drawn = np.broadcast_to(view.get("render_size", found), 2).tolist()
+    if found != drawn:
+        warnings.warn(
+            f"The model of {checkpoint} was trained on pictures that were drawn with {drawn[0]}x{drawn[1]} pixels and "
+            f"brought to its size; the environment's have {found[0]}x{found[1]} and look different. Make it with "
+            f"image_size={view['render_size']}",
+            stacklevel=3,
+        )
+
+
+def _native_image_size(image: spaces.Space, channels_first: bool) -> int:
+    """The observation's own size where a small model can read it as it is."""
+    height, width = _height_and_width(image, channels_first)
+    if height == width and height % 16 == 0 and 32 <= height <= _LARGEST_NATIVE_IMAGE:
+        return height
+    return _DEFAULT_IMAGE
+
+
+def _hand_options(model: str, space: spaces.Dict) -> dict[str, Any]:
+    """Options of a new model that reads the hand view which the environment draws."""
+    if model != "compact" or HAND_KEY not in space.spaces:
+        return {}
+    return {"hand_view": {"size": max(space[HAND_KEY].shape or ())}}
+
+
+def _load_matching(part: nn.Module, tensors: dict[str, Tensor] | None) -> None:
+    """Take a critic or distribution from a checkpoint, unless it has none that fits, such as for other observations."""
+    shapes = {key: tensor.shape for key, tensor in (tensors or {}).items()}
+    if tensors and shapes == {key: tensor.shape for key, tensor in part.state_dict().items()}:
+        part.load_state_dict(tensors)
+
+
+def _as_json(options: Mapping[str, Any]) -> Any:
+    """Options as a checkpoint gives them back; what JSON has no word for equals nothing there."""
+    return json.loads(json.dumps(dict(options), default=repr))
+
+
+def load_policy(
+    checkpoint: str | Path,
+    action_chunk: int | None = None,
+    device: torch.device | str = "cpu",
+    model_kwargs: Mapping[str, Any] | None = None,
+    view: Mapping[str, Any] | None = None,
+    frozen_bf16: bool = False,
+) -> VLAPolicy:
+    """A policy to act with, from a checkpoint alone; with a warning where the checkpoint does not say its view.
+
+    :param checkpoint: see :class:`VLAPolicy`.
+    :param action_chunk: K, actions executed per decision; None for the whole predicted horizon.
+    :param model_kwargs: what a published checkpoint does not say.
+    :param view: ``camera``, ``crop`` or both, where the checkpoint does not say them or they are to be others.
+    :param frozen_bf16: keep the backbone's weights in bfloat16, see :class:`VLAPolicy`.
+    :raises ValueError: if the model predicts fewer actions than that.
+    """
+    loaded = load_checkpoint(checkpoint, model_kwargs, weights=False)
+    model = loaded.model
+    name, options = loaded.distribution or (default_distribution(model), {})
+    state_dim = int(model.config.get("state_dim", 4))
+    said = loaded.notes.get("view", {})
+    picture = np.broadcast_to(said.get("render_size", model.image_size), 2).tolist()
+    observation_space = spaces.Dict(
+        {
+            "image": spaces.Box(0, 255, (*picture, 3), np.uint8),
+            "state": spaces.Box(-np.inf, np.inf, (state_dim,), np.float32),
+            "instruction": spaces.Box(0, 255, (said.get("instruction_bytes", INSTRUCTION_BYTES),), np.uint8),
+        }
+    )
+    if model.hand_view is not None:
+        observation_space[HAND_KEY] = spaces.Box(0, 255, (model.hand_view.size, model.hand_view.size, 3), np.uint8)
+    chunk = model.action_horizon - model.first_action if action_chunk is None else action_chunk
+    shape = (model.action_dim,) if chunk == 1 else (chunk, model.action_dim)
+    policy = VLAPolicy(
+        observation_space,
+        spaces.Box(-1.0, 1.0, shape, np.float32),
+        lambda _: 0.0,
+        checkpoint=checkpoint,
+        model_kwargs=model_kwargs,
+        distribution=name,
+        distribution_kwargs=options,
+        view=settled_view(checkpoint, said, view or {}),
+        frozen_bf16=frozen_bf16,
+    )
+    return policy.to(device)

@@ -1,0 +1,145 @@
+"""Environments in Ray actors behind a Stable-Baselines3 vector environment."""
+
+from __future__ import annotations
+
+import pickle
+from collections import deque
+from collections.abc import Callable, Sequence
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from stable_baselines3.common.vec_env import CloudpickleWrapper
+
+from sb3_vla.ray.connection import Cluster, settle
+from sb3_vla.ray.placement import PlacementError, Slot
+from sb3_vla.envs.worker import Arrays, Layout, Worker, WorkerDiedError, make_share
+from sb3_vla.envs.shared_memory import SharedMemoryVecEnv
+
+_CLOSE_SECONDS = 5.0
+
+
+class EnvActor:
+    """The far end: several environments, which run whole chunks.
+
+    :param slot: where it runs.
+    :param env_fns: callables that make the environments.
+    """
+
+    def __init__(self, slot: Slot, env_fns: Sequence[CloudpickleWrapper]) -> None:
+        settle(slot)
+        self._share, self._first = make_share(env_fns)
+
+    def start(self) -> tuple[bytes, list[int], Arrays]:
+        """The environments' spaces, or why there are none."""
+        return self._first, [], {}
+
+    def answer(self, request: bytes) -> tuple[bytes, list[int], Arrays]:
+        """The answer to a request of :class:`~sb3_vla.envs.worker.Worker`, and the observations that it changed.
+
+        :return: answer, numbers of the environments that were observed anew, and their observations.
+        """
+        assert self._share is not None
+        reply = self._share.reply(request)
+        command, _, indices = pickle.loads(request)
+        rows = list(indices) if command in ("step", "reset") else []
+        return reply, rows, {key: array[rows] for key, array in self._share.buf_obs.items()} if rows else {}
+
+    def close(self) -> None:
+        """Close the environments."""
+        if self._share is not None:
+            self._share.close()
+
+
+class RayWorker(Worker):
+    """The near end: a worker as :class:`~sb3_vla.envs.shared_memory.SharedMemoryVecEnv` knows it, on some node.
+
+    Observations come through Ray's object store, and are copied out of it when an answer is read.
+    """
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        number: int,
+        share: range,
+        env_fns: Sequence[Callable[[], gym.Env]],
+        slot: Slot,
+        again: bool,
+    ) -> None:
+        self._expect_start(number, share)
+        self._cluster = cluster
+        start = cluster.restart if again else cluster.start
+        self.actor = start(EnvActor, slot, [CloudpickleWrapper(env_fn) for env_fn in env_fns])
+        self._under_way: deque[Any] = deque([self.actor.start.remote()])
+
+    def share_memory(self, layout: Layout) -> None:
+        """Make room for the observations."""
+        self.arrays = {key: np.zeros((len(self.share), *shape), dtype) for key, (shape, dtype) in layout.items()}
+
+    def obituary(self) -> str:
+        """How the worker died, for an error's message."""
+        return f"{self.name.capitalize()} died; Ray's log of its node says why. Mostly memory has run out."
+
+    def bury(self) -> None:
+        """End the actor if it still runs."""
+        self._cluster.ray.kill(self.actor)
+
+    def _send(self, request: bytes) -> None:
+        try:
+            self._under_way.append(self.actor.answer.remote(request))
+        except self._cluster.lost() as error:
+            raise WorkerDiedError from error
+
+    def _receive(self) -> bytes:
+        try:
+            reply, rows, observations = self._cluster.ray.get(self._under_way.popleft())
+        except self._cluster.lost() as error:
+            raise WorkerDiedError from error
+        for key, array in observations.items():
+            self.arrays[key][rows] = array
+        return reply
+
+
+class RayVecEnv(SharedMemoryVecEnv):
+    """``n`` environments in one Ray actor per slot, contiguous shares; otherwise as ``SharedMemoryVecEnv``.
+
+    An actor that dies, or whose node does, is replaced, on another node if need be; its episodes are dropped and
+    counted in ``dropped_episodes``, those of the others go on.
+
+    :param cluster: the connection.
+    :param env_fns: callables that make the environments, run in the actors.
+    :param slots: where the actors run.
+    :raises PlacementError: if there are fewer environments than slots.
+    :raises RuntimeError: as ``SharedMemoryVecEnv`` does.
+    """
+
+    def __init__(self, cluster: Cluster, env_fns: Sequence[Callable[[], gym.Env]], slots: Sequence[Slot]) -> None:
+        if len(env_fns) < len(slots):
+            raise PlacementError(
+                f"cluster.component_placement places {len(slots)} env processes, but there are {len(env_fns)} "
+                f"environments; expected at least one for each: more environments, or at most {len(env_fns)} processes"
+            )
+        self._cluster = cluster
+        self._slots = list(slots)
+        super().__init__(env_fns, "spawn", num_workers=len(slots), restart_workers=True)
+
+    @property
+    def processes(self) -> list[BaseProcess]:  # type: ignore[override]
+        """None of this machine's own."""
+        return []
+
+    def close(self) -> None:
+        if self.closed:
+            return
+        self.closed = True
+        closing = [worker.actor.close.remote() for worker in self._workers if isinstance(worker, RayWorker)]
+        self._cluster.ray.wait(closing, num_returns=len(closing), timeout=_CLOSE_SECONDS) if closing else None
+        for worker in self._workers:
+            worker.bury()
+            worker.arrays = {}
+
+    def _start(self, number: int) -> Worker:
+        share = self.shares[number]
+        env_fns = self._env_fns[share.start : share.stop]
+        return RayWorker(self._cluster, number, share, env_fns, self._slots[number], again=self._replaced[number] > 0)

@@ -1,0 +1,1 @@
+"""Videos: files, and episodes that are filmed where they are simulated."""

@@ -1,0 +1,218 @@
+"""Videos of episodes: a frame for every simulator step, and underneath what the policy was told and how it went."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from fractions import Fraction
+from pathlib import Path
+from types import TracebackType
+
+import av
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageDraw, ImageFont
+
+from sb3_vla.common.errors import InputError
+from sb3_vla.common.paths import local_path
+
+Frame = npt.NDArray[np.uint8]
+
+# The text under a picture of 480 pixels; it grows with the picture.
+_FONT_SIZE = 17
+_REFERENCE_WIDTH = 480
+_STRIP_COLOUR = (24, 26, 31)
+_TEXT_COLOUR = (236, 238, 241)
+_SUCCESS_COLOUR = (98, 211, 138)
+
+
+def temporary_path(path: Path, process: int | None = None) -> Path:
+    """
+    Name to write a file under until it is complete: hidden, in the same folder, one per process.
+
+    :param path: the file wanted
+    :param process: id of the process that writes; ``None`` is this one
+    :return: the name, with the same suffix
+    """
+    return path.with_name(f".{path.stem}.{os.getpid() if process is None else process}.tmp{path.suffix}")
+
+
+@contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """
+    Write a file so that it is there whole or not at all.
+
+    :param path: the file wanted; its folder is created
+    :return: a context that gives a temporary path, renamed to ``path`` at the end, deleted on an error
+    """
+    path = local_path(path).resolve()  # a link to a file stays one
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_path(path)
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def enlarge(frame: Frame, smallest: int = 480) -> Frame:
+    """
+    Enlarge a small picture by a whole number, so that it shows the very pixels that the policy sees.
+
+    :param frame: uint8, shape ``(H, W, 3)``
+    :param smallest: wanted size of the shorter side in pixels; a larger picture stays as it is
+    :return: uint8, shape ``(s * H, s * W, 3)`` with the smallest whole ``s`` that reaches ``smallest``
+    """
+    scale = max(1, -(-smallest // min(frame.shape[:2])))
+    return frame.repeat(scale, axis=0).repeat(scale, axis=1)
+
+
+def annotate(frame: Frame, lines: Sequence[str], success: bool = False) -> Frame:
+    """
+    Write lines of text in a strip below the picture; the picture itself stays untouched.
+
+    :param frame: uint8, shape ``(H, W, 3)``
+    :param lines: text; a line too long for the width is broken
+    :param success: marks the strip in green
+    :return: uint8, shape ``(H + strip, W, 3)``
+    :raises ValueError: if the frame is not an RGB picture
+    """
+    frame = _checked_frame(frame)
+    height, width = frame.shape[:2]
+    size = max(11, round(_FONT_SIZE * width / _REFERENCE_WIDTH))
+    font = ImageFont.load_default(size)
+    margin = size // 2
+    broken = [part for line in lines for part in _broken_line(line, font, width - 2 * margin)]
+    line_height = round(size * 1.4)
+    canvas = Image.new("RGB", (width, height + line_height * len(broken) + 2 * margin), _STRIP_COLOUR)
+    canvas.paste(Image.fromarray(frame), (0, 0))
+    draw = ImageDraw.Draw(canvas)
+    if success:
+        draw.rectangle((0, height, width, height + max(2, size // 4)), fill=_SUCCESS_COLOUR)
+    for number, line in enumerate(broken):
+        colour = _SUCCESS_COLOUR if success and number == len(broken) - 1 else _TEXT_COLOUR
+        draw.text((margin, height + margin + number * line_height), line, fill=colour, font=font)
+    return np.asarray(canvas)
+
+
+class Mp4Writer:
+    """
+    Writes frames to an MP4 (H.264, yuv420p) one after the other, so that an episode is never held in memory.
+
+    The file appears under its name when the writer is closed without an error, and not before.
+
+    :param path: the file; may be changed until the writer is closed
+    :param fps: frames per second; MetaWorld simulates 80 steps per second
+    :raises ValueError: if ``fps`` is not positive or the name does not end in ``.mp4``
+    """
+
+    def __init__(self, path: str | Path, fps: float) -> None:
+        self.path = local_path(path)
+        if self.path.suffix != ".mp4":
+            raise InputError(f"A video is written as MP4, so its name must end in .mp4, got {self.path.name!r}.")
+        if not fps > 0:
+            raise InputError(f"Expected a positive number of frames per second, got {fps}.")
+        self.fps = Fraction(fps).limit_denominator(1001)
+        self._shape: tuple[int, ...] = ()
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._temporary = temporary_path(self.path)
+        # With the index at its start, a player need not load the whole file first.
+        self._container = av.open(str(self._temporary), "w", format="mp4", options={"movflags": "+faststart"})
+
+    def append(self, frame: Frame) -> None:
+        """
+        Add one frame.
+
+        :param frame: uint8, shape ``(H, W, 3)``, the same for all frames; an odd height or width is padded by one pixel
+        :raises ValueError: if it is not such a picture
+        """
+        frame = _checked_frame(frame)
+        if not self._shape:
+            self._shape = frame.shape
+            self._stream = self._container.add_stream("libx264", rate=self.fps)
+            self._stream.options = {"crf": "20", "preset": "veryfast"}
+            self._stream.pix_fmt = "yuv420p"
+            # By itself an encoder takes more threads than there are cores; a worker films several episodes at a time.
+            self._stream.thread_count = 1
+            self._stream.height, self._stream.width = (side + side % 2 for side in frame.shape[:2])
+        if frame.shape != self._shape:
+            raise InputError(
+                f"All frames of a video must have one shape: the first was {self._shape}, this is {frame.shape}."
+            )
+        odd_height, odd_width = (side % 2 for side in frame.shape[:2])
+        padded = np.pad(frame, ((0, odd_height), (0, odd_width), (0, 0)), mode="edge")
+        self._container.mux(
+            self._stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(padded), format="rgb24"))
+        )
+
+    def close(self) -> None:
+        """
+        Finish the file and give it its name.
+
+        :raises ValueError: if no frame was added
+        """
+        if not self._shape:
+            self.discard()
+            raise InputError(f"No frame was given for the video {self.path}.")
+        self._container.mux(self._stream.encode(None))
+        self._container.close()
+        os.replace(self._temporary, self.path)
+
+    def discard(self) -> None:
+        """Give the video up and delete what was written."""
+        try:
+            self._container.close()
+        finally:
+            self._temporary.unlink(missing_ok=True)
+
+    def __enter__(self) -> Mp4Writer:
+        return self
+
+    def __exit__(
+        self, error_type: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if error_type is None:
+            self.close()
+        else:
+            self.discard()
+
+
+def write_mp4(
+    path: str | Path, frames: npt.NDArray[np.uint8], fps: float, captions: Sequence[Sequence[str]] | None = None
+) -> None:
+    """
+    Write frames as an MP4 (H.264, yuv420p, index first) that browsers and README files play.
+
+    :param path: the file, ending in ``.mp4``; its folder is created, the file appears when it is complete
+    :param frames: uint8, shape ``(T, H, W, 3)``, T at least 1
+    :param fps: frames per second
+    :param captions: lines of text below each frame, length T; the same number of lines for all frames
+    :raises ValueError: if the shapes or types do not fit
+    """
+    if captions is not None and len(captions) != len(frames):
+        raise InputError(f"Expected a caption for each of {len(frames)} frames, got {len(captions)}.")
+    with Mp4Writer(path, fps) as writer:
+        for index, frame in enumerate(frames):
+            writer.append(frame if captions is None else annotate(frame, captions[index]))
+
+
+def _checked_frame(frame: npt.NDArray[np.uint8]) -> Frame:
+    frame = np.asarray(frame)
+    if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3 or 0 in frame.shape:
+        raise InputError(
+            f"Expected a picture of shape (height, width, 3) and uint8, got {frame.shape} and {frame.dtype}."
+        )
+    return frame
+
+
+def _broken_line(line: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
+    """Break a line at spaces to fit into so many pixels; a single word may stick out."""
+    parts = [""]
+    for word in line.split(" "):
+        longer = f"{parts[-1]} {word}" if parts[-1] else word
+        if parts[-1] and font.getlength(longer) > width:
+            parts.append(word)
+        else:
+            parts[-1] = longer
+    return parts

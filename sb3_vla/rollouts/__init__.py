@@ -1,0 +1,1 @@
+"""What PPO and GRPO collect: one step of all environments, buffers, metrics."""

@@ -1,0 +1,472 @@
+"""Imitation: supervised fine-tuning of a model on demonstrations, before reinforcement learning."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor, nn
+
+from mw_envs.hand_view import HandView
+from mw_envs.tasks import INSTRUCTION_BYTES, encode_instruction
+from sb3_vla.checkpoints import load_checkpoint, save_checkpoint
+from sb3_vla.checkpoints.native import NORMALISED, refuse_other_files
+from sb3_vla.checkpoints.training_state import load_training_state, save_training_state
+from sb3_vla.data.demonstrations import Demonstrations
+from sb3_vla.distributed.ranks import Ranks, join_for_good
+from sb3_vla.common.errors import InputError
+from sb3_vla.checkpoints.frozen_weights import FrozenWeights, Unfrozen
+from sb3_vla.models import VLAModel, make_model
+from sb3_vla.models.lora import prepare_training
+from sb3_vla.common.batch_noise import part_of_batch
+from sb3_vla.common.paths import local_path
+from sb3_vla.common.precision import autocast, get_device
+from sb3_vla.distributed.fsdp import whole_optimizer_state
+from sb3_vla.common.signals import Stopped, stop_request
+from sb3_vla.policies.views import known_view, warn_once
+
+_VALIDATION_SAMPLES = 1024
+
+
+@dataclass
+class SFTConfig:
+    """Settings of :func:`sft`.
+
+    :param model: name in :data:`sb3_vla.models.MODELS`.
+    :param model_kwargs: the model's own options.
+    :param checkpoint: start from this checkpoint's model instead of a new one; of a published one, model_kwargs are
+        what it does not say. A model that comes without normalisation gets that of the data.
+    :param trainable: what is trained, see :class:`sb3_vla.policies.vla_policy.VLAPolicy`.
+    :param lora: options of adapters, see :class:`sb3_vla.models.lora.LoRA`; None for none, or with
+        ``trainable=lora`` for the defaults.
+    :param frozen_bf16: a frozen backbone's weights in bfloat16.
+    :param gradient_checkpointing: layers compute again what the backward pass needs, for less memory.
+    :param device: ``cpu``, ``cuda`` or ``auto``; the result is on the CPU.
+    :param action_horizon: H, length of the predicted chunk.
+    :param steps: optimiser steps.
+    :param batch_size: frames a step.
+    :param draws: noise draws per frame.
+    :param learning_rate: peak of a cosine with linear warm-up.
+    :param warmup_steps: steps of the warm-up.
+    :param weight_decay: AdamW's.
+    :param max_grad_norm: clip of the gradient's norm.
+    :param ema_decay: of the averaged weights that are kept.
+    :param shift: pictures are shifted by up to this many pixels.
+    :param validation_fraction: share of episodes kept out, for the validation loss.
+    :param validation_interval: steps between validations.
+    :param checkpoint_interval: steps between the states from which an interrupted training goes on.
+    :param bf16: bfloat16 autocast; None where the processor has it.
+    :param seed: of weights, order and noise.
+    """
+
+    #: see :func:`sb3_vla.recipes.config.deciding_settings`; of the checkpoint the contents decide
+    INCIDENTAL: ClassVar[tuple[str, ...]] = (
+        *("checkpoint", "model_kwargs", "gradient_checkpointing", "device"),
+        *("validation_interval", "checkpoint_interval"),
+    )
+
+    model: str = "compact"
+    model_kwargs: dict[str, Any] = field(default_factory=dict)
+    checkpoint: str | None = None
+    trainable: str | None = None
+    lora: dict[str, Any] | None = None
+    frozen_bf16: bool = False
+    gradient_checkpointing: bool = False
+    device: str = "auto"
+    action_horizon: int = 5
+    steps: int = 500
+    batch_size: int = 128
+    draws: int = 1
+    learning_rate: float = 1e-3
+    warmup_steps: int = 100
+    weight_decay: float = 1e-4
+    max_grad_norm: float = 1.0
+    ema_decay: float = 0.998
+    shift: int = 2
+    validation_fraction: float = 0.05
+    validation_interval: int = 250
+    checkpoint_interval: int = 250
+    bf16: bool | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "draws", "action_horizon", "validation_interval", "checkpoint_interval"):
+            if getattr(self, name) < 1:
+                raise InputError(f"sft.{name}={getattr(self, name)}; expected at least 1")
+
+
+@dataclass
+class SFTResult:
+    """A trained model and its curve.
+
+    :param model: with averaged weights, and adapters apart where it was trained with some.
+    :param history: rows of step, seconds, train_loss and, at validations, validation_loss.
+    """
+
+    model: VLAModel
+    history: list[dict[str, float]]
+    seconds: float
+
+
+class DemonstrationBatches:
+    """Batches of demonstrations as tensors, for imitation and for rehearsal beside reinforcement learning.
+
+    :param demonstrations: the data.
+    :param frames: which frames to draw from, None for all.
+    :param horizon: H.
+    :param shift: random shift of the pictures, pixels.
+    :param seed: of order and shifts.
+    """
+
+    def __init__(
+        self, demonstrations: Demonstrations, frames: np.ndarray | None, horizon: int, shift: int, seed: int
+    ) -> None:
+        self.demonstrations = demonstrations
+        self.frames = np.arange(len(demonstrations)) if frames is None else frames
+        self.horizon = horizon
+        self.shift = shift
+        self.generator = np.random.default_rng(seed)
+        length = demonstrations.instruction_bytes
+        self._instructions = np.stack(
+            [encode_instruction(text, length, "the demonstrations") for text in demonstrations.instructions]
+        )
+
+    def sample(
+        self, size: int, rows: np.ndarray | None = None, *, hand: bool = True
+    ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        """A batch with replacement: observation, actions (N, H, A), mask (N, H).
+
+        :param size: of the batch.
+        :param rows: which N of it are wanted, None for all; the generator goes on as if all were.
+        :param hand: whether the hand view, where the demonstrations have one, is among the observation.
+        """
+        return self._batch(self.generator.choice(self.frames, size), self.shift, rows, hand)
+
+    def epoch(self, size: int, *, hand: bool = True) -> Iterator[tuple[dict[str, Tensor], Tensor, Tensor]]:
+        """All frames once, in order, not shifted; see :meth:`sample`."""
+        for start in range(0, len(self.frames), size):
+            yield self._batch(self.frames[start : start + size], 0, None, hand)
+
+    def _batch(
+        self, index: np.ndarray, shift: int, rows: np.ndarray | None, hand: bool
+    ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        data = self.demonstrations
+        rows = np.arange(len(index)) if rows is None else rows
+        pictures = {"image": data.images}
+        if hand and data.hand_images is not None:
+            pictures["hand_image"] = data.hand_images
+        shown = {}
+        for name, images in pictures.items():
+            moves = self.generator.integers(-shift, shift + 1, (2, len(index)))[:, rows] if shift else None
+            chosen = images[index[rows]] if moves is None else _shifted(images, index[rows], moves)
+            shown[name] = torch.from_numpy(chosen).permute(0, 3, 1, 2)
+        index = index[rows]
+        actions, mask = data.action_chunks(index, self.horizon)
+        observation = {
+            **shown,
+            "state": torch.from_numpy(data.states[index]),
+            "instruction": torch.from_numpy(self._instructions[data.instruction_index[index]]),
+        }
+        return observation, torch.from_numpy(actions), torch.from_numpy(mask)
+
+
+def sft(
+    demonstrations: Demonstrations,
+    config: SFTConfig,
+    *,
+    output: str | Path | None = None,
+    progress: bool = True,
+    on_step: Callable[[dict[str, float]], None] | None = None,
+    save_state: Callable[[int], AbstractContextManager[Path]] | None = None,
+    resume_from: Path | None = None,
+    notes: Mapping[str, Any] | None = None,
+) -> SFTResult:
+    """Train a model to imitate. Under ``torchrun`` ranks share each batch, and rank 0 validates and writes.
+
+    :param demonstrations: the data; their pictures must have the size the model reads.
+    :param config: settings.
+    :param output: folder for the resulting checkpoint.
+    :param progress: show a progress bar with losses.
+    :param on_step: called with each row of the history.
+    :param save_state: gives the folder for the state at a step, such as ``RunDirectory.checkpoint``.
+    :param resume_from: such a folder; training goes on from there to the same result as without the interrupt.
+    :param notes: for the resulting checkpoint, besides steps, batch size and frames.
+    :raises ValueError: if data and model do not fit, or the loss stops being finite.
+    """
+    ranks = join_for_good()
+    if output is not None:
+        refuse_other_files(local_path(output).resolve())  # before the work
+    torch.manual_seed(config.seed)
+    train_frames, validation_frames = demonstrations.split(config.validation_fraction, config.seed)
+    model = _make_model(demonstrations, config)
+    batches = DemonstrationBatches(demonstrations, train_frames, model.action_horizon, config.shift, config.seed)
+    validation = []
+    if ranks.leads:  # the others do not validate, and need no copy of the pictures
+        validation = _validation_batches(demonstrations, validation_frames, model, config.seed)
+    trainable = config.trainable or model.default_trainable
+    prepare_training(
+        model,
+        trainable,
+        lora={} if config.lora is None and trainable == "lora" else config.lora,
+        frozen_bf16=config.frozen_bf16,
+        gradient_checkpointing=config.gradient_checkpointing,
+    )
+    device = get_device(config.device)
+    model.to(device)
+    # What is frozen is shared: it is most of a large model.
+    averaged = copy.deepcopy(model, {id(p): p for p in model.parameters() if not p.requires_grad})
+    averaged.requires_grad_(False)
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad],
+        lr=config.learning_rate,
+        betas=(0.9, 0.98),
+        weight_decay=config.weight_decay,
+        fused=True,
+    )
+    # A heavy import, which the workers of a script that imports this module are spared.
+    from transformers import get_cosine_schedule_with_warmup
+
+    schedule = get_cosine_schedule_with_warmup(optimizer, config.warmup_steps, config.steps)
+    history: list[dict[str, float]] = []
+    length = demonstrations.instruction_bytes
+    view = demonstrations.camera | ({} if length == INSTRUCTION_BYTES else {"instruction_bytes": length})
+    imitated = {
+        "steps": config.steps,
+        "batch_size": config.batch_size,
+        "frames": len(demonstrations),
+        "shift": config.shift,
+        **(notes or {}),
+    }
+    modules = _saved(model, averaged, config)
+    first_step = 1
+    if resume_from is not None:
+        state = load_training_state(resume_from, modules, optimizer)
+        first_step, history = state["step"] + 1, state["history"]
+        batches.generator.bit_generator.state = state["batch_generator"]
+        schedule.load_state_dict(state["schedule"])
+        for group, rate in zip(optimizer.param_groups, schedule.get_last_lr(), strict=True):
+            group["lr"] = rate
+    if known_view(demonstrations.camera) is None:
+        warn_once(
+            "The demonstrations do not say which view their pictures show, so the checkpoint does not either. Give "
+            'crop and camera, or set demonstrations.camera, such as {"camera": "corner2", "crop": "workspace"}'
+        )
+    ranks.check_same(model.state_dict(), "the model")
+    started = time.perf_counter() - (history[-1]["seconds"] if history else 0.0)
+    with stop_request() as stop, _bar(config.steps, progress and ranks.leads) as bar:
+        task = bar.add_task("imitation", total=config.steps, completed=first_step - 1, losses="")
+        for step in range(first_step, config.steps + 1):
+            with autocast(config.bf16, device.type):
+                loss = shared_imitation_loss(
+                    model, batches, config.batch_size, ranks, device=device, draws=config.draws
+                )
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            train_loss = ranks.sum_gradients(model.parameters(), {"loss": loss.item()})["loss"]
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+            if not (math.isfinite(train_loss) and torch.isfinite(norm)):
+                raise InputError(
+                    f"Imitation diverged at step {step} (loss {train_loss}); lower learning_rate={config.learning_rate}"
+                )
+            optimizer.step()
+            schedule.step()
+            _average(averaged, model, min(config.ema_decay, step / (step + 10)))
+            row = {"step": step, "seconds": time.perf_counter() - started, "train_loss": train_loss}
+            if validation and (step % config.validation_interval == 0 or step == config.steps):
+                row["validation_loss"] = _validation_loss(averaged, validation, config)
+            history.append(row)
+            if on_step is not None and ranks.leads:
+                on_step(row)
+            recent = np.mean([r["train_loss"] for r in history[-50:]])
+            validated = next((r["validation_loss"] for r in reversed(history) if "validation_loss" in r), None)
+            shown = "" if validated is None else f"  validation {validated:.3f}"
+            bar.update(task, advance=1, losses=f"loss {recent:.3f}{shown}")
+            stopped_by = stop.common(ranks)
+            due = step < config.steps and (step % config.checkpoint_interval == 0 or stopped_by is not None)
+            if save_state is not None and ranks.leads and due:
+                values = {
+                    "step": step,
+                    "history": history,
+                    "batch_generator": batches.generator.bit_generator.state,
+                    "schedule": schedule.state_dict(),
+                }
+                with save_state(step) as folder:
+                    save_training_state(folder, modules, whole_optimizer_state(optimizer, model), values)
+            if stopped_by is not None and step < config.steps:
+                raise Stopped(stopped_by)
+    averaged.cpu()
+    if output is not None and ranks.leads:
+        save_checkpoint(output, averaged, notes={"view": view, "sft": imitated})
+    return SFTResult(averaged, history, time.perf_counter() - started)
+
+
+def shared_imitation_loss(
+    model: VLAModel,
+    batches: DemonstrationBatches,
+    size: int,
+    ranks: Ranks,
+    device: torch.device | str = "cpu",
+    draws: int = 1,
+    loss_of: Callable[..., Tensor] | None = None,
+) -> Tensor:
+    """What this rank's part of a batch adds to the mean imitation loss of the batch; alone, all of it.
+
+    :param batches: those of all ranks must have the same generator.
+    :param size: of the batch.
+    :param loss_of: what runs the model's ``imitation_loss``; None for the model itself.
+    """
+    rows = ranks.rows(size, "frames of a batch")
+    observation, actions, mask = batches.sample(size, rows, hand=model.hand_view is not None)
+    weight = model.imitation_weight(mask)
+    with part_of_batch(rows, size):
+        loss = (loss_of or model.imitation_loss)(
+            {key: value.to(device) for key, value in observation.items()},
+            actions.to(device),
+            mask.to(device),
+            draws=draws,
+        )
+    return weight / sum(ranks.gather(weight)) * loss
+
+
+def _saved(model: VLAModel, averaged: VLAModel, config: SFTConfig) -> dict[str, nn.Module | Unfrozen]:
+    """What a state holds: frozen weights, which both models share, once, and not at all where a checkpoint has them."""
+    names = [name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad]
+    if not names:
+        return {"model": model, "averaged": averaged}
+    frozen = FrozenWeights(names)
+    whole = model if config.checkpoint is None else Unfrozen(model, frozen)
+    return {"model": whole, "averaged": Unfrozen(averaged, frozen)}
+
+
+def _make_model(demonstrations: Demonstrations, config: SFTConfig) -> VLAModel:
+    if config.checkpoint is not None:
+        loaded = load_checkpoint(config.checkpoint, config.model_kwargs)
+        model, normalised = loaded.model, loaded.notes.get(NORMALISED, True)
+    else:
+        options = {
+            "action_dim": demonstrations.actions.shape[1],
+            "action_horizon": config.action_horizon,
+            "state_dim": demonstrations.states.shape[1],
+            "image_size": demonstrations.images.shape[1],
+        }
+        if config.model == "compact" and demonstrations.hand_images is not None:
+            options["hand_view"] = dataclasses.asdict(_hand_view_of(demonstrations))
+        model, normalised = make_model(config.model, {**options, **config.model_kwargs}), False
+    if not normalised:
+        model.set_statistics(_statistics(demonstrations, model))
+    if demonstrations.images.shape[1:3] != model.image_size:
+        raise InputError(
+            f"The demonstrations' pictures are {demonstrations.images.shape[1:3]}, the model reads {model.image_size}; "
+            f"load them with image_size={model.image_size[0]}"
+        )
+    check_hand_images(demonstrations, model)
+    if demonstrations.actions.shape[1] != model.action_dim:
+        raise InputError(
+            f"The data has {demonstrations.actions.shape[1]}-D actions, the model {model.action_dim}-D ones"
+        )
+    return model
+
+
+def check_hand_images(demonstrations: Demonstrations, model: VLAModel) -> None:
+    """:raises ValueError: if a model reads a hand view that demonstrations do not show."""
+    wanted = model.hand_view
+    if wanted is None:
+        return
+    found = None if demonstrations.hand_images is None else _hand_view_of(demonstrations)
+    if found != wanted:
+        raise InputError(
+            f"The model reads the hand view that {wanted} draws; the demonstrations have {found or 'none'}. Record "
+            f"them with hand_view={wanted.size}, or load those of full views with Demonstrations.load(..., "
+            "hand_view=...)"
+        )
+
+
+def _hand_view_of(demonstrations: Demonstrations) -> HandView:
+    if demonstrations.camera.get("hand_view") is None:
+        raise InputError(
+            "The demonstrations have hand_images, and demonstrations.camera does not note which window they show; set "
+            'demonstrations.camera["hand_view"] = {"size": ..., "window": ..., "border": ...}'
+        )
+    return HandView.noted(demonstrations.camera["hand_view"])
+
+
+def _statistics(demonstrations: Demonstrations, model: VLAModel) -> dict[str, Tensor]:
+    """Statistics of the data, those that the model has a place for."""
+    places = dict(model.named_buffers())
+    return {
+        f"{name}_{statistic}": torch.from_numpy(value)
+        for name, values in demonstrations.statistics().items()
+        for statistic, value in values.items()
+        if f"{name}_{statistic}" in places
+    }
+
+
+def _validation_batches(
+    demonstrations: Demonstrations, frames: np.ndarray, model: VLAModel, seed: int
+) -> list[tuple[dict[str, Tensor], Tensor, Tensor]]:
+    if len(frames) == 0:
+        return []
+    chosen = np.random.default_rng(seed).permutation(frames)[:_VALIDATION_SAMPLES]
+    batches = DemonstrationBatches(demonstrations, np.sort(chosen), model.action_horizon, 0, seed)
+    return list(batches.epoch(256, hand=model.hand_view is not None))
+
+
+@torch.no_grad()
+def _validation_loss(
+    model: VLAModel, batches: list[tuple[dict[str, Tensor], Tensor, Tensor]], config: SFTConfig
+) -> float:
+    """Mean loss with the same noise at every validation, so that the curve is smooth."""
+    device = model.action_mean.device
+    generator = torch.Generator(device).manual_seed(config.seed)
+    total = count = 0.0
+    for observation, actions, mask in (_moved(batch, device) for batch in batches):
+        with autocast(config.bf16, device.type):
+            loss = model.imitation_loss(observation, actions, mask, draws=4, generator=generator)
+        total += loss.item() * len(actions)
+        count += len(actions)
+    return total / count
+
+
+@torch.no_grad()
+def _average(averaged: VLAModel, model: VLAModel, decay: float) -> None:
+    pairs = [
+        (ours, new) for ours, new in zip(averaged.parameters(), model.parameters(), strict=True) if ours is not new
+    ]
+    torch._foreach_lerp_([ours for ours, _ in pairs], [new for _, new in pairs], 1 - decay)
+
+
+def _moved(
+    batch: tuple[dict[str, Tensor], Tensor, Tensor], device: torch.device
+) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    observation, actions, mask = batch
+    return {key: value.to(device) for key, value in observation.items()}, actions.to(device), mask.to(device)
+
+
+def _shifted(images: np.ndarray, index: np.ndarray, moves: np.ndarray) -> np.ndarray:
+    """Pictures moved by whole pixels (2, N), edges repeated (DrQ, Kostrikov et al. 2021)."""
+    height, width = images.shape[1:3]
+    rows = np.clip(np.arange(height) + moves[0][:, None], 0, height - 1)
+    columns = np.clip(np.arange(width) + moves[1][:, None], 0, width - 1)
+    return images[index[:, None, None], rows[:, :, None], columns[:, None, :]]
+
+
+def _bar(steps: int, shown: bool) -> Progress:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[losses]}"),
+    )
+    return Progress(*columns, disable=not shown)
