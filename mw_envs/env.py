@@ -14,7 +14,7 @@ from gymnasium import spaces
 from mw_envs.errors import InputError
 from mw_envs.hand_view import DEFAULT_WINDOW, HandView, check_window
 from mw_envs.rendering import FULL_VIEW, RENDERERS, View, get_renderer, resolve_crop
-from mw_envs.scene import Simulator, acquire_simulator, release_simulator
+from mw_envs.simulation.scene import Simulator, acquire_simulator, release_simulator
 from mw_envs.tasks import (
     GOALS_PER_TASK,
     INSTRUCTION_BYTES,

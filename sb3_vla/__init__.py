@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sb3_vla.grpo.grpo import GRPO
     from sb3_vla.envs.hold_at_end import HoldAtEnd
+    from sb3_vla.envs.shared_memory import SharedMemoryVecEnv
+    from sb3_vla.grpo.grpo import GRPO
     from sb3_vla.policies.vla_policy import VLAPolicy
     from sb3_vla.ppo.ppo import PPO
-    from sb3_vla.envs.shared_memory import SharedMemoryVecEnv
 
     __version__: str
 

@@ -29,8 +29,8 @@ from PIL import Image, ImageDraw
 from mw_envs import TASKS, Trial
 from mw_envs.experts import ScriptedExpert
 from mw_envs.rendering import Renderer, View, renderer_available
-from mw_envs.rendering.software import SoftwareRenderer
-from mw_envs.scene import Simulator
+from mw_envs.rendering.software.renderer import SoftwareRenderer
+from mw_envs.simulation.scene import Simulator
 
 Picture = npt.NDArray[np.uint8]
 

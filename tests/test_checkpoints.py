@@ -17,8 +17,8 @@ from toy import ToyEnv, tiny_model, toy_observation, toy_ppo
 
 from sb3_vla import PPO
 from sb3_vla.checkpoints import checkpoint_digest, load_checkpoint, native, save_checkpoint
-from sb3_vla.distributions.flow_sde import FlowSDE
 from sb3_vla.checkpoints.identity import checkpoint_identity
+from sb3_vla.distributions.flow_sde import FlowSDE
 from sb3_vla.policies.vla_policy import ValueHead, VLAPolicy, load_policy
 
 

@@ -19,14 +19,14 @@ from toy import tiny_model, toy_demonstrations
 import sb3_vla.data.demonstrations
 import sb3_vla.evaluation.evaluation
 import sb3_vla.runs.directory
-import sb3_vla.sft.imitation
 import sb3_vla.runs.training
+import sb3_vla.sft.imitation
 from sb3_vla import VLAPolicy
 from sb3_vla.checkpoints import load_checkpoint, save_checkpoint
 from sb3_vla.cli.main import COMMANDS, main
+from sb3_vla.common.signals import stop_request
 from sb3_vla.evaluation.evaluation import check_fit
 from sb3_vla.runs.directory import RunDirectory, RunError
-from sb3_vla.common.signals import stop_request
 
 SFT = [
     "sft.steps=24",
@@ -215,7 +215,9 @@ def test_an_interrupted_imitation_goes_on_to_the_same_weights(
         return imitate(*arguments, on_step=on_step, **options)
 
     for interrupt, status in ((True, 130), (False, 0)):
-        monkeypatch.setattr(sb3_vla.sft.imitation, "sft", lambda *a, i=interrupt, **o: in_small_stretches(*a, interrupt=i, **o))
+        monkeypatch.setattr(
+            sb3_vla.sft.imitation, "sft", lambda *a, i=interrupt, **o: in_small_stretches(*a, interrupt=i, **o)
+        )
         assert main(command("broken")) == status
     assert steps == [*range(1, 21), *range(17, 25)]
     whole, broken = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "broken"))

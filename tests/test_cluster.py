@@ -28,8 +28,9 @@ from toy import TINY, ToyEnv, tiny_model, toy_ppo
 
 from sb3_vla import GRPO, PPO
 from sb3_vla.checkpoints import save_checkpoint
-from sb3_vla.ray import ClusterOptions, PlacementError
-from sb3_vla.ray import launch
+from sb3_vla.distributed.ranks import Ranks, current_ranks
+from sb3_vla.envs.shared_memory import SharedMemoryVecEnv
+from sb3_vla.ray import ClusterOptions, PlacementError, launch
 from sb3_vla.ray.connection import Cluster, connected
 from sb3_vla.ray.envs import RayVecEnv
 from sb3_vla.ray.launch import train_on_cluster
@@ -37,11 +38,9 @@ from sb3_vla.ray.learners import run_learners
 from sb3_vla.ray.placement import Slot
 from sb3_vla.ray.rollout import Replicas
 from sb3_vla.ray.seat import Seat
-from sb3_vla.distributed.ranks import Ranks, current_ranks
-from sb3_vla.runs.directory import RunDirectory
 from sb3_vla.rollouts.stepping import Clock, step_by_halves, step_together
+from sb3_vla.runs.directory import RunDirectory
 from sb3_vla.runs.training import PPOConfig, train
-from sb3_vla.envs.shared_memory import SharedMemoryVecEnv
 
 #: on two nodes of four slots
 LAYOUTS = {

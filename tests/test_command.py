@@ -10,8 +10,8 @@ import pytest
 
 import mw_envs
 import sb3_vla
-from sb3_vla.common import errors
 from sb3_vla.cli.command import run_command
+from sb3_vla.common import errors
 from sb3_vla.common.errors import ExpectedError, StorageError, file_errors
 
 #: what a caller in Python catches, of which the errors that are raised here on purpose have classes of their own

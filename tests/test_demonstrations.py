@@ -25,10 +25,7 @@ from toy import TINY
 from mw_envs import TASKS, Trial, decode_instruction
 from mw_envs.hand_view import HandView
 from mw_envs.rendering import RendererUnavailableError
-from sb3_vla.data import collecting
-from sb3_vla.data import demonstrations
-from sb3_vla.data import lerobot_reader
-from sb3_vla.data import lerobot_writer
+from sb3_vla.data import collecting, demonstrations, lerobot_reader, lerobot_writer
 from sb3_vla.data.demonstrations import Demonstrations, DemonstrationWriter, Episode, collect
 from sb3_vla.data.lerobot_writer import encode_png
 from sb3_vla.sft.imitation import DemonstrationBatches, SFTConfig, sft

@@ -29,12 +29,12 @@ from stable_baselines3.common.env_checker import check_env as sb3_check_env
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecVideoRecorder
 
 import mw_envs.env
-import mw_envs.scene
+import mw_envs.simulation.scene
 from mw_envs import TASKS, Trial, decode_instruction, suite_tasks
 from mw_envs.env import MetaWorldEnv
 from mw_envs.experts import ScriptedExpert
 from mw_envs.rendering import Scene, View, get_renderer
-from mw_envs.scene import Simulator
+from mw_envs.simulation.scene import Simulator
 
 # Pressing the handle takes the expert some 35 steps; held on to, the handle then leaves the success region again.
 EXPERT_TASK = "handle-press-v3"
@@ -907,8 +907,8 @@ def play_in_thread(task: str) -> list[dict[str, npt.NDArray[Any]]]:
 def test_threads_with_an_environment_each(monkeypatch: pytest.MonkeyPatch, first: str) -> None:
     """Simulators, their goals and the renderer are the process's; here it has none of them yet."""
     for name in ("_idle", "_goal_tables"):
-        monkeypatch.setattr(f"mw_envs.scene.{name}", type(getattr(mw_envs.scene, name))())
-    monkeypatch.setattr("mw_envs.rendering.select._renderers", {})
+        monkeypatch.setattr(f"mw_envs.simulation.scene.{name}", type(getattr(mw_envs.simulation.scene, name))())
+    monkeypatch.setattr("mw_envs.rendering.choice._renderers", {})
     tasks = ["reach-v3", "drawer-open-v3", "push-v3", "reach-v3"]
     played: dict[str, Any] = {}
     for how in (first, "together" if first == "alone" else "alone"):

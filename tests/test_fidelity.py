@@ -27,8 +27,8 @@ from reference_renders import (
 
 from mw_envs import TASKS
 from mw_envs.rendering import Scene
-from mw_envs.rendering.software import SoftwareRenderer
-from mw_envs.scene import Simulator
+from mw_envs.rendering.software.renderer import SoftwareRenderer
+from mw_envs.simulation.scene import Simulator
 
 # Pooled pictures. Measured: mean 0.30 (median), 0.38 (largest of the usual camera), 0.71 (of all); worst patch 12.5. A
 # shift by one pixel makes the mean 1.3 or more, missing shadows 6; 828 of 846 things of 50 pixels or more are noticed.

@@ -19,19 +19,19 @@ from toy import TINY, stir
 from mw_envs.env import CAMERAS, MetaWorldEnv
 from mw_envs.hand_view import CARRIED, STANDING, HandView
 from mw_envs.rendering import View, get_renderer, renderer_available, resolve_crop
-from mw_envs.scene import acquire_simulator, release_simulator
+from mw_envs.simulation.scene import acquire_simulator, release_simulator
 from mw_envs.tasks import Trial
 from sb3_vla import GRPO, PPO
-from sb3_vla.data import lerobot_reader
 from sb3_vla.checkpoints import save_checkpoint
 from sb3_vla.cli.main import main
+from sb3_vla.data import lerobot_reader
 from sb3_vla.data.demonstrations import Demonstrations, DemonstrationWriter, Episode
-from sb3_vla.evaluation.evaluation import Protocol, evaluate, seen_by
 from sb3_vla.data.lerobot_writer import ImageStorage
+from sb3_vla.evaluation.evaluation import Protocol, evaluate, seen_by
 from sb3_vla.models import CompactVLA, make_model
+from sb3_vla.policies.views import cut_window
 from sb3_vla.policies.vla_policy import load_policy
 from sb3_vla.sft.imitation import DemonstrationBatches, SFTConfig, sft
-from sb3_vla.policies.views import cut_window
 
 
 def played(seed: int = 0, steps: int = 6, **options: Any) -> list[dict[str, Any]]:

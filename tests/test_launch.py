@@ -25,14 +25,13 @@ from toy import tiny_model, toy_ppo
 from toy_pi0 import HEADS, write_layout
 
 from sb3_vla import PPO
-from sb3_vla.checkpoints import identity
-from sb3_vla.runs import launch
-from sb3_vla.checkpoints import LoadedCheckpoint, load_checkpoint, native, save_checkpoint
+from sb3_vla.checkpoints import LoadedCheckpoint, identity, load_checkpoint, native, save_checkpoint
 from sb3_vla.cli.main import main
 from sb3_vla.evaluation.evaluation import EvaluationResult
-from sb3_vla.recipes.resolve import make_plan
 from sb3_vla.policies.vla_policy import VLAPolicy, load_policy
+from sb3_vla.recipes.resolve import make_plan
 from sb3_vla.recipes.schema import load_recipe
+from sb3_vla.runs import launch
 from sb3_vla.runs.directory import RunDirectory
 from sb3_vla.runs.shared import SharedRun
 

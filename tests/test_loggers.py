@@ -14,9 +14,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from test_training import start
 
 from sb3_vla.recipes.config import ConfigError
-from sb3_vla.runs.loggers import LoggerOptions
 from sb3_vla.rollouts.metrics import ratio_metrics
 from sb3_vla.runs.directory import RunDirectory
+from sb3_vla.runs.loggers import LoggerOptions
 from sb3_vla.runs.training import GRPOConfig, PPOConfig
 
 SMALL = dict(num_envs=2, num_workers=1, horizon=10, epochs=2, batch_size=4)

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from sb3_vla.data import collecting
 from sb3_vla.common import machine
-from sb3_vla.evaluation import trial_envs
+from sb3_vla.data import collecting
 from sb3_vla.envs import shared_memory as vec_env
+from sb3_vla.evaluation import trial_envs
 
 GIB = 2**30
 MEMINFO = {"/proc/meminfo": f"MemTotal: {64 * 2**20} kB\nMemAvailable: {32 * 2**20} kB\n"}

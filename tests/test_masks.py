@@ -15,8 +15,8 @@ from toy import toy_ppo
 import mw_envs.env
 from mw_envs import Trial
 from mw_envs.env import MetaWorldEnv
-from sb3_vla.rollouts.buffers import ChunkRolloutBuffer
 from sb3_vla.distributions.base import logprob_mask
+from sb3_vla.rollouts.buffers import ChunkRolloutBuffer
 
 HORIZON, CHUNK = 12, 5
 

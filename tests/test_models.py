@@ -15,9 +15,10 @@ import numpy.typing as npt
 import pytest
 from metaworld.env_dict import ALL_V3_ENVIRONMENTS
 
-from mw_envs import TASKS, Trial, models
-from mw_envs.models import cache_directory, compile_model, load_model, model_bytes, scene_file
-from mw_envs.scene import Simulator
+from mw_envs import TASKS, Trial
+from mw_envs.simulation import compiled_models as models
+from mw_envs.simulation.compiled_models import cache_directory, compile_model, load_model, model_bytes, scene_file
+from mw_envs.simulation.scene import Simulator
 
 # The scene that is stored whole, and two that are stored as what they have more.
 SOME_TASKS = ["reach-v3", "push-v3", "hammer-v3"]

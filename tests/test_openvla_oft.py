@@ -41,15 +41,15 @@ from sb3_vla.checkpoints import checkpoint_digest, load_checkpoint, save_checkpo
 from sb3_vla.checkpoints.formats import openvla_oft as layout
 from sb3_vla.checkpoints.formats.openvla_oft import load_openvla_oft, save_openvla_oft
 from sb3_vla.distributions import ActionTokens
-from sb3_vla.runs.memory_plan import GIB
 from sb3_vla.models import OpenVLAOFT
 from sb3_vla.models.lora import adapted_layers, prepare_training
 from sb3_vla.models.openvla_oft import OFT_SIZES, SPECIAL_TOKENS
 from sb3_vla.models.tokenizing import byte_tokenizer
 from sb3_vla.recipes.resolve import make_plan
 from sb3_vla.recipes.schema import load_recipe
-from sb3_vla.sft.imitation import SFTConfig, sft
+from sb3_vla.runs.memory_plan import GIB
 from sb3_vla.runs.training import GRPOConfig, plan_training
+from sb3_vla.sft.imitation import SFTConfig, sft
 
 TENSORS, RECORDS = recorded("openvla_oft")
 MODEL_FILE = "model.safetensors"

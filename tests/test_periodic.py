@@ -16,11 +16,11 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 from toy import tiny_model, toy_vec
 
 from mw_envs import Trial
-from sb3_vla.evaluation import callback as periodic
-from sb3_vla.runs import training
 from sb3_vla.checkpoints import load_checkpoint, save_checkpoint
+from sb3_vla.evaluation import callback as periodic
 from sb3_vla.evaluation.callback import PeriodicEvaluation
 from sb3_vla.evaluation.results import TRIAL_SEED, EvaluationResult, TrialResult, find_protocol
+from sb3_vla.runs import training
 from sb3_vla.runs.directory import RunDirectory
 from sb3_vla.runs.training import PPOConfig
 

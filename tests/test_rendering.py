@@ -26,8 +26,8 @@ from mw_envs.rendering import (
     renderer_available,
     resolve_crop,
 )
-from mw_envs.rendering.mesh_detail import coarsen_meshes
-from mw_envs.scene import Simulator
+from mw_envs.rendering.software.mesh_detail import coarsen_meshes
+from mw_envs.simulation.scene import Simulator
 
 WORKSPACE = CROPS["workspace"]
 # What the workspace window does not hold: these tasks' goals, all 50 of them, lie below it and to its right by at most
@@ -219,7 +219,7 @@ import sys
 import mujoco
 import numpy as np
 from mw_envs import Trial
-from mw_envs.scene import Simulator
+from mw_envs.simulation.scene import Simulator
 
 simulator = Simulator("hammer-v3")
 simulator.place(Trial("hammer-v3", 0, 0))
@@ -452,7 +452,7 @@ def test_mujocos_variable_without_the_library_is_explained(platform: str) -> Non
         without("EGL", "OSMesa")
         + """
 try:
-    import mw_envs.scene
+    import mw_envs.simulation.scene
 except RendererUnavailableError as error:
     print(error)
 print(renderer_available())
@@ -475,7 +475,7 @@ def test_a_platform_that_is_asked_for_is_not_overruled() -> None:
 
 @pytest.fixture
 def no_renderers_yet(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr("mw_envs.rendering.select._renderers", {})
+    monkeypatch.setattr("mw_envs.rendering.choice._renderers", {})
     yield
 
 

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 
 from mw_envs import Trial
-from sb3_vla.runs.report.charts import Line, line_chart
 from sb3_vla.cli.main import main
 from sb3_vla.evaluation.published import PUBLISHED
-from sb3_vla.runs.report.report import write_report
 from sb3_vla.evaluation.results import PROTOCOLS, EvaluationResult, TrialResult, compare
-from sb3_vla.runs.directory import RunDirectory
 from sb3_vla.recording.videos import write_mp4
+from sb3_vla.runs.directory import RunDirectory
+from sb3_vla.runs.report.charts import Line, line_chart
+from sb3_vla.runs.report.report import write_report
 
 VOID = {"meta", "img", "br"}
 EVIL = "<script>alert('1')</script>&\"'"

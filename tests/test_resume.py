@@ -26,16 +26,16 @@ from tensorboard.summary.writer import event_file_writer
 from toy import TINY, ToyEnv, stir, tiny_model, toy_demonstrations, toy_ppo, toy_vec
 
 from sb3_vla import GRPO, HoldAtEnd
-from sb3_vla.runs import training
 from sb3_vla.checkpoints import save_checkpoint, training_state
 from sb3_vla.cli.main import main
+from sb3_vla.common.signals import Stopped
+from sb3_vla.envs.shared_memory import SharedMemoryVecEnv
 from sb3_vla.policies.vla_policy import ValueHead
 from sb3_vla.ppo.ppo import PPO
-from sb3_vla.runs.resume import load_algorithm, save_algorithm
+from sb3_vla.runs import training
 from sb3_vla.runs.directory import RunDirectory, RunError
-from sb3_vla.common.signals import Stopped
+from sb3_vla.runs.resume import load_algorithm, save_algorithm
 from sb3_vla.runs.training import GRPOConfig, PPOConfig, TrainingConfig
-from sb3_vla.envs.shared_memory import SharedMemoryVecEnv
 
 # Everything that a training carries from one iteration to the next: schedules, warm-ups, a reference, rehearsal,
 # sampling by signal, a learned deviation, a rate that rises and falls.

@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sb3_vla.runs import directory as run_module
 from sb3_vla.common.errors import DamagedError
+from sb3_vla.runs import directory as run_module
 from sb3_vla.runs.directory import RunDirectory, RunError, versions
 
 

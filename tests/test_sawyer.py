@@ -13,8 +13,8 @@ from scipy.spatial.transform import Rotation
 
 from mw_envs import TASKS, Trial
 from mw_envs.experts import ScriptedExpert
-from mw_envs.sawyer import FastRotation, tolerance
-from mw_envs.scene import Simulator
+from mw_envs.simulation.fast_stepping import FastRotation, tolerance
+from mw_envs.simulation.scene import Simulator
 
 
 def test_rotations_are_scipys() -> None:

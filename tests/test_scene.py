@@ -22,9 +22,10 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from mw_envs import TASKS, Trial, scene, suite_tasks
-from mw_envs.models import scene_file
-from mw_envs.scene import Simulator, acquire_simulator, release_simulator
+from mw_envs import TASKS, Trial, suite_tasks
+from mw_envs.simulation import scene
+from mw_envs.simulation.compiled_models import scene_file
+from mw_envs.simulation.scene import Simulator, acquire_simulator, release_simulator
 
 # One that moves only its goal, two that reject goals near the object, one that moves bodies of the model, one with two
 # objects, one that keeps views into the simulation's data as attributes.

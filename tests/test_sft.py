@@ -18,16 +18,16 @@ from torch import Tensor
 from toy import SENTENCES, TARGETS, TINY, tiny_model, toy_demonstrations, toy_observation
 from toy_pi0 import TINY_PI0
 
-from sb3_vla.sft import imitation as sft_module
 from sb3_vla.checkpoints import load_checkpoint, save_checkpoint
 from sb3_vla.checkpoints.training_state import load_training_state, save_training_state
+from sb3_vla.common.precision import autocast
+from sb3_vla.distributed.fsdp import whole_optimizer_state
 from sb3_vla.distributions import GaussianChunk
 from sb3_vla.models import CompactVLA, DiffusionPolicy, Pi0, VLAModel, make_model
 from sb3_vla.models.normalization import CONVENTIONS
-from sb3_vla.common.precision import autocast
-from sb3_vla.sft.imitation import DemonstrationBatches, SFTConfig, SFTResult, sft
-from sb3_vla.distributed.fsdp import whole_optimizer_state
 from sb3_vla.runs.training import view_of
+from sb3_vla.sft import imitation as sft_module
+from sb3_vla.sft.imitation import DemonstrationBatches, SFTConfig, SFTResult, sft
 
 
 def config(**options: Any) -> SFTConfig:

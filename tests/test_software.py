@@ -21,9 +21,9 @@ import numpy.typing as npt
 import pytest
 
 from mw_envs import Trial
-from mw_envs.rendering import CROPS, Scene, View, arrays, frame, get_renderer
-from mw_envs.rendering.compiling import CompiledOnce
-from mw_envs.rendering.geometry import (
+from mw_envs.rendering import CROPS, Scene, View, get_renderer
+from mw_envs.rendering.software.compiling import CompiledOnce
+from mw_envs.rendering.software.geometry import (
     Shape,
     box_shape,
     capsule_shape,
@@ -33,10 +33,10 @@ from mw_envs.rendering.geometry import (
     plane_shape,
     sphere_shape,
 )
-from mw_envs.rendering.prepared import Prepared
-from mw_envs.rendering.software import SoftwareRenderer
-from mw_envs.rendering.textures import TexturePool
-from mw_envs.scene import Simulator
+from mw_envs.rendering.software.prepared import Prepared
+from mw_envs.rendering.software.renderer import SoftwareRenderer, arrays, frame
+from mw_envs.rendering.software.textures import TexturePool
+from mw_envs.simulation.scene import Simulator
 
 Picture = npt.NDArray[np.uint8]
 
@@ -263,7 +263,7 @@ NOWHERE = (None, None, View("corner2", 1, 1), Scene("nothing"))
 def test_only_the_first_picture_is_announced(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("mw_envs.rendering.compiling._PATIENCE_SECONDS", 0.1)
+    monkeypatch.setattr("mw_envs.rendering.software.compiling._PATIENCE_SECONDS", 0.1)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     renderer = CompiledOnce(SlowRenderer())
     renderer.render(*NOWHERE)
@@ -276,7 +276,7 @@ def test_one_process_compiles_while_the_others_wait(tmp_path: Path) -> None:
     program = """
 import sys, time
 from mw_envs.rendering import Scene, View
-from mw_envs.rendering.compiling import CompiledOnce
+from mw_envs.rendering.software.compiling import CompiledOnce
 
 class SlowRenderer:
     def render(self, *_):
@@ -365,7 +365,7 @@ def test_the_first_process_of_all_draws_what_every_other_draws(tmp_path: Path) -
     program = """
 import hashlib
 import gymnasium, mw_envs
-from mw_envs.rendering import warming
+from mw_envs.rendering.software import warming
 
 env = gymnasium.make("mw_envs:MetaWorldMT50-v0")
 for task in ("reach-v3", "hammer-v3"):
@@ -387,7 +387,7 @@ print(sum(sum(entry.stats.cache_misses.values()) for entry in warming._ENTRIES))
 def test_threads_draw_what_one_draws(monkeypatch: pytest.MonkeyPatch, room: int) -> None:
     """At once, of scenes that nobody has drawn yet, in views of several sizes, with much room to keep them or none."""
     for name in ("_BACKGROUND_BYTES", "_SETTING_BYTES"):
-        monkeypatch.setattr(f"mw_envs.rendering.software.{name}", room)
+        monkeypatch.setattr(f"mw_envs.rendering.software.renderer.{name}", room)
     simulators = [placed(task, goal) for task in ("reach-v3", "hammer-v3", "push-v3") for goal in (0, 1)]
     views = [View("corner2", 64, 64), View("corner2", 40, 56), View("gripperPOV", 48, 48)]
     everything = range(len(views))
@@ -523,7 +523,7 @@ def test_what_a_trial_places_is_drawn_once_for_it(monkeypatch: pytest.MonkeyPatc
         simulator.place(trial)
     bytes_kept = 1 << 28
     for kept in (4, 2):
-        monkeypatch.setattr("mw_envs.rendering.software._SETTING_BYTES", bytes_kept)
+        monkeypatch.setattr("mw_envs.rendering.software.renderer._SETTING_BYTES", bytes_kept)
         renderer = SoftwareRenderer()
         for trial in [*trials, *trials[::-1], *trials]:
             simulator = simulators[trial]
@@ -536,7 +536,7 @@ def test_what_a_trial_places_is_drawn_once_for_it(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("room", [2**27, 2**18], ids=["room for all", "room for one"])
 def test_a_camera_that_moves_leaves_little_behind(monkeypatch: pytest.MonkeyPatch, room: int) -> None:
     """A hand's camera sees another background in each frame, whose map of shadows may be large."""
-    monkeypatch.setattr("mw_envs.rendering.software._BACKGROUND_BYTES", room)
+    monkeypatch.setattr("mw_envs.rendering.software.renderer._BACKGROUND_BYTES", room)
     simulator, renderer, view = placed("door-open-v3"), SoftwareRenderer(), View("gripperPOV", 48, 48)
     usual = View("corner2", 48, 48)
     first = draw(simulator, usual, renderer)

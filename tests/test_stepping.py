@@ -17,9 +17,9 @@ from stable_baselines3.common.vec_env import VecEnv, VecMonitor, VecTransposeIma
 from toy import ToyEnv, toy_ppo, toy_vec
 
 from sb3_vla import PPO
+from sb3_vla.envs.shared_memory import SharedMemoryVecEnv
 from sb3_vla.rollouts.buffers import ChunkRolloutBuffer
 from sb3_vla.rollouts.stepping import Clock, Decision, halved, step_by_halves, step_together
-from sb3_vla.envs.shared_memory import SharedMemoryVecEnv
 
 
 def shared(count: int = 5, restart_workers: bool = False, **options: Any) -> SharedMemoryVecEnv:

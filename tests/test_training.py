@@ -15,15 +15,15 @@ from toy import TINY, tiny_model, toy_demonstrations, toy_vec
 
 from mw_envs.rendering import RendererUnavailableError
 from sb3_vla import GRPO, PPO
-from sb3_vla.runs import training
 from sb3_vla.checkpoints import load_checkpoint, save_checkpoint
-from sb3_vla.recipes.config import ConfigError, load_config
 from sb3_vla.models import CompactVLA
-from sb3_vla.policies.vla_policy import load_policy
-from sb3_vla.runs.directory import RunDirectory
-from sb3_vla.sft.imitation import SFTConfig, sft
-from sb3_vla.runs.training import GRPOConfig, PPOConfig, train
 from sb3_vla.policies.views import view_of
+from sb3_vla.policies.vla_policy import load_policy
+from sb3_vla.recipes.config import ConfigError, load_config
+from sb3_vla.runs import training
+from sb3_vla.runs.directory import RunDirectory
+from sb3_vla.runs.training import GRPOConfig, PPOConfig, train
+from sb3_vla.sft.imitation import SFTConfig, sft
 
 
 def start(tmp_path: Path, config: PPOConfig | GRPOConfig, **options: Any) -> None:
@@ -70,8 +70,8 @@ def test_a_renderer_that_cannot_be_had_is_refused_before_there_are_workers(
     def missing_library(_: str) -> None:
         raise RendererUnavailableError("no EGL here")
 
-    monkeypatch.setattr("mw_envs.rendering.select._create", missing_library)
-    monkeypatch.setattr("mw_envs.rendering.select._renderers", {})
+    monkeypatch.setattr("mw_envs.rendering.choice._create", missing_library)
+    monkeypatch.setattr("mw_envs.rendering.choice._renderers", {})
     with pytest.raises(RendererUnavailableError, match=r"^no EGL here$"):
         start(tmp_path, PPOConfig(), suite="MT10", renderer="egl")
 

@@ -10,8 +10,8 @@ import numpy.typing as npt
 import pytest
 from PIL import Image
 
-from sb3_vla.runs.report.figures import contact_sheet
 from sb3_vla.recording.videos import Mp4Writer, annotate, atomic_path, enlarge, write_mp4
+from sb3_vla.runs.report.figures import contact_sheet
 
 
 def frames_of(path: Path) -> npt.NDArray[np.uint8]:

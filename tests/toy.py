@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from mw_envs import encode_instruction
 from sb3_vla import PPO
-from sb3_vla.rollouts.buffers import DecisionBuffer, Minibatch
 from sb3_vla.data.demonstrations import Demonstrations
 from sb3_vla.models import CompactVLA, Context, VLAModel
 from sb3_vla.models.base import PERCEPTION
 from sb3_vla.policies.vla_policy import VLAPolicy
+from sb3_vla.rollouts.buffers import DecisionBuffer, Minibatch
 
 TINY: dict[str, Any] = {"width": 64, "depth": 1, "channels": (8, 8, 16)}
 SENTENCES = ("Go to the left", "Go to the right")

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 
-from sb3_vla.distributed import local_ranks
 from sb3_vla.cli.command import run_command
 from sb3_vla.common.errors import InputError
+from sb3_vla.distributed import local_ranks
 
 
 def main(count: int, folder: Path, what: str) -> int:

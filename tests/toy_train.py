@@ -15,8 +15,8 @@ import numpy as np
 from stable_baselines3.common.vec_env import DummyVecEnv
 from toy import ToyEnv
 
-from sb3_vla.runs import training
 from sb3_vla.cli.main import main
+from sb3_vla.runs import training
 
 
 class SlowEnv(ToyEnv):

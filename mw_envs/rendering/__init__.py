@@ -4,7 +4,7 @@ A renderer draws what a :class:`View` names. :func:`get_renderer` gives the proc
 in the process that draws, so that environments can be made before worker processes are forked.
 """
 
-from mw_envs.rendering.select import RENDERERS, get_renderer, renderer_available
+from mw_envs.rendering.choice import RENDERERS, get_renderer, renderer_available
 from mw_envs.rendering.view import CROPS, FULL_VIEW, Renderer, RendererUnavailableError, Scene, View, resolve_crop
 
 __all__ = [

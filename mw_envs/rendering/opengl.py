@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mw_envs.errors import InputError
-from mw_envs.rendering.mesh_detail import coarsen_meshes
+from mw_envs.rendering.software.mesh_detail import coarsen_meshes
 from mw_envs.rendering.view import RendererUnavailableError, Scene, View
 from mw_envs.tasks import did_you_mean
 

@@ -12,13 +12,13 @@ import torch
 
 from mw_envs.tasks import did_you_mean
 from sb3_vla.checkpoints import native
-from sb3_vla.checkpoints.formats.diffusion_policy import load_diffusion_policy
 from sb3_vla.checkpoints.folders import HUB, checkpoints_in, hub_name, local_folder
-from sb3_vla.checkpoints.native import LoadedCheckpoint
+from sb3_vla.checkpoints.formats.diffusion_policy import load_diffusion_policy
 from sb3_vla.checkpoints.formats.openvla_oft import load_openvla_oft
 from sb3_vla.checkpoints.formats.pi0 import NAMES, is_pi0, load_pi0
 from sb3_vla.checkpoints.formats.smolvla import load_smolvla
 from sb3_vla.checkpoints.formats.tinyvla import load_tinyvla
+from sb3_vla.checkpoints.native import LoadedCheckpoint
 from sb3_vla.common.errors import InputError, NotThereError
 from sb3_vla.common.paths import finish_exchange, local_path
 

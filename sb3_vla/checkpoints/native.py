@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from sb3_vla.checkpoints.folders import HUB, checkpoints_in, local_folder
 from sb3_vla.common.errors import InputError, InTheWayError, NotThereError
+from sb3_vla.common.paths import entries, finish_exchange, local_path, whole_folder
 from sb3_vla.models import MODELS, Pi0, VLAModel, model_class
 from sb3_vla.models.lora import merged_state
 from sb3_vla.models.prompts import copy_tokenizer, local_tokenizer_file
-from sb3_vla.common.paths import entries, finish_exchange, local_path, whole_folder
 
 # 2: CompactVLA attends to picture and sentence alone.
 FORMAT = "sb3-vla-2"

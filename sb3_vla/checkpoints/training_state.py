@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sb3_vla.checkpoints.formats.layout import apart
-from sb3_vla.common.errors import DamagedError, InputError
 from sb3_vla.checkpoints.frozen_weights import Unfrozen
+from sb3_vla.common.errors import DamagedError, InputError
 from sb3_vla.distributed.fsdp import load_optimizer_state
 
 _TENSORS, _VALUES = "training_state.safetensors", "training_state.json"

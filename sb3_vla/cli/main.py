@@ -20,17 +20,17 @@ from mw_envs.hand_view import HandView
 from mw_envs.tasks import INSTRUCTION_BYTES, select_tasks
 from sb3_vla.cli import doctor
 from sb3_vla.cli.command import run_command
-from sb3_vla.recipes.config import ConfigError, deciding_settings, given_view, load_config, to_yaml
-from sb3_vla.distributed.ranks import current_ranks, is_first_rank, torchrun
 from sb3_vla.common.errors import InTheWayError
-from sb3_vla.distributed.local_ranks import local_ranks
 from sb3_vla.common.paths import finish_exchange, hidden_beside, writable_file
+from sb3_vla.distributed.local_ranks import local_ranks
+from sb3_vla.distributed.ranks import current_ranks, is_first_rank, torchrun
 from sb3_vla.evaluation.results import TRIAL_SEED
+from sb3_vla.policies.views import view_of_data
+from sb3_vla.recipes.config import ConfigError, deciding_settings, given_view, load_config, to_yaml
 from sb3_vla.runs.directory import fingerprint_of
-from sb3_vla.sft.imitation import SFTConfig
 from sb3_vla.runs.shared import SharedRun
 from sb3_vla.runs.training import GRPOConfig, PPOConfig
-from sb3_vla.policies.views import view_of_data
+from sb3_vla.sft.imitation import SFTConfig
 
 
 @dataclass
@@ -207,10 +207,10 @@ def run_collect(command: CollectCommand, console: Console) -> None:
 def run_sft(command: SFTCommand, console: Console) -> None:
     """``sb3-vla sft``."""
     from sb3_vla.checkpoints.folders import read_json
+    from sb3_vla.checkpoints.identity import checkpoint_identity, data_identity, deciding_options
     from sb3_vla.checkpoints.native import refuse_other_files
     from sb3_vla.checkpoints.training_state import check_training_state
     from sb3_vla.data.demonstrations import Demonstrations
-    from sb3_vla.checkpoints.identity import checkpoint_identity, data_identity, deciding_options
     from sb3_vla.sft.imitation import sft
 
     view = given_view(command.crop, command.camera)
@@ -270,8 +270,8 @@ def run_sft(command: SFTCommand, console: Console) -> None:
 def run_train(command: TrainCommand, console: Console) -> None:
     """``sb3-vla train``."""
     from sb3_vla.checkpoints import load_checkpoint
-    from sb3_vla.data.demonstrations import Demonstrations
     from sb3_vla.checkpoints.identity import checkpoint_identity, data_identity, deciding_options
+    from sb3_vla.data.demonstrations import Demonstrations
     from sb3_vla.runs.training import train
 
     name, view = command.algorithm, given_view(command.crop, command.camera)
@@ -359,9 +359,9 @@ def run_recipe(parsed: argparse.Namespace, settings: list[str], starts_ranks: bo
 
 def run_eval(command: EvalCommand, console: Console) -> None:
     """``sb3-vla eval``."""
+    from sb3_vla.common.precision import autocast, get_device
     from sb3_vla.evaluation.evaluation import VideoOptions, evaluate, find_protocol
     from sb3_vla.policies.vla_policy import load_policy
-    from sb3_vla.common.precision import autocast, get_device
 
     output = writable_file(command.output, "output")  # before the work
     if output.suffix == ".md":

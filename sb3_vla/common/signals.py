@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from sb3_vla.distributed.ranks import RankLostError, Ranks
 from sb3_vla.common.errors import ExpectedError
+from sb3_vla.distributed.ranks import RankLostError, Ranks
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 

@@ -28,9 +28,9 @@ from mw_envs.experts import ScriptedExpert
 from mw_envs.hand_view import DEFAULT_WINDOW, HandView
 from mw_envs.tasks import GOALS_PER_TASK, Trial, get_task, select_tasks
 from sb3_vla.common.errors import FailedError, InputError, file_errors
-from sb3_vla.data.lerobot_writer import DemonstrationWriter, Episode, ImageStorage, encode_png
 from sb3_vla.common.machine import usable_cores
 from sb3_vla.common.paths import local_path
+from sb3_vla.data.lerobot_writer import DemonstrationWriter, Episode, ImageStorage, encode_png
 
 # Length of a burst of noise, environment steps: long enough to push the hand off its path, short enough to come back.
 _BURST_STEPS = (3, 10)

@@ -28,11 +28,11 @@ import numpy as np
 from mw_envs.hand_view import HandView
 from mw_envs.rendering import FULL_VIEW
 from mw_envs.tasks import INSTRUCTION_BYTES, TASKS, Trial, did_you_mean, encode_instruction
-from sb3_vla.data.collecting import CollectReport, TaskReport, collect
 from sb3_vla.common.errors import InputError
+from sb3_vla.common.machine import available_memory
+from sb3_vla.data.collecting import CollectReport, TaskReport, collect
 from sb3_vla.data.lerobot_reader import ACTION, HAND_IMAGE, IMAGE, STATE, LeRobotReader
 from sb3_vla.data.lerobot_writer import DemonstrationWriter, Episode
-from sb3_vla.common.machine import available_memory
 
 __all__ = ["CollectReport", "DemonstrationWriter", "Demonstrations", "Episode", "TaskReport", "collect"]
 
@@ -376,7 +376,9 @@ def _once(
     :param what: of these rows, to tell it from other things.
     :param decode: writes into such an array.
     """
-    from sb3_vla.distributed.ranks import current_ranks  # imports torch, which takes seconds and which reading needs not
+    from sb3_vla.distributed.ranks import (
+        current_ranks,  # imports torch, which takes seconds and which reading needs not
+    )
 
     ranks = current_ranks()
     wanted = (_can_share_with(), str(reader.root.resolve()), what, hashlib.sha256(rows.tobytes()).hexdigest())

@@ -36,8 +36,8 @@ from PIL import Image
 
 from mw_envs.tasks import Trial, get_task
 from sb3_vla.common.errors import InputError, InTheWayError, file_errors
-from sb3_vla.data.lerobot_reader import ACTION, ENVIRONMENT_STATE, HAND_IMAGE, IMAGE, STATE, VERSION, decode_picture
 from sb3_vla.common.paths import begin_folder, entries, finish_folder, local_path
+from sb3_vla.data.lerobot_reader import ACTION, ENVIRONMENT_STATE, HAND_IMAGE, IMAGE, STATE, VERSION, decode_picture
 
 ImageStorage = Literal["png", "mp4"]
 

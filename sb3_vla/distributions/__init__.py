@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from mw_envs.tasks import did_you_mean
+from sb3_vla.common.errors import InputError
 from sb3_vla.distributions.base import LOGPROB_TYPES, ActionDistribution, Trace, integrate
 from sb3_vla.distributions.diffusion import DDIM, DDPM
 from sb3_vla.distributions.flow_cps import FlowCPS
@@ -13,7 +14,6 @@ from sb3_vla.distributions.flow_ode import FlowODE
 from sb3_vla.distributions.flow_sde import FlowSDE
 from sb3_vla.distributions.gaussian import GaussianChunk
 from sb3_vla.distributions.tokens import ActionTokens, openvla_token_values
-from sb3_vla.common.errors import InputError
 from sb3_vla.models.base import VLAModel
 
 DISTRIBUTIONS: dict[str, type[ActionDistribution]] = {

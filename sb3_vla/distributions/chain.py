@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sb3_vla.common import batch_noise as noise
+from sb3_vla.common.errors import InputError
 from sb3_vla.distributions.base import (
     ActionDistribution,
     Trace,
@@ -19,7 +20,6 @@ from sb3_vla.distributions.base import (
     start_of_mode,
     time_grid,
 )
-from sb3_vla.common.errors import InputError
 from sb3_vla.models.base import Context, VLAModel
 
 

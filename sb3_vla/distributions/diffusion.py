@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sb3_vla.distributions.chain import DenoisingChain
 from sb3_vla.common.errors import InputError
+from sb3_vla.distributions.chain import DenoisingChain
 from sb3_vla.models.base import Context, VLAModel
 from sb3_vla.models.lora import adapted_layers
 

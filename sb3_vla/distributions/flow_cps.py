@@ -6,8 +6,8 @@ import math
 
 from torch import Tensor
 
-from sb3_vla.distributions.chain import FlowChain
 from sb3_vla.common.errors import InputError
+from sb3_vla.distributions.chain import FlowChain
 
 
 class FlowCPS(FlowChain):

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sb3_vla.common.errors import InputError
 from sb3_vla.distributions.base import gaussian_entropy
 from sb3_vla.distributions.chain import DenoisingChain, time_grid
-from sb3_vla.common.errors import InputError
 from sb3_vla.models.base import Context, VLAModel
 
 

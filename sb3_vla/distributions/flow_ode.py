@@ -7,6 +7,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
+from sb3_vla.common.errors import InputError
 from sb3_vla.distributions.base import (
     ActionDistribution,
     Trace,
@@ -15,7 +16,6 @@ from sb3_vla.distributions.base import (
     random_start,
     start_of_mode,
 )
-from sb3_vla.common.errors import InputError
 from sb3_vla.models.base import Context, VLAModel
 
 

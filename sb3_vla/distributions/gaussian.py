@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sb3_vla.common import batch_noise as noise
+from sb3_vla.common.errors import InputError
 from sb3_vla.distributions.base import (
     ActionDistribution,
     Trace,
@@ -21,7 +22,6 @@ from sb3_vla.distributions.base import (
     integrate,
     start_of_mode,
 )
-from sb3_vla.common.errors import InputError
 from sb3_vla.models.base import Context, VLAModel
 
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from sb3_vla.common import batch_noise as noise
-from sb3_vla.distributions.base import ActionDistribution, Trace
 from sb3_vla.common.errors import InputError
+from sb3_vla.distributions.base import ActionDistribution, Trace
 from sb3_vla.models.base import Context, VLAModel
 
 

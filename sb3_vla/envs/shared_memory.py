@@ -32,10 +32,10 @@ from stable_baselines3.common.vec_env.base_vec_env import (
 )
 from stable_baselines3.common.vec_env.util import dict_to_obs
 
-from sb3_vla.distributed.ranks import ranks_on_this_machine
-from sb3_vla.envs.worker import Arrays, Worker, WorkerDiedError, layout_of
 from sb3_vla.common.errors import InputError
 from sb3_vla.common.machine import usable_cores
+from sb3_vla.distributed.ranks import ranks_on_this_machine
+from sb3_vla.envs.worker import Arrays, Worker, WorkerDiedError, layout_of
 
 _CLOSE_SECONDS = 5.0  # how long workers may take to finish a step and close their environments
 _TERMINATE_SECONDS = 2.0

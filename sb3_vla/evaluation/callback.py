@@ -17,13 +17,13 @@ from typing import Any
 
 from stable_baselines3.common.callbacks import BaseCallback
 
-from sb3_vla.distributed.ranks import generators, set_generators
 from sb3_vla.common.errors import InputError
-from sb3_vla.evaluation.evaluation import check_fit, evaluate
-from sb3_vla.rollouts.metrics import EpisodeRecord, episode_metrics, in_terminal
 from sb3_vla.common.precision import acting_precision
+from sb3_vla.distributed.ranks import generators, set_generators
+from sb3_vla.evaluation.evaluation import check_fit, evaluate
 from sb3_vla.evaluation.results import TRIAL_SEED, EvaluationResult, Protocol, find_protocol
 from sb3_vla.evaluation.trial_envs import VideoOptions
+from sb3_vla.rollouts.metrics import EpisodeRecord, episode_metrics, in_terminal
 
 #: name of the metric by which the best policy is chosen: the success rate, averaged over tasks
 SCORE = "eval/success_once"

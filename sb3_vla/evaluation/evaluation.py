@@ -35,10 +35,9 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from mw_envs import Trial, suite_tasks
 from mw_envs.tasks import GOALS_PER_TASK, select_tasks
-from sb3_vla.distributed.ranks import current_ranks
 from sb3_vla.common.errors import InputError
-from sb3_vla.models import VLAModel
-from sb3_vla.policies.vla_policy import CRITIC_KEYS, VLAPolicy
+from sb3_vla.distributed.ranks import current_ranks
+from sb3_vla.envs.shared_memory import SharedMemoryVecEnv
 from sb3_vla.evaluation.results import (
     PROTOCOLS,
     TRIAL_SEED,
@@ -60,8 +59,7 @@ from sb3_vla.evaluation.trial_envs import (
     make_trial_vec_env,
     plain_env_kwargs,
 )
-from sb3_vla.envs.shared_memory import SharedMemoryVecEnv
-from sb3_vla.recording.videos import temporary_path
+from sb3_vla.models import VLAModel
 from sb3_vla.policies.views import (
     FULL_VIEW,
     described,
@@ -73,6 +71,8 @@ from sb3_vla.policies.views import (
     warn_of_another_view,
     warn_once,
 )
+from sb3_vla.policies.vla_policy import CRITIC_KEYS, VLAPolicy
+from sb3_vla.recording.videos import temporary_path
 
 __all__ = [
     "PROTOCOLS",
@@ -311,7 +311,9 @@ def _with_chunk(protocol: Protocol, policy: Policy) -> Protocol:
 
 def _settings_of(vec_env: VecEnv, protocol: Protocol, env_kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
     if not all(vec_env.env_is_wrapped(TrialQueue)):
-        raise InputError("vec_env cannot follow a list of trials; make it with sb3_vla.evaluation.evaluation.make_trial_vec_env.")
+        raise InputError(
+            "vec_env cannot follow a list of trials; make it with sb3_vla.evaluation.evaluation.make_trial_vec_env."
+        )
     settings: dict[str, Any] = vec_env.get_attr("settings")[0]
     for name, wanted in (
         ("protocol", protocol),

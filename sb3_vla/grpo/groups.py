@@ -12,10 +12,10 @@ from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 
 from mw_envs.tasks import did_you_mean
-from sb3_vla.rollouts.buffers import DecisionBatch, DecisionBuffer
+from sb3_vla.common.errors import InputError
 from sb3_vla.distributed.ranks import ALONE, Ranks
 from sb3_vla.distributions import Trace
-from sb3_vla.common.errors import InputError
+from sb3_vla.rollouts.buffers import DecisionBatch, DecisionBuffer
 
 ADVANTAGE_TYPES = ("standardised", "leave_one_out")
 # What a reset tells of the trial that it placed, beside what can be seen.

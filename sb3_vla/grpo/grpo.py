@@ -20,8 +20,8 @@ from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 
 from mw_envs.tasks import did_you_mean
-from sb3_vla.distributed.ranks import current_ranks, join_for_good
 from sb3_vla.common.errors import InputError
+from sb3_vla.distributed.ranks import current_ranks, join_for_good
 from sb3_vla.grpo.groups import (
     ADVANTAGE_TYPES,
     Episode,
@@ -33,8 +33,8 @@ from sb3_vla.grpo.groups import (
 )
 from sb3_vla.policies.vla_policy import VLAPolicy
 from sb3_vla.ppo.ppo import PPO
-from sb3_vla.sft.imitation import DemonstrationBatches
 from sb3_vla.rollouts.stepping import Clock
+from sb3_vla.sft.imitation import DemonstrationBatches
 
 EPISODE_RETURNS = ("reward", "success")
 # Trials of training: seeds from here on are those of evaluations.

@@ -16,8 +16,8 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from mw_envs.hand_view import HandView
 from mw_envs.rendering import CROPS, resolve_crop
-from sb3_vla.distributed.ranks import current_ranks
 from sb3_vla.common.errors import InputError
+from sb3_vla.distributed.ranks import current_ranks
 from sb3_vla.models import VLAModel
 
 #: arguments of environments that decide on the hand view, and what :class:`mw_envs.hand_view.HandView` calls them

@@ -23,17 +23,17 @@ from torch.utils._pytree import register_dataclass
 from mw_envs.tasks import INSTRUCTION_BYTES, did_you_mean, fit_instruction
 from sb3_vla.checkpoints import LoadedCheckpoint, load_checkpoint
 from sb3_vla.checkpoints.folders import is_saved_algorithm
-from sb3_vla.checkpoints.loading import check_archive, takes_options
-from sb3_vla.distributions import Trace, default_distribution, make_distribution
-from sb3_vla.common.errors import InputError
 from sb3_vla.checkpoints.frozen_weights import FrozenWeights
+from sb3_vla.checkpoints.loading import check_archive, takes_options
+from sb3_vla.common.errors import InputError
+from sb3_vla.common.paths import local_path
+from sb3_vla.distributed.fsdp import as_shards, in_shards, is_sharded
+from sb3_vla.distributions import Trace, default_distribution, make_distribution
 from sb3_vla.models import Context, Pi0, VLAModel, make_model
 from sb3_vla.models.base import is_perceived
 from sb3_vla.models.lora import prepare_training
 from sb3_vla.models.prompts import same_tokenizer
 from sb3_vla.models.resizing import resize_by_area
-from sb3_vla.common.paths import local_path
-from sb3_vla.distributed.fsdp import as_shards, in_shards, is_sharded
 from sb3_vla.policies.views import FULL_PICTURE, cut_window, known_view, settled_view
 
 MODEL_KEYS = ("image", "state", "instruction")

@@ -31,25 +31,10 @@ from stable_baselines3.common.vec_env import VecEnv, VecFrameStack, unwrap_vec_w
 from torch import Tensor
 
 from mw_envs.tasks import did_you_mean
-from sb3_vla.rollouts.buffers import ChunkRolloutBuffer, DecisionBatch, DecisionBuffer, Minibatch, SharedRollout
 from sb3_vla.checkpoints.loading import check_archive
-from sb3_vla.distributed.ranks import Ranks, check_membership, current_ranks, join_for_good
-from sb3_vla.distributions.base import logprob_mask
-from sb3_vla.common.errors import InputError
-from sb3_vla.rollouts.metrics import (
-    EpisodeRecord,
-    episode_metrics,
-    in_terminal,
-    ratio_metrics,
-    success_rates,
-    update_metrics,
-)
-from sb3_vla.models.lora import adapted_layers
 from sb3_vla.common.batch_noise import part_of_batch
-from sb3_vla.policies.vla_policy import COMPILING, HAND_KEY, STACKED, Evaluation, VLAPolicy
+from sb3_vla.common.errors import InputError
 from sb3_vla.common.precision import acting_precision, autocast
-from sb3_vla.rollouts.progress import SuccessBar
-from sb3_vla.sft.imitation import DemonstrationBatches, check_hand_images, shared_imitation_loss
 from sb3_vla.distributed.fsdp import (
     SHARDING,
     in_shards,
@@ -60,6 +45,21 @@ from sb3_vla.distributed.fsdp import (
     whole_tensor,
     whole_weights,
 )
+from sb3_vla.distributed.ranks import Ranks, check_membership, current_ranks, join_for_good
+from sb3_vla.distributions.base import logprob_mask
+from sb3_vla.models.lora import adapted_layers
+from sb3_vla.policies.views import hand_views_of_envs, other_hand_view, view_of_envs, warn_of_another_view
+from sb3_vla.policies.vla_policy import COMPILING, HAND_KEY, STACKED, Evaluation, VLAPolicy
+from sb3_vla.rollouts.buffers import ChunkRolloutBuffer, DecisionBatch, DecisionBuffer, Minibatch, SharedRollout
+from sb3_vla.rollouts.metrics import (
+    EpisodeRecord,
+    episode_metrics,
+    in_terminal,
+    ratio_metrics,
+    success_rates,
+    update_metrics,
+)
+from sb3_vla.rollouts.progress import SuccessBar
 from sb3_vla.rollouts.stepping import (
     Clock,
     Decision,
@@ -69,7 +69,7 @@ from sb3_vla.rollouts.stepping import (
     step_by_halves,
     step_together,
 )
-from sb3_vla.policies.views import hand_views_of_envs, other_hand_view, view_of_envs, warn_of_another_view
+from sb3_vla.sft.imitation import DemonstrationBatches, check_hand_images, shared_imitation_loss
 
 if TYPE_CHECKING:
     from sb3_vla.ray.rollout import Replicas

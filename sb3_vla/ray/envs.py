@@ -12,10 +12,10 @@ import gymnasium as gym
 import numpy as np
 from stable_baselines3.common.vec_env import CloudpickleWrapper
 
+from sb3_vla.envs.shared_memory import SharedMemoryVecEnv
+from sb3_vla.envs.worker import Arrays, Layout, Worker, WorkerDiedError, make_share
 from sb3_vla.ray.connection import Cluster, settle
 from sb3_vla.ray.placement import PlacementError, Slot
-from sb3_vla.envs.worker import Arrays, Layout, Worker, WorkerDiedError, make_share
-from sb3_vla.envs.shared_memory import SharedMemoryVecEnv
 
 _CLOSE_SECONDS = 5.0
 

@@ -9,12 +9,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from sb3_vla.common.errors import FailedError
+from sb3_vla.distributed.ranks import current_ranks
 from sb3_vla.ray.connection import Cluster, connected
 from sb3_vla.ray.learners import lost_learners, run_learners
 from sb3_vla.ray.placement import ClusterOptions, PlacementError, place
 from sb3_vla.ray.seat import Seat
-from sb3_vla.distributed.ranks import current_ranks
-from sb3_vla.common.errors import FailedError
 from sb3_vla.runs.directory import RunDirectory
 from sb3_vla.runs.shared import SharedRun
 from sb3_vla.runs.training import GRPOConfig, PPOConfig, train

@@ -8,10 +8,10 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
+from sb3_vla.distributed.ranks import Invitation, RankLostError, joined
 from sb3_vla.ray.connection import Cluster, settle
 from sb3_vla.ray.placement import ClusterOptions, PlacementError, Slot
 from sb3_vla.ray.seat import Seat
-from sb3_vla.distributed.ranks import Invitation, RankLostError, joined
 
 T = TypeVar("T")
 # How long ranks may take to say why they ended, after one of them was found to be gone.

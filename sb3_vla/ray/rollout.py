@@ -10,11 +10,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from sb3_vla.common.batch_noise import part_of_batch
+from sb3_vla.distributions import Trace
+from sb3_vla.policies.vla_policy import VLAPolicy
 from sb3_vla.ray.connection import Cluster, settle
 from sb3_vla.ray.placement import Slot
-from sb3_vla.distributions import Trace
-from sb3_vla.common.batch_noise import part_of_batch
-from sb3_vla.policies.vla_policy import VLAPolicy
 
 #: prepared observation, chunk, values and trace, as the methods of VLAPolicy give them
 Decided = tuple[dict[str, Tensor], Tensor, Tensor, Trace]

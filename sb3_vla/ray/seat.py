@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 
 import gymnasium as gym
 
+from sb3_vla.distributed.ranks import Ranks
+from sb3_vla.policies.vla_policy import VLAPolicy
 from sb3_vla.ray.connection import Cluster
 from sb3_vla.ray.envs import RayVecEnv
 from sb3_vla.ray.placement import PlacementError, Slot
 from sb3_vla.ray.rollout import Replicas
-from sb3_vla.distributed.ranks import Ranks
-from sb3_vla.policies.vla_policy import VLAPolicy
 
 
 @dataclass

@@ -10,14 +10,14 @@ from typing import Any, cast
 
 from mw_envs.hand_view import HandView
 from mw_envs.tasks import INSTRUCTION_BYTES, did_you_mean, select_tasks
+from sb3_vla.common.paths import local_path
+from sb3_vla.distributed.local_ranks import local_rank_count
+from sb3_vla.evaluation.callback import PeriodicEvaluation
+from sb3_vla.evaluation.results import PROTOCOLS, TRIAL_SEED, Protocol
+from sb3_vla.evaluation.trial_envs import VideoOptions
+from sb3_vla.models import MODELS
 from sb3_vla.ray import ClusterOptions
 from sb3_vla.recipes.config import ConfigError, given_view
-from sb3_vla.recording.episodes import TrainingFilms
-from sb3_vla.distributed.local_ranks import local_rank_count
-from sb3_vla.runs.loggers import LoggerOptions
-from sb3_vla.models import MODELS
-from sb3_vla.common.paths import local_path
-from sb3_vla.evaluation.callback import PeriodicEvaluation
 from sb3_vla.recipes.schema import (
     ClusterSection,
     EvalEnvSection,
@@ -27,10 +27,10 @@ from sb3_vla.recipes.schema import (
     TrainEnvSection,
     VideoSection,
 )
-from sb3_vla.evaluation.results import PROTOCOLS, TRIAL_SEED, Protocol
-from sb3_vla.sft.imitation import SFTConfig
+from sb3_vla.recording.episodes import TrainingFilms
+from sb3_vla.runs.loggers import LoggerOptions
 from sb3_vla.runs.training import GRPOConfig, PPOConfig
-from sb3_vla.evaluation.trial_envs import VideoOptions
+from sb3_vla.sft.imitation import SFTConfig
 
 #: names of RLinf's for suite and split
 SUITES = {

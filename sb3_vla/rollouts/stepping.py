@@ -15,8 +15,8 @@ import torch
 from stable_baselines3.common.vec_env import VecEnv, VecTransposeImage
 from torch import Tensor
 
-from sb3_vla.distributions import Trace
 from sb3_vla.common.errors import InputError
+from sb3_vla.distributions import Trace
 from sb3_vla.envs.shared_memory import SharedMemoryVecEnv
 
 Observations = dict[str, npt.NDArray[Any]]

@@ -17,25 +17,25 @@ import torch
 from rich.console import Console
 
 from sb3_vla.checkpoints import load_checkpoint
-from sb3_vla.checkpoints.training_state import check_training_state
-from sb3_vla.ray.launch import train_on_cluster
-from sb3_vla.data.collecting import collect
-from sb3_vla.recipes.config import ConfigError, deciding_settings
-from sb3_vla.data.demonstrations import Demonstrations
-from sb3_vla.common.errors import InputError
-from sb3_vla.evaluation.evaluation import EvaluationResult, VideoOptions, compare, evaluate
-from sb3_vla.recording.episodes import TrainingFilms
 from sb3_vla.checkpoints.identity import checkpoint_identity, data_identity, deciding_options, without
-from sb3_vla.evaluation.callback import PeriodicEvaluation
-from sb3_vla.recipes.resolve import Plan
-from sb3_vla.policies.vla_policy import load_policy
+from sb3_vla.checkpoints.training_state import check_training_state
+from sb3_vla.common.errors import InputError
 from sb3_vla.common.precision import acting_precision
+from sb3_vla.data.collecting import collect
+from sb3_vla.data.demonstrations import Demonstrations
+from sb3_vla.evaluation.callback import PeriodicEvaluation
+from sb3_vla.evaluation.evaluation import EvaluationResult, VideoOptions, compare, evaluate
+from sb3_vla.policies.views import FULL_VIEW
+from sb3_vla.policies.vla_policy import load_policy
+from sb3_vla.ray.launch import train_on_cluster
+from sb3_vla.recipes.config import ConfigError, deciding_settings
+from sb3_vla.recipes.resolve import Plan
 from sb3_vla.recipes.schema import Recipe
+from sb3_vla.recording.episodes import TrainingFilms
 from sb3_vla.runs.report.report import write_report
-from sb3_vla.sft.imitation import sft
 from sb3_vla.runs.shared import SharedRun
 from sb3_vla.runs.training import GRPOConfig, train
-from sb3_vla.policies.views import FULL_VIEW
+from sb3_vla.sft.imitation import sft
 
 Places = dict[str, str | None]
 Films = TypeVar("Films", VideoOptions | None, TrainingFilms | None)

@@ -22,12 +22,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from mw_envs.tasks import encode_instruction
-from sb3_vla.distributions import ActionDistribution
 from sb3_vla.common.errors import InputError
+from sb3_vla.common.precision import autocast
+from sb3_vla.distributions import ActionDistribution
 from sb3_vla.models.base import PERCEPTION, VLAModel
 from sb3_vla.models.prompts import PromptTokenizer
 from sb3_vla.models.recomputing import Recomputing
-from sb3_vla.common.precision import autocast
 
 GIB = 2**30
 #: share of a device left to what a plan does not count: the driver's context, fragments, workspaces of kernels

@@ -12,16 +12,16 @@ import torch
 
 from sb3_vla.checkpoints import load_checkpoint
 from sb3_vla.checkpoints.folders import boxed_checkpoints
+from sb3_vla.common.paths import local_path
+from sb3_vla.common.precision import uses_bf16
 from sb3_vla.distributed.ranks import current_ranks
-from sb3_vla.runs.memory_plan import MemoryPlan, plan_memory
 from sb3_vla.models import VLAModel, make_model
 from sb3_vla.models.lora import prepare_training
 from sb3_vla.models.sizes import published_options
-from sb3_vla.common.paths import local_path
 from sb3_vla.recipes.resolve import Plan, can_begin
-from sb3_vla.common.precision import uses_bf16
-from sb3_vla.sft.imitation import SFTConfig
+from sb3_vla.runs.memory_plan import MemoryPlan, plan_memory
 from sb3_vla.runs.training import plan_training
+from sb3_vla.sft.imitation import SFTConfig
 
 #: what MetaWorld's demonstrations have
 _DIMENSIONS = {"action_dim": 4, "state_dim": 4}

@@ -21,11 +21,11 @@ import numpy as np
 from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecTransposeImage
 
 from sb3_vla.checkpoints.training_state import load_training_state, save_training_state
-from sb3_vla.distributed.ranks import Ranks
 from sb3_vla.common.errors import InputError
-from sb3_vla.rollouts.metrics import EpisodeRecord
-from sb3_vla.ppo.ppo import PPO
 from sb3_vla.distributed.fsdp import whole_optimizer_state, whole_weights
+from sb3_vla.distributed.ranks import Ranks
+from sb3_vla.ppo.ppo import PPO
+from sb3_vla.rollouts.metrics import EpisodeRecord
 
 _COUNTERS = (
     "num_timesteps",

@@ -23,34 +23,24 @@ from stable_baselines3.common.type_aliases import Schedule
 
 from mw_envs.rendering import get_renderer
 from mw_envs.tasks import did_you_mean, select_tasks
-from sb3_vla.rollouts.buffers import ChunkRolloutBuffer
 from sb3_vla.checkpoints import LoadedCheckpoint, load_checkpoint, save_checkpoint
 from sb3_vla.checkpoints.native import refuse_other_files
 from sb3_vla.checkpoints.training_state import check_training_state
+from sb3_vla.common.errors import InputError
+from sb3_vla.common.machine import available_memory
+from sb3_vla.common.paths import local_path
+from sb3_vla.common.precision import get_device, uses_bf16
+from sb3_vla.common.signals import Stopped, StopRequest, stop_request
 from sb3_vla.data.demonstrations import Demonstrations
+from sb3_vla.distributed.fsdp import whole_weights
 from sb3_vla.distributed.ranks import join_for_good, ranks_on_this_machine
 from sb3_vla.distributions import make_distribution
-from sb3_vla.common.errors import InputError
-from sb3_vla.recording.episodes import Filmed, FilmEpisodes, TrainingFilms
-from sb3_vla.grpo.grpo import GRPO, groups_held
 from sb3_vla.envs.hold_at_end import HoldAtEnd
-from sb3_vla.runs.loggers import LoggerOptions, Loggers
-from sb3_vla.common.machine import available_memory
-from sb3_vla.runs.memory_plan import MemoryPlan, plan_memory
+from sb3_vla.envs.shared_memory import SharedMemoryVecEnv
+from sb3_vla.evaluation.callback import EvaluatePeriodically, PeriodicEvaluation
+from sb3_vla.grpo.grpo import GRPO, groups_held
 from sb3_vla.models import VLAModel
 from sb3_vla.models.lora import prepare_training
-from sb3_vla.common.paths import local_path
-from sb3_vla.evaluation.callback import EvaluatePeriodically, PeriodicEvaluation
-from sb3_vla.policies.vla_policy import ValueHead
-from sb3_vla.ppo.ppo import PPO, check_batch_size
-from sb3_vla.common.precision import get_device, uses_bf16
-from sb3_vla.runs.resume import load_algorithm, save_algorithm
-from sb3_vla.runs.directory import RunDirectory
-from sb3_vla.sft.imitation import DemonstrationBatches, SFTConfig
-from sb3_vla.distributed.fsdp import whole_weights
-from sb3_vla.runs.shared import SharedRun
-from sb3_vla.common.signals import Stopped, StopRequest, stop_request
-from sb3_vla.envs.shared_memory import SharedMemoryVecEnv
 from sb3_vla.policies.views import (
     FULL_VIEW,
     HAND_OPTIONS,
@@ -60,6 +50,16 @@ from sb3_vla.policies.views import (
     view_of,
     warn_of_another_view,
 )
+from sb3_vla.policies.vla_policy import ValueHead
+from sb3_vla.ppo.ppo import PPO, check_batch_size
+from sb3_vla.recording.episodes import Filmed, FilmEpisodes, TrainingFilms
+from sb3_vla.rollouts.buffers import ChunkRolloutBuffer
+from sb3_vla.runs.directory import RunDirectory
+from sb3_vla.runs.loggers import LoggerOptions, Loggers
+from sb3_vla.runs.memory_plan import MemoryPlan, plan_memory
+from sb3_vla.runs.resume import load_algorithm, save_algorithm
+from sb3_vla.runs.shared import SharedRun
+from sb3_vla.sft.imitation import DemonstrationBatches, SFTConfig
 
 if TYPE_CHECKING:
     from sb3_vla.ray.seat import Seat

@@ -20,19 +20,19 @@ from torch import Tensor, nn
 from mw_envs.hand_view import HandView
 from mw_envs.tasks import INSTRUCTION_BYTES, encode_instruction
 from sb3_vla.checkpoints import load_checkpoint, save_checkpoint
+from sb3_vla.checkpoints.frozen_weights import FrozenWeights, Unfrozen
 from sb3_vla.checkpoints.native import NORMALISED, refuse_other_files
 from sb3_vla.checkpoints.training_state import load_training_state, save_training_state
-from sb3_vla.data.demonstrations import Demonstrations
-from sb3_vla.distributed.ranks import Ranks, join_for_good
-from sb3_vla.common.errors import InputError
-from sb3_vla.checkpoints.frozen_weights import FrozenWeights, Unfrozen
-from sb3_vla.models import VLAModel, make_model
-from sb3_vla.models.lora import prepare_training
 from sb3_vla.common.batch_noise import part_of_batch
+from sb3_vla.common.errors import InputError
 from sb3_vla.common.paths import local_path
 from sb3_vla.common.precision import autocast, get_device
-from sb3_vla.distributed.fsdp import whole_optimizer_state
 from sb3_vla.common.signals import Stopped, stop_request
+from sb3_vla.data.demonstrations import Demonstrations
+from sb3_vla.distributed.fsdp import whole_optimizer_state
+from sb3_vla.distributed.ranks import Ranks, join_for_good
+from sb3_vla.models import VLAModel, make_model
+from sb3_vla.models.lora import prepare_training
 from sb3_vla.policies.views import known_view, warn_once
 
 _VALIDATION_SAMPLES = 1024

@@ -34,12 +34,12 @@ from torch import Tensor
 
 from mw_envs import encode_instruction
 from sb3_vla.distributions import make_distribution
-from sb3_vla.runs.recipe_memory import footprint
-from sb3_vla.runs.memory_plan import MemoryPlan
 from sb3_vla.models import VLAModel, make_model
 from sb3_vla.models.sizes import PUBLISHED_SIZES
 from sb3_vla.recipes.resolve import make_plan
 from sb3_vla.recipes.schema import load_recipe
+from sb3_vla.runs.memory_plan import MemoryPlan
+from sb3_vla.runs.recipe_memory import footprint
 
 #: of the options that each is published with, or acts with: what its weights are, and how actions are drawn
 _EXPLORES: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {

@@ -38,11 +38,11 @@ from stable_baselines3.common.utils import obs_as_tensor
 from torch import Tensor
 
 from mw_envs.tasks import INSTRUCTION_BYTES, encode_instruction
+from sb3_vla.common.precision import autocast
 from sb3_vla.distributions.base import integrate
 from sb3_vla.models.gemma import AdaptiveRMSNorm
 from sb3_vla.models.prompts import PromptTokenizer
 from sb3_vla.policies.vla_policy import Evaluation, VLAPolicy
-from sb3_vla.common.precision import autocast
 
 DECISIONS, EPOCHS, MINIBATCH, STEPS = 10_240, 4, 2048, 5
 SHORTEST, LONGEST = 8, 15  # tokens of MetaWorld's sentences

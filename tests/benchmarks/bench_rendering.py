@@ -37,7 +37,7 @@ import numpy as np
 from mw_envs import TASKS, Trial
 from mw_envs.experts import ScriptedExpert
 from mw_envs.rendering import CROPS, View, get_renderer, renderer_available
-from mw_envs.scene import Simulator
+from mw_envs.simulation.scene import Simulator
 
 VIEWS = {
     "480": View("corner2", 480, 480),
@@ -55,7 +55,7 @@ _FIRST_PICTURE = """
 import time
 from mw_envs import Trial
 from mw_envs.rendering import View, get_renderer
-from mw_envs.scene import Simulator
+from mw_envs.simulation.scene import Simulator
 
 simulator = Simulator("reach-v3")
 simulator.place(Trial("reach-v3", 0, 0))

@@ -41,11 +41,11 @@ from stable_baselines3.common.vec_env.base_vec_env import VecEnvStepReturn
 
 from mw_envs import encode_instruction
 from sb3_vla import PPO, SharedMemoryVecEnv
+from sb3_vla.distributed.ranks import current_ranks, torchrun
 from sb3_vla.ray import ClusterOptions
 from sb3_vla.ray.connection import connected
 from sb3_vla.ray.learners import run_learners
 from sb3_vla.ray.seat import Seat
-from sb3_vla.distributed.ranks import current_ranks, torchrun
 from sb3_vla.rollouts.stepping import Clock, Decision, step_by_halves, step_together
 
 

@@ -28,8 +28,8 @@ from rich.console import Console
 from rich.table import Table
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv
 
-from sb3_vla.rollouts.stepping import Clock, Decision, step_by_halves, step_together
 from sb3_vla.envs.shared_memory import SharedMemoryVecEnv, available_cores
+from sb3_vla.rollouts.stepping import Clock, Decision, step_by_halves, step_together
 
 
 class Pictures(gym.Env[dict[str, npt.NDArray[Any]], npt.NDArray[np.float32]]):

@@ -24,11 +24,11 @@ from sb3_vla.checkpoints.formats.layout import (
 )
 from sb3_vla.checkpoints.native import LoadedCheckpoint, whole_checkpoint
 from sb3_vla.common.errors import InputError
+from sb3_vla.common.paths import local_path
 from sb3_vla.models.diffusion import NORMALISATIONS, SCHEDULES
 from sb3_vla.models.diffusion_policy import RESNETS, DiffusionPolicy
 from sb3_vla.models.lora import merged_state
 from sb3_vla.models.sizes import published_options
-from sb3_vla.common.paths import local_path
 
 _STATE = "observation.state"
 _ACTION = "action"

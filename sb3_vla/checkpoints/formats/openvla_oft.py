@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 
 from sb3_vla.checkpoints.formats.layout import load_weights, read_json, tell_unreadable, write_json
+from sb3_vla.checkpoints.formats.tokenizer_files import find_tokenizer, write_tokenizer
 from sb3_vla.checkpoints.native import NORMALISED, LoadedCheckpoint, whole_checkpoint
 from sb3_vla.checkpoints.shards import read_weights, write_weights
-from sb3_vla.checkpoints.formats.tokenizer_files import find_tokenizer, write_tokenizer
 from sb3_vla.common.errors import InputError
+from sb3_vla.common.paths import local_path
 from sb3_vla.models.lora import merged_state
 from sb3_vla.models.openvla_oft import OFT_SIZES, SPECIAL_TOKENS, OFTSizes, OpenVLAOFT
 from sb3_vla.models.tokenizing import byte_tokenizer
-from sb3_vla.common.paths import local_path
 
 _STATISTICS = ("action_mean", "action_std", "action_q01", "action_q99", "action_scaled")
 _TIMM_HEADS = {"vit_large_patch14_reg4_dinov2.lvd142m": 16, "vit_so400m_patch14_siglip_224": 16}

@@ -14,7 +14,6 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sb3_vla.checkpoints.formats import pi0_lerobot
 from sb3_vla.checkpoints.folders import (
     HUB,
     fit,
@@ -26,16 +25,17 @@ from sb3_vla.checkpoints.folders import (
     weight_names,
     write_json,
 )
+from sb3_vla.checkpoints.formats import pi0_lerobot
 from sb3_vla.checkpoints.formats.layout import tell_unreadable
 from sb3_vla.checkpoints.native import LoadedCheckpoint
 from sb3_vla.common.errors import InputError, NotThereError
+from sb3_vla.common.paths import local_path
 from sb3_vla.models import Pi0, Pi05
 from sb3_vla.models.gemma import GemmaSize
 from sb3_vla.models.lora import merged_state
 from sb3_vla.models.normalization import STATISTICS
 from sb3_vla.models.pi0 import EXPERT_SIZE, PALIGEMMA, VLM_SIZE, VOCABULARY, VisionSize
 from sb3_vla.models.prompts import find_tokenizer_file
-from sb3_vla.common.paths import local_path
 
 P = "paligemma_with_expert.paligemma."
 X = "paligemma_with_expert.gemma_expert."

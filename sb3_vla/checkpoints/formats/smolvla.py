@@ -16,15 +16,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sb3_vla.checkpoints.formats.layout import load_weights, read_json, read_tensors, require_file, write_json, write_tensors
+from sb3_vla.checkpoints.formats.layout import (
+    load_weights,
+    read_json,
+    read_tensors,
+    require_file,
+    write_json,
+    write_tensors,
+)
+from sb3_vla.checkpoints.formats.tokenizer_files import TOKENIZER, find_tokenizer, lerobot_step, write_tokenizer
 from sb3_vla.checkpoints.native import ENVIRONMENT_DIM, NORMALISED, LoadedCheckpoint, whole_checkpoint
 from sb3_vla.checkpoints.shards import read_weights, write_weights
-from sb3_vla.checkpoints.formats.tokenizer_files import TOKENIZER, find_tokenizer, lerobot_step, write_tokenizer
 from sb3_vla.common.errors import InputError
+from sb3_vla.common.paths import local_path
 from sb3_vla.models.lora import merged_state
 from sb3_vla.models.smolvla import SPECIAL_TOKENS, SmolVLA
 from sb3_vla.models.tokenizing import byte_tokenizer
-from sb3_vla.common.paths import local_path
 
 #: the published vision-language models, by their names here
 VLM_NAMES = {

@@ -32,6 +32,7 @@ from sb3_vla.checkpoints.formats.layout import (
     write_json,
     write_tensors,
 )
+from sb3_vla.checkpoints.formats.tokenizer_files import write_tokenizer
 from sb3_vla.checkpoints.native import (
     ADAPTER_CONFIG,
     ENVIRONMENT_DIM,
@@ -40,12 +41,11 @@ from sb3_vla.checkpoints.native import (
     place_of_configuration,
     whole_checkpoint,
 )
-from sb3_vla.checkpoints.formats.tokenizer_files import write_tokenizer
 from sb3_vla.common.errors import InputError, NotThereError
+from sb3_vla.common.paths import local_path
 from sb3_vla.models.lora import merge_adapter, merged_state
 from sb3_vla.models.sizes import published_options
 from sb3_vla.models.tinyvla import PADDING, PROMPT, TinyVLA
-from sb3_vla.common.paths import local_path
 
 _STATISTICS = "dataset_stats.pkl"
 _IN_FULL = "non_lora_trainables.bin"

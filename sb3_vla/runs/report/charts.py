@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
-from sb3_vla.runs.report.page import Html, markup
 from sb3_vla.evaluation.statistics import Estimate
+from sb3_vla.runs.report.page import Html, markup
 
 _WIDTH = 420
 _NAMES = 142  # room for the longest name of a task

@@ -24,16 +24,16 @@ import yaml
 
 from mw_envs import DIFFICULTIES
 from mw_envs.tasks import suite_tasks
-from sb3_vla.runs.report.charts import Line, bars, heat_map, line_chart, trial_map
 from sb3_vla.common.errors import InputError
-from sb3_vla.runs.report.figures import metric_series, smoothed
-from sb3_vla.runs.report.page import STYLE, Html, bullets, details, markup, paragraphs, table
 from sb3_vla.common.paths import local_path
 from sb3_vla.evaluation.published import PUBLISHED
 from sb3_vla.evaluation.results import Comparison, EvaluationResult, compare
-from sb3_vla.runs.directory import RunDirectory, RunError
 from sb3_vla.evaluation.statistics import Estimate, PairedDifference
 from sb3_vla.recording.videos import atomic_path
+from sb3_vla.runs.directory import RunDirectory, RunError
+from sb3_vla.runs.report.charts import Line, bars, heat_map, line_chart, trial_map
+from sb3_vla.runs.report.figures import metric_series, smoothed
+from sb3_vla.runs.report.page import STYLE, Html, bullets, details, markup, paragraphs, table
 
 # Any of these makes a folder a run's.
 _MARKS = ("config.yaml", "versions.json", "metrics.jsonl")

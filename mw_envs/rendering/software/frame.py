@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from mw_envs.rendering import raster, shading
-from mw_envs.rendering.arrays import LANES, MARGIN, SAMPLES, Samples, ShadowMap, compiled
+from mw_envs.rendering.software import raster, shading
+from mw_envs.rendering.software.arrays import LANES, MARGIN, SAMPLES, Samples, ShadowMap, compiled
 
 # Side of a shadow map's texels, in pixels; a surface is in shadow if it lies _SLACK texels behind what the light meets
 # first, which itself lies as much deeper as its slope makes of _SLOPE_TEXELS.
@@ -107,7 +107,7 @@ def draw_moving(look, camera, poses, moving, transparent, casting, lit, pixel, b
     :param moving: opaque drawables, and transparent ones, nearest first, int32.
     :param casting: those of them that cast shadows, int32.
     :param lit: their window in the light's plane, to which they have been projected.
-    :param canvas: see :class:`mw_envs.rendering.arrays.Canvas`; left with the frame's own spans.
+    :param canvas: see :class:`mw_envs.rendering.software.arrays.Canvas`; left with the frame's own spans.
     :param part: pixels to draw: left, top, right, bottom, the last two exclusive.
     :param picture: uint8 (rows, columns, 3); set in that part.
     """

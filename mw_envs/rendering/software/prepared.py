@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from mw_envs.errors import InputError
-from mw_envs.rendering import arrays
-from mw_envs.rendering.geometry import (
+from mw_envs.rendering.software import arrays
+from mw_envs.rendering.software.geometry import (
     Shape,
     areas,
     box_shape,
@@ -24,7 +24,7 @@ from mw_envs.rendering.geometry import (
     sphere_shape,
     unit,
 )
-from mw_envs.rendering.textures import TexturePool
+from mw_envs.rendering.software.textures import TexturePool
 
 # Of coarsened meshes, in pixels, and of what their shadows are cast by.
 _CELL, _CASTER_CELLS = 1.5, (4.0, 2.0)
@@ -281,7 +281,7 @@ def _texture(model: mujoco.MjModel, material: int) -> int:
 def _mapping(
     model: mujoco.MjModel, texture: int, material: int, size: npt.NDArray[np.float64], sized: bool
 ) -> tuple[float, ...]:
-    """How places become texture coordinates; see :class:`mw_envs.rendering.arrays.Materials`."""
+    """How places become texture coordinates; see :class:`mw_envs.rendering.software.arrays.Materials`."""
     uniform = bool(model.mat_texuniform[material])
     if model.tex_type[texture] != mujoco.mjtTexture.mjTEXTURE_2D:
         x, y, z = size if uniform else (1.0, 1.0, 1.0)
@@ -357,7 +357,7 @@ def _cube_parts(drawables: int) -> int:
 
 
 def _sample_numbers(drawables: list[_Drawable], parts: int) -> npt.NDArray[np.int32]:
-    """What samples know the triangles by; see :class:`mw_envs.rendering.arrays.Samples`.
+    """What samples know the triangles by; see :class:`mw_envs.rendering.software.arrays.Samples`.
 
     A triangle's group is its drawable and the part of a cube's surface that its normal points to.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from mw_envs.rendering.arrays import (
+from mw_envs.rendering.software.arrays import (
     HALF,
     LANE_X,
     LANE_Y,
@@ -84,7 +84,7 @@ def project(geometry, drawables, poses, camera, workspace):
 def project_to_light(casters, drawables, to_light, workspace):
     """Vertices of what some drawables' shadows are cast by to the plane of the light.
 
-    :param to_light: see :class:`mw_envs.rendering.arrays.Look`.
+    :param to_light: see :class:`mw_envs.rendering.software.arrays.Look`.
     :return: the window of texels that they touch: left, top, right, bottom, the last two exclusive.
     """
     left, top, right, bottom = F(1e9), F(1e9), F(-1e9), F(-1e9)

@@ -12,7 +12,7 @@ import subprocess
 import sys
 from typing import Any
 
-from mw_envs.rendering import frame, shading, textures
+from mw_envs.rendering.software import frame, shading, textures
 
 #: what Python calls; the rest is compiled with these
 _ENTRIES = (
@@ -62,7 +62,7 @@ def compile_apart() -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     try:
         subprocess.run(
-            [sys.executable, "-m", "mw_envs.rendering.warming"],
+            [sys.executable, "-m", "mw_envs.rendering.software.warming"],
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
@@ -86,7 +86,7 @@ def _on_disk(entry: Any) -> bool:
 def _draw_something() -> None:
     import mujoco
 
-    from mw_envs.rendering.software import SoftwareRenderer
+    from mw_envs.rendering.software.renderer import SoftwareRenderer
     from mw_envs.rendering.view import Scene, View
 
     model = mujoco.MjModel.from_xml_string(_SCENE)

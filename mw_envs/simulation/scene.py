@@ -18,9 +18,9 @@ import numpy as np
 import numpy.typing as npt
 from gymnasium import spaces
 
-from mw_envs.models import load_model, scene_file
 from mw_envs.rendering.view import Scene, explained_mujoco_import
-from mw_envs.sawyer import construct, look_away, stand_still
+from mw_envs.simulation.compiled_models import load_model, scene_file
+from mw_envs.simulation.fast_stepping import construct, look_away, stand_still
 from mw_envs.tasks import GOALS_PER_TASK, Trial, get_task
 
 with explained_mujoco_import():

@@ -46,9 +46,9 @@ def _create(kind: str) -> Renderer:
     with explained_mujoco_import():
         import mujoco  # noqa: F401
     if kind == "software":
-        from mw_envs.rendering.compiling import CompiledOnce
-        from mw_envs.rendering.software import SoftwareRenderer
-        from mw_envs.rendering.warming import compile_apart
+        from mw_envs.rendering.software.compiling import CompiledOnce
+        from mw_envs.rendering.software.renderer import SoftwareRenderer
+        from mw_envs.rendering.software.warming import compile_apart
 
         return CompiledOnce(SoftwareRenderer(), compile_apart)
     return _OneAThread(kind)

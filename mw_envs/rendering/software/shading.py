@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from mw_envs.rendering.arrays import (
+from mw_envs.rendering.software.arrays import (
     DRAWABLE,
     HALF,
     LEVEL,
@@ -28,8 +28,8 @@ from mw_envs.rendering.arrays import (
     compiled,
     inlined,
 )
-from mw_envs.rendering.raster import ray_weights
-from mw_envs.rendering.textures import sample_texture, texture_level
+from mw_envs.rendering.software.raster import ray_weights
+from mw_envs.rendering.software.textures import sample_texture, texture_level
 
 # Colours are clamped, as OpenGL does it.
 _LEAST = np.array([0] * 6 + [-np.inf] * (QUANTITIES - 6), np.float32)
@@ -44,7 +44,7 @@ _1, _2, _3 = np.uint64(1), np.uint64(2), np.uint64(3)
 
 @compiled
 def prepare_lighting(poses, camera, lights, axes, texel, eyes, towards, to_light):
-    """The camera and the lights in each drawable's coordinates, see :class:`mw_envs.rendering.arrays.Look`.
+    """The camera and the lights in each drawable's coordinates, see :class:`mw_envs.rendering.software.arrays.Look`.
 
     :param axes: two directions across the light that casts shadows and the one along it, float32 (3, 3), or empty.
     :param texel: side of a shadow map's texel, metres.

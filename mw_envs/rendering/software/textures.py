@@ -7,7 +7,7 @@ import hashlib
 import numpy as np
 import numpy.typing as npt
 
-from mw_envs.rendering.arrays import HALF, ONE, ZERO, F, Textures, compiled, inlined
+from mw_envs.rendering.software.arrays import HALF, ONE, ZERO, F, Textures, compiled, inlined
 
 _LEVELS = 16
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mw_envs.rendering import arrays
+from mw_envs.rendering.software import arrays
 
 #: the fields of a background that are drawn; the other one is a map of shadows
 PICTURES = ("bright", "dark", "nearness", "light_u", "light_v", "light_d", "tiles")

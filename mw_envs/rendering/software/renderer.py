@@ -20,11 +20,11 @@ import numpy as np
 import numpy.typing as npt
 
 from mw_envs.errors import InputError
-from mw_envs.rendering import arrays, frame, shading
-from mw_envs.rendering.geometry import unit
-from mw_envs.rendering.prepared import Prepared, is_fixed
-from mw_envs.rendering.stills import PICTURES, Still, Stills
-from mw_envs.rendering.textures import TexturePool, draw_sky
+from mw_envs.rendering.software import arrays, frame, shading
+from mw_envs.rendering.software.geometry import unit
+from mw_envs.rendering.software.prepared import Prepared, is_fixed
+from mw_envs.rendering.software.still_pictures import PICTURES, Still, Stills
+from mw_envs.rendering.software.textures import TexturePool, draw_sky
 from mw_envs.rendering.view import Scene, View
 from mw_envs.tasks import did_you_mean
 

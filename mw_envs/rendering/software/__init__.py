@@ -1,0 +1,1 @@
+"""The software renderer: a rasterizer that needs neither a GPU nor OpenGL."""
