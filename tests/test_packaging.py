@@ -43,7 +43,7 @@ def test_the_wheel_holds_every_module_and_data_file(wheel: zipfile.ZipFile) -> N
     shipped = {name for name in wheel.namelist() if ".dist-info/" not in name}
     modules = {f"{path.relative_to(ROOT)}" for package in PACKAGES for path in (ROOT / package).rglob("*.py")}
     tables = {f"{path.relative_to(ROOT)}" for path in (ROOT / "mw_envs" / "data").glob("*.json")}
-    recipes = {f"{path.relative_to(ROOT)}" for path in (ROOT / "sb3_vla" / "embodiment").glob("*.yaml")}
+    recipes = {f"{path.relative_to(ROOT)}" for path in (ROOT / "sb3_vla" / "recipes" / "yaml").glob("*.yaml")}
     boxed = {f"{path.relative_to(ROOT)}" for path in (ROOT / "sb3_vla" / "box").glob("*/*")}
     assert tables and recipes and boxed
     assert shipped == modules | tables | recipes | boxed | {"mw_envs/py.typed", "sb3_vla/py.typed"}

@@ -49,7 +49,7 @@ class Row:
     :param before: name of the row with which it is compared, trial by trial.
     :param note: what a reader must know.
     :param protocol: of the evaluation.
-    :param trial_seed: of its trials, which are those of :func:`sb3_vla.evaluation.evaluation.trials_for`.
+    :param trial_seed: of its trials, which are those of :func:`sb3_vla.evaluation.trials_for`.
     :param versions: of what decides the simulation.
     :param outcomes: of each task a digit a trial, 1 for success.
     """

@@ -99,7 +99,7 @@ def check_archive(path: object, algorithm: str = "PPO", kind: str | None = None)
     if on_hub or (place.is_dir() and (native.place_of_configuration(place) / "config.json").is_file()):
         raise (FileNotFoundError if on_hub else IsADirectoryError)(
             f"{path} is a checkpoint; {reads}. To train from it give {algorithm}('VLAPolicy', env, "
-            f"policy_kwargs={{'checkpoint': {str(path)!r}}}), to act by it sb3_vla.policies.vla_policy.load_policy({str(path)!r})"
+            f"policy_kwargs={{'checkpoint': {str(path)!r}}}), to act by it sb3_vla.policies.load_policy({str(path)!r})"
         )
     if place.is_dir():
         archives = sorted(str(found) for found in (*place.glob("*.zip"), Path(f"{place}.zip")) if found.is_file())

@@ -23,8 +23,8 @@ def run_command(
 ) -> int:
     """Do a work, and tell on the terminal how it ended if it did not end well.
 
-    An :class:`~sb3_vla.common.errors.ExpectedError` is told by its message. Any other error is a fault of this software, or of
-    the machine: its traceback is kept in a file, that of the run directory where there is one.
+    An :class:`~sb3_vla.common.errors.ExpectedError` is told by its message. Any other error is a fault of this
+    software, or of the machine: its traceback is kept in a file, that of the run directory where there is one.
 
     :param again: what the same command does after a signal, such as ``the same command goes on``.
     :param show_traceback: print the traceback of an error.

@@ -96,8 +96,8 @@ class Demonstrations:
     ) -> Demonstrations:
         """Load a LeRobot dataset v3.0 with pictures as PNG or as video.
 
-        Ranks (:mod:`sb3_vla.distributed.ranks`) must all call it. Those on one machine that load the same pictures have them
-        in memory once, read-only: the first one decodes them to memory that all of them map.
+        Ranks (:mod:`sb3_vla.distributed.ranks`) must all call it. Those on one machine that load the same pictures have
+        them in memory once, read-only: the first one decodes them to memory that all of them map.
 
         :param root: Folder of the dataset.
         :param tasks: Only the episodes of these tasks; MetaWorld names, or sentences that are said in them.

@@ -7,8 +7,8 @@
         model.learn(1_000_000)
 
 A script without that context is a rank, too: an algorithm that is made with an environment, imitation and
-:func:`~sb3_vla.runs.training.train` join the others for the rest of the process. Each rank then has as many environments as
-the script makes.
+:func:`~sb3_vla.runs.training.train` join the others for the rest of the process. Each rank then has as many
+environments as the script makes.
 
 Every rank has environments, a replica of the policy and a rollout buffer of its own; ``batch_size``, ``n_groups`` and
 ``total_timesteps`` count what all of them have. The ranks' environments in the order of the ranks are those of one
@@ -273,7 +273,8 @@ def check_membership(algorithm: str) -> None:
     if is_left_out():
         raise InputError(
             "torchrun started several ranks, which join where an algorithm is made with its environment. Give it "
-            f"there, such as {algorithm}.load(path, env), or put all into `with torchrun():` of sb3_vla.distributed.ranks"
+            f"there, such as {algorithm}.load(path, env), or put all into `with torchrun():` of "
+            "sb3_vla.distributed.ranks"
         )
     if _invited() > 1 and current_ranks().count == 1:
         warnings.warn(
@@ -329,7 +330,7 @@ def joined(invitation: Invitation, timeout_seconds: float = TIMEOUT_SECONDS) -> 
 
 
 def is_shard(tensor: Tensor) -> bool:
-    """Whether a tensor lies in shards on the ranks, see :mod:`sb3_vla.distributed.fsdp`; that module takes long to import."""
+    """Whether a tensor lies in shards, see :mod:`sb3_vla.distributed.fsdp`, which takes long to import."""
     return hasattr(tensor, "full_tensor")
 
 

@@ -1,4 +1,4 @@
-"""A worker process of :class:`~sb3_vla.envs.shared_memory.SharedMemoryVecEnv`, from both ends.
+"""A worker process of :class:`~sb3_vla.SharedMemoryVecEnv`, from both ends.
 
 Requests and answers go through a pipe, pickled. Observations lie in memory that both processes map; it has no name in
 any file system, so the kernel frees it when the last of them ends, in whatever way.

@@ -31,7 +31,7 @@ SCORE = "eval/success_once"
 
 @dataclass(frozen=True)
 class PeriodicEvaluation:
-    """How a policy is measured while it learns; see :func:`sb3_vla.evaluation.evaluation.evaluate` for what is not explained here.
+    """How a policy is measured while it learns; see :func:`sb3_vla.evaluation.evaluate` for what is not explained here.
 
     :param every: updates between evaluations; there is one more at the end of the training.
     :param tasks: task names; give either these or a suite.

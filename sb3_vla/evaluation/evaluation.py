@@ -311,9 +311,7 @@ def _with_chunk(protocol: Protocol, policy: Policy) -> Protocol:
 
 def _settings_of(vec_env: VecEnv, protocol: Protocol, env_kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
     if not all(vec_env.env_is_wrapped(TrialQueue)):
-        raise InputError(
-            "vec_env cannot follow a list of trials; make it with sb3_vla.evaluation.evaluation.make_trial_vec_env."
-        )
+        raise InputError("vec_env cannot follow a list of trials; make it with sb3_vla.evaluation.make_trial_vec_env.")
     settings: dict[str, Any] = vec_env.get_attr("settings")[0]
     for name, wanted in (
         ("protocol", protocol),

@@ -159,14 +159,14 @@ def make_trial_vec_env(
     start_method: str | None = None,
 ) -> SharedMemoryVecEnv:
     """
-    Environments in worker processes for :func:`~sb3_vla.evaluation.evaluation.evaluate`; kept open, they serve several of these.
+    Environments in worker processes for :func:`~sb3_vla.evaluation.evaluate`; kept open, they serve several of these.
 
     :param protocol: a protocol with a chunk
     :param env_kwargs: as for :func:`make_trial_env`
     :param num_envs: number of environments, and size of the policy's batch; ``None`` takes eight per worker
     :param num_workers: number of processes; ``None`` takes one per usable core, at most one per environment
     :param start_method: how processes start: ``forkserver``, ``spawn`` or ``fork``; ``None`` as for
-        :class:`~sb3_vla.envs.shared_memory.SharedMemoryVecEnv`
+        :class:`~sb3_vla.SharedMemoryVecEnv`
     :return: the vector environment
     :raises ValueError: as for :func:`make_trial_env`, or if there is to be no environment or no worker
     :raises RuntimeError: if the workers do not start

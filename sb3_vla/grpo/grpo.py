@@ -82,8 +82,8 @@ class GRPO(PPO):
     :param success_bounds: least and greatest share of successes for a group to be kept, inclusive.
     :param episode_return: ``reward``, the sum of rewards without a discount; or ``success``, 1 for an episode that
         succeeded at any time (``info["is_success"]`` at its end) and 0 for another.
-    :param advantage_type: ``standardised`` or ``leave_one_out``, see :func:`~sb3_vla.grpo.groups.group_advantages`. It is
-        that of all decisions of the episode.
+    :param advantage_type: ``standardised`` or ``leave_one_out``, see :func:`~sb3_vla.grpo.groups.group_advantages`. It
+        is that of all decisions of the episode.
     :param normalize_length: let every episode weigh the same, as Shao et al. do; without it every decision does, which
         is the unbiased gradient of the expected return (Liu et al. 2025) but makes a failure, which lasts until the
         time limit, weigh more than a quick success.

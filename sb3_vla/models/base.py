@@ -87,7 +87,7 @@ class VLAModel(nn.Module, ABC):
     config: dict[str, Any]
     #: one of :data:`PREDICTIONS`; it decides which action distributions fit
     prediction: str = "velocity"
-    #: what a policy trains unless told otherwise, see :class:`sb3_vla.policies.vla_policy.VLAPolicy`
+    #: what a policy trains unless told otherwise, see :class:`sb3_vla.VLAPolicy`
     default_trainable: str = "all"
     #: whether a rollout keeps what a frozen backbone perceived unless told otherwise
     caches_perception: bool = True

@@ -111,7 +111,7 @@ def prepare_training(
     gradient_checkpointing: bool = False,
     compile: Mapping[str, Any] | None = None,
 ) -> None:
-    """Make a model ready to be trained, or planned; see :class:`sb3_vla.policies.vla_policy.VLAPolicy` for the options.
+    """Make a model ready to be trained, or planned; see :class:`sb3_vla.VLAPolicy` for the options.
 
     :raises ValueError: for what the model cannot do.
     """

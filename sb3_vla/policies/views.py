@@ -157,7 +157,7 @@ def view_of_data(source: object, said: Mapping[str, Any], given: Mapping[str, An
     """What demonstrations say of their view, with what they do not say as it is given.
 
     :param source: the dataset, for the message.
-    :param said: such as :attr:`sb3_vla.data.demonstrations.Demonstrations.camera`.
+    :param said: such as :attr:`sb3_vla.data.Demonstrations.camera`.
     :param given: ``camera``, ``crop`` or both.
     :raises ValueError: if it is given otherwise than the data say, whose pictures are what they are.
     """

@@ -118,7 +118,7 @@ class VLAPolicy(BasePolicy):
         update costs the expert alone. A decision takes 114 kB with CompactVLA's default size, and megabytes with pi0.
         None for the model's default: not with pi0 and pi0.5.
     :param view: ``camera`` and ``crop`` of the pictures that it is trained on, which
-        :func:`sb3_vla.evaluation.evaluation.evaluate` shows it; None for those that the checkpoint says. :class:`sb3_vla.PPO`
+        :func:`sb3_vla.evaluation.evaluate` shows it; None for those that the checkpoint says. :class:`sb3_vla.PPO`
         takes them from the environment.
     :param optimizer_class: optimiser.
     :param optimizer_kwargs: its options besides the learning rate.

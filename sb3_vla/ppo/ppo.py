@@ -155,10 +155,10 @@ class PPO(stable_baselines3.PPO):
     gradient is not finite is left out and counted in ``train/skipped_steps``.
     Schedules are functions of the share of a ``learn`` that is left, which is never outside of 0 to 1.
 
-    Under ``torchrun`` (:mod:`sb3_vla.distributed.ranks`), which it joins where it is given an environment, each rank gives
-    its share of the environments, ``batch_size`` and ``total_timesteps`` count what all ranks have, and what is learned
-    is what one process with all the environments would learn, up to rounding. A callback that stops training stops all
-    ranks, at the end of the rollout. The first rank prints and logs.
+    Under ``torchrun`` (:mod:`sb3_vla.distributed.ranks`), which it joins where it is given an environment, each rank
+    gives its share of the environments, ``batch_size`` and ``total_timesteps`` count what all ranks have, and what is
+    learned is what one process with all the environments would learn, up to rounding. A callback that stops training
+    stops all ranks, at the end of the rollout. The first rank prints and logs.
 
     :param value_lr: the critic's learning rate at the start; it follows the schedule of ``learning_rate``. None: that
         of the actor.
@@ -193,10 +193,11 @@ class PPO(stable_baselines3.PPO):
         variance p (1 - p) of its recent success, which is what a success can teach, and not below a tenth of the most.
     :param overlap: in a rollout, simulate one half of the environments while the policy decides for the other; pays
         where the policy runs on another device than the simulators. It needs a
-        :class:`~sb3_vla.envs.shared_memory.SharedMemoryVecEnv` without wrappers, and acts on no other environment. The policy then
+        :class:`~sb3_vla.SharedMemoryVecEnv` without wrappers, and acts on no other environment. The policy then
         decides for two small batches instead of one: an environment meets other exploration noise than without.
     :param sharding: ``none``, every rank has a replica; or ``fsdp``, in an update each has a part of the weights that
-        are trained, of their gradients and of the optimiser, see :mod:`sb3_vla.distributed.fsdp`. One rank has all of them.
+        are trained, of their gradients and of the optimiser, see :mod:`sb3_vla.distributed.fsdp`. One rank has all of
+        them.
     """
 
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {  # type: ignore[assignment]

@@ -53,7 +53,7 @@ class EnvActor:
 
 
 class RayWorker(Worker):
-    """The near end: a worker as :class:`~sb3_vla.envs.shared_memory.SharedMemoryVecEnv` knows it, on some node.
+    """The near end: a worker as :class:`~sb3_vla.SharedMemoryVecEnv` knows it, on some node.
 
     Observations come through Ray's object store, and are copied out of it when an answer is read.
     """

@@ -46,7 +46,8 @@ def run_learners(cluster: Cluster, options: ClusterOptions, work: Callable[[Seat
     them with a checkpoint. The others are actors.
 
     :param options: the placement.
-    :param work: what each learner does in its seat, as one of :func:`sb3_vla.distributed.ranks.current_ranks`; picklable.
+    :param work: what each learner does in its seat, as one of :func:`sb3_vla.distributed.ranks.current_ranks`;
+        picklable.
     :return: the first learner's result.
     :raises PlacementError: if several learners would share a GPU.
     :raises Exception: what one of them raised; one of :func:`lost_learners` if it died.

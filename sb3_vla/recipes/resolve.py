@@ -54,16 +54,16 @@ class Plan:
     :param model: its name.
     :param checkpoint: where training, or imitation, starts; None for a new model.
     :param model_kwargs: what that checkpoint does not say.
-    :param collect: arguments of :func:`sb3_vla.data.collecting.collect`, without the folder; None where a dataset is given
+    :param collect: arguments of :func:`sb3_vla.data.collect`, without the folder; None where a dataset is given
         or none is needed.
-    :param load: arguments of :meth:`sb3_vla.data.demonstrations.Demonstrations.load`; None where none is needed.
+    :param load: arguments of :meth:`sb3_vla.data.Demonstrations.load`; None where none is needed.
     :param sft: settings of imitation; None for none.
     :param config: settings of the algorithm; None for imitation alone.
     :param train: further arguments of :func:`sb3_vla.runs.training.train`.
     :param loggers: where metrics go; None for imitation alone.
     :param cluster: where training runs; None for this machine alone.
     :param action_chunk: actions executed per decision.
-    :param evaluate: arguments of :func:`sb3_vla.evaluation.evaluation.evaluate`; None for no evaluation.
+    :param evaluate: arguments of :func:`sb3_vla.evaluation.evaluate`; None for no evaluation.
     :param acting: in which precision the policy is evaluated: ``bf16``, for
         :func:`sb3_vla.common.precision.acting_precision`, and
         ``frozen_bf16``.
@@ -120,8 +120,8 @@ class Plan:
 def make_plan(recipe: Recipe, given: Iterable[str] = ()) -> Plan:
     """Resolve a recipe.
 
-    :param given: keys that somebody set on purpose, see :func:`sb3_vla.recipes.schema.given_keys`; one that this recipe makes
-        no use of is refused.
+    :param given: keys that somebody set on purpose, see :func:`sb3_vla.recipes.schema.given_keys`; one that this recipe
+        makes no use of is refused.
     :raises ConfigError: for values that do not fit one another.
     """
     read: set[str] = set()

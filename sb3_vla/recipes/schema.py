@@ -1,9 +1,9 @@
 """Recipes: what a training in MetaWorld is made of, as typed YAML with the key paths of RLinf's recipes.
 
-A recipe lies in ``sb3_vla/recipes/yaml/NAME.yaml``, also in an installed package. It says what differs from the defaults
-below, or from the recipe that it names as its ``base``: a file beside it, or else one of these. :mod:`sb3_vla.recipes.resolve`
-says what its keys mean to the learner; every key that is taken is used. Keys of RLinf's that are not taken are refused
-with the reason.
+A recipe lies in ``sb3_vla/recipes/yaml/NAME.yaml``, also in an installed package. It says what differs from the
+defaults below, or from the recipe that it names as its ``base``: a file beside it, or else one of these.
+:mod:`sb3_vla.recipes.resolve` says what its keys mean to the learner; every key that is taken is used. Keys of RLinf's
+that are not taken are refused with the reason.
 """
 
 from __future__ import annotations
@@ -369,7 +369,7 @@ class DataSection:
 
 @dataclass
 class SFTSection:
-    """Imitation, see :class:`sb3_vla.sft.imitation.SFTConfig`.
+    """Imitation, see :class:`sb3_vla.sft.SFTConfig`.
 
     :param steps: optimiser steps.
     :param batch_size: frames a step.

@@ -251,8 +251,8 @@ class RunDirectory:
     def latest_checkpoint(self, stage: str, check: Callable[[Path], None] | None = None) -> Path | None:
         """The complete checkpoint of a stage with the highest step, or None.
 
-        :param check: raises :class:`~sb3_vla.common.errors.DamagedError` for a folder that is not whole; that one is told and
-            renamed to ``step-<n>.damaged``, and the one before it is taken
+        :param check: raises :class:`~sb3_vla.common.errors.DamagedError` for a folder that is not whole; that one is
+            told and renamed to ``step-<n>.damaged``, and the one before it is taken
         :raises RunError: none of them is whole
         """
         damaged: list[tuple[Path, DamagedError]] = []

@@ -329,7 +329,7 @@ def train(
     :param output: folder of the resulting checkpoint.
     :param tasks: which of the suite's tasks to practise; None for all.
     :param demonstrations: for rehearsal; their pictures are shifted as far as the checkpoint's notes say that imitation
-        did, or by the default of :class:`~sb3_vla.sft.imitation.SFTConfig`.
+        did, or by the default of :class:`~sb3_vla.sft.SFTConfig`.
     :param resume: go on from the stage's last checkpoint, if there is one, to the same weights and the same metrics
         that a training without an interrupt gives, bit for bit.
     :param env_kwargs: options of the environments that differ, such as ``reward``, or ``action_chunk`` where fewer

@@ -46,7 +46,7 @@ class SFTConfig:
     :param model_kwargs: the model's own options.
     :param checkpoint: start from this checkpoint's model instead of a new one; of a published one, model_kwargs are
         what it does not say. A model that comes without normalisation gets that of the data.
-    :param trainable: what is trained, see :class:`sb3_vla.policies.vla_policy.VLAPolicy`.
+    :param trainable: what is trained, see :class:`sb3_vla.VLAPolicy`.
     :param lora: options of adapters, see :class:`sb3_vla.models.lora.LoRA`; None for none, or with
         ``trainable=lora`` for the defaults.
     :param frozen_bf16: a frozen backbone's weights in bfloat16.
