@@ -17,7 +17,7 @@ from sb3_vla.distributions import FlowCPS, FlowNoise, FlowODE, FlowSDE, make_dis
 from sb3_vla.distributions.chain import DenoisingChain
 from sb3_vla.models import Context
 
-REFERENCE = load_file(Path(__file__).parent / "data" / "flow_sde.safetensors")
+REFERENCE = load_file(Path(__file__).parents[2] / "data" / "flow_sde.safetensors")
 CHAIN = REFERENCE["euler_chain"]  # (2, 6, 5, 4), x_{i+1} = x_i - v_i / 5
 VELOCITIES = (CHAIN[:, :-1].double() - CHAIN[:, 1:].double()) * 5
 

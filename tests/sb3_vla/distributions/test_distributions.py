@@ -28,7 +28,7 @@ from sb3_vla.distributions import FlowSDE, GaussianChunk, Trace, integrate, make
 from sb3_vla.models import Context, VLAModel
 from sb3_vla.policies.vla_policy import VLAPolicy
 
-REFERENCE = load_file(Path(__file__).parent / "data" / "flow_sde.safetensors")
+REFERENCE = load_file(Path(__file__).parents[2] / "data" / "flow_sde.safetensors")
 STEPS = 5
 DISTRIBUTIONS: list[tuple[str, dict[str, Any]]] = [
     ("gaussian", {}),

@@ -300,8 +300,8 @@ def test_where_no_file_can_be_locked_it_draws_all_the_same(monkeypatch: pytest.M
 
 def blocked_package(folder: Path) -> dict[str, str]:
     """A copy of the package beside which nothing can be written, also not by root, and a user without a home."""
-    shutil.copytree(Path(arrays.__file__).parents[1], folder / "mw_envs", ignore=shutil.ignore_patterns("__pycache__"))
-    (folder / "mw_envs" / "rendering" / "__pycache__").touch()
+    shutil.copytree(Path(arrays.__file__).parents[2], folder / "mw_envs", ignore=shutil.ignore_patterns("__pycache__"))
+    (folder / "mw_envs" / "rendering" / "software" / "__pycache__").touch()
     kept = {key: value for key, value in os.environ.items() if key not in ("NUMBA_CACHE_DIR", "XDG_CACHE_HOME")}
     (folder / "tmp").mkdir()
     return {**kept, "PYTHONPATH": str(folder), "HOME": "/dev/null", "TMPDIR": str(folder / "tmp")}

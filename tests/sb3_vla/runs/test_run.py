@@ -136,7 +136,7 @@ def test_a_kill_at_any_moment_leaves_whole_files(tmp_path: Path) -> None:
                     (folder / name).write_text(f"{step}" * 2000)
         """
     run_path = tmp_path / "run"
-    root = Path(run_module.__file__).parents[1]
+    root = Path(run_module.__file__).parents[2]
     for delay in (0.05, 0.093):  # two more or less random moments in the loop; the second continues the first's run
         process = subprocess.Popen([sys.executable, "-c", writer, str(run_path)], cwd=root)
         try:

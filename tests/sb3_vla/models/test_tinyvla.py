@@ -39,7 +39,7 @@ from sb3_vla.models.tinyvla import bf16_sinusoid, pillow_bicubic
 from sb3_vla.policies.vla_policy import VLAPolicy, load_policy
 from sb3_vla.sft.imitation import SFTConfig, sft
 
-DATA = Path(__file__).parent / "data" / "tinyvla"
+DATA = Path(__file__).parents[2] / "data" / "tinyvla"
 LANGS = ("Push the puck to a goal", "Open a door with a revolving joint")
 _TOWER = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 TINY: dict[str, Any] = {

@@ -35,7 +35,7 @@ from sb3_vla.runs import launch
 from sb3_vla.runs.directory import RunDirectory
 from sb3_vla.runs.shared import SharedRun
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[3]
 SCRIPT = ROOT / "examples" / "embodiment" / "run_embodiment.sh"
 #: of every smoke run
 EVERY = [

@@ -17,7 +17,7 @@ from sb3_vla.distributed import local_ranks
 from sb3_vla.recipes.resolve import make_plan
 from sb3_vla.recipes.schema import load_recipe
 
-SCRIPT = Path(__file__).with_name("toy_ranks.py")
+SCRIPT = Path(__file__).parents[2] / "toy_ranks.py"
 # Of recipes on four cores. GRPO's 16 environments play two groups of eight at a time, each on one rank; pi0 fits once.
 COUNTS = {"ppo_compact": 4, "sft_compact": 4, "grpo_compact": 2, "ppo_openpi": 1}
 

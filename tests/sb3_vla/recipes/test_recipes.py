@@ -362,7 +362,7 @@ def test_diffusion_policy_s_random_crop_is_a_shift_before_the_crop(name: str) ->
 
 
 def test_the_examples_folder_shows_the_package_s_recipes() -> None:
-    shown = Path(__file__).parents[1] / "examples" / "embodiment" / "config"
+    shown = Path(__file__).parents[3] / "examples" / "embodiment" / "config"
     assert shown.is_dir() and shown.resolve() == RECIPES.resolve()
 
 

@@ -33,7 +33,7 @@ from sb3_vla.models.diffusion import noise_schedule, shrink
 from sb3_vla.policies.vla_policy import load_policy
 from sb3_vla.sft.imitation import SFTConfig, sft
 
-DATA = Path(__file__).parent / "data" / "diffusion_policy"
+DATA = Path(__file__).parents[2] / "data" / "diffusion_policy"
 TINY: dict[str, Any] = {
     "image_size": 64,
     "action_horizon": 4,

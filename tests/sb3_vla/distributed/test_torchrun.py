@@ -18,7 +18,7 @@ from toy import tiny_model
 from sb3_vla.checkpoints import save_checkpoint
 from sb3_vla.runs.directory import RunDirectory
 
-SCRIPT = Path(__file__).with_name("toy_train.py")
+SCRIPT = Path(__file__).parents[2] / "toy_train.py"
 SETTINGS = (
     "suite=MT10",
     "ppo.iterations=6",
@@ -154,7 +154,7 @@ def test_a_script_without_the_context_joins_by_itself(algorithm: str, tmp_path: 
 
 def run_script(script: Path, *arguments: str) -> subprocess.Popen[str]:
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    places = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])
+    places = os.pathsep.join([str(Path(__file__).parents[2]), str(Path(__file__).parents[3])])
     return subprocess.Popen(
         [sys.executable, *launcher, str(script), *arguments],
         env={**os.environ, "PYTHONWARNINGS": "ignore", "PYTHONPATH": places, "OMP_NUM_THREADS": "1"},

@@ -183,7 +183,7 @@ def test_it_answers_where_nothing_can_be_imported(options: list[str], tmp_path: 
     """torch, MuJoCo, NumPy and PyAV are broken; the package cannot be imported, with whatever options of Python."""
     for name in ("torch", "mujoco", "numpy", "av"):
         (tmp_path / f"{name}.py").write_text(f"raise ImportError('lib{name}.so is missing')\n")
-    root = str(Path(doctor.__file__).parents[1])
+    root = str(Path(doctor.__file__).parents[2])
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), root])}
     command = [sys.executable, *options, "-m", "sb3_vla"]
     done = subprocess.run([*command, "doctor", "--json"], env=environment, capture_output=True, text=True, cwd=root)

@@ -16,7 +16,7 @@ from sb3_vla.evaluation.results import PROTOCOLS, EvaluationResult, TrialResult,
 
 @pytest.fixture
 def tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    file = Path(__file__).parents[1] / "docs" / "results" / "tables.py"
+    file = Path(__file__).parents[3] / "docs" / "results" / "tables.py"
     spec = importlib.util.spec_from_file_location("results_tables", file)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -21,7 +21,7 @@ from sb3_vla.models import Context
 from sb3_vla.models.base import PERCEPTION
 from sb3_vla.policies.vla_policy import VLAPolicy
 
-REFERENCE = load_file(Path(__file__).parent / "data" / "diffusion.safetensors")
+REFERENCE = load_file(Path(__file__).parents[2] / "data" / "diffusion.safetensors")
 ALPHAS = REFERENCE["alphas_cumprod"]
 
 

@@ -16,7 +16,7 @@ from sb3_vla.distributions import ActionTokens, make_distribution, openvla_token
 from sb3_vla.models import Context
 from sb3_vla.models.base import PERCEPTION
 
-REFERENCE = load_file(Path(__file__).parent / "data" / "tokens.safetensors")
+REFERENCE = load_file(Path(__file__).parents[2] / "data" / "tokens.safetensors")
 FIRST_ID = 31_744
 
 
