@@ -23,12 +23,12 @@ from mw_envs import suite_tasks
 from sb3_vla.checkpoints.identity import checkpoint_identity, deciding_options
 from sb3_vla.checkpoints.training_state import check_training_state
 from sb3_vla.cli.command import run_command
+from sb3_vla.common.config import deciding_settings, load_config
 from sb3_vla.data import Demonstrations, collect
 from sb3_vla.distributed.local_ranks import local_rank_count, local_ranks
 from sb3_vla.evaluation import Comparison, EvaluationResult, VideoOptions, compare, evaluate, find_protocol
 from sb3_vla.evaluation.results import TRIAL_SEED
 from sb3_vla.policies import load_policy
-from sb3_vla.recipes.config import deciding_settings, load_config
 from sb3_vla.runs.report.figures import before_after_bars, learning_curve
 from sb3_vla.runs.report.report import write_report
 from sb3_vla.runs.shared import SharedRun

@@ -191,3 +191,30 @@ def test_the_set_up_environment_holds_byte_code() -> None:
     for package in ("numba", "numpy", "scipy", "metaworld", "mujoco", "gymnasium", "stable_baselines3", "torch"):
         source = importlib.util.find_spec(package).origin  # type: ignore[union-attr]
         assert Path(importlib.util.cache_from_source(source)).exists(), package  # type: ignore[arg-type]
+
+
+def entries_of_the_architecture() -> dict[str, list[str]]:
+    """What docs/architecture.md lists of each package, in its order."""
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    return {
+        package: re.findall(r"(?m)^[├└]── ([\w.]+)/? ", re.search(rf"(?ms)^{package}/.*?(?=^\n|^```)", text)[0])  # type: ignore[index]
+        for package in PACKAGES
+    }
+
+
+def test_the_architecture_lists_what_there_is() -> None:
+    for package, listed in entries_of_the_architecture().items():
+        tracked = [path for path in (ROOT / package).rglob("*") if path.is_file() and path.suffix != ".pyc"]
+        there = {path.relative_to(ROOT / package).parts[0] for path in tracked}
+        assert set(listed) == there - {"__init__.py", "__main__.py", "py.typed"}
+
+
+def test_a_folder_imports_from_those_above_it() -> None:
+    floors = entries_of_the_architecture()["sb3_vla"]
+    wrong = []
+    for path in (ROOT / "sb3_vla").glob("*/**/*.py"):
+        floor = path.relative_to(ROOT / "sb3_vla").parts[0]
+        for name in re.findall(r"(?m)^ *(?:from|import) sb3_vla\.(\w+)", path.read_text()):
+            if floors.index(name) > floors.index(floor):
+                wrong.append(f"{path.relative_to(ROOT)} imports sb3_vla.{name}")
+    assert not wrong

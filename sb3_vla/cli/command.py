@@ -11,11 +11,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
-from sb3_vla.common.errors import ExpectedError, RunError, keep_traceback
+from sb3_vla.common.config import ConfigError
+from sb3_vla.common.errors import ExpectedError, RankLostError, RunError, keep_traceback
 from sb3_vla.common.signals import Stopped, stopped_by_signals
 from sb3_vla.distributed.local_ranks import leave_reason
-from sb3_vla.distributed.ranks import RankLostError
-from sb3_vla.recipes.config import ConfigError
 
 
 def run_command(

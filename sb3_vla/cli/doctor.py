@@ -429,10 +429,10 @@ def _probe_package() -> dict[str, Any]:
 
 
 def _probe_recipes() -> dict[str, Any]:
+    from sb3_vla.recipes.memory import footprint
     from sb3_vla.recipes.resolve import make_plan
     from sb3_vla.recipes.schema import load_recipe, recipe_names
     from sb3_vla.runs.memory_plan import HEADROOM
-    from sb3_vla.runs.recipe_memory import footprint
 
     found: dict[str, Any] = {}
     for name in recipe_names():

@@ -20,13 +20,13 @@ from mw_envs.hand_view import HandView
 from mw_envs.tasks import INSTRUCTION_BYTES, select_tasks
 from sb3_vla.cli import doctor
 from sb3_vla.cli.command import run_command
+from sb3_vla.common.config import ConfigError, deciding_settings, given_view, load_config, to_yaml
 from sb3_vla.common.errors import InTheWayError
 from sb3_vla.common.paths import finish_exchange, hidden_beside, writable_file
 from sb3_vla.distributed.local_ranks import local_ranks
 from sb3_vla.distributed.ranks import current_ranks, is_first_rank, torchrun
 from sb3_vla.evaluation.results import TRIAL_SEED
 from sb3_vla.policies.views import view_of_data
-from sb3_vla.recipes.config import ConfigError, deciding_settings, given_view, load_config, to_yaml
 from sb3_vla.runs.directory import fingerprint_of
 from sb3_vla.runs.shared import SharedRun
 from sb3_vla.runs.training import GRPOConfig, PPOConfig
@@ -342,7 +342,7 @@ def run_recipe(parsed: argparse.Namespace, settings: list[str], starts_ranks: bo
     recipe = load_recipe(name, overrides)
     plan = make_plan(recipe, given_keys(name, overrides))
     if parsed.dry_run:
-        from sb3_vla.runs.recipe_memory import footprint
+        from sb3_vla.recipes.memory import footprint
 
         console.print(to_yaml(recipe), highlight=False, markup=False, soft_wrap=True)
         with torchrun():
@@ -351,7 +351,7 @@ def run_recipe(parsed: argparse.Namespace, settings: list[str], starts_ranks: bo
             told = f"Memory that {stage} takes of each rank\n{memory}\n"
             console.print(told, highlight=False, markup=False, soft_wrap=True)
         return
-    from sb3_vla.runs.launch import launch
+    from sb3_vla.recipes.launch import launch
 
     with local_ranks(plan.local_ranks if starts_ranks else 1):
         launch(recipe, plan, console)

@@ -22,6 +22,7 @@ __all__ = [
     "InputError",
     "NotInstalledError",
     "NotThereError",
+    "RankLostError",
     "RunError",
     "StorageError",
     "file_errors",
@@ -34,6 +35,10 @@ _HINTS = {
     ),
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "choose a directory that you may write to"),
 }
+
+
+class RankLostError(ExpectedError, RuntimeError):
+    """Another rank has ended, or does not answer."""
 
 
 class RunError(ExpectedError, RuntimeError):

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
-from sb3_vla.common.errors import ExpectedError
-from sb3_vla.distributed.ranks import RankLostError, Ranks
+from sb3_vla.common.errors import ExpectedError, RankLostError
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -42,9 +41,12 @@ class StopRequest:
     def __init__(self) -> None:
         self.number: int | None = None
 
-    def common(self, ranks: Ranks) -> int | None:
-        """The signal that any rank got, so that all of them stop at the same place; all must ask."""
-        return next((number for number in ranks.gather(self.number) if number is not None), None)
+    def common(self, gather: Callable[[int | None], Sequence[int | None]]) -> int | None:
+        """The signal that any rank got, so that all of them stop at the same place; all must ask.
+
+        :param gather: gives what each rank passes to it.
+        """
+        return next((number for number in gather(self.number) if number is not None), None)
 
 
 @contextmanager

@@ -20,9 +20,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from sb3_vla.common.errors import InputError
+from sb3_vla.common.errors import InputError, RankLostError
 from sb3_vla.common.machine import available_memory, usable_cores
-from sb3_vla.distributed.ranks import RankLostError, Ranks, torchrun
+from sb3_vla.distributed.ranks import Ranks, torchrun
 
 #: how many ranks a command starts at most; 1 for none but itself
 VARIABLE = "SB3_VLA_RANKS"

@@ -37,7 +37,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from sb3_vla.common.errors import ExpectedError, InputError
+from sb3_vla.common.errors import InputError, RankLostError
 
 T = TypeVar("T")
 #: longest wait for a rank that lives but does not answer, seconds: such as for rank 0 while experts play; the death of
@@ -54,10 +54,6 @@ _LOCAL_VARIABLES = (("RANK", "0"), ("WORLD_SIZE", "1"))
 _ranks_here = 1
 # Whether this process is or was a rank.
 _has_joined = False
-
-
-class RankLostError(ExpectedError, RuntimeError):
-    """Another rank has ended, or does not answer."""
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from sb3_vla.distributions.flow_noise import FlowNoise
 from sb3_vla.distributions.flow_ode import FlowODE
 from sb3_vla.distributions.flow_sde import FlowSDE
 from sb3_vla.distributions.gaussian import GaussianChunk
-from sb3_vla.distributions.tokens import ActionTokens, openvla_token_values
+from sb3_vla.distributions.tokens import ActionTokens
 from sb3_vla.models.base import VLAModel
 
 DISTRIBUTIONS: dict[str, type[ActionDistribution]] = {
@@ -80,5 +80,4 @@ __all__ = [
     "default_distribution",
     "integrate",
     "make_distribution",
-    "openvla_token_values",
 ]

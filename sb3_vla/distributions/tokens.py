@@ -74,17 +74,5 @@ class ActionTokens(ActionDistribution):
         return model.unnormalise_action(model.token_values[tokens])
 
 
-def openvla_token_values(bins: int = 256) -> Tensor:
-    """Normalised actions of OpenVLA's tokens, by ascending token id, float32 (bins,).
-
-    The last ``bins`` ids of the vocabulary stand for edges -1 ... 1 in descending order, and an edge means the centre
-    of the interval above it; the lowest id, which has none, means that of the interval below.
-    """
-    edges = torch.linspace(-1.0, 1.0, bins, dtype=torch.float64)
-    centres = (edges[:-1] + edges[1:]) / 2
-    interval = (bins - 1 - torch.arange(bins)).clamp(max=bins - 2)
-    return centres[interval].float()
-
-
 def _log_probabilities(logits: Tensor, temperature: Tensor) -> Tensor:
     return torch.log_softmax(logits / temperature, dim=3)

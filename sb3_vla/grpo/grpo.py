@@ -21,6 +21,7 @@ from torch import Tensor
 
 from mw_envs.tasks import did_you_mean
 from sb3_vla.common.errors import InputError
+from sb3_vla.data.batches import DemonstrationBatches
 from sb3_vla.distributed.ranks import current_ranks, join_for_good
 from sb3_vla.grpo.groups import (
     ADVANTAGE_TYPES,
@@ -34,7 +35,6 @@ from sb3_vla.grpo.groups import (
 from sb3_vla.policies.vla_policy import VLAPolicy
 from sb3_vla.ppo.ppo import PPO
 from sb3_vla.rollouts.stepping import Clock
-from sb3_vla.sft.imitation import DemonstrationBatches
 
 EPISODE_RETURNS = ("reward", "success")
 # Trials of training: seeds from here on are those of evaluations.

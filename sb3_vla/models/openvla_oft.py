@@ -161,9 +161,6 @@ class OpenVLAOFT(VLAModel):
                 f"The tokenizer has {self.tokenizer.size} tokens, the model {self.sizes.vocabulary}, of which those "
                 f"from {self.first_action_id} on are actions; use the tokenizer that the model was published with"
             )
-        # The distributions import this package.
-        from sb3_vla.distributions.tokens import openvla_token_values
-
         self.register_buffer("token_values", openvla_token_values(BINS), persistent=False)
         self.register_buffer("action_q01", -torch.ones(self.numbers))
         self.register_buffer("action_q99", torch.ones(self.numbers))
@@ -460,3 +457,15 @@ def _llama(sizes: OFTSizes) -> nn.Module:
     )
     recomputing(model.model.layers)
     return model
+
+
+def openvla_token_values(bins: int = 256) -> Tensor:
+    """Normalised actions of OpenVLA's tokens, by ascending token id, float32 (bins,).
+
+    The last ``bins`` ids of the vocabulary stand for edges -1 ... 1 in descending order, and an edge means the centre
+    of the interval above it; the lowest id, which has none, means that of the interval below.
+    """
+    edges = torch.linspace(-1.0, 1.0, bins, dtype=torch.float64)
+    centres = (edges[:-1] + edges[1:]) / 2
+    interval = (bins - 1 - torch.arange(bins)).clamp(max=bins - 2)
+    return centres[interval].float()

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 from numbers import Real
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import stable_baselines3
@@ -35,6 +35,7 @@ from sb3_vla.checkpoints.loading import check_archive
 from sb3_vla.common.batch_noise import part_of_batch
 from sb3_vla.common.errors import InputError
 from sb3_vla.common.precision import acting_precision, autocast
+from sb3_vla.data.batches import DemonstrationBatches, check_hand_images, shared_imitation_loss
 from sb3_vla.distributed.fsdp import (
     SHARDING,
     in_shards,
@@ -63,16 +64,13 @@ from sb3_vla.rollouts.progress import SuccessBar
 from sb3_vla.rollouts.stepping import (
     Clock,
     Decision,
+    Replicas,
     check_decision,
     check_rewards,
     halved,
     step_by_halves,
     step_together,
 )
-from sb3_vla.sft.imitation import DemonstrationBatches, check_hand_images, shared_imitation_loss
-
-if TYPE_CHECKING:
-    from sb3_vla.ray.rollout import Replicas
 
 # Least and greatest value of numbers, which NaN is not between.
 _RANGES = (

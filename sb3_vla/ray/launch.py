@@ -14,7 +14,7 @@ from sb3_vla.distributed.ranks import current_ranks
 from sb3_vla.ray.connection import Cluster, connected
 from sb3_vla.ray.learners import lost_learners, run_learners
 from sb3_vla.ray.placement import ClusterOptions, PlacementError, place
-from sb3_vla.ray.seat import Seat
+from sb3_vla.ray.resources import ClusterResources
 from sb3_vla.runs.directory import RunDirectory
 from sb3_vla.runs.shared import SharedRun
 from sb3_vla.runs.training import GRPOConfig, PPOConfig, train
@@ -74,10 +74,10 @@ def _train(
     stage: str,
     config: PPOConfig | GRPOConfig,
     arguments: Mapping[str, Any],
-    seat: Seat,
+    resources: ClusterResources,
 ) -> None:
     """What each learner does."""
-    train(SharedRun(folder), stage, config, seat=seat, **arguments)
+    train(SharedRun(folder), stage, config, resources=resources, **arguments)
 
 
 def _wait_for_nodes(cluster: Cluster, options: ClusterOptions) -> None:

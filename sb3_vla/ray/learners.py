@@ -8,10 +8,11 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from sb3_vla.distributed.ranks import Invitation, RankLostError, joined
+from sb3_vla.common.errors import RankLostError
+from sb3_vla.distributed.ranks import Invitation, joined
 from sb3_vla.ray.connection import Cluster, settle
 from sb3_vla.ray.placement import ClusterOptions, PlacementError, Slot
-from sb3_vla.ray.seat import Seat
+from sb3_vla.ray.resources import ClusterResources
 
 T = TypeVar("T")
 # How long ranks may take to say why they ended, after one of them was found to be gone.
@@ -31,7 +32,9 @@ class LearnerActor:
         """See :func:`meeting_point`; also a sign of life."""
         return meeting_point()
 
-    def work(self, options: ClusterOptions, first: str, invitation: Invitation, work: Callable[[Seat], T]) -> T:
+    def work(
+        self, options: ClusterOptions, first: str, invitation: Invitation, work: Callable[[ClusterResources], T]
+    ) -> T:
         """Do the work as a rank.
 
         :param first: name of the placement's node 0.
@@ -39,14 +42,14 @@ class LearnerActor:
         return _as_rank(Cluster(options, first), invitation, work)
 
 
-def run_learners(cluster: Cluster, options: ClusterOptions, work: Callable[[Seat], T]) -> T:
+def run_learners(cluster: Cluster, options: ClusterOptions, work: Callable[[ClusterResources], T]) -> T:
     """Let the learners of a placement do a work together, each in its own slot with its part of the other slots.
 
     The first one is this process, where its slot is on this node: it shows here how far it is, and a signal ends all of
     them with a checkpoint. The others are actors.
 
     :param options: the placement.
-    :param work: what each learner does in its seat, as one of :func:`sb3_vla.distributed.ranks.current_ranks`;
+    :param work: what each learner does in its resources, as one of :func:`sb3_vla.distributed.ranks.current_ranks`;
         picklable.
     :return: the first learner's result.
     :raises PlacementError: if several learners would share a GPU.
@@ -89,9 +92,9 @@ def meeting_point() -> str:
     return f"tcp://{importlib.import_module('ray.util').get_node_ip_address()}:{port}"
 
 
-def _as_rank(cluster: Cluster, invitation: Invitation, work: Callable[[Seat], T]) -> T:
+def _as_rank(cluster: Cluster, invitation: Invitation, work: Callable[[ClusterResources], T]) -> T:
     with joined(invitation) as ranks:
-        return work(Seat.of_rank(cluster, ranks))
+        return work(ClusterResources.of_rank(cluster, ranks))
 
 
 def _check_gpus(slots: Sequence[Slot]) -> None:

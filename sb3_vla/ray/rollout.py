@@ -11,14 +11,12 @@ import torch
 from torch import Tensor
 
 from sb3_vla.common.batch_noise import part_of_batch
-from sb3_vla.distributions import Trace
 from sb3_vla.policies.vla_policy import VLAPolicy
 from sb3_vla.ray.connection import Cluster, settle
 from sb3_vla.ray.placement import Slot
+from sb3_vla.rollouts.stepping import Decided
 
-#: prepared observation, chunk, values and trace, as the methods of VLAPolicy give them
-Decided = tuple[dict[str, Tensor], Tensor, Tensor, Trace]
-#: deaths of a copy in a row that are not put up with
+#: consecutive crashes of a copy after which its error is raised
 _TOO_MANY_DEATHS = 3
 
 

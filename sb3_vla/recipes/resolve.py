@@ -10,6 +10,7 @@ from typing import Any, cast
 
 from mw_envs.hand_view import HandView
 from mw_envs.tasks import INSTRUCTION_BYTES, did_you_mean, select_tasks
+from sb3_vla.common.config import ConfigError, given_view
 from sb3_vla.common.paths import local_path
 from sb3_vla.distributed.local_ranks import local_rank_count
 from sb3_vla.evaluation.callback import PeriodicEvaluation
@@ -17,7 +18,6 @@ from sb3_vla.evaluation.results import PROTOCOLS, TRIAL_SEED, Protocol
 from sb3_vla.evaluation.trial_envs import VideoOptions
 from sb3_vla.models import MODELS
 from sb3_vla.ray import ClusterOptions
-from sb3_vla.recipes.config import ConfigError, given_view
 from sb3_vla.recipes.schema import (
     ClusterSection,
     EvalEnvSection,

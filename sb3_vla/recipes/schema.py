@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from mw_envs.tasks import INSTRUCTION_BYTES, did_you_mean
+from sb3_vla.common.config import ConfigError, leaves, load_config, read_layers
 from sb3_vla.common.paths import local_path
 from sb3_vla.ray import ClusterOptions, PlacementError
-from sb3_vla.recipes.config import ConfigError, leaves, load_config, read_layers
 
 RECIPES = Path(__file__).parent / "yaml"
 

@@ -17,10 +17,9 @@ import gymnasium as gym
 from stable_baselines3.common.callbacks import BaseCallback
 
 from mw_envs import Trial
-from sb3_vla.common.errors import InputError
+from sb3_vla.common.errors import InputError, RunError
 from sb3_vla.common.paths import local_path
 from sb3_vla.recording.videos import Mp4Writer, annotate, enlarge
-from sb3_vla.runs.directory import RunError
 
 _OUTCOMES = ("success", "failure")
 # How long the last picture stays, so that the outcome can be read.

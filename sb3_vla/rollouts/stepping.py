@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -88,6 +88,25 @@ def check_rewards(rewards: npt.NDArray[Any], infos: list[dict[str, Any]]) -> Non
     for i in np.flatnonzero(~np.isfinite(rewards)):
         task = f" (task {infos[i]['task']})" if "task" in infos[i] else ""
         raise InputError(f"Environment {i}{task} gave the reward {rewards[i]}; expected a finite number")
+
+
+#: prepared observation, chunk, values and trace, as the methods of VLAPolicy give them
+Decided = tuple[dict[str, Tensor], Tensor, Tensor, Trace]
+
+
+class Replicas(Protocol):
+    """Copies of the policy that decide in its place, on other accelerators."""
+
+    def take_weights(self) -> None:
+        """Bring all copies to the learner's present weights and noise scale."""
+
+    def decide(
+        self, observations: Mapping[str, npt.NDArray[Any]], places: npt.NDArray[np.int64], total: int
+    ) -> Decided:
+        """Decide for observations.
+
+        :param places: of each observation among the ``total`` for which noise is drawn.
+        """
 
 
 class Clock:

@@ -39,9 +39,9 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
+from sb3_vla.common.config import to_yaml
 from sb3_vla.common.errors import DamagedError, ExpectedError, RunError, file_errors, keep_traceback
 from sb3_vla.common.paths import flush_to_disk, local_path
-from sb3_vla.recipes.config import to_yaml
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -17,7 +17,7 @@ from stable_baselines3.common.logger import CSVOutputFormat, JSONOutputFormat, K
 from torch.utils.tensorboard import SummaryWriter
 
 from mw_envs.tasks import did_you_mean
-from sb3_vla.recipes.config import ConfigError
+from sb3_vla.common.config import ConfigError
 from sb3_vla.runs.directory import RunDirectory
 
 BACKENDS = ("tensorboard", "csv", "json", "wandb", "swanlab")

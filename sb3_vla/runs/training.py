@@ -6,12 +6,12 @@ import functools
 import inspect
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, fields
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import gymnasium as gym
 import numpy as np
@@ -20,6 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import KVWriter, Logger
 from stable_baselines3.common.type_aliases import Schedule
+from stable_baselines3.common.vec_env import VecEnv
 
 from mw_envs.rendering import get_renderer
 from mw_envs.tasks import did_you_mean, select_tasks
@@ -31,6 +32,7 @@ from sb3_vla.common.machine import available_memory
 from sb3_vla.common.paths import local_path
 from sb3_vla.common.precision import get_device, uses_bf16
 from sb3_vla.common.signals import Stopped, StopRequest, stop_request
+from sb3_vla.data.batches import DemonstrationBatches
 from sb3_vla.data.demonstrations import Demonstrations
 from sb3_vla.distributed.fsdp import whole_weights
 from sb3_vla.distributed.ranks import join_for_good, ranks_on_this_machine
@@ -50,19 +52,17 @@ from sb3_vla.policies.views import (
     view_of,
     warn_of_another_view,
 )
-from sb3_vla.policies.vla_policy import ValueHead
+from sb3_vla.policies.vla_policy import ValueHead, VLAPolicy
 from sb3_vla.ppo.ppo import PPO, check_batch_size
 from sb3_vla.recording.episodes import Filmed, FilmEpisodes, TrainingFilms
 from sb3_vla.rollouts.buffers import ChunkRolloutBuffer
+from sb3_vla.rollouts.stepping import Replicas
 from sb3_vla.runs.directory import RunDirectory
 from sb3_vla.runs.loggers import LoggerOptions, Loggers
 from sb3_vla.runs.memory_plan import MemoryPlan, plan_memory
 from sb3_vla.runs.resume import load_algorithm, save_algorithm
 from sb3_vla.runs.shared import SharedRun
-from sb3_vla.sft.imitation import DemonstrationBatches, SFTConfig
-
-if TYPE_CHECKING:
-    from sb3_vla.ray.seat import Seat
+from sb3_vla.sft.imitation import SFTConfig
 
 # Of progress where it is not drawn as a bar.
 _SECONDS_BETWEEN_LINES = 30.0
@@ -88,6 +88,19 @@ LR_SCHEDULERS: dict[str, Callable[[float, float], Schedule]] = {
     "linear": _linear,
     "cosine": _cosine,
 }
+
+
+class LearnerResources(Protocol):
+    """Where environments and copies of the policy of one learner run, if not in its process."""
+
+    def envs(self, env_fns: Sequence[Callable[[], gym.Env]], num_workers: int | None) -> VecEnv:
+        """Environments."""
+
+    def replicas(self, policy: VLAPolicy) -> Replicas:
+        """Copies of a policy."""
+
+    def leave(self) -> None:
+        """End the copies."""
 
 
 @dataclass
@@ -141,7 +154,7 @@ class TrainingConfig:
 
     algorithm: ClassVar[type[PPO]]
     _at_least_one: ClassVar[tuple[str, ...]] = ("num_envs", "horizon", "batch_size", "epochs", "checkpoint_interval")
-    #: see :func:`sb3_vla.recipes.config.deciding_settings`
+    #: see :func:`sb3_vla.common.config.deciding_settings`
     INCIDENTAL: ClassVar[tuple[str, ...]] = (
         *("num_workers", "device", "gradient_checkpointing", "compile", "cache_perception", "micro_batch_size"),
         *("sharding", "checkpoint_interval", "keep_checkpoints"),
@@ -313,7 +326,7 @@ def train(
     loggers: LoggerOptions | None = None,
     evaluation: PeriodicEvaluation | None = None,
     films: TrainingFilms | None = None,
-    seat: Seat | None = None,
+    resources: LearnerResources | None = None,
 ) -> None:
     """Improve a checkpoint by PPO or GRPO in MetaWorld; under ``torchrun`` on all ranks, which share the environments.
 
@@ -340,7 +353,7 @@ def train(
     :param evaluation: measures the policy now and then, and keeps the best as a checkpoint in the run's
         ``checkpoints/STAGE/best``; what is learned stays the same. None for no evaluation.
     :param films: films episodes of the first environment; what is learned stays the same. None for no films.
-    :param seat: where environments and copies of the policy run, by :func:`sb3_vla.ray.launch.train_on_cluster`;
+    :param resources: where environments and copies of the policy run, by :func:`sb3_vla.ray.launch.train_on_cluster`;
         None for this machine. The result is the same.
     :raises Stopped: after a signal.
     """
@@ -356,7 +369,7 @@ def train(
     shift = start.notes.get("sft", {}).get("shift", SFTConfig.shift)
     rehearsal = _rehearsal(config, demonstrations, start.model.action_horizon, shift, view)
     make = functools.partial(gym.make, f"mw_envs:MetaWorld{suite}-v0", **options)
-    if seat is None:
+    if resources is None:
         _refuse_early(make, options["renderer"])
     policy_kwargs = {**_policy_kwargs(config, checkpoint, model_kwargs, optimizer_kwargs), "view": view}
     if isinstance(config, GRPOConfig):
@@ -372,16 +385,16 @@ def train(
     makers: list[Callable[[], gym.Env]] = [make] * len(own)
     if ranks.leads:
         makers = _with_films(makers, films, evaluation)
-    if seat is None:
-        env = SharedMemoryVecEnv(makers, num_workers=config.num_workers)
+    if resources is None:
+        env: VecEnv = SharedMemoryVecEnv(makers, num_workers=config.num_workers)
     else:
-        env = seat.envs(makers, config.num_workers)
+        env = resources.envs(makers, config.num_workers)
     try:
         model = config.algorithm(
             "VLAPolicy", env, rehearsal=rehearsal, policy_kwargs=policy_kwargs, **config.arguments()
         )
-        if seat is not None:
-            model.replicas = seat.replicas(model.policy)
+        if resources is not None:
+            model.replicas = resources.replicas(model.policy)
         if config.kl_coef > 0:  # also after an interrupt it is the policy at the start
             model.anchor()
         seen = {**said, **model.policy.notes["view"]}
@@ -417,8 +430,8 @@ def train(
                 callback.save()
     finally:
         env.close()
-        if seat is not None:
-            seat.leave()
+        if resources is not None:
+            resources.leave()
     save(local_path(output), {})
 
 
@@ -666,7 +679,7 @@ class _Progress(BaseCallback):
         self.bar.update(self.task, completed=self._done(), now=now)
         self._print_line(now)
         updates = self.algorithm.updates
-        stopped_by = self.stop.common(self.algorithm.ranks)
+        stopped_by = self.stop.common(self.algorithm.ranks.gather)
         # At the first rollout after an interrupt there is a checkpoint already.
         due = updates % self.config.checkpoint_interval == 0 or stopped_by is not None
         if updates > self.saved and due:

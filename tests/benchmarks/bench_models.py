@@ -10,7 +10,7 @@ Sentences are read byte by byte, which makes prompts up to three times as long a
 Each model runs in a process of its own, and the peak is that of acting at the largest batch, without the model's
 making: of the accelerator's memory as PyTorch's allocator counts it, or of the process's resident memory on a CPU,
 where what was resident before the model was made is taken off. The time is the median over the rounds, the first two
-of which are not counted. ``--memory`` plans the recipes for one GPU, see :mod:`sb3_vla.runs.recipe_memory`.
+of which are not counted. ``--memory`` plans the recipes for one GPU, see :mod:`sb3_vla.recipes.memory`.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ from mw_envs import encode_instruction
 from sb3_vla.distributions import make_distribution
 from sb3_vla.models import VLAModel, make_model
 from sb3_vla.models.sizes import PUBLISHED_SIZES
+from sb3_vla.recipes.memory import footprint
 from sb3_vla.recipes.resolve import make_plan
 from sb3_vla.recipes.schema import load_recipe
 from sb3_vla.runs.memory_plan import MemoryPlan
-from sb3_vla.runs.recipe_memory import footprint
 
 #: of the options that each is published with, or acts with: what its weights are, and how actions are drawn
 _EXPLORES: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {

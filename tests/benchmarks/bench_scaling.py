@@ -45,7 +45,7 @@ from sb3_vla.distributed.ranks import current_ranks, torchrun
 from sb3_vla.ray import ClusterOptions
 from sb3_vla.ray.connection import connected
 from sb3_vla.ray.learners import run_learners
-from sb3_vla.ray.seat import Seat
+from sb3_vla.ray.resources import ClusterResources
 from sb3_vla.rollouts.stepping import Clock, Decision, step_by_halves, step_together
 
 
@@ -95,18 +95,18 @@ class SleepersSideBySide(DummyVecEnv):
         return super().step_wait()
 
 
-def train_as_rank(options: argparse.Namespace, seat: Seat | None = None) -> dict[str, float]:
+def train_as_rank(options: argparse.Namespace, resources: ClusterResources | None = None) -> dict[str, float]:
     """What each rank does.
 
-    :param seat: of a learner on a cluster.
+    :param resources: of a learner on a cluster.
     :return: seconds of a rollout, of an update, and of the sum of a gradient.
     """
     count = len(current_ranks().share(options.envs, "envs"))
     seconds_of_step = options.step_ms / 1000
-    if seat is None:
+    if resources is None:
         env: Any = SleepersSideBySide(count, options.image_size, seconds_of_step)
     else:  # an actor steps its environments one after the other
-        env = seat.envs([functools.partial(Sleeper, options.image_size, seconds_of_step / count)] * count, None)
+        env = resources.envs([functools.partial(Sleeper, options.image_size, seconds_of_step / count)] * count, None)
     try:
         algorithm = PPO(
             "VLAPolicy",
@@ -117,8 +117,8 @@ def train_as_rank(options: argparse.Namespace, seat: Seat | None = None) -> dict
             seed=0,
             device=options.device,
         )
-        if seat is not None:
-            algorithm.replicas = seat.replicas(algorithm.policy)
+        if resources is not None:
+            algorithm.replicas = resources.replicas(algorithm.policy)
         seconds: dict[str, list[float]] = {"rollout": [], "update": []}
         for _ in range(options.rounds + 1):
             algorithm.learn(options.decisions * options.envs, log_interval=1000, reset_num_timesteps=False)
@@ -128,8 +128,8 @@ def train_as_rank(options: argparse.Namespace, seat: Seat | None = None) -> dict
         return {**found, "sum": _seconds_of_a_sum(algorithm)}
     finally:
         env.close()
-        if seat is not None:
-            seat.leave()
+        if resources is not None:
+            resources.leave()
 
 
 def measure(options: argparse.Namespace) -> None:

@@ -26,9 +26,10 @@ from mw_envs import TASKS, Trial, decode_instruction
 from mw_envs.hand_view import HandView
 from mw_envs.rendering import RendererUnavailableError
 from sb3_vla.data import collecting, demonstrations, lerobot_reader, lerobot_writer
+from sb3_vla.data.batches import DemonstrationBatches
 from sb3_vla.data.demonstrations import Demonstrations, DemonstrationWriter, Episode, collect
 from sb3_vla.data.lerobot_writer import encode_png
-from sb3_vla.sft.imitation import DemonstrationBatches, SFTConfig, sft
+from sb3_vla.sft.imitation import SFTConfig, sft
 
 SIZE = 32
 # The published lerobot/metaworld_mt50, and next.done; dtype and shape as its info.json has them.

@@ -22,15 +22,17 @@ from test_grpo import toy_grpo
 from toy import TINY, ToyEnv, tiny_model, toy_demonstrations, toy_ppo, toy_vec
 
 from sb3_vla import PPO, HoldAtEnd
+from sb3_vla.common.errors import RankLostError
+from sb3_vla.data.batches import DemonstrationBatches
 from sb3_vla.distributed import ranks as distributed
 from sb3_vla.distributed.fsdp import whole_optimizer_state
-from sb3_vla.distributed.ranks import RankLostError, Ranks, current_ranks, ranks_on_this_machine, torchrun
+from sb3_vla.distributed.ranks import Ranks, current_ranks, ranks_on_this_machine, torchrun
 from sb3_vla.evaluation.evaluation import evaluate
 from sb3_vla.runs.directory import RunDirectory
 from sb3_vla.runs.memory_plan import MemoryPlan, plan_memory
 from sb3_vla.runs.resume import load_algorithm, save_algorithm
 from sb3_vla.runs.training import PPOConfig, train
-from sb3_vla.sft.imitation import DemonstrationBatches, SFTConfig, sft
+from sb3_vla.sft.imitation import SFTConfig, sft
 
 #: gradients summed in another order differ by a few units in the last place, and so do weights after steps of SGD
 ROUNDING = 2e-6

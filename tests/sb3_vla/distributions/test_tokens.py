@@ -12,9 +12,10 @@ from torch import Tensor
 from torch.distributions import Categorical, kl_divergence
 from toy import StateModel, ToyTokens, stir
 
-from sb3_vla.distributions import ActionTokens, make_distribution, openvla_token_values
+from sb3_vla.distributions import ActionTokens, make_distribution
 from sb3_vla.models import Context
 from sb3_vla.models.base import PERCEPTION
+from sb3_vla.models.openvla_oft import openvla_token_values
 
 REFERENCE = load_file(Path(__file__).parents[2] / "data" / "tokens.safetensors")
 FIRST_ID = 31_744

@@ -20,11 +20,11 @@ from torch import Tensor
 from toy import EVERY_DISTRIBUTION, TINY, ToyEnv, mean_reward, stir, toy_demonstrations, toy_model_kwargs, toy_vec
 
 from sb3_vla import GRPO, HoldAtEnd, SharedMemoryVecEnv
+from sb3_vla.data.batches import DemonstrationBatches
 from sb3_vla.grpo.groups import GroupBuffer, group_advantages
 from sb3_vla.policies.vla_policy import Evaluation
 from sb3_vla.ppo.ppo import _OldPolicy
 from sb3_vla.rollouts.buffers import DecisionBatch
-from sb3_vla.sft.imitation import DemonstrationBatches
 
 
 def toy_grpo(

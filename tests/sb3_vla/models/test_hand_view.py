@@ -25,13 +25,14 @@ from sb3_vla import GRPO, PPO
 from sb3_vla.checkpoints import save_checkpoint
 from sb3_vla.cli.main import main
 from sb3_vla.data import lerobot_reader
+from sb3_vla.data.batches import DemonstrationBatches
 from sb3_vla.data.demonstrations import Demonstrations, DemonstrationWriter, Episode
 from sb3_vla.data.lerobot_writer import ImageStorage
 from sb3_vla.evaluation.evaluation import Protocol, evaluate, seen_by
 from sb3_vla.models import CompactVLA, make_model
 from sb3_vla.policies.views import cut_window
 from sb3_vla.policies.vla_policy import load_policy
-from sb3_vla.sft.imitation import DemonstrationBatches, SFTConfig, sft
+from sb3_vla.sft.imitation import SFTConfig, sft
 
 
 def played(seed: int = 0, steps: int = 6, **options: Any) -> list[dict[str, Any]]:

@@ -43,7 +43,7 @@ from toy import TINY, ToyEnv, stir, tiny_model, toy_demonstrations, toy_ppo, toy
 
 from sb3_vla import GRPO, PPO, VLAPolicy
 from sb3_vla.checkpoints import save_checkpoint
-from sb3_vla.sft.imitation import DemonstrationBatches
+from sb3_vla.data.batches import DemonstrationBatches
 
 
 def observed(count: int = 3, **options: Any) -> dict[str, np.ndarray]:

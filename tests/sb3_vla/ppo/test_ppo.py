@@ -25,11 +25,11 @@ from torch import Tensor, nn
 from toy import TINY, ToyEnv, mean_reward, stir, toy_demonstrations, toy_ppo, toy_vec, whole_minibatch
 
 from sb3_vla import GRPO, PPO
+from sb3_vla.data.batches import DemonstrationBatches
 from sb3_vla.policies.vla_policy import Evaluation, VLAPolicy
 from sb3_vla.ppo.ppo import _OldPolicy
 from sb3_vla.rollouts.buffers import ChunkRolloutBuffer, DecisionBatch
 from sb3_vla.rollouts.metrics import EpisodeRecord, episode_metrics
-from sb3_vla.sft.imitation import DemonstrationBatches
 
 DISTRIBUTIONS: list[tuple[str, dict[str, Any]]] = [
     ("gaussian", {}),

@@ -36,8 +36,8 @@ from sb3_vla.ray.envs import RayVecEnv
 from sb3_vla.ray.launch import train_on_cluster
 from sb3_vla.ray.learners import run_learners
 from sb3_vla.ray.placement import Slot
+from sb3_vla.ray.resources import ClusterResources
 from sb3_vla.ray.rollout import Replicas
-from sb3_vla.ray.seat import Seat
 from sb3_vla.rollouts.stepping import Clock, step_by_halves, step_together
 from sb3_vla.runs.directory import RunDirectory
 from sb3_vla.runs.training import PPOConfig, train
@@ -117,7 +117,7 @@ def makers(count: int, **options: Any) -> list[Callable[[], gym.Env]]:
     return [functools.partial(FoundToy, horizon=3, truncates=True, **options)] * count
 
 
-def in_one_process(learn: Callable[[Any, Seat | None], Any], count: int = 8) -> Any:
+def in_one_process(learn: Callable[[Any, ClusterResources | None], Any], count: int = 8) -> Any:
     env = SharedMemoryVecEnv(makers(count), "fork", num_workers=2)
     try:
         return learn(env, None)
@@ -125,29 +125,29 @@ def in_one_process(learn: Callable[[Any, Seat | None], Any], count: int = 8) -> 
         env.close()
 
 
-def on_cluster(layout: dict[str, str], learn: Callable[[Any, Seat | None], Any], count: int = 8) -> Any:
+def on_cluster(layout: dict[str, str], learn: Callable[[Any, ClusterResources | None], Any], count: int = 8) -> Any:
     with connected(ClusterOptions(2, layout)) as cluster:
-        seat = Seat(cluster, cluster.placement["env"], cluster.placement["rollout"])
-        env = seat.envs(makers(count), None)
+        resources = ClusterResources(cluster, cluster.placement["env"], cluster.placement["rollout"])
+        env = resources.envs(makers(count), None)
         try:
-            return learn(env, seat)
+            return learn(env, resources)
         finally:
             env.close()
-            seat.leave()
+            resources.leave()
 
 
 def learn_ppo(
-    env: Any, seat: Seat | None, callback: BaseCallback | None = None, **options: Any
+    env: Any, resources: ClusterResources | None, callback: BaseCallback | None = None, **options: Any
 ) -> tuple[PPO, dict[str, torch.Tensor]]:
     """Two iterations of PPO."""
     algorithm = toy_ppo(env, **{"n_steps": 4, "batch_size": 8, "learning_rate": 1e-3, **options})  # type: ignore[arg-type]
-    if seat is not None:
-        algorithm.replicas = seat.replicas(algorithm.policy)
+    if resources is not None:
+        algorithm.replicas = resources.replicas(algorithm.policy)
     algorithm.learn(2 * 4 * env.num_envs * current_ranks().count, callback)
     return algorithm, {name: value.clone() for name, value in algorithm.policy.state_dict().items()}
 
 
-def learn_ppo_by_gradients(env: Any, seat: Seat | None) -> tuple[PPO, dict[str, torch.Tensor]]:
+def learn_ppo_by_gradients(env: Any, resources: ClusterResources | None) -> tuple[PPO, dict[str, torch.Tensor]]:
     """The same by plain gradient steps: Adam's are of full length where gradients are but rounding."""
 
     class Plain(BaseCallback):
@@ -164,15 +164,15 @@ def learn_ppo_by_gradients(env: Any, seat: Seat | None) -> tuple[PPO, dict[str, 
             weights = [p for group in self.model.policy.optimizer.param_groups for p in group["params"]]
             assert max((p - q).abs().max() for p, q in zip(weights, self.start, strict=True)) > 2e-3
 
-    return learn_ppo(env, seat, Plain(), learning_rate=0.3)
+    return learn_ppo(env, resources, Plain(), learning_rate=0.3)
 
 
-def learn_grpo(env: Any, seat: Seat | None) -> tuple[GRPO, dict[str, torch.Tensor]]:
+def learn_grpo(env: Any, resources: ClusterResources | None) -> tuple[GRPO, dict[str, torch.Tensor]]:
     """Two iterations of GRPO."""
     policy_kwargs = {"model": "compact", "model_kwargs": TINY, "distribution": "flow_sde"}
     algorithm = GRPO("VLAPolicy", env, batch_size=8, group_size=4, n_groups=2, policy_kwargs=policy_kwargs, seed=0)
-    if seat is not None:
-        algorithm.replicas = seat.replicas(algorithm.policy)
+    if resources is not None:
+        algorithm.replicas = resources.replicas(algorithm.policy)
     algorithm.learn(2 * 8 * 3)
     return algorithm, {name: value.clone() for name, value in algorithm.policy.state_dict().items()}
 
@@ -194,14 +194,16 @@ def test_every_layout_learns_what_one_process_learns(ray: Any, one_process: dict
         assert_same_weights(on_cluster(layout, learn_ppo)[1], one_process)
 
 
-def learn_in_seat(learn: Callable[[Any, Seat | None], Any], seat: Seat) -> dict[str, torch.Tensor]:
+def learn_with_resources(
+    learn: Callable[[Any, ClusterResources | None], Any], resources: ClusterResources
+) -> dict[str, torch.Tensor]:
     """What each of several learners does with its part of eight environments."""
-    env = seat.envs(makers(8 // current_ranks().count), None)
+    env = resources.envs(makers(8 // current_ranks().count), None)
     try:
-        return learn(env, seat)[1]
+        return learn(env, resources)[1]
     finally:
         env.close()
-        seat.leave()
+        resources.leave()
 
 
 @pytest.mark.parametrize(
@@ -213,7 +215,7 @@ def test_several_learners_learn_what_one_process_learns(ray: Any, layout: dict[s
     assert algorithm.updates == 2
     options = ClusterOptions(2, layout)
     with connected(options) as cluster:
-        found = run_learners(cluster, options, functools.partial(learn_in_seat, learn))
+        found = run_learners(cluster, options, functools.partial(learn_with_resources, learn))
     assert found.keys() == expected.keys()
     for name, value in expected.items():  # as of ranks that torchrun starts
         torch.testing.assert_close(found[name], value, rtol=0, atol=2e-5, msg=lambda m, name=name: f"{name}: {m}")
@@ -222,12 +224,14 @@ def test_several_learners_learn_what_one_process_learns(ray: Any, layout: dict[s
 def test_the_slots_of_several_learners() -> None:
     placement = {"env": [Slot(0, number, False) for number in range(4)], "rollout": [Slot(1, 0, False)]}
     cluster: Any = SimpleNamespace(placement=placement)
-    seats = [Seat.of_rank(cluster, Ranks(rank, 8)) for rank in range(8)]  # RLinf's hybrid: env 0-3, actor 0-7
-    assert [[slot.local for slot in seat.env] for seat in seats] == [[0], [0], [1], [1], [2], [2], [3], [3]]
-    assert all(seat.rollout == placement["rollout"] for seat in seats)
-    seats = [Seat.of_rank(cluster, Ranks(rank, 3)) for rank in range(3)]
-    assert [[slot.local for slot in seat.env] for seat in seats] == [[0], [1], [2, 3]]
-    whole = Seat.of_rank(cluster, Ranks())
+    parts = [
+        ClusterResources.of_rank(cluster, Ranks(rank, 8)) for rank in range(8)
+    ]  # RLinf's hybrid: env 0-3, actor 0-7
+    assert [[slot.local for slot in resources.env] for resources in parts] == [[0], [0], [1], [1], [2], [2], [3], [3]]
+    assert all(resources.rollout == placement["rollout"] for resources in parts)
+    parts = [ClusterResources.of_rank(cluster, Ranks(rank, 3)) for rank in range(3)]
+    assert [[slot.local for slot in resources.env] for resources in parts] == [[0], [1], [2, 3]]
+    whole = ClusterResources.of_rank(cluster, Ranks())
     assert (whole.env, whole.rollout) == (placement["env"], placement["rollout"])
 
 
@@ -237,7 +241,7 @@ def test_learners_have_a_gpu_each() -> None:
         run_learners(cluster, ClusterOptions(), print)
 
 
-def process_of_rank(seat: Seat) -> tuple[int, int]:
+def process_of_rank(resources: ClusterResources) -> tuple[int, int]:
     return os.getpid(), current_ranks().count
 
 
@@ -250,7 +254,7 @@ def test_the_first_learner_is_this_process_where_it_is_on_this_node(ray: Any) ->
         assert count == len(cluster.placement["actor"]) and current_ranks().count == 1
 
 
-def fail_in_second(seat: Seat) -> None:
+def fail_in_second(resources: ClusterResources) -> None:
     if current_ranks().rank == 1:
         raise LookupError("no such task")
     current_ranks().wait()
@@ -271,9 +275,9 @@ def test_overlap_and_groups_learn_what_one_process_learns(ray: Any, learn: Any) 
 def test_only_what_is_trained_is_sent(ray: Any, tmp_path: Path) -> None:
     save_checkpoint(tmp_path / "model", tiny_model(action_horizon=2, action_dim=2))
 
-    def learn(env: Any, seat: Seat | None) -> tuple[PPO, dict[str, torch.Tensor]]:
+    def learn(env: Any, resources: ClusterResources | None) -> tuple[PPO, dict[str, torch.Tensor]]:
         policy_kwargs = {"checkpoint": str(tmp_path / "model"), "trainable": "expert"}
-        return learn_ppo(env, seat, policy_kwargs=policy_kwargs, stirred=False)
+        return learn_ppo(env, resources, policy_kwargs=policy_kwargs, stirred=False)
 
     algorithm, weights = on_cluster(LAYOUTS["disjoint"], learn)
     assert_same_weights(weights, in_one_process(learn)[1])
@@ -309,8 +313,8 @@ def test_a_dead_env_actor_costs_its_own_episodes_alone(ray: Any) -> None:
 
     killer = Killer(4, kill)
 
-    def learn(env: Any, seat: Seat | None) -> int:
-        learn_ppo(env, seat, callback=killer)
+    def learn(env: Any, resources: ClusterResources | None) -> int:
+        learn_ppo(env, resources, callback=killer)
         return env.dropped_episodes
 
     assert on_cluster(LAYOUTS["hybrid"], learn) == 2
@@ -326,17 +330,17 @@ def test_a_dead_env_actor_costs_its_own_episodes_alone(ray: Any) -> None:
 def test_a_dead_copy_of_the_policy_changes_nothing(ray: Any, one_process: dict[str, torch.Tensor]) -> None:
     """The first copy dies in the first rollout and the second between rollouts."""
 
-    def learn(env: Any, seat: Seat | None) -> dict[str, torch.Tensor]:
-        assert seat is not None
+    def learn(env: Any, resources: ClusterResources | None) -> dict[str, torch.Tensor]:
+        assert resources is not None
 
         def kill_first(_: Any) -> None:
-            ray.kill(seat._replicas[0]._actors[0])
+            ray.kill(resources._replicas[0]._actors[0])
 
         class Both(Killer):
             def _on_rollout_end(self) -> None:
-                ray.kill(seat._replicas[0]._actors[1])
+                ray.kill(resources._replicas[0]._actors[1])
 
-        return learn_ppo(env, seat, callback=Both(2, kill_first))[1]
+        return learn_ppo(env, resources, callback=Both(2, kill_first))[1]
 
     assert_same_weights(on_cluster(LAYOUTS["disjoint"], learn), one_process)
 
@@ -351,8 +355,8 @@ def test_a_dead_node_s_work_is_done_on_the_rest(ray: Any) -> None:
 
     killer = Killer(4, kill)
 
-    def learn(env: Any, seat: Seat | None) -> tuple[int, PPO]:
-        algorithm, _ = learn_ppo(env, seat, callback=killer)
+    def learn(env: Any, resources: ClusterResources | None) -> tuple[int, PPO]:
+        algorithm, _ = learn_ppo(env, resources, callback=killer)
         return env.dropped_episodes, algorithm
 
     dropped, algorithm = on_cluster({"env": "0-1,4-5", "rollout": "6-7", "actor": "0"}, learn)
@@ -490,7 +494,7 @@ def test_overlap_hides_the_shorter_of_simulation_and_inference(ray: Any) -> None
     assert overlapped <= seconds[True] <= overlapped + 2 * (seconds[False] - together) + 0.25 * (together - overlapped)
 
 
-def dying_train(folder: Path, stage: str, config: Any, arguments: dict[str, Any], seat: Seat) -> None:
+def dying_train(folder: Path, stage: str, config: Any, arguments: dict[str, Any], resources: ClusterResources) -> None:
     """A training whose last learner is killed the first times."""
     ranks, tries = current_ranks(), folder / "tries"
     if ranks.rank == ranks.count - 1:

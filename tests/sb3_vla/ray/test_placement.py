@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
+from sb3_vla.common.config import load_config
 from sb3_vla.ray import ClusterOptions, PlacementError, place
 from sb3_vla.ray.connection import import_ray
 from sb3_vla.ray.placement import Node
-from sb3_vla.recipes.config import load_config
 from sb3_vla.recipes.schema import ClusterSection, Recipe
 
 EIGHT_GPUS = Node("a", 8, has_gpus=True)

@@ -22,14 +22,14 @@ from sb3_vla.checkpoints.formats.openvla_oft import save_openvla_oft
 from sb3_vla.checkpoints.formats.pi0 import save_openpi
 from sb3_vla.checkpoints.formats.smolvla import save_smolvla
 from sb3_vla.cli.main import main
+from sb3_vla.common.config import ConfigError, leaf_keys
 from sb3_vla.distributions import make_distribution
 from sb3_vla.models import VLAModel, make_model
 from sb3_vla.models.lora import adapted_layers
 from sb3_vla.models.sizes import PUBLISHED_SIZES, published_options
-from sb3_vla.recipes.config import ConfigError, leaf_keys
+from sb3_vla.recipes.memory import footprint
 from sb3_vla.recipes.resolve import Plan, make_plan
 from sb3_vla.recipes.schema import RECIPES, Recipe, find_recipe, given_keys, load_recipe, recipe_names, summary
-from sb3_vla.runs.recipe_memory import footprint
 from sb3_vla.runs.training import plan_training
 
 NAMES = recipe_names()
@@ -575,8 +575,8 @@ def test_a_plan_of_a_checkpoint_is_of_its_published_size(monkeypatch: pytest.Mon
         sizes.append(json.loads(options))
         return make_model(name, {})
 
-    monkeypatch.setattr("sb3_vla.runs.recipe_memory._made", made)
-    monkeypatch.setattr("sb3_vla.runs.recipe_memory.plan_memory", lambda model, **_: models.append(model))
+    monkeypatch.setattr("sb3_vla.recipes.memory._made", made)
+    monkeypatch.setattr("sb3_vla.recipes.memory.plan_memory", lambda model, **_: models.append(model))
     given = ["actor.model.model_path=somewhere", "actor.model.model_kwargs={base: true, action_horizon: 8}"]
     plan = plan_of("metaworld_50_sft_tinyvla", given)
     for options in (None, PUBLISHED_SIZES["TinyVLA-S"][1]):

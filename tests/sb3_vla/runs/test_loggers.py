@@ -13,7 +13,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_training import start
 
-from sb3_vla.recipes.config import ConfigError
+from sb3_vla.common.config import ConfigError
 from sb3_vla.rollouts.metrics import ratio_metrics
 from sb3_vla.runs.directory import RunDirectory
 from sb3_vla.runs.loggers import LoggerOptions

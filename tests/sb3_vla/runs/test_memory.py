@@ -27,12 +27,12 @@ from sb3_vla.distributions import make_distribution
 from sb3_vla.distributions.flow_sde import FlowSDE
 from sb3_vla.models import VLAModel, make_model
 from sb3_vla.models.recomputing import Recomputing
+from sb3_vla.recipes.memory import footprint
 from sb3_vla.recipes.resolve import make_plan
 from sb3_vla.recipes.schema import load_recipe
 from sb3_vla.runs import training
 from sb3_vla.runs.directory import RunDirectory
 from sb3_vla.runs.memory_plan import _SENTENCE, GIB, HEADROOM, MemoryPlan, plan_memory
-from sb3_vla.runs.recipe_memory import footprint
 from sb3_vla.runs.training import GRPOConfig, PPOConfig, plan_training, train
 
 #: large enough that activations are far more than what is allocated beside them

@@ -16,10 +16,10 @@ from toy import TINY, tiny_model, toy_demonstrations, toy_vec
 from mw_envs.rendering import RendererUnavailableError
 from sb3_vla import GRPO, PPO
 from sb3_vla.checkpoints import load_checkpoint, save_checkpoint
+from sb3_vla.common.config import ConfigError, load_config
 from sb3_vla.models import CompactVLA
 from sb3_vla.policies.views import view_of
 from sb3_vla.policies.vla_policy import load_policy
-from sb3_vla.recipes.config import ConfigError, load_config
 from sb3_vla.runs import training
 from sb3_vla.runs.directory import RunDirectory
 from sb3_vla.runs.training import GRPOConfig, PPOConfig, train

@@ -21,13 +21,15 @@ from toy_pi0 import TINY_PI0
 from sb3_vla.checkpoints import load_checkpoint, save_checkpoint
 from sb3_vla.checkpoints.training_state import load_training_state, save_training_state
 from sb3_vla.common.precision import autocast
+from sb3_vla.data import batches as batches_module
+from sb3_vla.data.batches import DemonstrationBatches
 from sb3_vla.distributed.fsdp import whole_optimizer_state
 from sb3_vla.distributions import GaussianChunk
 from sb3_vla.models import CompactVLA, DiffusionPolicy, Pi0, VLAModel, make_model
 from sb3_vla.models.normalization import CONVENTIONS
 from sb3_vla.runs.training import view_of
 from sb3_vla.sft import imitation as sft_module
-from sb3_vla.sft.imitation import DemonstrationBatches, SFTConfig, SFTResult, sft
+from sb3_vla.sft.imitation import SFTConfig, SFTResult, sft
 
 
 def config(**options: Any) -> SFTConfig:
@@ -239,7 +241,7 @@ def test_batches_hold_what_they_say() -> None:
 
 def test_shifted_pictures_are_whole_pixel_moves() -> None:
     data = toy_demonstrations(episodes=1, length=4)
-    moved = sft_module._shifted(data.images, np.array([2] * 50), np.random.default_rng(0).integers(-3, 4, (2, 50)))
+    moved = batches_module._shifted(data.images, np.array([2] * 50), np.random.default_rng(0).integers(-3, 4, (2, 50)))
     padded = np.pad(data.images[2], ((3, 3), (3, 3), (0, 0)), mode="edge")
     windows = {padded[y : y + 32, x : x + 32].tobytes() for y in range(7) for x in range(7)}
     assert {picture.tobytes() for picture in moved} <= windows

@@ -19,6 +19,7 @@ from rich.console import Console
 from sb3_vla.checkpoints import load_checkpoint
 from sb3_vla.checkpoints.identity import checkpoint_identity, data_identity, deciding_options, without
 from sb3_vla.checkpoints.training_state import check_training_state
+from sb3_vla.common.config import ConfigError, deciding_settings
 from sb3_vla.common.errors import InputError
 from sb3_vla.common.precision import acting_precision
 from sb3_vla.data.collecting import collect
@@ -28,7 +29,6 @@ from sb3_vla.evaluation.evaluation import EvaluationResult, VideoOptions, compar
 from sb3_vla.policies.views import FULL_VIEW
 from sb3_vla.policies.vla_policy import load_policy
 from sb3_vla.ray.launch import train_on_cluster
-from sb3_vla.recipes.config import ConfigError, deciding_settings
 from sb3_vla.recipes.resolve import Plan
 from sb3_vla.recipes.schema import Recipe
 from sb3_vla.recording.episodes import TrainingFilms

@@ -129,11 +129,11 @@ def test_an_evaluation_acts_in_the_precision_of_the_recipe(
         return SimpleNamespace(to_json=lambda path: path.write_text("{}"))
 
     loaded = SimpleNamespace(model=SimpleNamespace(image_size=(32, 32)), notes={})
-    monkeypatch.setattr("sb3_vla.runs.launch.load_checkpoint", lambda *_, **__: loaded)
+    monkeypatch.setattr("sb3_vla.recipes.launch.load_checkpoint", lambda *_, **__: loaded)
     monkeypatch.setattr(
-        "sb3_vla.runs.launch.load_policy", lambda *how, **named: asked.append((*how[2:], named["frozen_bf16"]))
+        "sb3_vla.recipes.launch.load_policy", lambda *how, **named: asked.append((*how[2:], named["frozen_bf16"]))
     )
-    monkeypatch.setattr("sb3_vla.runs.launch.evaluate", evaluate)
+    monkeypatch.setattr("sb3_vla.recipes.launch.evaluate", evaluate)
     monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
     monkeypatch.setattr("torch.autocast", autocast)
     launch._measure(
@@ -414,7 +414,7 @@ def test_a_disk_that_fills_while_weights_are_written_is_told_in_one_message(
     def full(*_: Any, **__: Any) -> None:
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr("sb3_vla.runs.launch.collect", full)
+    monkeypatch.setattr("sb3_vla.recipes.launch.collect", full)
     assert main(["train", "metaworld_50_ppo_compact", f"runner.logger.log_path={tmp_path}"]) == 2
     told = capsys.readouterr().err
     assert told.startswith("error:") and "No space left" in told and "Traceback" not in told

@@ -16,7 +16,7 @@ from sb3_vla.ray.rollout import Replicas
 
 
 @dataclass
-class Seat:
+class ClusterResources:
     """Slots in which a learner has its environments and copies of its policy.
 
     :ivar cluster: the connection.
@@ -30,7 +30,7 @@ class Seat:
     _replicas: list[Replicas] = field(default_factory=list)
 
     @classmethod
-    def of_rank(cls, cluster: Cluster, ranks: Ranks) -> Seat:
+    def of_rank(cls, cluster: Cluster, ranks: Ranks) -> ClusterResources:
         """What one of several learners has: a contiguous part of the slots; of too few, some learners share one."""
         return cls(cluster, _part(cluster.placement["env"], ranks), _part(cluster.placement["rollout"], ranks))
 

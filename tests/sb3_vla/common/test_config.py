@@ -10,7 +10,7 @@ from typing import Literal
 import pytest
 from omegaconf import MISSING
 
-from sb3_vla.recipes.config import ConfigError, load_config, to_yaml
+from sb3_vla.common.config import ConfigError, load_config, to_yaml
 
 
 class Camera(Enum):
