@@ -361,7 +361,7 @@ def run_eval(command: EvalCommand, console: Console) -> None:
     """``sb3-vla eval``."""
     from sb3_vla.common.precision import autocast, get_device
     from sb3_vla.evaluation.evaluation import VideoOptions, evaluate, find_protocol
-    from sb3_vla.policies.vla_policy import load_policy
+    from sb3_vla.policies.loading import load_policy
 
     output = writable_file(command.output, "output")  # before the work
     if output.suffix == ".md":

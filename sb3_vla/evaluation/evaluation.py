@@ -60,6 +60,7 @@ from sb3_vla.evaluation.trial_envs import (
     plain_env_kwargs,
 )
 from sb3_vla.models import VLAModel
+from sb3_vla.policies.observations import CRITIC_KEYS
 from sb3_vla.policies.views import (
     FULL_VIEW,
     described,
@@ -71,7 +72,7 @@ from sb3_vla.policies.views import (
     warn_of_another_view,
     warn_once,
 )
-from sb3_vla.policies.vla_policy import CRITIC_KEYS, VLAPolicy
+from sb3_vla.policies.vla_policy import VLAPolicy
 from sb3_vla.recording.videos import temporary_path
 
 __all__ = [

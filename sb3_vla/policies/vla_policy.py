@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import register_dataclass
 
-from mw_envs.tasks import INSTRUCTION_BYTES, did_you_mean, fit_instruction
+from mw_envs.tasks import did_you_mean
 from sb3_vla.checkpoints import LoadedCheckpoint, load_checkpoint
 from sb3_vla.checkpoints.folders import is_saved_algorithm
 from sb3_vla.checkpoints.frozen_weights import FrozenWeights
@@ -28,36 +28,28 @@ from sb3_vla.checkpoints.loading import check_archive, takes_options
 from sb3_vla.common.errors import InputError
 from sb3_vla.common.paths import local_path
 from sb3_vla.distributed.fsdp import as_shards, in_shards, is_sharded
-from sb3_vla.distributions import Trace, default_distribution, make_distribution
+from sb3_vla.distributions import Trace, make_distribution
 from sb3_vla.models import Context, Pi0, VLAModel, make_model
 from sb3_vla.models.base import is_perceived
 from sb3_vla.models.lora import prepare_training
 from sb3_vla.models.prompts import same_tokenizer
 from sb3_vla.models.resizing import resize_by_area
-from sb3_vla.policies.views import FULL_PICTURE, cut_window, known_view, settled_view
-
-MODEL_KEYS = ("image", "state", "instruction")
-#: what a model with a hand view reads as well
-HAND_KEY = "hand_image"
-#: observations that only the critic reads, where an environment gives them
-CRITIC_KEYS = ("privileged_state", "elapsed_time")
-RESIZES = ("model", "area")
-#: what helps whoever stacks pictures
-STACKED = (
-    "A policy decides on one picture: leave VecFrameStack, FrameStackObservation and GrayscaleObservation out. Where "
-    "one picture does not tell enough, add numbers to the state"
+from sb3_vla.policies.observations import (
+    CRITIC_KEYS,
+    HAND_KEY,
+    MODEL_KEYS,
+    NORMALIZED,
+    channels_first,
+    check_spaces,
+    fitted,
+    height_and_width,
 )
+from sb3_vla.policies.value_head import ValueHead
+from sb3_vla.policies.views import FULL_PICTURE, cut_window, known_view
+
+RESIZES = ("model", "area")
 #: what helps whoever compiles a policy
 COMPILING = "in its place give policy_kwargs=dict(compile={}), which compiles the towers of pi0 and pi0.5"
-_NORMALISED = 'Where VecNormalize made it that, name what it may change: VecNormalize(env, norm_obs_keys=["state"])'
-# What helps where an observation does not fit.
-_HINTS = {
-    **dict.fromkeys(("image", HAND_KEY), "; its channels may come first or last"),
-    "state": "",
-    "instruction": "; mw_envs.encode_instruction makes one of a sentence",
-    **dict.fromkeys(CRITIC_KEYS, ""),
-    "float image": ". Give it as it was drawn; one in 0..1 is (255 * image).round().astype(np.uint8)",
-}
 _LARGEST_NATIVE_IMAGE = 128
 _DEFAULT_IMAGE = 96
 
@@ -152,7 +144,7 @@ class VLAPolicy(BasePolicy):
     ) -> None:
         if use_sde:
             raise InputError("use_sde=True has no meaning for VLAPolicy; choose policy_kwargs=dict(distribution=...)")
-        _check_spaces(observation_space, action_space)
+        check_spaces(observation_space, action_space)
         super().__init__(
             observation_space,
             action_space,
@@ -164,7 +156,7 @@ class VLAPolicy(BasePolicy):
         action_dim = action_space.shape[-1]
         self.action_chunk = action_space.shape[0] if len(action_space.shape) == 2 else 1
         sizes = {key: (space.shape or (0,))[0] for key, space in observation_space.spaces.items()}
-        self._channels_first = _channels_first(observation_space["image"])
+        self._channels_first = channels_first(observation_space["image"])
         if checkpoint is not None:
             loaded = load_checkpoint(checkpoint, model_kwargs)
             asked = dict(model_kwargs or {})
@@ -284,7 +276,7 @@ class VLAPolicy(BasePolicy):
     @property
     def notes(self) -> dict[str, Any]:
         """What a checkpoint of its model must say of the pictures: the view, and the size in which they are drawn."""
-        height, width = _height_and_width(self.observation_space["image"], self._channels_first)  # type: ignore[index]
+        height, width = height_and_width(self.observation_space["image"], self._channels_first)  # type: ignore[index]
         drawn = {"render_size": height if height == width else [height, width]}
         resized = {} if self._resize == "model" else {"resize": self._resize}
         return {"view": {**(self.view or {}), **drawn, **resized}}
@@ -433,7 +425,7 @@ class VLAPolicy(BasePolicy):
             prepared[HAND_KEY] = hand if hand.shape[1] == 3 else hand.permute(0, 3, 1, 2)
         for key in ("image", "instruction"):
             if prepared[key].dtype != torch.uint8:
-                raise InputError(f"VLAPolicy needs {key} as uint8; got {prepared[key].dtype}. {_NORMALISED}")
+                raise InputError(f"VLAPolicy needs {key} as uint8; got {prepared[key].dtype}. {NORMALIZED}")
         image = prepared["image"]
         if not self._channels_first and image.shape[1] != 3:
             image = image.permute(0, 3, 1, 2)
@@ -472,7 +464,7 @@ class VLAPolicy(BasePolicy):
 
     def _cut_from_full_view(self, observation: Mapping[str, Any]) -> Mapping[str, Any]:
         space, view = self.observation_space, known_view(self.view or {})
-        height, width = _height_and_width(space["image"], self._channels_first)  # type: ignore[index]
+        height, width = height_and_width(space["image"], self._channels_first)  # type: ignore[index]
         picture, state = (np.asarray(observation.get(key)) for key in ("image", "state"))
         if picture.shape[-3:] == (FULL_PICTURE[2], *FULL_PICTURE[:2]):
             picture = np.moveaxis(picture, -3, -1)
@@ -564,101 +556,6 @@ class NoVLAPolicy:
         )
 
 
-class ValueHead(nn.Module):
-    """A perceptron from the model's features and what only the critic sees to a value."""
-
-    def __init__(self, feature_dim: int, critic_dim: int, width: int) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(feature_dim)
-        self.layers = nn.Sequential(
-            nn.Linear(feature_dim + critic_dim, width),
-            nn.SiLU(),
-            nn.Linear(width, width),
-            nn.SiLU(),
-            nn.Linear(width, 1),
-        )
-        for parameter in self.layers[-1].parameters():  # an untrained critic says nothing, rather than noise
-            nn.init.zeros_(parameter)
-
-    def forward(self, features: Tensor, critic_only: list[Tensor]) -> Tensor:
-        """Values, float32 (N,)."""
-        return self.layers(torch.cat([self.norm(features), *critic_only], dim=1)).float()[:, 0]
-
-
-def fitted(observation: Mapping[str, Any], space: spaces.Dict) -> dict[str, np.ndarray]:
-    """What a policy reads of an observation, in the types of its space and with the space's order of a picture's axes.
-
-    Other integers and other floats are converted, and integers to floats. An instruction in bytes may have any number
-    of zeros at its end.
-
-    :param observation: arrays of the space's shapes; or batches, which all have the same further axis in front. What
-        only a critic reads may be missing, and what nobody reads is left out.
-    :raises ValueError: for a missing key, for a shape, a type or an integer that the space has not, for a number that
-        is not finite, and for a batch of none.
-    """
-    needed = (*MODEL_KEYS, *(key for key in (HAND_KEY,) if key in space.spaces))
-    missing = [key for key in needed if key not in observation]
-    if missing:
-        raise InputError(f"The observation has no {', '.join(missing)}; it has {', '.join(map(str, observation))}")
-    read = [key for key in (*MODEL_KEYS, HAND_KEY, *CRITIC_KEYS) if key in observation and key in space.spaces]
-    found = {key: _fitted(key, np.asarray(observation[key]), space[key]) for key in read}
-    counts = {key: len(array) if array.ndim > len(space[key].shape or ()) else None for key, array in found.items()}
-    if len(set(counts.values())) > 1:
-        told = (f"{key} of {'one, without a batch axis' if n is None else n}" for key, n in counts.items())
-        raise InputError(f"The observation's arrays are batches of different sizes: {'; '.join(told)}")
-    if 0 in counts.values():
-        raise InputError("The observation is a batch of none; expected at least one")
-    return found
-
-
-def _fitted(key: str, array: np.ndarray, space: spaces.Space) -> np.ndarray:
-    assert isinstance(space, spaces.Box)
-    where, whole = f"The observation's {key}", np.issubdtype(space.dtype, np.integer)
-    if key in ("image", HAND_KEY) and array.ndim in (3, 4):
-        # As it is, (H, W, C) as (C, H, W), or the other way round.
-        orders = [np.moveaxis(array, axes, (-3, -2, -1)) for axes in ((-3, -2, -1), (-1, -3, -2), (-2, -1, -3))]
-        array = next((turned for turned in orders if turned.shape[-3:] == space.shape), array)
-    if key == "instruction" and array.dtype == np.uint8 and array.ndim in (1, 2):
-        array = fit_instruction(array, space.shape[0])
-    if array.shape not in (space.shape, array.shape[:1] + space.shape):
-        raise InputError(f"{where} has shape {array.shape}; expected {space.shape}, or a batch of such{_HINTS[key]}")
-    if array.dtype.kind not in ("iu" if whole else "iuf"):
-        hint = _HINTS["float image"] if key in ("image", HAND_KEY) and array.dtype.kind == "f" else ""
-        raise InputError(f"{where} has type {array.dtype}; expected {space.dtype}{hint}")
-    if whole and array.size and not space.low.min() <= array.min() <= array.max() <= space.high.max():
-        raise InputError(f"{where} has values from {array.min()} to {array.max()}; expected those of {space}")
-    with np.errstate(over="ignore"):
-        fitting = array.astype(space.dtype, copy=False)
-    # Bounds of floats are not looked at: VecNormalize leaves those of what it changes as they were.
-    if not whole and not np.isfinite(fitting).all():
-        raise InputError(f"{where} is {array}; expected finite numbers")
-    return fitting
-
-
-def _check_spaces(observation_space: spaces.Space, action_space: spaces.Space) -> None:
-    fix = 'Use an environment such as gym.make("mw_envs:MetaWorldMT50-v0").'
-    if not isinstance(observation_space, spaces.Dict):
-        raise InputError(
-            f"VLAPolicy needs a Dict observation with {', '.join(MODEL_KEYS)}; got {observation_space}. {fix}"
-        )
-    missing = [key for key in MODEL_KEYS if key not in observation_space.spaces]
-    if missing:
-        raise InputError(
-            f"VLAPolicy needs an observation with {', '.join(MODEL_KEYS)}; {', '.join(missing)} is missing among "
-            f"{', '.join(observation_space.spaces)}. {fix}"
-        )
-    image = observation_space["image"]
-    if image.dtype != np.uint8:
-        raise InputError(f"VLAPolicy needs image as uint8 with three axes; got {image}. {_NORMALISED}. Else: {fix}")
-    if len(image.shape or ()) != 3:
-        raise InputError(f"VLAPolicy needs image as uint8 with three axes; got {image}. {STACKED}. {fix}")
-    instruction = observation_space["instruction"]
-    if instruction.dtype != np.uint8:
-        raise InputError(f"VLAPolicy needs instruction as uint8; got {instruction}. {_NORMALISED}")
-    if not isinstance(action_space, spaces.Box) or len(action_space.shape) not in (1, 2):
-        raise InputError(f"VLAPolicy needs a Box action space of shape (A,) or (K, A); got {action_space}. {fix}")
-
-
 def _check_checkpoint(
     folder: str | Path, loaded: LoadedCheckpoint, model: str | None, model_kwargs: Mapping[str, Any]
 ) -> None:
@@ -686,21 +583,9 @@ def _with_full_paths(options: Mapping[str, Any]) -> dict[str, Any]:
     return {**options, **{key: str(path.resolve()) for key, path in paths.items() if path.exists()}}
 
 
-def _channels_first(image: spaces.Space) -> bool:
-    shape = image.shape or ()
-    if 3 not in (shape[0], shape[2]):
-        raise InputError(f"VLAPolicy needs one colour image, (H, W, 3) or (3, H, W); got shape {shape}. {STACKED}")
-    return shape[2] != 3
-
-
-def _height_and_width(image: spaces.Space, channels_first: bool) -> list[int]:
-    shape = list(image.shape or ())
-    return shape[1:] if channels_first else shape[:2]
-
-
 def _check_size(checkpoint: str | Path, view: Mapping[str, Any], image: spaces.Space, channels_first: bool) -> None:
     """Warn of pictures that are not drawn at the size at which those were that the model has learned from."""
-    found = _height_and_width(image, channels_first)
+    found = height_and_width(image, channels_first)
     drawn = np.broadcast_to(view.get("render_size", found), 2).tolist()
     if found != drawn:
         warnings.warn(
@@ -713,7 +598,7 @@ def _check_size(checkpoint: str | Path, view: Mapping[str, Any], image: spaces.S
 
 def _native_image_size(image: spaces.Space, channels_first: bool) -> int:
     """The observation's own size where a small model can read it as it is."""
-    height, width = _height_and_width(image, channels_first)
+    height, width = height_and_width(image, channels_first)
     if height == width and height % 16 == 0 and 32 <= height <= _LARGEST_NATIVE_IMAGE:
         return height
     return _DEFAULT_IMAGE
@@ -736,51 +621,3 @@ def _load_matching(part: nn.Module, tensors: dict[str, Tensor] | None) -> None:
 def _as_json(options: Mapping[str, Any]) -> Any:
     """Options as a checkpoint gives them back; what JSON has no word for equals nothing there."""
     return json.loads(json.dumps(dict(options), default=repr))
-
-
-def load_policy(
-    checkpoint: str | Path,
-    action_chunk: int | None = None,
-    device: torch.device | str = "cpu",
-    model_kwargs: Mapping[str, Any] | None = None,
-    view: Mapping[str, Any] | None = None,
-    frozen_bf16: bool = False,
-) -> VLAPolicy:
-    """A policy to act with, from a checkpoint alone; with a warning where the checkpoint does not say its view.
-
-    :param checkpoint: see :class:`VLAPolicy`.
-    :param action_chunk: K, actions executed per decision; None for the whole predicted horizon.
-    :param model_kwargs: what a published checkpoint does not say.
-    :param view: ``camera``, ``crop`` or both, where the checkpoint does not say them or they are to be others.
-    :param frozen_bf16: keep the backbone's weights in bfloat16, see :class:`VLAPolicy`.
-    :raises ValueError: if the model predicts fewer actions than that.
-    """
-    loaded = load_checkpoint(checkpoint, model_kwargs, weights=False)
-    model = loaded.model
-    name, options = loaded.distribution or (default_distribution(model), {})
-    state_dim = int(model.config.get("state_dim", 4))
-    said = loaded.notes.get("view", {})
-    picture = np.broadcast_to(said.get("render_size", model.image_size), 2).tolist()
-    observation_space = spaces.Dict(
-        {
-            "image": spaces.Box(0, 255, (*picture, 3), np.uint8),
-            "state": spaces.Box(-np.inf, np.inf, (state_dim,), np.float32),
-            "instruction": spaces.Box(0, 255, (said.get("instruction_bytes", INSTRUCTION_BYTES),), np.uint8),
-        }
-    )
-    if model.hand_view is not None:
-        observation_space[HAND_KEY] = spaces.Box(0, 255, (model.hand_view.size, model.hand_view.size, 3), np.uint8)
-    chunk = model.action_horizon - model.first_action if action_chunk is None else action_chunk
-    shape = (model.action_dim,) if chunk == 1 else (chunk, model.action_dim)
-    policy = VLAPolicy(
-        observation_space,
-        spaces.Box(-1.0, 1.0, shape, np.float32),
-        lambda _: 0.0,
-        checkpoint=checkpoint,
-        model_kwargs=model_kwargs,
-        distribution=name,
-        distribution_kwargs=options,
-        view=settled_view(checkpoint, said, view or {}),
-        frozen_bf16=frozen_bf16,
-    )
-    return policy.to(device)

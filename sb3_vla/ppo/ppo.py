@@ -49,8 +49,9 @@ from sb3_vla.distributed.fsdp import (
 from sb3_vla.distributed.ranks import Ranks, check_membership, current_ranks, join_for_good
 from sb3_vla.distributions.base import logprob_mask
 from sb3_vla.models.lora import adapted_layers
+from sb3_vla.policies.observations import HAND_KEY, STACKED
 from sb3_vla.policies.views import hand_views_of_envs, other_hand_view, view_of_envs, warn_of_another_view
-from sb3_vla.policies.vla_policy import COMPILING, HAND_KEY, STACKED, Evaluation, VLAPolicy
+from sb3_vla.policies.vla_policy import COMPILING, Evaluation, VLAPolicy
 from sb3_vla.rollouts.buffers import ChunkRolloutBuffer, DecisionBatch, DecisionBuffer, Minibatch, SharedRollout
 from sb3_vla.rollouts.metrics import (
     EpisodeRecord,

@@ -26,8 +26,8 @@ from sb3_vla.data.collecting import collect
 from sb3_vla.data.demonstrations import Demonstrations
 from sb3_vla.evaluation.callback import PeriodicEvaluation
 from sb3_vla.evaluation.evaluation import EvaluationResult, VideoOptions, compare, evaluate
+from sb3_vla.policies.loading import load_policy
 from sb3_vla.policies.views import FULL_VIEW
-from sb3_vla.policies.vla_policy import load_policy
 from sb3_vla.ray.launch import train_on_cluster
 from sb3_vla.recipes.resolve import Plan
 from sb3_vla.recipes.schema import Recipe

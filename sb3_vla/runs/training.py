@@ -43,6 +43,7 @@ from sb3_vla.evaluation.callback import EvaluatePeriodically, PeriodicEvaluation
 from sb3_vla.grpo.grpo import GRPO, groups_held
 from sb3_vla.models import VLAModel
 from sb3_vla.models.lora import prepare_training
+from sb3_vla.policies.value_head import ValueHead
 from sb3_vla.policies.views import (
     FULL_VIEW,
     HAND_OPTIONS,
@@ -52,7 +53,7 @@ from sb3_vla.policies.views import (
     view_of,
     warn_of_another_view,
 )
-from sb3_vla.policies.vla_policy import ValueHead, VLAPolicy
+from sb3_vla.policies.vla_policy import VLAPolicy
 from sb3_vla.ppo.ppo import PPO, check_batch_size
 from sb3_vla.recording.episodes import Filmed, FilmEpisodes, TrainingFilms
 from sb3_vla.rollouts.buffers import ChunkRolloutBuffer

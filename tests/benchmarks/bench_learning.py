@@ -31,7 +31,7 @@ from mw_envs import suite_tasks
 from sb3_vla.common.config import load_config
 from sb3_vla.data.demonstrations import Demonstrations
 from sb3_vla.evaluation.evaluation import Comparison, EvaluationResult, compare, evaluate, find_protocol
-from sb3_vla.policies.vla_policy import load_policy
+from sb3_vla.policies.loading import load_policy
 from sb3_vla.runs.directory import RunDirectory
 from sb3_vla.runs.report.figures import metric_series, smoothed
 from sb3_vla.runs.training import GRPOConfig, PPOConfig, train

@@ -19,7 +19,9 @@ from sb3_vla import PPO
 from sb3_vla.checkpoints import checkpoint_digest, load_checkpoint, native, save_checkpoint
 from sb3_vla.checkpoints.identity import checkpoint_identity
 from sb3_vla.distributions.flow_sde import FlowSDE
-from sb3_vla.policies.vla_policy import ValueHead, VLAPolicy, load_policy
+from sb3_vla.policies.loading import load_policy
+from sb3_vla.policies.value_head import ValueHead
+from sb3_vla.policies.vla_policy import VLAPolicy
 
 
 @pytest.fixture

@@ -48,7 +48,8 @@ from sb3_vla.evaluation.evaluation import (
     make_trial_vec_env,
     trials_for,
 )
-from sb3_vla.policies.vla_policy import VLAPolicy, load_policy
+from sb3_vla.policies.loading import load_policy
+from sb3_vla.policies.vla_policy import VLAPolicy
 from sb3_vla.recording.episodes import captions
 from sb3_vla.recording.videos import annotate
 from sb3_vla.runs.report.figures import before_after_bars, learning_curve

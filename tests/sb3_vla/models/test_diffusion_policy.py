@@ -30,7 +30,7 @@ from sb3_vla.checkpoints import load_checkpoint, save_checkpoint, save_diffusion
 from sb3_vla.distributions import make_distribution
 from sb3_vla.models import Context, DiffusionPolicy, make_model
 from sb3_vla.models.diffusion import noise_schedule, shrink
-from sb3_vla.policies.vla_policy import load_policy
+from sb3_vla.policies.loading import load_policy
 from sb3_vla.sft.imitation import SFTConfig, sft
 
 DATA = Path(__file__).parents[2] / "data" / "diffusion_policy"

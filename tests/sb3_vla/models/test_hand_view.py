@@ -30,8 +30,8 @@ from sb3_vla.data.demonstrations import Demonstrations, DemonstrationWriter, Epi
 from sb3_vla.data.lerobot_writer import ImageStorage
 from sb3_vla.evaluation.evaluation import Protocol, evaluate, seen_by
 from sb3_vla.models import CompactVLA, make_model
+from sb3_vla.policies.loading import load_policy
 from sb3_vla.policies.views import cut_window
-from sb3_vla.policies.vla_policy import load_policy
 from sb3_vla.sft.imitation import SFTConfig, sft
 
 

@@ -19,7 +19,7 @@ from sb3_vla.data.demonstrations import Demonstrations
 from sb3_vla.evaluation.evaluation import evaluate
 from sb3_vla.evaluation.results import Protocol
 from sb3_vla.models import VLAModel
-from sb3_vla.policies.vla_policy import load_policy
+from sb3_vla.policies.loading import load_policy
 from sb3_vla.runs.directory import RunDirectory
 from sb3_vla.runs.training import GRPOConfig, PPOConfig, train
 from sb3_vla.sft.imitation import SFTConfig, sft

@@ -36,7 +36,8 @@ from sb3_vla.distributions import make_distribution
 from sb3_vla.models import Context, TinyVLA, make_model
 from sb3_vla.models.diffusion import step_sinusoid
 from sb3_vla.models.tinyvla import bf16_sinusoid, pillow_bicubic
-from sb3_vla.policies.vla_policy import VLAPolicy, load_policy
+from sb3_vla.policies.loading import load_policy
+from sb3_vla.policies.vla_policy import VLAPolicy
 from sb3_vla.sft.imitation import SFTConfig, sft
 
 DATA = Path(__file__).parents[2] / "data" / "tinyvla"

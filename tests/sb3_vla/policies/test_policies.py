@@ -29,7 +29,7 @@ from mw_envs import encode_instruction, fit_instruction
 from sb3_vla import PPO, VLAPolicy
 from sb3_vla.checkpoints import save_checkpoint
 from sb3_vla.data.lerobot_reader import decode_picture
-from sb3_vla.policies.vla_policy import load_policy
+from sb3_vla.policies.loading import load_policy
 
 
 def policy_for(env: gym.Env, **options: Any) -> VLAPolicy:

@@ -28,7 +28,8 @@ from sb3_vla import PPO
 from sb3_vla.checkpoints import LoadedCheckpoint, identity, load_checkpoint, native, save_checkpoint
 from sb3_vla.cli.main import main
 from sb3_vla.evaluation.evaluation import EvaluationResult
-from sb3_vla.policies.vla_policy import VLAPolicy, load_policy
+from sb3_vla.policies.loading import load_policy
+from sb3_vla.policies.vla_policy import VLAPolicy
 from sb3_vla.recipes.resolve import make_plan
 from sb3_vla.recipes.schema import load_recipe
 from sb3_vla.runs import launch

@@ -30,7 +30,7 @@ from sb3_vla.checkpoints import save_checkpoint, training_state
 from sb3_vla.cli.main import main
 from sb3_vla.common.signals import Stopped
 from sb3_vla.envs.shared_memory import SharedMemoryVecEnv
-from sb3_vla.policies.vla_policy import ValueHead
+from sb3_vla.policies.value_head import ValueHead
 from sb3_vla.ppo.ppo import PPO
 from sb3_vla.runs import training
 from sb3_vla.runs.directory import RunDirectory, RunError

@@ -18,8 +18,8 @@ from sb3_vla import GRPO, PPO
 from sb3_vla.checkpoints import load_checkpoint, save_checkpoint
 from sb3_vla.common.config import ConfigError, load_config
 from sb3_vla.models import CompactVLA
+from sb3_vla.policies.loading import load_policy
 from sb3_vla.policies.views import view_of
-from sb3_vla.policies.vla_policy import load_policy
 from sb3_vla.runs import training
 from sb3_vla.runs.directory import RunDirectory
 from sb3_vla.runs.training import GRPOConfig, PPOConfig, train
