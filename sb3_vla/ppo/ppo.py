@@ -15,19 +15,17 @@ from collections import defaultdict, deque
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict
-from numbers import Real
 from typing import Any, ClassVar
 
 import numpy as np
 import stable_baselines3
 import torch
-import torch.nn.functional as F
 from stable_baselines3.common.buffers import DictRolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback, ConvertCallback
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
-from stable_baselines3.common.utils import FloatSchedule, obs_as_tensor
-from stable_baselines3.common.vec_env import VecEnv, VecFrameStack, unwrap_vec_wrapper
+from stable_baselines3.common.utils import obs_as_tensor
+from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 
 from mw_envs.tasks import did_you_mean
@@ -35,9 +33,8 @@ from sb3_vla.checkpoints.loading import check_archive
 from sb3_vla.common.batch_noise import part_of_batch
 from sb3_vla.common.errors import InputError
 from sb3_vla.common.precision import acting_precision, autocast
-from sb3_vla.data.batches import DemonstrationBatches, check_hand_images, shared_imitation_loss
+from sb3_vla.data.batches import DemonstrationBatches, shared_imitation_loss
 from sb3_vla.distributed.fsdp import (
-    SHARDING,
     in_shards,
     is_sharded,
     load_optimizer_state,
@@ -48,10 +45,11 @@ from sb3_vla.distributed.fsdp import (
 )
 from sb3_vla.distributed.ranks import Ranks, check_membership, current_ranks, join_for_good
 from sb3_vla.distributions.base import logprob_mask
-from sb3_vla.models.lora import adapted_layers
-from sb3_vla.policies.observations import HAND_KEY, STACKED
+from sb3_vla.policies.observations import HAND_KEY
 from sb3_vla.policies.views import hand_views_of_envs, other_hand_view, view_of_envs, warn_of_another_view
 from sb3_vla.policies.vla_policy import COMPILING, Evaluation, VLAPolicy
+from sb3_vla.ppo import losses, options
+from sb3_vla.ppo.behavior_policy import BehaviorPolicy
 from sb3_vla.rollouts.buffers import ChunkRolloutBuffer, DecisionBatch, DecisionBuffer, Minibatch, SharedRollout
 from sb3_vla.rollouts.metrics import (
     EpisodeRecord,
@@ -73,75 +71,14 @@ from sb3_vla.rollouts.stepping import (
     step_together,
 )
 
-# Least and greatest value of numbers, which NaN is not between.
-_RANGES = (
-    ("gamma", 0.0, 1.0),
-    ("gae_lambda", 0.0, 1.0),
-    *((name, 0.0, math.inf) for name in ("ent_coef", "vf_coef", "kl_coef", "rehearsal_coef", "max_grad_norm")),
-    *((name, 0, math.inf) for name in ("critic_warmup", "actor_warmup")),
-    *((name, 1, math.inf) for name in ("batch_size", "n_steps", "n_epochs", "rehearsal_batch_size")),
-)
-# What is on or off; bf16 may be None as well.
-_FLAGS = ("normalize_advantage", "bootstrap_truncated", "overlap", "normalize_length", "bf16")
-# What may be a number or a function of the share of the training that is left.
-_SCHEDULES = ("learning_rate", "clip_range", "clip_range_vf", "clip_range_high", "noise_scale")
-
-_OWN_OPTIONS = (
-    "value_lr",
-    "clip_range_high",
-    "gamma_per",
-    "dual_clip",
-    "huber_delta",
-    "logprob_type",
-    "micro_batch_size",
-    "kl_coef",
-    "critic_warmup",
-    "actor_warmup",
-    "rehearsal",
-    "bf16",
-    "bootstrap_truncated",
-    "task_sampling",
-    "overlap",
-    "sharding",
-)
-TASK_SAMPLING = ("uniform", "signal")
-GAMMA_PER = ("decision", "env_step")
 # Parameters of the constructor that do not come from an archive.
 _NOT_LOADED = ("env", "device", "_init_setup_model")
-_CHOICES = {"gamma_per": GAMMA_PER, "task_sampling": TASK_SAMPLING, "sharding": SHARDING}
-# A ratio of e^20 says no more than one of e^10, and the gradient of e^90 is not finite.
-_LARGEST_LOG_RATIO = 20.0
 # Least weight of a task that is always or never solved, where 1 is that of a task solved every other time.
 _LEAST_TASK_WEIGHT = 0.1
 # What a training remembers of an episode that ended.
 _EPISODE_KEYS = ("task", "is_success", "elapsed_steps", "episode_return", "episode", "worker_restarted")
 # Episodes of a task that tell how often it is solved now; more would lag behind the policy.
 _RECENT_EPISODES = 30
-
-
-class _OldPolicy:
-    """What the update compares with: the rollout's decisions under the weights that took them, in buffer order.
-
-    :param count: decisions in the buffer.
-    """
-
-    def __init__(self, count: int) -> None:
-        self.log_prob = self.mean = self.std = torch.zeros(0)
-        self.reference: _OldPolicy | None = None
-        self._known = torch.zeros(count, dtype=torch.bool)
-
-    def knows(self, indices: Tensor) -> bool:
-        """Whether all of these decisions were kept."""
-        return bool(self._known[indices].all())
-
-    def keep(self, indices: Tensor, found: Evaluation) -> None:
-        """Take over decisions that were evaluated under those weights."""
-        for name in ("log_prob", "mean", "std"):
-            rows = getattr(found, name).detach().cpu()
-            if not self._known.any():
-                setattr(self, name, rows.new_zeros(len(self._known), *rows.shape[1:]))
-            getattr(self, name)[indices] = rows
-        self._known[indices] = True
 
 
 class PPO(stable_baselines3.PPO):
@@ -280,7 +217,7 @@ class PPO(stable_baselines3.PPO):
         self.env_steps = 0
         #: rollouts that have been trained on; ``_n_updates`` counts epochs, which ``target_kl`` may cut short
         self.updates = 0
-        if self.ranks.count > 1:  # it looks at this rank's part of a rollout; _check_batch_size() does at all of it
+        if self.ranks.count > 1:  # it looks at this rank's part of a rollout, check_batch_size at all of it
             warnings.filterwarnings("ignore", "You have specified a mini-batch size of")
         super().__init__(
             policy,
@@ -331,15 +268,7 @@ class PPO(stable_baselines3.PPO):
         super().__setattr__(name, value)
 
     def _setup_model(self) -> None:
-        for name in _SCHEDULES:
-            setattr(self, name, _number_or_schedule(name, getattr(self, name)))
-        self.noise_scale = FloatSchedule(self.noise_scale)
-        if self.clip_range_high is not None:
-            self.clip_range_high = FloatSchedule(self.clip_range_high)
-        for name, known in _CHOICES.items():
-            value = getattr(self, name)
-            if value not in known:
-                raise InputError(f"Unknown {name}={value!r}; {did_you_mean(str(value), known)}")
+        options.take_schedules(self)
         # By load: options that take the place of the archive's, or all of them.
         changed, replaced = (vars(self).pop(f"_{how}_policy_kwargs", None) for how in ("changed", "replaced"))
         if not self.ranks.leads:  # the first prints and logs; a saved algorithm may say so of each
@@ -348,7 +277,7 @@ class PPO(stable_baselines3.PPO):
             self.policy_kwargs = self.policy_kwargs if replaced is None else replaced
             if changed not in (None, self.policy_kwargs):  # Stable-Baselines3's rule
                 raise InputError(f"policy_kwargs={changed}, but those of the archive are {self.policy_kwargs}")
-            self._refuse_own_options()
+            options.refuse_own_options(self)
             if self.ranks.count > 1:
                 raise InputError(f"Several ranks train VLAPolicy alone; got {self.policy_class.__name__}")
             super()._setup_model()
@@ -358,9 +287,9 @@ class PPO(stable_baselines3.PPO):
         #: parts of the policy for which a saved state is not taken, because load was given other options of them
         self._new_parts = {name.partition("_")[0] for name in other} & {"distribution", "optimizer"}
         self.policy_kwargs = {**(self.policy_kwargs if replaced is None else {}), **given}
-        self._check_flags()
-        self._check_numbers()  # before a model of billions of weights is read
-        self._check_task_sampling()
+        options.check_flags(self)
+        options.check_numbers(self)  # before a model of billions of weights is read
+        options.check_task_sampling(self)
         # The stock set-up would allocate its own buffer at the size of the raw images.
         stock = (None, DictRolloutBuffer)  # an algorithm that stable_baselines3.PPO saved names its own
         if self.rollout_buffer_class not in stock or self.rollout_buffer_kwargs:
@@ -373,7 +302,7 @@ class PPO(stable_baselines3.PPO):
         self.ranks.take_generators()  # without a seed, too, all ranks begin with the same weights
         super()._setup_model()
         self.rollout_buffer_class = None
-        self._check_options()
+        options.check_options(self)
         self._check_hand_view()
         if self.policy.view is None:
             self._take_view()
@@ -404,17 +333,6 @@ class PPO(stable_baselines3.PPO):
         super().set_random_seed(seed)
         if seed is not None and self.env is not None and self.ranks.count > 1:
             self.env.seed(seed + self.ranks.rank * self.n_envs)
-
-    def _refuse_own_options(self) -> None:
-        """Options that only VLAPolicy's update knows must not be given in vain."""
-        defaults = inspect.signature(PPO.__init__).parameters
-        if (self.noise_scale(0.0), self.noise_scale(1.0)) != (1.0, 1.0):
-            raise InputError(f"noise_scale acts on VLAPolicy alone; got {self.policy_class.__name__}")
-        for name in _OWN_OPTIONS:
-            if getattr(self, name) != defaults[name].default:
-                raise InputError(
-                    f"{name}={getattr(self, name)!r} acts on VLAPolicy alone; got {self.policy_class.__name__}"
-                )
 
     def _give_hand_view(self) -> None:
         """A new model reads the window that the environment draws; its space tells the size of the picture alone."""
@@ -451,80 +369,6 @@ class PPO(stable_baselines3.PPO):
         # What is frozen is shared: it is most of a large model. The reference needs no optimiser, nor its state.
         shared = [self.policy.optimizer, *(p for p in self.policy.parameters() if not p.requires_grad)]
         self._reference = copy.deepcopy(self.policy, {id(each): each for each in shared}).requires_grad_(False)
-
-    def _check_flags(self) -> None:
-        for name in _FLAGS:
-            value = getattr(self, name, None)
-            if isinstance(value, str):  # "no" would be on
-                raise InputError(f"{name}={value!r}; expected True or False{', or None' if name == 'bf16' else ''}")
-
-    def _check_numbers(self) -> None:
-        rate, clip_range = FloatSchedule(self.learning_rate), FloatSchedule(self.clip_range)
-        for left in (0.0, 1.0):
-            if not 0 < self.noise_scale(left) < math.inf:
-                raise InputError(f"noise_scale is {self.noise_scale(left)} at one end of training; expected above 0")
-            for name, schedule in (("learning_rate", rate), ("clip_range", clip_range)):
-                if not 0 <= schedule(left) < math.inf:
-                    raise InputError(f"{name} is {schedule(left)} at one end of training; expected at least 0")
-            if self.clip_range_high is not None and not self.clip_range_high(left) >= 0:
-                raise InputError(f"clip_range_high is {self.clip_range_high(left)}; expected at least 0")
-            if self.clip_range_vf is not None and not FloatSchedule(self.clip_range_vf)(left) > 0:
-                raise InputError(f"clip_range_vf={self.clip_range_vf}; expected more than 0, or None")
-        for name, least, most in _RANGES:
-            value = getattr(self, name, least)
-            if not least <= value <= most:
-                allowed = f"at least {least:g}" if most == math.inf else f"{least:g} to {most:g}"
-                raise InputError(f"{name}={value}; expected {allowed}")
-        for name, least in {"dual_clip": 1, "huber_delta": 0, "micro_batch_size": 0, "target_kl": 0}.items():
-            value = getattr(self, name)
-            if value is not None and not value > least:
-                raise InputError(f"{name}={value}; expected more than {least}, or None")
-        if self.value_lr is not None and not 0 <= self.value_lr < math.inf:
-            raise InputError(f"value_lr={self.value_lr}; expected at least 0, or None")
-        if self.value_lr is not None and rate(1.0) <= 0:
-            raise InputError("value_lr needs a learning_rate schedule that does not begin at zero")
-        if self.normalize_advantage and self.batch_size == 1:
-            raise InputError(
-                "batch_size=1 leaves nothing to normalize; expected at least 2, or normalize_advantage=False"
-            )
-
-    def _check_task_sampling(self) -> None:
-        if self.task_sampling == "signal" and self.env is not None and not self.env.has_attr("set_task_weights"):
-            raise InputError(
-                "task_sampling='signal' draws tasks by the environments' method set_task_weights(weights by task), "
-                "which these have not, such as those of mw_envs; use task_sampling='uniform'"
-            )
-
-    def _check_options(self) -> None:
-        stack = None if self.env is None else unwrap_vec_wrapper(self.env, VecFrameStack)
-        if stack is not None:  # of what is stacked along an axis of a picture, its space does not tell
-            raise InputError(f"{type(stack).__name__} gives VLAPolicy several pictures in one. {STACKED}")
-        model, distribution = self.policy.model, self.policy.distribution
-        distribution.check_trainable(model)
-        distribution.check_logprob_type(self.logprob_type)
-        if self.ent_coef != 0 and not distribution.has_entropy:
-            raise InputError(
-                f"ent_coef={self.ent_coef} has nothing to act on: the entropy of this action distribution is fixed. "
-                "Set ent_coef=0, or distribution_kwargs=dict(learn_std=True) with the Gaussian, or use flow_noise"
-            )
-        if self.sharding == "fsdp" and adapted_layers(self.policy):
-            raise InputError(
-                "sharding='fsdp' does not take adapters (lora), which are small enough for every rank to have them "
-                "whole; use sharding='none'"
-            )
-        if self.sharding == "fsdp" and self.kl_coef > 0:
-            raise InputError(
-                f"kl_coef={self.kl_coef} needs a whole copy of the policy, which sharding='fsdp' has not; choose one"
-            )
-        if self.rehearsal is not None:
-            data = self.rehearsal.demonstrations
-            check_hand_images(data, model)
-            found = (self.rehearsal.horizon, data.actions.shape[1], data.images.shape[1:3])
-            expected = (model.action_horizon, model.action_dim, model.image_size)
-            if found != expected:
-                raise InputError(
-                    f"rehearsal has (horizon, action dimensions, image size) {found}; the model needs {expected}"
-                )
 
     def collect_rollouts(self, env: VecEnv, callback: BaseCallback, rollout_buffer: Any, n_rollout_steps: int) -> bool:
         """Collect ``n_rollout_steps`` decisions of each environment; see the stock method."""
@@ -672,7 +516,7 @@ class PPO(stable_baselines3.PPO):
         rollout = SharedRollout(buffer, self.ranks)
         minibatches = rollout.minibatches(self.batch_size)
         compared = [minibatch.indices for minibatch in minibatches] if self._actor_learns else []
-        old = self._old_policy(buffer, compared, known_soon=1)
+        old = self._behavior_policy(buffer, compared, known_soon=1)
         metrics: defaultdict[str, list[float]] = defaultdict(list)
         self._idle_batch = self._some_batch(buffer) if is_sharded(policy) else None
         with in_shards(policy):
@@ -684,7 +528,7 @@ class PPO(stable_baselines3.PPO):
         self,
         rollout: SharedRollout,
         minibatches: list[Minibatch],
-        old: _OldPolicy,
+        old: BehaviorPolicy,
         clip_range: float,
         clip_range_vf: float | None,
         metrics: defaultdict[str, list[float]],
@@ -722,7 +566,7 @@ class PPO(stable_baselines3.PPO):
         self,
         buffer: DecisionBuffer,
         minibatch: Minibatch,
-        old: _OldPolicy,
+        old: BehaviorPolicy,
         clip_range: float,
         clip_range_vf: float | None,
         metrics: defaultdict[str, list[float]],
@@ -810,7 +654,7 @@ class PPO(stable_baselines3.PPO):
         self,
         found: Evaluation,
         batch: DecisionBatch,
-        old: _OldPolicy,
+        old: BehaviorPolicy,
         clip_range: float,
         metrics: defaultdict[str, list[float]],
     ) -> Tensor:
@@ -818,21 +662,15 @@ class PPO(stable_baselines3.PPO):
         above = clip_range
         if self.clip_range_high is not None:
             above = self.clip_range_high(self._current_progress_remaining)
-        log_ratio = found.log_prob - old.log_prob[batch.indices].to(self.device)
-        ratio = torch.exp(log_ratio.clamp(max=_LARGEST_LOG_RATIO))
-        counted = logprob_mask(self.logprob_type, batch.executed, ratio).expand_as(ratio)
-        advantages = batch.advantages.reshape(-1, *[1] * (ratio.ndim - 1))
-        clipped = torch.clamp(ratio, 1 - clip_range, 1 + above)
-        surrogate = torch.min(advantages * ratio, advantages * clipped)
-        bounded = torch.zeros_like(surrogate, dtype=torch.bool)
-        if self.dual_clip is not None:
-            bounded = (advantages < 0) & (surrogate < self.dual_clip * advantages)
-            surrogate = torch.where(bounded, self.dual_clip * advantages, surrogate)
-        loss_of_decisions = -(surrogate * counted).reshape(len(ratio), -1).sum(1)
-        policy_loss = loss_of_decisions.mean()
+        old_log_prob = old.log_prob[batch.indices].to(self.device)
+        counted = logprob_mask(self.logprob_type, batch.executed, found.log_prob).expand_as(found.log_prob)
+        surrogate = losses.clipped_surrogate(
+            found.log_prob, old_log_prob, batch.advantages, counted, clip_range, above, self.dual_clip
+        )
+        policy_loss = surrogate.of_decisions.mean()
         metrics["policy_loss"].append(policy_loss.item())
-        metrics["policy_loss_abs"].append(loss_of_decisions.abs().mean().item())
-        for name, value in ratio_metrics(ratio, clipped, bounded, counted).items():
+        metrics["policy_loss_abs"].append(surrogate.of_decisions.abs().mean().item())
+        for name, value in ratio_metrics(surrogate.ratio, surrogate.clipped, surrogate.bounded, counted).items():
             metrics[name].append(value)
         loss = policy_loss
         if found.entropy is not None:
@@ -845,7 +683,7 @@ class PPO(stable_baselines3.PPO):
             loss = loss + self.kl_coef * kl
         return loss
 
-    def _divergence(self, found: Evaluation, other: _OldPolicy, batch: DecisionBatch) -> Tensor:
+    def _divergence(self, found: Evaluation, other: BehaviorPolicy, batch: DecisionBatch) -> Tensor:
         """Mean KL(policy || other)."""
         mean, std = (tensor[batch.indices].to(self.device) for tensor in (other.mean, other.std))
         return self.policy.distribution.kl_divergence(found.mean, found.std, mean, std, batch.executed).mean()
@@ -857,14 +695,9 @@ class PPO(stable_baselines3.PPO):
         clip_range_vf: float | None,
         metrics: defaultdict[str, list[float]],
     ) -> Tensor:
-        if clip_range_vf is not None:
-            change = values - batch.values
-            metrics["value_clip_ratio"].append((change.abs() > clip_range_vf).float().mean().item())
-            values = batch.values + change.clamp(-clip_range_vf, clip_range_vf)
-        if self.huber_delta is None:
-            value_loss = F.mse_loss(batch.returns, values)
-        else:
-            value_loss = F.huber_loss(batch.returns, values, delta=self.huber_delta)
+        value_loss, changed = losses.value_loss(values, batch.values, batch.returns, clip_range_vf, self.huber_delta)
+        if changed is not None:
+            metrics["value_clip_ratio"].append(changed)
         metrics["value_loss"].append(value_loss.item())
         return value_loss
 
@@ -883,7 +716,9 @@ class PPO(stable_baselines3.PPO):
         return self.updates >= self.critic_warmup
 
     @torch.no_grad()
-    def _old_policy(self, buffer: DecisionBuffer, minibatches: list[Tensor], known_soon: int = 0) -> _OldPolicy:
+    def _behavior_policy(
+        self, buffer: DecisionBuffer, minibatches: list[Tensor], known_soon: int = 0
+    ) -> BehaviorPolicy:
         """The rollout under the weights that took it, and under those of the reference.
 
         It is evaluated in the update's precision and in the micro-batches of its first epoch, so that ratios start at
@@ -894,8 +729,8 @@ class PPO(stable_baselines3.PPO):
             it makes a step.
         """
         count = buffer.advantages.numel()
-        old = _OldPolicy(count)
-        old.reference = None if self._reference is None else _OldPolicy(count)
+        old = BehaviorPolicy(count)
+        old.reference = None if self._reference is None else BehaviorPolicy(count)
         for number, indices in enumerate(minibatches):
             asked = [] if number < known_soon else [(self.policy, old)]
             if old.reference is not None:
@@ -1109,8 +944,8 @@ class PPO(stable_baselines3.PPO):
         """
         check_membership(type(self).__name__)
         if isinstance(self.policy, VLAPolicy):
-            check_batch_size(self.batch_size, self.n_steps, self.n_envs * self.ranks.count, type(self).__name__)
-            self._check_task_sampling()
+            options.check_batch_size(self.batch_size, self.n_steps, self.n_envs * self.ranks.count, type(self).__name__)
+            options.check_task_sampling(self)
             self.ranks.check_same(dict(self.policy.named_parameters()), "the policy")
             if reset_num_timesteps:
                 self.env_steps = 0
@@ -1196,7 +1031,7 @@ class PPO(stable_baselines3.PPO):
             than the model reads.
         """
         super().set_env(env, force_reset)
-        self._check_task_sampling()
+        options.check_task_sampling(self)
         self._check_hand_view()
 
     def _init_callback(self, callback: MaybeCallback, progress_bar: bool = False) -> BaseCallback:
@@ -1227,38 +1062,7 @@ def _group_sizes(optimizer_state: Mapping[str, Any]) -> list[int]:
     return [len(group["params"]) for group in optimizer_state["param_groups"]]
 
 
-def _number_or_schedule(name: str, value: Any) -> Any:
-    """What Stable-Baselines3 takes for a schedule, which NumPy's numbers are not.
-
-    :raises ValueError: for anything else.
-    """
-    optional = name in ("clip_range_vf", "clip_range_high")
-    if isinstance(value, Real):
-        return float(value)
-    if callable(value) or (optional and value is None):
-        return value
-    or_none = ", None" if optional else ""
-    raise InputError(f"{name}={value!r}; expected a number{or_none} or a function of the share of training left")
-
-
 class _NoBuffer:
     """Stands in for the stock rollout buffer while VLAPolicy's own is not built yet."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
-
-
-def check_batch_size(batch_size: int, n_steps: int, n_envs: int, algorithm: str | None = None) -> None:
-    """Find out whether minibatches divide a rollout.
-
-    :param algorithm: name of the class that may have been loaded with other environments, for the message.
-    :raises ValueError: if they do not; the message names the nearest size that does.
-    """
-    decisions = n_steps * n_envs
-    if decisions % batch_size:
-        divisors = [size for size in range(1, decisions + 1) if decisions % size == 0]
-        nearest = min(divisors, key=lambda size: abs(size - batch_size))
-        fix = f"; for a saved algorithm {algorithm}.load(path, env, batch_size={nearest})" if algorithm else ""
-        raise InputError(
-            f"batch_size={batch_size} does not divide a rollout of n_steps={n_steps} decisions of {n_envs} "
-            f"environments, {decisions} in all; the nearest that does is {nearest}{fix}"
-        )

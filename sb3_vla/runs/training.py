@@ -54,7 +54,8 @@ from sb3_vla.policies.views import (
     warn_of_another_view,
 )
 from sb3_vla.policies.vla_policy import VLAPolicy
-from sb3_vla.ppo.ppo import PPO, check_batch_size
+from sb3_vla.ppo.options import check_batch_size
+from sb3_vla.ppo.ppo import PPO
 from sb3_vla.recording.episodes import Filmed, FilmEpisodes, TrainingFilms
 from sb3_vla.rollouts.buffers import ChunkRolloutBuffer
 from sb3_vla.rollouts.stepping import Replicas

@@ -23,7 +23,7 @@ from sb3_vla import GRPO, HoldAtEnd, SharedMemoryVecEnv
 from sb3_vla.data.batches import DemonstrationBatches
 from sb3_vla.grpo.groups import GroupBuffer, group_advantages
 from sb3_vla.policies.vla_policy import Evaluation
-from sb3_vla.ppo.ppo import _OldPolicy
+from sb3_vla.ppo.behavior_policy import BehaviorPolicy
 from sb3_vla.rollouts.buffers import DecisionBatch
 
 
@@ -442,7 +442,7 @@ def test_the_upper_clip_is_another() -> None:
     ratios, advantages = (1.5, 0.5, 1.25, 0.5, 1.5), (1.0, -1.0, 2.0, 3.0, -1.0)
     mean, std = torch.zeros(5, 2, 2), torch.full((5, 2, 2), 0.5)
     found = Evaluation(torch.zeros(5), torch.tensor(ratios).log(), mean, std, None)
-    old = _OldPolicy(5)
+    old = BehaviorPolicy(5)
     old.keep(torch.arange(5), Evaluation(torch.zeros(5), torch.zeros(5), mean, std, None))
     batch = DecisionBatch(
         {}, {}, torch.full((5,), 2), mean[:, 0, 0], torch.tensor(advantages), mean[:, 0, 0], torch.arange(5)
@@ -459,7 +459,7 @@ def test_what_is_negative_has_a_bound() -> None:
     algorithm = toy_grpo(dual_clip=1.5)
     mean, std = torch.zeros(2, 2, 2), torch.full((2, 2, 2), 0.5)
     found = Evaluation(torch.zeros(2), torch.tensor([3.0, 1.1]).log(), mean, std, None)
-    old = _OldPolicy(2)
+    old = BehaviorPolicy(2)
     old.keep(torch.arange(2), Evaluation(torch.zeros(2), torch.zeros(2), mean, std, None))
     values, advantages = mean[:, 0, 0], torch.tensor([-1.0, -1.0])
     batch = DecisionBatch({}, {}, torch.full((2,), 2), values, advantages, values, torch.arange(2))

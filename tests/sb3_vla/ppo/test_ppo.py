@@ -27,7 +27,7 @@ from toy import TINY, ToyEnv, mean_reward, stir, toy_demonstrations, toy_ppo, to
 from sb3_vla import GRPO, PPO
 from sb3_vla.data.batches import DemonstrationBatches
 from sb3_vla.policies.vla_policy import Evaluation, VLAPolicy
-from sb3_vla.ppo.ppo import _OldPolicy
+from sb3_vla.ppo.behavior_policy import BehaviorPolicy
 from sb3_vla.rollouts.buffers import ChunkRolloutBuffer, DecisionBatch
 from sb3_vla.rollouts.metrics import EpisodeRecord, episode_metrics
 
@@ -143,7 +143,7 @@ def evaluation(log_prob: list[float], **options: Any) -> Evaluation:
     )
 
 
-def old_policy(log_prob: list[float], reference_mean: Tensor | None = None) -> _OldPolicy:
+def old_policy(log_prob: list[float], reference_mean: Tensor | None = None) -> BehaviorPolicy:
     mean, std = torch.zeros(len(log_prob), 2, 2), torch.full((len(log_prob), 2, 2), 0.5)
     old = known(Evaluation(mean[:, 0, 0], torch.tensor(log_prob), mean, std, None))
     if reference_mean is not None:
@@ -151,8 +151,8 @@ def old_policy(log_prob: list[float], reference_mean: Tensor | None = None) -> _
     return old
 
 
-def known(found: Evaluation) -> _OldPolicy:
-    old = _OldPolicy(len(found.mean))
+def known(found: Evaluation) -> BehaviorPolicy:
+    old = BehaviorPolicy(len(found.mean))
     old.keep(torch.arange(len(found.mean)), found)
     return old
 
