@@ -31,8 +31,9 @@ from sb3_vla.evaluation.results import TRIAL_SEED
 from sb3_vla.policies import load_policy
 from sb3_vla.runs.report.figures import before_after_bars, learning_curve
 from sb3_vla.runs.report.report import write_report
+from sb3_vla.runs.settings import PPOConfig
 from sb3_vla.runs.shared import SharedRun
-from sb3_vla.runs.training import PPOConfig, train
+from sb3_vla.runs.training import train
 from sb3_vla.sft import SFTConfig, sft
 
 

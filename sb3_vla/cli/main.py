@@ -28,8 +28,8 @@ from sb3_vla.distributed.ranks import current_ranks, is_first_rank, torchrun
 from sb3_vla.evaluation.results import TRIAL_SEED
 from sb3_vla.policies.views import view_of_data
 from sb3_vla.runs.directory import fingerprint_of
+from sb3_vla.runs.settings import GRPOConfig, PPOConfig
 from sb3_vla.runs.shared import SharedRun
-from sb3_vla.runs.training import GRPOConfig, PPOConfig
 from sb3_vla.sft.imitation import SFTConfig
 
 

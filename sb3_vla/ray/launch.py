@@ -16,8 +16,9 @@ from sb3_vla.ray.learners import lost_learners, run_learners
 from sb3_vla.ray.placement import ClusterOptions, PlacementError, place
 from sb3_vla.ray.resources import ClusterResources
 from sb3_vla.runs.directory import RunDirectory
+from sb3_vla.runs.settings import GRPOConfig, PPOConfig
 from sb3_vla.runs.shared import SharedRun
-from sb3_vla.runs.training import GRPOConfig, PPOConfig, train
+from sb3_vla.runs.training import train
 
 #: deaths of the learner in a row, without a checkpoint between them, that are not put up with
 _TOO_MANY_DEATHS = 3

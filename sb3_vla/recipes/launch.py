@@ -33,8 +33,9 @@ from sb3_vla.recipes.resolve import Plan
 from sb3_vla.recipes.schema import Recipe
 from sb3_vla.recording.episodes import TrainingFilms
 from sb3_vla.runs.report.report import write_report
+from sb3_vla.runs.settings import GRPOConfig
 from sb3_vla.runs.shared import SharedRun
-from sb3_vla.runs.training import GRPOConfig, train
+from sb3_vla.runs.training import train
 from sb3_vla.sft.imitation import sft
 
 Places = dict[str, str | None]

@@ -29,7 +29,7 @@ from sb3_vla.recipes.schema import (
 )
 from sb3_vla.recording.episodes import TrainingFilms
 from sb3_vla.runs.loggers import LoggerOptions
-from sb3_vla.runs.training import GRPOConfig, PPOConfig
+from sb3_vla.runs.settings import GRPOConfig, PPOConfig
 from sb3_vla.sft.imitation import SFTConfig
 
 #: names of RLinf's for suite and split

@@ -269,7 +269,7 @@ def _update(epochs: int = 4) -> Any:
 
 def _iteration() -> Any:
     from sb3_vla.envs.shared_memory import SharedMemoryVecEnv
-    from sb3_vla.runs.training import PPOConfig
+    from sb3_vla.runs.settings import PPOConfig
 
     config = PPOConfig()
     make = functools.partial(

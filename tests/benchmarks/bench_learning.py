@@ -34,7 +34,8 @@ from sb3_vla.evaluation.evaluation import Comparison, EvaluationResult, compare,
 from sb3_vla.policies.loading import load_policy
 from sb3_vla.runs.directory import RunDirectory
 from sb3_vla.runs.report.figures import metric_series, smoothed
-from sb3_vla.runs.training import GRPOConfig, PPOConfig, train
+from sb3_vla.runs.settings import GRPOConfig, PPOConfig
+from sb3_vla.runs.training import train
 
 GAUSSIAN, FLOW_SDE, GRPO = "PPO, Gaussian", "PPO, Flow-SDE", "GRPO, Gaussian"
 _COLOURS = {GAUSSIAN: "#2469b0", FLOW_SDE: "#c2571a", GRPO: "#3a8a4d"}

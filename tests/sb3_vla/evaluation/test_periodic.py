@@ -22,7 +22,7 @@ from sb3_vla.evaluation.callback import PeriodicEvaluation
 from sb3_vla.evaluation.results import TRIAL_SEED, EvaluationResult, TrialResult, find_protocol
 from sb3_vla.runs import training
 from sb3_vla.runs.directory import RunDirectory
-from sb3_vla.runs.training import PPOConfig
+from sb3_vla.runs.settings import PPOConfig
 
 TASKS = ("drawer-close-v3", "reach-v3")
 #: successes of eight trials, evaluation by evaluation: the third is the best, and the fourth as good

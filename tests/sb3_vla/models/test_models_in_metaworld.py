@@ -27,7 +27,7 @@ from sb3_vla.data.demonstrations import Demonstrations
 from sb3_vla.evaluation.evaluation import evaluate
 from sb3_vla.evaluation.results import Protocol
 from sb3_vla.policies.loading import load_policy
-from sb3_vla.runs.training import view_of
+from sb3_vla.policies.views import view_of
 from sb3_vla.sft.imitation import SFTConfig, sft
 
 TASK, CHUNK, HORIZON = "drawer-close-v3", 4, 8

@@ -48,7 +48,8 @@ from sb3_vla.models.tokenizing import byte_tokenizer
 from sb3_vla.recipes.resolve import make_plan
 from sb3_vla.recipes.schema import load_recipe
 from sb3_vla.runs.memory_plan import GIB
-from sb3_vla.runs.training import GRPOConfig, plan_training
+from sb3_vla.runs.settings import GRPOConfig
+from sb3_vla.runs.training import plan_training
 from sb3_vla.sft.imitation import SFTConfig, sft
 
 TENSORS, RECORDS = recorded("openvla_oft")

@@ -21,7 +21,8 @@ from sb3_vla.evaluation.results import Protocol
 from sb3_vla.models import VLAModel
 from sb3_vla.policies.loading import load_policy
 from sb3_vla.runs.directory import RunDirectory
-from sb3_vla.runs.training import GRPOConfig, PPOConfig, train
+from sb3_vla.runs.settings import GRPOConfig, PPOConfig
+from sb3_vla.runs.training import train
 from sb3_vla.sft.imitation import SFTConfig, sft
 
 QUICK = {("pi0", "lerobot 0.4"), ("pi05", "openpi")}

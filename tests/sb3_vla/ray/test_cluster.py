@@ -40,7 +40,8 @@ from sb3_vla.ray.resources import ClusterResources
 from sb3_vla.ray.rollout import Replicas
 from sb3_vla.rollouts.stepping import Clock, step_by_halves, step_together
 from sb3_vla.runs.directory import RunDirectory
-from sb3_vla.runs.training import PPOConfig, train
+from sb3_vla.runs.settings import PPOConfig
+from sb3_vla.runs.training import train
 
 #: on two nodes of four slots
 LAYOUTS = {

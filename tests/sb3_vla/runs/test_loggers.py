@@ -17,7 +17,7 @@ from sb3_vla.common.config import ConfigError
 from sb3_vla.rollouts.metrics import ratio_metrics
 from sb3_vla.runs.directory import RunDirectory
 from sb3_vla.runs.loggers import LoggerOptions
-from sb3_vla.runs.training import GRPOConfig, PPOConfig
+from sb3_vla.runs.settings import GRPOConfig, PPOConfig
 
 SMALL = dict(num_envs=2, num_workers=1, horizon=10, epochs=2, batch_size=4)
 #: of RLinf's embodied runner with its PPO recipes

@@ -33,7 +33,8 @@ from sb3_vla.recipes.schema import load_recipe
 from sb3_vla.runs import training
 from sb3_vla.runs.directory import RunDirectory
 from sb3_vla.runs.memory_plan import _SENTENCE, GIB, HEADROOM, MemoryPlan, plan_memory
-from sb3_vla.runs.training import GRPOConfig, PPOConfig, plan_training, train
+from sb3_vla.runs.settings import GRPOConfig, PPOConfig
+from sb3_vla.runs.training import plan_training, train
 
 #: large enough that activations are far more than what is allocated beside them
 SMALL: dict[str, Any] = {

@@ -32,10 +32,10 @@ from sb3_vla.common.signals import Stopped
 from sb3_vla.envs.shared_memory import SharedMemoryVecEnv
 from sb3_vla.policies.value_head import ValueHead
 from sb3_vla.ppo.ppo import PPO
-from sb3_vla.runs import training
+from sb3_vla.runs import callbacks, training
 from sb3_vla.runs.directory import RunDirectory, RunError
 from sb3_vla.runs.resume import load_algorithm, save_algorithm
-from sb3_vla.runs.training import GRPOConfig, PPOConfig, TrainingConfig
+from sb3_vla.runs.settings import GRPOConfig, PPOConfig, TrainingConfig
 
 # Everything that a training carries from one iteration to the next: schedules, warm-ups, a reference, rehearsal,
 # sampling by signal, a learned deviation, a rate that rises and falls.
@@ -156,9 +156,9 @@ MOMENTS: dict[str, tuple[Any, str, int, bool]] = {
     "in the first rollout after a checkpoint": (PPO, "_record_episodes", 2 * 6 + 2, False),
     "in the middle of an update": (PPO, "_optimizer_step", UPDATES // 2 + 2, False),
     "between a rollout and its update": (PPO, "_old_policy", 4, False),
-    "before a checkpoint is begun": (training, "save_algorithm", 2, False),
+    "before a checkpoint is begun": (callbacks, "save_algorithm", 2, False),
     "while a checkpoint is written": (training_state, "save_file", 2, True),
-    "after a checkpoint": (training._Progress, "save", 2, True),
+    "after a checkpoint": (callbacks.RunProgress, "save", 2, True),
     "in the last update": (PPO, "_optimizer_step", UPDATES, False),
     "between the last checkpoint and the result": (training, "save_checkpoint", 1, False),
 }

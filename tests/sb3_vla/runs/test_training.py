@@ -22,7 +22,8 @@ from sb3_vla.policies.loading import load_policy
 from sb3_vla.policies.views import view_of
 from sb3_vla.runs import training
 from sb3_vla.runs.directory import RunDirectory
-from sb3_vla.runs.training import GRPOConfig, PPOConfig, train
+from sb3_vla.runs.settings import GRPOConfig, PPOConfig
+from sb3_vla.runs.training import train
 from sb3_vla.sft.imitation import SFTConfig, sft
 
 

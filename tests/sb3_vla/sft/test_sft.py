@@ -27,7 +27,7 @@ from sb3_vla.distributed.fsdp import whole_optimizer_state
 from sb3_vla.distributions import GaussianChunk
 from sb3_vla.models import CompactVLA, DiffusionPolicy, Pi0, VLAModel, make_model
 from sb3_vla.models.normalization import CONVENTIONS
-from sb3_vla.runs.training import view_of
+from sb3_vla.policies.views import view_of
 from sb3_vla.sft import imitation as sft_module
 from sb3_vla.sft.imitation import SFTConfig, SFTResult, sft
 
