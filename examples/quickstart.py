@@ -4,7 +4,7 @@
     bash examples/quickstart.sh --full               # MT50
     bash examples/quickstart.sh --run runs/mine ppo.iterations=100 seed=1
 
-Scripted experts show the tasks, the model imitates them, is measured, practises by PPO, most often the tasks that it
+Scripted experts show the tasks, the model imitates them, is measured, practices by PPO, most often the tasks that it
 solves now and then, and is measured again on the same trials. Started a second time, it goes on where it was
 interrupted.
 """
@@ -213,7 +213,7 @@ def report_results(run: SharedRun, comparison: Comparison, console: Console) -> 
     comparison.to_json(run.path / "comparison.json")
     comparison.to_markdown(run.path / "comparison.md")
     rows = [row for row in run.metrics() if row.get("stage") == "ppo"]
-    learning_curve(rows, run.path / "learning_curve.png", title="PPO while practising")
+    learning_curve(rows, run.path / "learning_curve.png", title="PPO while practicing")
     before_after_bars(comparison, run.path / "before_after.png")
     comparison.print_table(console)
     gain = comparison.mean_over_tasks()

@@ -32,7 +32,7 @@ CAMERAS = ("topview", "corner", "corner2", "corner3", "corner4", "behindGripper"
 _TURNED_CAMERAS = ("corner", "corner2", "corner3", "corner4")
 ACTION_DIM = 4
 _RESET_OPTIONS = ("task", "goal", "seed", "snapshot")
-# Bounds of the hand's position (metres) and of the gripper's opening, MetaWorld's own.
+# Bounds of the hand's position (meters) and of the gripper's opening, MetaWorld's own.
 _STATE_LOW = np.array([-0.525, 0.348, -0.0525, 0.0], dtype=np.float32)
 _STATE_HIGH = np.array([0.525, 1.025, 0.7, 1.0], dtype=np.float32)
 _PRIVILEGED_LIMIT = 10.0
@@ -44,13 +44,13 @@ _SETTLE_ACTION = np.zeros(ACTION_DIM, dtype=np.float32)
 class MetaWorldEnv(gym.Env[dict[str, Any], npt.NDArray[np.float32]]):
     """Manipulation tasks of MetaWorld, seen through a camera and told by a sentence.
 
-    **Observation** (``Dict``): ``image`` uint8 (H, W, 3); ``state`` float32 (4,), the hand's x, y, z in metres and the
+    **Observation** (``Dict``): ``image`` uint8 (H, W, 3); ``state`` float32 (4,), the hand's x, y, z in meters and the
     gripper's opening 0..1; ``instruction`` uint8 (instruction_bytes,), zero-padded UTF-8
     (:func:`mw_envs.decode_instruction`); with ``hand_view`` also ``hand_image`` uint8 (hand_view, hand_view, 3), a
     window of the same camera's view around the hand; with ``privileged_state`` also MetaWorld's own vector with the
     goal, float32 (39,).
 
-    **Action**: ``Box(-1, 1, (4,))``, three displacements of the hand (1 is a centimetre) and the gripper (-1 opens, 1
+    **Action**: ``Box(-1, 1, (4,))``, three displacements of the hand (1 is a centimeter) and the gripper (-1 opens, 1
     closes); with ``action_chunk=k > 1`` ``Box(-1, 1, (k, 4))``, of which a step runs as many as the episode lasts and
     draws one frame. Values outside the box are clipped by the simulator.
 

@@ -54,7 +54,7 @@ class Moments(NamedTuple):
 
     :param trial: which episode.
     :param states: MuJoCo's integration states, float64 (3, n).
-    :param sites: where MetaWorld shows its markers, which it moves after the simulation, metres, float64 (3, sites, 3).
+    :param sites: where MetaWorld shows its markers, which it moves after the simulation, meters, float64 (3, sites, 3).
     """
 
     trial: Trial

@@ -49,7 +49,7 @@ def test_the_wheel_holds_every_module_and_data_file(wheel: zipfile.ZipFile) -> N
     assert shipped == modules | tables | recipes | boxed | {"mw_envs/py.typed", "sb3_vla/py.typed"}
 
 
-def test_the_wheel_names_version_licence_and_command(wheel: zipfile.ZipFile) -> None:
+def test_the_wheel_names_version_license_and_command(wheel: zipfile.ZipFile) -> None:
     info = f"sb3_vla-{VERSION}.dist-info"
     metadata = email.message_from_bytes(wheel.read(f"{info}/METADATA"))
     assert (metadata["Name"], metadata["Version"], metadata["License-Expression"]) == ("sb3-vla", VERSION, "MIT")

@@ -1,4 +1,4 @@
-"""The whole way at a small size: collect, imitate, measure, practise, measure again; interrupted and started again."""
+"""The whole way at a small size: collect, imitate, measure, practice, measure again; interrupted and started again."""
 
 from __future__ import annotations
 
@@ -77,8 +77,8 @@ def test_from_nothing_to_a_table_and_again(tmp_path: Path) -> None:
     before, after = (EvaluationResult.from_json(run / f"evaluation_{name}.json") for name in ("before", "after"))
     assert list(before.successes) == list(after.successes)
     assert len(before.successes) == 4
-    imitated, practised = (load_file(run / name / "model.safetensors") for name in ("sft", "ppo"))
-    assert any(not torch.equal(imitated[name], practised[name]) for name in imitated)  # the actor, not the critic alone
+    imitated, practiced = (load_file(run / name / "model.safetensors") for name in ("sft", "ppo"))
+    assert any(not torch.equal(imitated[name], practiced[name]) for name in imitated)  # the actor, not the critic alone
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert all(row["train/rehearsal_loss"] > 0 for row in rows[1:])
     assert [row["time/total_timesteps"] for row in rows] == [16, 32]

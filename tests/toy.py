@@ -36,7 +36,7 @@ class StateModel(VLAModel):
     def perceive(self, observation: dict[str, Tensor]) -> dict[str, Tensor]:
         return {PERCEPTION + "state": observation["state"]}
 
-    def contextualise(self, perception: dict[str, Tensor]) -> Context:
+    def contextualize(self, perception: dict[str, Tensor]) -> Context:
         return Context(perception[PERCEPTION + "state"], perception[PERCEPTION + "state"])
 
 
@@ -118,8 +118,8 @@ class DroppingVLA(CompactVLA):
         super().__init__(**options)
         self.dropout = nn.Dropout(dropout)
 
-    def contextualise(self, perception: dict[str, Tensor]) -> Context:
-        context = super().contextualise(perception)
+    def contextualize(self, perception: dict[str, Tensor]) -> Context:
+        context = super().contextualize(perception)
         keys_values, summary = context.state
         return Context(context.features, (keys_values, self.dropout(summary)))
 
@@ -289,7 +289,7 @@ def whole_minibatch(buffer: DecisionBuffer, indices: Tensor) -> Minibatch:
 
 
 def stir(module: nn.Module, size: float = 0.05, seed: int = 0) -> None:
-    """Move every weight, so that nothing is zero or equal by initialisation."""
+    """Move every weight, so that nothing is zero or equal by initialization."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in module.named_parameters():

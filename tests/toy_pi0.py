@@ -62,7 +62,7 @@ def reference_model(name: str, **options: Any) -> Pi0:
 
 
 def tiny_tokenizer(folder: Path) -> Path:
-    """A byte-pair tokenizer with Gemma's special tokens, normaliser and byte fallback, and 512 entries at most."""
+    """A byte-pair tokenizer with Gemma's special tokens, normalizer and byte fallback, and 512 entries at most."""
     tokens = ["<pad>", "<eos>", "<bos>", "<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "\n", "▁"]
     tokens += [chr(code) for code in range(33, 127)] + ["th", "the", "▁the"]
     vocabulary = {token: index for index, token in enumerate(tokens)}
@@ -182,8 +182,8 @@ def write_lerobot(folder: Path, name: str, weights: dict[str, Tensor], current: 
         **({"use_relative_actions": False, "relative_exclude_joints": []} if current else {}),
     }
     write_json(folder / "config.json", config)
-    normaliser = step("normalizer_processor", eps=1e-8, features={}, norm_map=norm_map)
-    unnormaliser = step("unnormalizer_processor", eps=1e-8, features={}, norm_map=norm_map)
+    normalizer = step("normalizer_processor", eps=1e-8, features={}, norm_map=norm_map)
+    unnormalizer = step("unnormalizer_processor", eps=1e-8, features={}, norm_map=norm_map)
     tokenizer = step("tokenizer_processor", max_length=48, tokenizer_name="google/paligemma-3b-pt-224")
     if current:
         tiny_tokenizer(folder / "tokenizer")
@@ -194,10 +194,10 @@ def write_lerobot(folder: Path, name: str, weights: dict[str, Tensor], current: 
     start = [step("rename_observations_processor"), step("to_batch_processor")]
     relative = [step("relative_actions_processor")] if current else []
     if name == "pi0":
-        steps = [*start, step("pi0_new_line_processor"), tokenizer, step("device_processor"), *relative, normaliser]
+        steps = [*start, step("pi0_new_line_processor"), tokenizer, step("device_processor"), *relative, normalizer]
     else:
         prompt = step("pi05_prepare_state_tokenizer_processor_step", max_state_dim=32)
-        steps = [*start, *relative, normaliser, prompt, tokenizer, step("device_processor")]
+        steps = [*start, *relative, normalizer, prompt, tokenizer, step("device_processor")]
     tensors = {
         f"{feature}.{key}": torch.tensor(values)
         for ours, feature in (("state", "observation.state"), ("actions", "action"))
@@ -205,10 +205,10 @@ def write_lerobot(folder: Path, name: str, weights: dict[str, Tensor], current: 
     }
     for kind, listed in (
         ("policy_preprocessor", steps),
-        ("policy_postprocessor", [unnormaliser, step("device_processor")]),
+        ("policy_postprocessor", [unnormalizer, step("device_processor")]),
     ):
         for index, one in enumerate(listed):
-            if one in (normaliser, unnormaliser):
+            if one in (normalizer, unnormalizer):
                 one["state_file"] = f"{kind}_step_{index}_{one['registry_name']}.safetensors"
                 save_file(tensors, folder / one["state_file"])
         write_json(folder / f"{kind}.json", {"name": kind, "steps": listed})

@@ -23,7 +23,7 @@ from mw_envs.rendering.software.mesh_detail import coarsen_meshes
 from mw_envs.rendering.view import RendererUnavailableError, Scene, View
 from mw_envs.tasks import did_you_mean
 
-# Distance at which the cell of a coarsened mesh is smaller than a pixel, metres: the robot seen from a camera that
+# Distance at which the cell of a coarsened mesh is smaller than a pixel, meters: the robot seen from a camera that
 # stands beside the table, and the gripper seen from one that it carries.
 _STANDING_DISTANCE, _CARRIED_DISTANCE = 1.0, 0.1
 _MAX_GEOMS = 2000

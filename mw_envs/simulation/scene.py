@@ -28,7 +28,7 @@ with explained_mujoco_import():
 
 # Camera pose of the published demonstrations and checkpoints (MetaWorld 3.1 calls it corner4; 3.0 does not have it).
 CORNER2_POSITION = (0.75, 0.075, 0.7)
-_HAND_DOWN = np.array([1.0, 0.0, 1.0, 0.0])  # a quaternion that MuJoCo normalises
+_HAND_DOWN = np.array([1.0, 0.0, 1.0, 0.0])  # a quaternion that MuJoCo normalizes
 # Bodies of the base scene, which no task moves: floor, table, walls around it, the robot's stand.
 _BACKGROUND = (
     "world",

@@ -29,8 +29,8 @@ FORMAT = "sb3-vla-2"
 ADAPTER_CONFIG = "adapter_config.json"
 #: subfolder, and name in the configuration, of a copy of the tokenizer
 TOKENIZER = "tokenizer"
-#: note of a reader: whether the checkpoint came with statistics to normalise by; where not, imitation sets the data's
-NORMALISED = "normalised"
+#: note of a reader: whether the checkpoint came with statistics to normalize by; where not, imitation sets the data's
+NORMALIZED = "normalized"
 #: names in a checkpoint's folder, ours and others': a folder that holds more is not replaced
 OF_A_CHECKPOINT = (
     *("config.json", "model*.safetensors", "model.safetensors.index.json", "policy_*", TOKENIZER, "tokenizer*.json"),
@@ -95,7 +95,7 @@ def save_checkpoint(
     for prefix, part in (("value_head", value_head), ("distribution", distribution_module)):
         if part is not None:
             tensors.update({f"{prefix}.{key}": value for key, value in part.state_dict().items()})
-    if bf16:  # statistics, by which numbers are normalised, stay exact, and so does a distribution's deviation
+    if bf16:  # statistics, by which numbers are normalized, stay exact, and so does a distribution's deviation
         rounded = {f"model.{name}" for name, _ in model.named_parameters()} | {
             key for key in tensors if key.startswith("value_head.")
         }

@@ -1,4 +1,4 @@
-"""Everything an interrupted training needs to go on: weights, optimiser, generators, counters.
+"""Everything an interrupted training needs to go on: weights, optimizer, generators, counters.
 
 Tensors in safetensors, the rest in JSON, in a folder that the caller makes appear whole (``RunDirectory.checkpoint``).
 """
@@ -54,9 +54,9 @@ def save_training_state(
 def load_training_state(
     folder: Path, modules: Mapping[str, nn.Module | Unfrozen], optimizer: torch.optim.Optimizer
 ) -> dict[str, Any]:
-    """Bring modules, optimiser and the process's generators to a saved state.
+    """Bring modules, optimizer and the process's generators to a saved state.
 
-    :param modules: of which the first has the optimiser's parameters.
+    :param modules: of which the first has the optimizer's parameters.
     :return: the values saved with it.
     :raises DamagedError: if a file is missing or not whole; nothing was changed then.
     :raises ValueError: if the folder holds the state of other modules, or of an earlier version.

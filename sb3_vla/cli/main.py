@@ -112,7 +112,7 @@ class TrainCommand:
         fractions; None for the one that the checkpoint says.
     :param camera: whose view it sees; None for the one that the checkpoint says.
     :param run: run directory; the result is its folder ``ppo`` or ``grpo``.
-    :param tasks: which of the suite's tasks to practise.
+    :param tasks: which of the suite's tasks to practice.
     :param data: demonstrations for rehearsal, with ``ppo.rehearsal_coef`` or ``grpo.rehearsal_coef``.
     """
 

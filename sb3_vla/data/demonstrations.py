@@ -227,7 +227,7 @@ class Demonstrations:
         return np.flatnonzero(~of_validation), np.flatnonzero(of_validation)
 
     def statistics(self) -> dict[str, dict[str, np.ndarray]]:
-        """Statistics for the normalisation of a model, of the clipped actions.
+        """Statistics for the normalization of a model, of the clipped actions.
 
         What a model divides by is never next to nothing, or a number that hardly moves in the data would be magnified
         without bound where it does move: a deviation is at least 0.01, and the upper end of a range at least 0.02 above

@@ -33,7 +33,7 @@ HAND_IMAGE = "observation.hand_image"
 STATE = "observation.state"
 ENVIRONMENT_STATE = "observation.environment_state"
 ACTION = "action"
-# Grey or colours, with or without opacity.
+# Gray or colors, with or without opacity.
 _CHANNELS = (1, 2, 3, 4)
 
 
@@ -384,7 +384,7 @@ def decode_picture(data: bytes, size: int | None) -> np.ndarray:
     with Image.open(io.BytesIO(data)) as picture:
         if picture.mode == "F":
             raise InputError("it has floating point numbers, expected levels of 8 or 16 bits")
-        if picture.mode.startswith("I"):  # 16 bits of grey, which Pillow would cut off at 255
+        if picture.mode.startswith("I"):  # 16 bits of gray, which Pillow would cut off at 255
             return _resize(Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8)).convert("RGB"), size)
         return _resize(picture.convert("RGB"), size)
 

@@ -68,7 +68,7 @@ _COLUMNS: dict[str, tuple[str, tuple[int, ...], list[str] | None]] = {
 }
 _ARROW_TYPES = {"float32": pa.float32(), "bool": pa.bool_(), "int16": pa.int16(), "int64": pa.int64()}
 _QUANTILES = {"q01": 0.01, "q10": 0.10, "q50": 0.50, "q90": 0.90, "q99": 0.99}
-# A few frames an episode give the statistics of its pictures: neighbours are almost equal, and decoding all takes long.
+# A few frames an episode give the statistics of its pictures: neighbors are almost equal, and decoding all takes long.
 _SAMPLED_FRAMES = 8
 
 
@@ -78,7 +78,7 @@ class Episode:
 
     :param trial: Task, seed and goal of the episode; gives the sentence and the task id.
     :param images: uint8 ``(T, H, W, 3)``, or T pictures already encoded as PNG.
-    :param states: float32 ``(T, 4)``, hand x, y, z in metres and gripper opening.
+    :param states: float32 ``(T, 4)``, hand x, y, z in meters and gripper opening.
     :param environment_states: float32 ``(T, 39)``, MetaWorld's own observation.
     :param actions: float32 ``(T, 4)``, the action to imitate.
     :param rewards: float32 ``(T,)``, reward of step t.

@@ -1,6 +1,6 @@
-"""Parameters, gradients and optimiser in shards, where a replica on every rank does not fit (FSDP2, Zhao et al. 2023).
+"""Parameters, gradients and optimizer in shards, where a replica on every rank does not fit (FSDP2, Zhao et al. 2023).
 
-What is trained is sharded; frozen weights, which have neither gradient nor optimiser state, stay whole. In an update
+What is trained is sharded; frozen weights, which have neither gradient nor optimizer state, stay whole. In an update
 (:func:`in_shards`) weights are gathered block by block when they run. Between updates they are whole on every rank, so
 that rollouts and evaluations, in which ranks decide differently often, need no other. What is written or read is whole
 too (:func:`whole_weights`): a checkpoint fits any number of ranks.
@@ -111,11 +111,11 @@ def as_shards(module: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tenso
 
 
 def whole_optimizer_state(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[int, dict[str, Any]]:
-    """The optimiser's state by number of the parameter, without shards; all ranks must call it.
+    """The optimizer's state by number of the parameter, without shards; all ranks must call it.
 
     Of shards it is gathered tensor by tensor to the CPU of the first rank; the others get nothing.
 
-    :param module: whose parameters are optimised.
+    :param module: whose parameters are optimized.
     """
     if not is_sharded(module) or not optimizer.state:
         return optimizer.state_dict()["state"]
@@ -134,7 +134,7 @@ def load_optimizer_state(
     """Take a state of :func:`whole_optimizer_state`; all ranks must call it. Where there are shards, it is the first
     rank's, which is sent tensor by tensor.
 
-    :param module: whose parameters are optimised.
+    :param module: whose parameters are optimized.
     """
     groups = optimizer.state_dict()["param_groups"]
     if not is_sharded(module) or not current_ranks().from_first(bool(state)):
@@ -160,7 +160,7 @@ def _whole(**options: Any) -> Any:
 
 
 def _names(optimizer: torch.optim.Optimizer, module: nn.Module) -> list[str]:
-    """Of the optimiser's parameters, in their order; the module must be in shards."""
+    """Of the optimizer's parameters, in their order; the module must be in shards."""
     names = {parameter: name for name, parameter in module.named_parameters()}
     return [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
 

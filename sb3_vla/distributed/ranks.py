@@ -12,7 +12,7 @@ environments as the script makes.
 
 Every rank has environments, a replica of the policy and a rollout buffer of its own; ``batch_size``, ``n_groups`` and
 ``total_timesteps`` count what all of them have. The ranks' environments in the order of the ranks are those of one
-process: noise is drawn, decisions are shuffled, advantages are normalised and tasks are weighted as one process would,
+process: noise is drawn, decisions are shuffled, advantages are normalized and tasks are weighted as one process would,
 so that the number of ranks changes a result by rounding alone. A gradient is summed over ranks in flat buckets.
 
 Whatever decides how a training goes on (divergence, a gradient that is not finite, a callback that stops) is decided by

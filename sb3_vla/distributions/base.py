@@ -3,8 +3,8 @@
 A *trace* is what must be stored to compute the log-probability of a sample again: the action itself, the tokens, or the
 ends of stochastic denoising steps. Letters as in :mod:`sb3_vla.models.base`; K is the executed chunk, S the number of
 random denoising steps in a trace (1 where nothing is denoised at random).
-Log-probabilities are float32, whatever the model's precision, and those of denoised or tokenised actions are in the
-model's normalised units, whose constant Jacobian cancels in every ratio.
+Log-probabilities are float32, whatever the model's precision, and those of denoised or tokenized actions are in the
+model's normalized units, whose constant Jacobian cancels in every ratio.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ class ActionDistribution(nn.Module, ABC):
 
     def executed_actions(self, model: VLAModel, x: Tensor) -> Tensor:
         """The executed part of denoised chunks (N, H, L), in environment units (N, K, A)."""
-        return model.unnormalise_action(self._executed_part(x, model.action_dim))
+        return model.unnormalize_action(self._executed_part(x, model.action_dim))
 
     def _executed_part(self, x: Tensor, action_dim: int) -> Tensor:
         """(..., K, A) of (..., H, L)."""

@@ -32,7 +32,7 @@ class DDIM(DenoisingChain):
 
     :param action_chunk: K.
     :param eta: 0 for the deterministic sampler with the floor's noise alone, 1 for as much noise as DDPM has.
-    :param min_std: floor of the deviation, normalised units.
+    :param min_std: floor of the deviation, normalized units.
     :param clip_sample: bound of the predicted action; None for none.
     :param trained_steps: K', how many of the last steps are trained; None for all.
     :param joint: whether all steps are stochastic, or one drawn for each sample.
@@ -93,7 +93,7 @@ class DDIM(DenoisingChain):
         if first == 0:
             return super().takers(model, context)
         assert self.pretrained is not None and context.perception is not None, "trained_steps needs for_model"
-        own = self.pretrained.contextualise(context.perception)
+        own = self.pretrained.contextualize(context.perception)
         return [(self.pretrained, own)] * first + [(model, context)] * self.trained_steps
 
     def check_trainable(self, model: VLAModel) -> None:
@@ -140,7 +140,7 @@ class DDPM(DDIM):
     Deterministic steps are those of DDIM. See :class:`DDIM` for the floor of the deviation and what is trained.
 
     :param action_chunk: K.
-    :param min_std: floor of the deviation, normalised units.
+    :param min_std: floor of the deviation, normalized units.
     :param clip_sample: bound of the predicted action; None for none.
     :param trained_steps: how many of the last steps are trained; None for all.
     :param joint: whether all steps are stochastic, or one drawn for each sample.
@@ -170,7 +170,7 @@ class DDPM(DDIM):
 def copy_denoiser(model: VLAModel) -> VLAModel:
     """A frozen copy of a model without its backbone and without adapters: what they add is in the copy's weights.
 
-    It can contextualise and denoise; parts that only perceive are left out, which are most of a large model.
+    It can contextualize and denoise; parts that only perceive are left out, which are most of a large model.
     """
     backbone = {id(parameter) for parameter in model.backbone()}
     left_out: dict[int, Any] = {}

@@ -26,7 +26,7 @@ class FlowNoise(DenoisingChain):
     :param action_chunk: K.
     :param feature_dim: the model's ``action_feature_dim``.
     :param latent_dim: L.
-    :param noise_range: least and largest standard deviation, normalised units; piRL takes 0.04 to 0.1 in MetaWorld.
+    :param noise_range: least and largest standard deviation, normalized units; piRL takes 0.04 to 0.1 in MetaWorld.
     :param joint: whether all steps are stochastic, or one drawn for each sample.
     :param denoising_steps: Euler steps.
     :param widths: hidden layers of the noise head.

@@ -71,7 +71,7 @@ class ActionTokens(ActionDistribution):
         return model.token_logits(context)[:, self.first_action : last].float()
 
     def _actions(self, model: VLAModel, tokens: Tensor) -> Tensor:
-        return model.unnormalise_action(model.token_values[tokens])
+        return model.unnormalize_action(model.token_values[tokens])
 
 
 def _log_probabilities(logits: Tensor, temperature: Tensor) -> Tensor:

@@ -196,7 +196,7 @@ def evaluate(
     films = videos if videos is None or isinstance(videos, VideoOptions) else VideoOptions(**videos)
     ranks = current_ranks()
     filmed = _first_of_each_task(trials, films.per_task) if films else set()
-    # Neighbours, which are of few tasks: a process takes long to construct a task's scene. Where there are fewer trials
+    # Neighbors, which are of few tasks: a process takes long to construct a task's scene. Where there are fewer trials
     # than ranks, some have none.
     own = np.array_split(np.arange(len(trials)), ranks.count)[ranks.rank]
     part = _Part([trials[index] for index in own], films, {int(index - own[0]) for index in own if index in filmed})

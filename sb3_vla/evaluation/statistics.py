@@ -68,11 +68,11 @@ def wilson_interval(successes: int, trials: int, confidence: float = 0.95) -> Es
     z = NormalDist().inv_cdf(0.5 + _checked_confidence(confidence) / 2)
     rate = successes / trials
     shrink = 1 + z * z / trials
-    centre = (rate + z * z / (2 * trials)) / shrink
+    center = (rate + z * z / (2 * trials)) / shrink
     half = z * math.sqrt(rate * (1 - rate) / trials + z * z / (4 * trials * trials)) / shrink
     # Rounding may leave 1e-17 beside the exact limits of "never" and "always".
-    low = 0.0 if successes == 0 else max(0.0, centre - half)
-    high = 1.0 if successes == trials else min(1.0, centre + half)
+    low = 0.0 if successes == 0 else max(0.0, center - half)
+    high = 1.0 if successes == trials else min(1.0, center + half)
     return Estimate(rate, low, high)
 
 

@@ -17,7 +17,7 @@ from sb3_vla.distributed.ranks import ALONE, Ranks
 from sb3_vla.distributions import Trace
 from sb3_vla.rollouts.buffers import DecisionBatch, DecisionBuffer
 
-ADVANTAGE_TYPES = ("standardised", "leave_one_out")
+ADVANTAGE_TYPES = ("standardized", "leave_one_out")
 # What a reset tells of the trial that it placed, beside what can be seen.
 _TRIAL_INFO = ("task", "goal", "trial_seed")
 _EPSILON = 1e-6
@@ -64,17 +64,17 @@ def group_advantages(returns: Sequence[float], advantage_type: str) -> Tensor:
     """How much better each episode of a group was than the group.
 
     :param returns: of at least two episodes of one trial.
-    :param advantage_type: ``standardised``: (return - mean) / (std + 1e-6) with the unbiased deviation (GRPO, Shao et
+    :param advantage_type: ``standardized``: (return - mean) / (std + 1e-6) with the unbiased deviation (GRPO, Shao et
         al. 2024, eq. 3); ``leave_one_out``: return - mean of the others (RLOO, Ahmadian et al. 2024, eq. 8).
     :return: float32, one for each episode, of sum zero.
     :raises ValueError: for an unknown type.
     """
     values = torch.tensor(returns, dtype=torch.float64)
-    centred = values - values.mean()
-    if advantage_type == "standardised":
-        return (centred / (values.std() + _EPSILON)).float()
+    centered = values - values.mean()
+    if advantage_type == "standardized":
+        return (centered / (values.std() + _EPSILON)).float()
     if advantage_type == "leave_one_out":
-        return (centred * len(values) / (len(values) - 1)).float()
+        return (centered * len(values) / (len(values) - 1)).float()
     raise InputError(f"Unknown advantage_type={advantage_type!r}; {did_you_mean(advantage_type, ADVANTAGE_TYPES)}")
 
 

@@ -1,4 +1,4 @@
-"""Group Relative Policy Optimisation (Shao et al. 2024) of vision-language-action policies, in chunks.
+"""Group Relative Policy Optimization (Shao et al. 2024) of vision-language-action policies, in chunks.
 
 The same trial is played several times, and an episode is as good as it was better than the others of its group: there
 is no critic. A rollout is a number of such groups of whole episodes; the update is that of PPO.
@@ -82,7 +82,7 @@ class GRPO(PPO):
     :param success_bounds: least and greatest share of successes for a group to be kept, inclusive.
     :param episode_return: ``reward``, the sum of rewards without a discount; or ``success``, 1 for an episode that
         succeeded at any time (``info["is_success"]`` at its end) and 0 for another.
-    :param advantage_type: ``standardised`` or ``leave_one_out``, see :func:`~sb3_vla.grpo.groups.group_advantages`. It
+    :param advantage_type: ``standardized`` or ``leave_one_out``, see :func:`~sb3_vla.grpo.groups.group_advantages`. It
         is that of all decisions of the episode.
     :param normalize_length: let every episode weigh the same, as Shao et al. do; without it every decision does, which
         is the unbiased gradient of the expected return (Liu et al. 2025) but makes a failure, which lasts until the
@@ -117,7 +117,7 @@ class GRPO(PPO):
         max_groups: int | None = None,
         success_bounds: tuple[float, float] = (0.0, 1.0),
         episode_return: str = "reward",
-        advantage_type: str = "standardised",
+        advantage_type: str = "standardized",
         normalize_length: bool = True,
         clip_range_high: float | Schedule | None = None,
         dual_clip: float | None = None,

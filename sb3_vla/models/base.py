@@ -93,13 +93,13 @@ class VLAModel(nn.Module, ABC):
     caches_perception: bool = True
     #: place in the horizon of the first action to execute; later than 0 where the prediction starts in the past
     first_action: int = 0
-    #: tokens of the longest prompt, of a model whose ``tokenise`` makes ids and mask of instructions; else None
+    #: tokens of the longest prompt, of a model whose ``tokenize`` makes ids and mask of instructions; else None
     prompt_length: int | None = None
     #: size of the second tensor of :meth:`denoise_features`, None where there is none
     action_feature_dim: int | None = None
     #: of a diffusion model: abar_t of the timesteps that it was trained on, float32 (T,)
     alphas_cumprod: Tensor
-    #: of a token model: the action that each token means, in normalised units, float32 (V,)
+    #: of a token model: the action that each token means, in normalized units, float32 (V,)
     token_values: Tensor
 
     def __init__(self, action_dim: int, action_horizon: int) -> None:
@@ -185,7 +185,7 @@ class VLAModel(nn.Module, ABC):
         """
 
     @abstractmethod
-    def contextualise(self, perception: dict[str, Tensor]) -> Context:
+    def contextualize(self, perception: dict[str, Tensor]) -> Context:
         """The rest of the encoding, from what :meth:`perceive` gave."""
 
     def fit_image(self, image: Tensor) -> Tensor:
@@ -199,14 +199,14 @@ class VLAModel(nn.Module, ABC):
         """Encode observations, or what :meth:`perceive` made of them."""
         if not is_perceived(observation):
             observation = self.perceive(observation)
-        context = self.contextualise(observation)
+        context = self.contextualize(observation)
         context.perception = observation
         return context
 
     def denoise(self, context: Context, x: Tensor, t: Tensor) -> Tensor:
         """What :attr:`prediction` says, shape of x; every model but a token model has it.
 
-        :param x: noisy chunks in normalised units, float32 (R * N, H, L); row r * N + n belongs to context n.
+        :param x: noisy chunks in normalized units, float32 (R * N, H, L); row r * N + n belongs to context n.
         :param t: flow time of each row in [0, 1], float32 (R * N,), or its diffusion timestep, int64 (R * N,).
         """
         raise NotImplementedError(f"{type(self).__name__} predicts {self.prediction} and has no denoiser")
@@ -219,19 +219,19 @@ class VLAModel(nn.Module, ABC):
         """Logits of the action tokens, (N, H, A, V), all decoded in parallel; a token model has it."""
         raise NotImplementedError(f"{type(self).__name__} predicts {self.prediction} and has no tokens")
 
-    def normalise_action(self, action: Tensor) -> Tensor:
+    def normalize_action(self, action: Tensor) -> Tensor:
         """Environment units to the model's, any leading shape."""
         return (action - self.action_mean) / self.action_std
 
-    def unnormalise_action(self, action: Tensor) -> Tensor:
+    def unnormalize_action(self, action: Tensor) -> Tensor:
         """The model's units to the environment's, any leading shape."""
         return action * self.action_std + self.action_mean
 
     @torch.no_grad()
     def set_statistics(self, statistics: dict[str, Tensor]) -> None:
-        """Take normalisation statistics into the model's buffers.
+        """Take normalization statistics into the model's buffers.
 
-        :param statistics: ``action_mean``, ``action_std`` (A,) and whatever else the model normalises by, such as
+        :param statistics: ``action_mean``, ``action_std`` (A,) and whatever else the model normalizes by, such as
             ``state_mean``, ``state_std`` (S,).
         :raises ValueError: for an unknown name or a wrong shape.
         """
@@ -260,7 +260,7 @@ class VLAModel(nn.Module, ABC):
         :param draws: noise draws per encoded observation.
         """
         context = self.encode(observation)
-        x0 = self.normalise_action(actions).repeat(draws, 1, 1)
+        x0 = self.normalize_action(actions).repeat(draws, 1, 1)
         noise = draw.normal(x0.shape, generator, x0.device)
         t = self.sample_time(len(x0), generator, x0.device)
         x = torch.lerp(x0, noise, t[:, None, None])

@@ -117,8 +117,8 @@ class CompactVLA(VLAModel):
             "state": observation["state"],
         }
 
-    def contextualise(self, perception: dict[str, Tensor]) -> Context:
-        """See :meth:`VLAModel.contextualise`."""
+    def contextualize(self, perception: dict[str, Tensor]) -> Context:
+        """See :meth:`VLAModel.contextualize`."""
         words = perception[PERCEPTION + "words"]
         state = (perception["state"].float() - self.state_mean) / self.state_std
         state = self.state_encoder(state.clamp(-10, 10))  # (N, width)

@@ -1,4 +1,4 @@
-"""What models with a diffusion head share: noise schedules, the conditional 1-D U-Net, normalisation, the loss.
+"""What models with a diffusion head share: noise schedules, the conditional 1-D U-Net, normalization, the loss.
 
 The U-Net is that of Diffusion Policy (Chi et al. 2023) with LeRobot's names of modules, so published weights fit.
 """
@@ -18,10 +18,10 @@ from mw_envs.tasks import did_you_mean
 from sb3_vla.common import batch_noise as draw
 from sb3_vla.common.errors import InputError
 from sb3_vla.models.base import VLAModel
-from sb3_vla.models.normalization import normalise, unnormalise
+from sb3_vla.models.normalization import normalize, unnormalize
 
 SCHEDULES = ("squaredcos_cap_v2", "linear")
-NORMALISATIONS = ("identity", "mean_std", "min_max")
+NORMALIZATIONS = ("identity", "mean_std", "min_max")
 DIFFUSION_PREDICTIONS = ("epsilon", "sample", "v_prediction")
 _MOMENTS = ("mean", "std", "min", "max")
 
@@ -35,7 +35,7 @@ class DiffusionModel(VLAModel):
     :param prediction: what the denoiser puts out: ``epsilon``, ``sample`` or ``v_prediction``.
     :param timesteps: T.
     :param schedule: ``squaredcos_cap_v2`` or ``linear``, see :func:`noise_schedule`.
-    :param normalisation: how ``state`` and ``action`` are normalised, names in :data:`NORMALISATIONS`. Samplers clip
+    :param normalization: how ``state`` and ``action`` are normalized, names in :data:`NORMALIZATIONS`. Samplers clip
         predicted actions to [-1, 1], which is the data's range with ``min_max``.
     :param mask_padding: whether the loss leaves out steps past the end of an episode; else they count, with the last
         action repeated.
@@ -49,17 +49,17 @@ class DiffusionModel(VLAModel):
         prediction: str,
         timesteps: int,
         schedule: str,
-        normalisation: dict[str, str],
+        normalization: dict[str, str],
         mask_padding: bool,
     ) -> None:
         super().__init__(action_dim, action_horizon)
         if prediction not in DIFFUSION_PREDICTIONS:
             raise InputError(f"Unknown prediction={prediction!r}; {did_you_mean(prediction, DIFFUSION_PREDICTIONS)}")
-        for kind in normalisation.values():
-            if kind not in NORMALISATIONS:
-                raise InputError(f"Unknown normalisation {kind!r}; {did_you_mean(kind, NORMALISATIONS)}")
+        for kind in normalization.values():
+            if kind not in NORMALIZATIONS:
+                raise InputError(f"Unknown normalization {kind!r}; {did_you_mean(kind, NORMALIZATIONS)}")
         self.prediction = prediction
-        self.normalisation = normalisation
+        self.normalization = normalization
         self.mask_padding = mask_padding
         self.register_buffer("alphas_cumprod", noise_schedule(schedule, timesteps), persistent=False)
         self.register_buffer("action_min", -torch.ones(action_dim))
@@ -67,23 +67,23 @@ class DiffusionModel(VLAModel):
         self._register_statistics("state", (state_dim,))
 
     def _register_statistics(self, name: str, shape: tuple[int, ...]) -> None:
-        """Buffers ``name_mean`` and so on, so that each normalisation changes nothing until they are set."""
+        """Buffers ``name_mean`` and so on, so that each normalization changes nothing until they are set."""
         for moment, value in zip(_MOMENTS, (0.0, 1.0, -1.0, 1.0), strict=True):
             self.register_buffer(f"{name}_{moment}", torch.full(shape, value))
 
-    def _normalise(self, name: str, value: Tensor) -> Tensor:
-        return normalise(value, self._statistics(name), self.normalisation[name], "lerobot")
+    def _normalize(self, name: str, value: Tensor) -> Tensor:
+        return normalize(value, self._statistics(name), self.normalization[name], "lerobot")
 
     def _statistics(self, name: str) -> dict[str, Tensor]:
         return {moment: getattr(self, f"{name}_{moment}") for moment in _MOMENTS}
 
-    def normalise_action(self, action: Tensor) -> Tensor:
-        """See :meth:`VLAModel.normalise_action`."""
-        return self._normalise("action", action)
+    def normalize_action(self, action: Tensor) -> Tensor:
+        """See :meth:`VLAModel.normalize_action`."""
+        return self._normalize("action", action)
 
-    def unnormalise_action(self, action: Tensor) -> Tensor:
-        """See :meth:`VLAModel.unnormalise_action`."""
-        return unnormalise(action, self._statistics("action"), self.normalisation["action"], "lerobot")
+    def unnormalize_action(self, action: Tensor) -> Tensor:
+        """See :meth:`VLAModel.unnormalize_action`."""
+        return unnormalize(action, self._statistics("action"), self.normalization["action"], "lerobot")
 
     def imitation_loss(
         self,
@@ -105,7 +105,7 @@ class DiffusionModel(VLAModel):
         if past:
             actions = torch.cat([actions[:, :1].expand(-1, past, -1), actions[:, :-past]], dim=1)
             mask = torch.cat([torch.zeros_like(mask[:, :past]), mask[:, :-past]], dim=1)
-        x0 = self.normalise_action(actions).repeat(draws, 1, 1)
+        x0 = self.normalize_action(actions).repeat(draws, 1, 1)
         noise = draw.normal(x0.shape, generator, x0.device)
         t = draw.integers(0, len(self.alphas_cumprod), (len(x0),), generator, x0.device)
         x, target = self.noised(x0, noise, t)
@@ -120,7 +120,7 @@ class DiffusionModel(VLAModel):
         return mask[:, : mask.shape[1] - self.first_action].sum().item() if self.mask_padding else len(mask)
 
     def noised(self, x0: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Normalised chunks (N, H, L) at timesteps (N,), and what the denoiser should put out there."""
+        """Normalized chunks (N, H, L) at timesteps (N,), and what the denoiser should put out there."""
         alphas = self.alphas_cumprod[t][:, None, None]
         signal, deviation = alphas.sqrt(), (1 - alphas).sqrt()
         x = signal * x0 + deviation * noise

@@ -4,8 +4,8 @@ A decision has one picture. A model of ``n_obs_steps`` > 1 takes it as all of th
 an episode; whoever has the earlier ones gives ``image`` (N, n_obs_steps, 3, h, w) and ``state`` (N, n_obs_steps, S),
 newest last. Imitation shows it the same repeated picture that it will act on.
 
-LeRobot's random crop is a random shift before the crop of the centre: with a crop of c out of s pixels, imitation's
-``shift=(s - c) // 2`` draws from the same windows. In rollouts and updates the window is the centre.
+LeRobot's random crop is a random shift before the crop of the center: with a crop of c out of s pixels, imitation's
+``shift=(s - c) // 2`` draws from the same windows. In rollouts and updates the window is the center.
 
 Ours is the instruction: Diffusion Policy knows one task. With ``instruction_dim`` > 0 a byte-level encoder of the
 sentence gives numbers that stand where LeRobot has ``observation.environment_state``.
@@ -39,7 +39,7 @@ class DiffusionPolicy(DiffusionModel):
     :param action_horizon: H, a multiple of 2^(levels - 1).
     :param state_dim: size of the proprioceptive state.
     :param image_size: side of the square picture that is cropped; others are brought to it.
-    :param crop_size: side of the window in its centre; None for all of it.
+    :param crop_size: side of the window in its center; None for all of it.
     :param n_obs_steps: observations it knows, at successive environment steps; its horizon begins with the first.
     :param instruction_dim: size of what it knows of the instruction; 0 for nothing, as published.
     :param resnet: name in :data:`RESNETS`.
@@ -55,7 +55,7 @@ class DiffusionPolicy(DiffusionModel):
     :param prediction: see :class:`DiffusionModel`, as the next ones.
     :param timesteps: T.
     :param schedule: noise schedule.
-    :param normalisation: of ``image``, ``state`` and ``action``.
+    :param normalization: of ``image``, ``state`` and ``action``.
     :param mask_padding: of the loss.
     """
 
@@ -80,10 +80,10 @@ class DiffusionPolicy(DiffusionModel):
         prediction: str = "epsilon",
         timesteps: int = 100,
         schedule: str = "squaredcos_cap_v2",
-        normalisation: Mapping[str, str] | None = None,
+        normalization: Mapping[str, str] | None = None,
         mask_padding: bool = True,
     ) -> None:
-        modes = {"image": "mean_std", "state": "min_max", "action": "min_max", **(normalisation or {})}
+        modes = {"image": "mean_std", "state": "min_max", "action": "min_max", **(normalization or {})}
         super().__init__(action_dim, action_horizon, state_dim, prediction, timesteps, schedule, modes, mask_padding)
         self.config = {
             "action_dim": action_dim,
@@ -105,7 +105,7 @@ class DiffusionPolicy(DiffusionModel):
             "prediction": prediction,
             "timesteps": timesteps,
             "schedule": schedule,
-            "normalisation": modes,
+            "normalization": modes,
             "mask_padding": mask_padding,
         }
         check_horizon(action_horizon, down_dims)
@@ -148,15 +148,15 @@ class DiffusionPolicy(DiffusionModel):
         return perception
 
     def window(self, image: Tensor) -> Tensor:
-        """What the ResNet reads of pictures uint8 (N, 3, h, w): normalised, brought to size, cropped; float32."""
-        image = shrink(self._normalise("image", image.float() / 255), self.image_size[0])
+        """What the ResNet reads of pictures uint8 (N, 3, h, w): normalized, brought to size, cropped; float32."""
+        image = shrink(self._normalize("image", image.float() / 255), self.image_size[0])
         margin = (self.image_size[0] - self.crop_size) / 2
         start = round(margin)  # to even, as torchvision does
         return image[:, :, start : start + self.crop_size, start : start + self.crop_size]
 
-    def contextualise(self, perception: dict[str, Tensor]) -> Context:
-        """See :meth:`VLAModel.contextualise`."""
-        state = self._normalise("state", perception["state"].float())
+    def contextualize(self, perception: dict[str, Tensor]) -> Context:
+        """See :meth:`VLAModel.contextualize`."""
+        state = self._normalize("state", perception["state"].float())
         if state.ndim == 2:
             state = state[:, None]
         known = [state, perception[PERCEPTION + "image"]]

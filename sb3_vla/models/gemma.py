@@ -151,7 +151,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.zeros(width))
 
     def forward(self, x: Tensor, condition: Tensor | None) -> tuple[Tensor, None]:
-        return (_normalised(x) * (1 + self.weight.float())).to(x.dtype), None
+        return (_normalized(x) * (1 + self.weight.float())).to(x.dtype), None
 
 
 class AdaptiveRMSNorm(nn.Module):
@@ -166,7 +166,7 @@ class AdaptiveRMSNorm(nn.Module):
     def forward(self, x: Tensor, condition: Tensor | None) -> tuple[Tensor, Tensor]:
         assert condition is not None
         scale, shift, gate = self.dense(condition)[:, None].chunk(3, dim=2)
-        return (_normalised(x) * (1 + scale.float()) + shift.float()).to(x.dtype), gate.to(x.dtype)
+        return (_normalized(x) * (1 + scale.float()) + shift.float()).to(x.dtype), gate.to(x.dtype)
 
 
 def _norm(width: int, condition_dim: int | None) -> nn.Module:
@@ -177,7 +177,7 @@ def _add(x: Tensor, branch: Tensor, gate: Tensor | None) -> Tensor:
     return x + (branch if gate is None else branch * gate)
 
 
-def _normalised(x: Tensor) -> Tensor:
+def _normalized(x: Tensor) -> Tensor:
     x = x.float()
     return x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + 1e-6)
 

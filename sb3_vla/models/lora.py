@@ -97,7 +97,7 @@ def add_lora(model: VLAModel, lora: LoRA) -> list[str]:
     for parameter in trained:
         parameter.requires_grad_(True)
     for name, parameter in model.named_parameters():
-        if ".lora_" in name:  # beside weights in bfloat16, too, in which most steps of an optimiser are rounded away
+        if ".lora_" in name:  # beside weights in bfloat16, too, in which most steps of an optimizer are rounded away
             parameter.data = parameter.data.float()
     return names
 
@@ -155,7 +155,7 @@ def merge_adapter(
 ) -> dict[str, Tensor]:
     """Weights and an adapter that ``peft`` saved: W + alpha / r B A (Hu et al. 2022, section 4.1), there in float32.
 
-    With rank-stabilised scaling the factor is alpha / sqrt(r) (Kalajdzievski 2023).
+    With rank-stabilized scaling the factor is alpha / sqrt(r) (Kalajdzievski 2023).
 
     :param weights: of all layers by name.
     :param adapter: ``base_model.model.LAYER.lora_A.weight`` (r, in) and ``.lora_B.weight`` (out, r).

@@ -1,4 +1,4 @@
-"""Normalisation of states and actions by statistics of the data, exactly as openpi and LeRobot compute it."""
+"""Normalization of states and actions by statistics of the data, exactly as openpi and LeRobot compute it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ SCHEMES = ("mean_std", "quantiles", "min_max", "identity")
 CONVENTIONS = ("openpi", "lerobot")
 
 
-def normalise(x: Tensor, statistics: Mapping[str, Tensor], scheme: str, convention: str) -> Tensor:
+def normalize(x: Tensor, statistics: Mapping[str, Tensor], scheme: str, convention: str) -> Tensor:
     """Data units to the model's; ``quantiles`` and ``min_max`` map an interval to [-1, 1].
 
     :param x: any leading shape.
@@ -27,8 +27,8 @@ def normalise(x: Tensor, statistics: Mapping[str, Tensor], scheme: str, conventi
     return (x - lowest) / width * 2 - 1
 
 
-def unnormalise(x: Tensor, statistics: Mapping[str, Tensor], scheme: str, convention: str) -> Tensor:
-    """The model's units to the data's; parameters as of :func:`normalise`. LeRobot adds nothing to the deviation."""
+def unnormalize(x: Tensor, statistics: Mapping[str, Tensor], scheme: str, convention: str) -> Tensor:
+    """The model's units to the data's; parameters as of :func:`normalize`. LeRobot adds nothing to the deviation."""
     if scheme == "identity":
         return x
     if scheme == "mean_std":

@@ -179,13 +179,13 @@ class OpenVLAOFT(VLAModel):
 
     def perceive(self, observation: dict[str, Tensor]) -> dict[str, Tensor]:
         """See :meth:`VLAModel.perceive`."""
-        tokens, mask = self.tokenise(observation["instruction"])
+        tokens, mask = self.tokenize(observation["instruction"])
         dtype = self.projector.fc1.weight.dtype
-        patches = self.projector(self.vision_backbone(self.normalise_image(observation["image"]).to(dtype)))
+        patches = self.projector(self.vision_backbone(self.normalize_image(observation["image"]).to(dtype)))
         return {PERCEPTION + "patches": patches, PERCEPTION + "tokens": tokens, PERCEPTION + "mask": mask}
 
-    def contextualise(self, perception: dict[str, Tensor]) -> Context:
-        """See :meth:`VLAModel.contextualise`."""
+    def contextualize(self, perception: dict[str, Tensor]) -> Context:
+        """See :meth:`VLAModel.contextualize`."""
         tokens, mask, patches = (perception[PERCEPTION + name] for name in ("tokens", "mask", "patches"))
         embedded, mask = self.embed(tokens, mask, patches)
         hidden = self.read(embedded, mask)
@@ -222,14 +222,14 @@ class OpenVLAOFT(VLAModel):
         logits = self.language_model.lm_head(hidden)
         return logits[..., self.first_action_id : self.first_action_id + BINS].float()
 
-    def normalise_image(self, image: Tensor) -> Tensor:
+    def normalize_image(self, image: Tensor) -> Tensor:
         """Pictures uint8 (N, 3, h, w) as both towers read them, float32 (N, 6, resolution, resolution)."""
         image = F.interpolate(image.float(), (self.resolution,) * 2, mode="bicubic", antialias=True)
         image = image.clamp(0, 255).round() / 255
         mean, std = image.new_tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[:, :, None, None]
         return torch.cat([(image - mean) / std, (image - 0.5) / 0.5], dim=1)
 
-    def tokenise(self, instruction: Tensor) -> tuple[Tensor, Tensor]:
+    def tokenize(self, instruction: Tensor) -> tuple[Tensor, Tensor]:
         """Prompts of uint8 (N, L): ids, int64 (N, T), and which are no padding; that is behind the first token.
 
         :raises ValueError: for a prompt longer than T.
@@ -265,13 +265,13 @@ class OpenVLAOFT(VLAModel):
             bounds[name] = value
         super().set_statistics(bounds)
 
-    def normalise_action(self, action: Tensor) -> Tensor:
-        """See :meth:`VLAModel.normalise_action`."""
+    def normalize_action(self, action: Tensor) -> Tensor:
+        """See :meth:`VLAModel.normalize_action`."""
         low, high, scaled = self._bounds()
         return torch.where(scaled, 2 * (action - low) / (high - low + 1e-8) - 1, action)
 
-    def unnormalise_action(self, action: Tensor) -> Tensor:
-        """See :meth:`VLAModel.unnormalise_action`."""
+    def unnormalize_action(self, action: Tensor) -> Tensor:
+        """See :meth:`VLAModel.unnormalize_action`."""
         low, high, scaled = self._bounds()
         return torch.where(scaled, 0.5 * (action + 1) * (high - low + 1e-8) + low, action)
 
@@ -280,10 +280,10 @@ class OpenVLAOFT(VLAModel):
 
         A number that does not act is in the middle of its range.
         """
-        normalised = actions.new_zeros(*actions.shape[:2], self.numbers)
-        normalised[..., self.acting] = self.normalise_action(actions).clamp(-1, 1)
+        normalized = actions.new_zeros(*actions.shape[:2], self.numbers)
+        normalized[..., self.acting] = self.normalize_action(actions).clamp(-1, 1)
         edges = torch.linspace(-1, 1, BINS, dtype=torch.float64, device=actions.device)
-        return BINS - torch.bucketize(normalised.double(), edges, right=True)
+        return BINS - torch.bucketize(normalized.double(), edges, right=True)
 
     def sharding_units(self) -> Iterator[nn.Module]:
         """See :meth:`VLAModel.sharding_units`."""
@@ -326,7 +326,7 @@ class OpenVLAOFT(VLAModel):
 
 
 class VisionBackbone(nn.Module):
-    """Two towers on the six channels of :meth:`OpenVLAOFT.normalise_image`: patches side by side, (N, P, widths)."""
+    """Two towers on the six channels of :meth:`OpenVLAOFT.normalize_image`: patches side by side, (N, P, widths)."""
 
     def __init__(self, sizes: OFTSizes, resolution: int) -> None:
         super().__init__()
@@ -460,12 +460,12 @@ def _llama(sizes: OFTSizes) -> nn.Module:
 
 
 def openvla_token_values(bins: int = 256) -> Tensor:
-    """Normalised actions of OpenVLA's tokens, by ascending token id, float32 (bins,).
+    """Normalized actions of OpenVLA's tokens, by ascending token id, float32 (bins,).
 
-    The last ``bins`` ids of the vocabulary stand for edges -1 ... 1 in descending order, and an edge means the centre
+    The last ``bins`` ids of the vocabulary stand for edges -1 ... 1 in descending order, and an edge means the center
     of the interval above it; the lowest id, which has none, means that of the interval below.
     """
     edges = torch.linspace(-1.0, 1.0, bins, dtype=torch.float64)
-    centres = (edges[:-1] + edges[1:]) / 2
+    centers = (edges[:-1] + edges[1:]) / 2
     interval = (bins - 1 - torch.arange(bins)).clamp(max=bins - 2)
-    return centres[interval].float()
+    return centers[interval].float()

@@ -24,7 +24,7 @@ from sb3_vla.common.errors import InputError
 from sb3_vla.models.base import PERCEPTION, Context, VLAModel, is_perceived
 from sb3_vla.models.compact import time_embedding
 from sb3_vla.models.gemma import GemmaLayer, GemmaSize, GemmaTower, KeysValues, RMSNorm
-from sb3_vla.models.normalization import CONVENTIONS, SCHEMES, STATISTICS, normalise, unnormalise
+from sb3_vla.models.normalization import CONVENTIONS, SCHEMES, STATISTICS, normalize, unnormalize
 from sb3_vla.models.prompts import PromptTokenizer, clean
 from sb3_vla.models.recomputing import recomputing
 from sb3_vla.models.resizing import resize_bytes
@@ -53,7 +53,7 @@ class VisionSize:
 @dataclass
 class _Conditions:
     """What the denoiser needs of an observation: the prefix's keys and values, which of its tokens are no padding
-    (None for all), how many these are (N,), and the state, normalised and padded (N, padded_dim)."""
+    (None for all), how many these are (N,), and the state, normalized and padded (N, padded_dim)."""
 
     keys_values: list[KeysValues]
     valid: Tensor | None
@@ -68,9 +68,9 @@ class Pi0(VLAModel):
     :param action_horizon: H.
     :param state_dim: numbers of the state.
     :param image_size: side of the square picture it reads.
-    :param convention: ``openpi`` (and RLinf) or ``lerobot``: whose way of resizing pictures, keeping normalisation from
+    :param convention: ``openpi`` (and RLinf) or ``lerobot``: whose way of resizing pictures, keeping normalization from
         dividing by zero, writing prompts and averaging the imitation loss (openpi: over padded dimensions as well).
-    :param state_scheme: how states are normalised, in :data:`sb3_vla.models.normalization.SCHEMES`; None for
+    :param state_scheme: how states are normalized, in :data:`sb3_vla.models.normalization.SCHEMES`; None for
         the variant's own.
     :param action_scheme: how actions are.
     :param tokenizer: where PaliGemma's tokenizer is, see :class:`sb3_vla.models.prompts.PromptTokenizer`.
@@ -217,7 +217,7 @@ class Pi0(VLAModel):
     def encode(self, observation: dict[str, Tensor]) -> Context:
         """See :meth:`VLAModel.encode`; what is not kept needs no room for longer prompts."""
         if is_perceived(observation):
-            return self.contextualise(observation)
+            return self.contextualize(observation)
         perception, padded = self._look(observation)
         return self._conditioned(perception, padded)
 
@@ -232,8 +232,8 @@ class Pi0(VLAModel):
             valid: F.pad(perception[valid], (0, room)),
         }
 
-    def contextualise(self, perception: dict[str, Tensor]) -> Context:
-        """See :meth:`VLAModel.contextualise`; the room that no prompt of the batch needs is left out."""
+    def contextualize(self, perception: dict[str, Tensor]) -> Context:
+        """See :meth:`VLAModel.contextualize`; the room that no prompt of the batch needs is left out."""
         keys_values, valid = perception[PERCEPTION + "keys_values"], perception[PERCEPTION + "valid"]
         pictured = self._patches
         shortest, longest = torch.stack(torch.aminmax(valid.sum(1))).tolist()
@@ -268,7 +268,7 @@ class Pi0(VLAModel):
         """A context from keys and values of which some belong to padding, or none."""
         valid = perception[PERCEPTION + "valid"]
         keys_values = [(pair[:, 0], pair[:, 1]) for pair in perception[PERCEPTION + "keys_values"].unbind(1)]
-        state = self.normalise_state(perception["state"].float())
+        state = self.normalize_state(perception["state"].float())
         widened = F.pad(state, (0, self.latent_dim - state.shape[1]))
         features = torch.cat([perception[PERCEPTION + "summary"], state], dim=1)
         return Context(features, _Conditions(keys_values, valid if padded else None, valid.sum(1), widened))
@@ -338,7 +338,7 @@ class Pi0(VLAModel):
         return tokens, valid, not bool(valid.all())
 
     def prompts(self, sentences: list[str], state: Tensor) -> list[tuple[str, ...]]:
-        """The parts of each prompt, which are tokenised one by one."""
+        """The parts of each prompt, which are tokenized one by one."""
         if self.convention == "openpi":
             return [(clean(sentence), "\n") for sentence in sentences]
         return [(sentence if sentence.endswith("\n") else sentence + "\n",) for sentence in sentences]
@@ -387,17 +387,17 @@ class Pi0(VLAModel):
         mixed = self.action_time_mlp_in(torch.cat([self.action_in_proj(x), time], dim=2))
         return torch.cat([self.state_proj(state)[:, None], self.action_time_mlp_out(F.silu(mixed))], dim=1), None
 
-    def normalise_state(self, state: Tensor) -> Tensor:
+    def normalize_state(self, state: Tensor) -> Tensor:
         """The environment's units to the model's."""
-        return normalise(state, self._statistics("state"), self.state_scheme, self.convention)
+        return normalize(state, self._statistics("state"), self.state_scheme, self.convention)
 
-    def normalise_action(self, action: Tensor) -> Tensor:
-        """See :meth:`VLAModel.normalise_action`."""
-        return normalise(action, self._statistics("action"), self.action_scheme, self.convention)
+    def normalize_action(self, action: Tensor) -> Tensor:
+        """See :meth:`VLAModel.normalize_action`."""
+        return normalize(action, self._statistics("action"), self.action_scheme, self.convention)
 
-    def unnormalise_action(self, action: Tensor) -> Tensor:
-        """See :meth:`VLAModel.unnormalise_action`."""
-        return unnormalise(action, self._statistics("action"), self.action_scheme, self.convention)
+    def unnormalize_action(self, action: Tensor) -> Tensor:
+        """See :meth:`VLAModel.unnormalize_action`."""
+        return unnormalize(action, self._statistics("action"), self.action_scheme, self.convention)
 
     def sharding_units(self) -> Iterator[nn.Module]:
         """See :meth:`VLAModel.sharding_units`."""
@@ -414,7 +414,7 @@ class Pi0(VLAModel):
     ) -> Tensor:
         """See :meth:`VLAModel.imitation_loss`; openpi also wants the padded dimensions to go to zero."""
         context = self.encode(observation)
-        x0 = F.pad(self.normalise_action(actions), (0, self.latent_dim - self.action_dim)).repeat(draws, 1, 1)
+        x0 = F.pad(self.normalize_action(actions), (0, self.latent_dim - self.action_dim)).repeat(draws, 1, 1)
         noise = draw.normal(x0.shape, generator, x0.device)
         t = self.sample_time(len(x0), generator, x0.device)
         error = (self.denoise(context, torch.lerp(x0, noise, t[:, None, None]), t) - (noise - x0)).square()
@@ -492,7 +492,7 @@ class Pi05(Pi0):
         """See :meth:`Pi0.prompts`."""
         if not self.discrete_state_input:
             return super().prompts(sentences, state)
-        state = self.normalise_state(state.float())
+        state = self.normalize_state(state.float())
         state = F.pad(state, (0, (self.prompt_state_dim or state.shape[1]) - state.shape[1]))
         edges = torch.linspace(-1, 1, _STATE_BINS + 1, dtype=torch.float64, device=state.device)[:-1]
         bins = torch.bucketize(state.double(), edges, right=True) - 1  # below the first edge it is -1

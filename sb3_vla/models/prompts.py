@@ -31,7 +31,7 @@ class PromptTokenizer:
         self._remembered: dict[tuple[str, ...], list[int]] = {}
 
     def __call__(self, prompts: Sequence[tuple[str, ...]]) -> tuple[Tensor, Tensor]:
-        """Tokens of prompts, each of parts that are tokenised one by one and follow a beginning-of-sentence token.
+        """Tokens of prompts, each of parts that are tokenized one by one and follow a beginning-of-sentence token.
 
         :return: ids, int64 (N, length), and which of them are no padding, bool (N, length).
         :raises FileNotFoundError: if there is no tokenizer.
@@ -109,7 +109,7 @@ def tokenizer_file(source: str) -> Path:
         return found
     advice = (
         "Give tokenizer=FOLDER with tokenizer.json, a SentencePiece file such as openpi's paligemma_tokenizer.model, "
-        "or a hub repository such as google/paligemma-3b-pt-224 (gated: accept its licence and log in first)"
+        "or a hub repository such as google/paligemma-3b-pt-224 (gated: accept its license and log in first)"
     )
     if path.is_dir() or not is_hub_name(source):
         raise NotThereError(f"No PaliGemma tokenizer at {source!r}. {advice}")

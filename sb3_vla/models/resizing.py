@@ -58,16 +58,16 @@ def resize_by_integers(image: Tensor, size: tuple[int, int], box: bool = False) 
 def _taps(before: int, after: int, box: bool) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]]:
     """Which pixels of a line each new one is a mean of, and their weights in units of 2^-22; both (pixels, after).
 
-    A box or triangle as wide as what is left out between two new pixels, normalised.
+    A box or triangle as wide as what is left out between two new pixels, normalized.
     """
     scale = before / after
     stretch = max(scale, 1.0)
     support = stretch / 2 if box else stretch
-    centre = (np.arange(after) + 0.5) * scale
-    first = np.maximum((centre - support + 0.5).astype(np.int64), 0)
-    last = np.minimum((centre + support + 0.5).astype(np.int64), before)
+    center = (np.arange(after) + 0.5) * scale
+    first = np.maximum((center - support + 0.5).astype(np.int64), 0)
+    last = np.minimum((center + support + 0.5).astype(np.int64), before)
     places = first + np.arange((last - first).max())[:, None]
-    distance = (places - centre + 0.5) * (1.0 / stretch)
+    distance = (places - center + 0.5) * (1.0 / stretch)
     inside = ((distance > -0.5) & (distance <= 0.5)).astype(np.float64)
     weights = inside if box else np.maximum(1.0 - np.abs(distance), 0.0)
     weights[places >= last] = 0.0

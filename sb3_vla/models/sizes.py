@@ -29,7 +29,7 @@ def _tinyvla(hidden: int, layers: int, heads: int) -> dict[str, Any]:
         "down_dims": (256, 512, 1024),
         "step_dim": 256,
         "cameras": 2,
-        "centre_crop": True,
+        "center_crop": True,
     }
 
 

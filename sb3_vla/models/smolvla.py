@@ -247,7 +247,7 @@ class SmolVLA(VLAModel):
     def perceive(self, observation: dict[str, Tensor]) -> dict[str, Tensor]:
         """See :meth:`VLAModel.perceive`."""
         pictures = self.embed_pictures(self.resize(observation["image"]))
-        tokens, mask = self.tokenise(observation["instruction"])
+        tokens, mask = self.tokenize(observation["instruction"])
         kept = {"state": observation["state"]}
         if self.kept == "pictures":
             padding = (0, self.prompt_length - tokens.shape[1])
@@ -259,8 +259,8 @@ class SmolVLA(VLAModel):
             }
         return {**self.read_prefix(*self.embed_prefix(pictures, tokens, mask)), **kept}
 
-    def contextualise(self, perception: dict[str, Tensor]) -> Context:
-        """See :meth:`VLAModel.contextualise`."""
+    def contextualize(self, perception: dict[str, Tensor]) -> Context:
+        """See :meth:`VLAModel.contextualize`."""
         if PERCEPTION + "pictures" in perception:
             pictures, tokens, mask = (perception[PERCEPTION + name] for name in ("pictures", "tokens", "mask"))
             perception = {**perception, **self.read_prefix(*self.embed_prefix(pictures, tokens, mask))}
@@ -318,7 +318,7 @@ class SmolVLA(VLAModel):
             image = F.interpolate(image, scaled, mode="bilinear", align_corners=False)
         return F.pad(image, (width - scaled[1], 0, height - scaled[0], 0)) * 2 - 1
 
-    def tokenise(self, instruction: Tensor) -> tuple[Tensor, Tensor]:
+    def tokenize(self, instruction: Tensor) -> tuple[Tensor, Tensor]:
         """Token ids, int64, and which are no padding, bool, (N, longest); uint8 (N, L) in."""
         ids = self.tokenizer(instruction)
         longest = max(len(row) for row in ids)
@@ -376,7 +376,7 @@ class SmolVLA(VLAModel):
         return side**2 + len(self.marks) * (1 + self.absent_pictures) + self.prompt_length
 
     def state_token(self, state: Tensor) -> Tensor:
-        """The normalised state as a token, (N, W)."""
+        """The normalized state as a token, (N, W)."""
         state = (state.float() - self.state_mean) / (self.state_std + _EPSILON)
         return self.state_proj(F.pad(state, (0, self.state_proj.in_features - state.shape[1])))
 
@@ -387,8 +387,8 @@ class SmolVLA(VLAModel):
         both = torch.cat([actions, time.to(actions.dtype)[:, None].expand_as(actions)], dim=2)
         return self.action_time_mlp_out(F.silu(self.action_time_mlp_in(both)))
 
-    def normalise_action(self, action: Tensor) -> Tensor:
-        """See :meth:`VLAModel.normalise_action`."""
+    def normalize_action(self, action: Tensor) -> Tensor:
+        """See :meth:`VLAModel.normalize_action`."""
         return (action - self.action_mean) / (self.action_std + _EPSILON)
 
     def imitation_loss(
@@ -410,7 +410,7 @@ class SmolVLA(VLAModel):
 
     def velocity_error(self, context: Context, actions: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """Predicted minus true velocity, (R * N, H, L), of actions in environment units with this noise and time."""
-        x0 = F.pad(self.normalise_action(actions), (0, self.latent_dim - self.action_dim))
+        x0 = F.pad(self.normalize_action(actions), (0, self.latent_dim - self.action_dim))
         time = t[:, None, None]
         return self.denoise(context, time * noise + (1 - time) * x0, t) - (noise - x0)
 

@@ -69,13 +69,13 @@ class TinyVLA(DiffusionModel):
     :param tokenizer: content of a ``tokenizer.json``; None for one that reads bytes.
     :param prompt: with ``<image>`` and ``{instruction}``.
     :param cameras: 1 or 2.
-    :param centre_crop: cut 2.5 % off each side, as the original does.
+    :param center_crop: cut 2.5 % off each side, as the original does.
     :param down_dims: channels of the U-Net's levels.
     :param step_dim: size of the timestep's embedding.
     :param bf16_time: compute that embedding in bfloat16, as the original does; its weights expect the phases so
         rounded.
     :param timesteps: T.
-    :param normalisation: of ``state`` and ``action``.
+    :param normalization: of ``state`` and ``action``.
     :param mask_padding: see :class:`DiffusionModel`.
     """
 
@@ -91,15 +91,15 @@ class TinyVLA(DiffusionModel):
         tokenizer: Mapping[str, Any] | None = None,
         prompt: str = "<image>\n{instruction}<|endoftext|>",
         cameras: int = 1,
-        centre_crop: bool = False,
+        center_crop: bool = False,
         down_dims: Sequence[int] = (64, 128, 256),
         step_dim: int = 64,
         bf16_time: bool = False,
         timesteps: int = 100,
-        normalisation: Mapping[str, str] | None = None,
+        normalization: Mapping[str, str] | None = None,
         mask_padding: bool = True,
     ) -> None:
-        modes = {"state": "mean_std", "action": "min_max", **(normalisation or {})}
+        modes = {"state": "mean_std", "action": "min_max", **(normalization or {})}
         super().__init__(
             action_dim, action_horizon, state_dim, "epsilon", timesteps, "squaredcos_cap_v2", modes, mask_padding
         )
@@ -116,12 +116,12 @@ class TinyVLA(DiffusionModel):
             "tokenizer": None if tokenizer is None else dict(tokenizer),
             "prompt": prompt,
             "cameras": cameras,
-            "centre_crop": centre_crop,
+            "center_crop": center_crop,
             "down_dims": list(down_dims),
             "step_dim": step_dim,
             "bf16_time": bf16_time,
             "timesteps": timesteps,
-            "normalisation": modes,
+            "normalization": modes,
             "mask_padding": mask_padding,
         }
         check_horizon(action_horizon, down_dims)
@@ -132,7 +132,7 @@ class TinyVLA(DiffusionModel):
         if prompt.count("<image>") != 1 or "{instruction}" not in prompt.partition("<image>")[2]:
             raise InputError(f"prompt={prompt!r}; expected one <image> and {{instruction}} after it")
         self.image_size = (image_size, image_size)
-        self.cameras, self.centre_crop, self.tower, self.prompt = cameras, centre_crop, tower, prompt
+        self.cameras, self.center_crop, self.tower, self.prompt = cameras, center_crop, tower, prompt
         # Heavy imports, of which only this model has need.
         from transformers import (
             CLIPVisionConfig,
@@ -194,7 +194,7 @@ class TinyVLA(DiffusionModel):
         whole levels."""
         size = self.vision_tower.config.image_size
         image = shrink(image.float(), self.image_size[0])
-        if self.centre_crop:
+        if self.center_crop:
             image = (self.crop(image) * 255).clamp(0, 255).floor()
         image = pillow_bicubic(image, size)
         mean, std = (torch.tensor(values, device=image.device).view(3, 1, 1) for values in _PIXELS[self.tower])
@@ -231,10 +231,10 @@ class TinyVLA(DiffusionModel):
         """The language model's last states (N, T, hidden)."""
         return self.gpt_neox(inputs_embeds=embeddings, attention_mask=mask.long(), use_cache=False).last_hidden_state
 
-    def contextualise(self, perception: dict[str, Tensor]) -> Context:
-        """See :meth:`VLAModel.contextualise`."""
+    def contextualize(self, perception: dict[str, Tensor]) -> Context:
+        """See :meth:`VLAModel.contextualize`."""
         pooled = self.norm_after_pool(perception[PERCEPTION + "pooled"])
-        state = self._normalise("state", perception["state"].float())
+        state = self._normalize("state", perception["state"].float())
         condition = self.combine(torch.cat([pooled, state], dim=1))
         return Context(condition.float(), condition)
 
@@ -261,10 +261,10 @@ def _bicubic_weights(source: int, size: int) -> Tensor:
     """Weight of each source pixel in each pixel, float64 (size, source)."""
     scale = source / size
     stretch = max(scale, 1.0)
-    centre = (torch.arange(size, dtype=torch.float64)[:, None] + 0.5) * scale
+    center = (torch.arange(size, dtype=torch.float64)[:, None] + 0.5) * scale
     pixel = torch.arange(source, dtype=torch.float64)
-    within = (pixel >= (centre - 2 * stretch + 0.5).floor()) & (pixel < (centre + 2 * stretch + 0.5).floor())
-    x = ((pixel + 0.5 - centre) / stretch).abs()
+    within = (pixel >= (center - 2 * stretch + 0.5).floor()) & (pixel < (center + 2 * stretch + 0.5).floor())
+    x = ((pixel + 0.5 - center) / stretch).abs()
     near, far = (1.5 * x - 2.5) * x * x + 1, (((x - 5) * x + 8) * x - 4) * -0.5  # Keys 1981, a = -1/2
     weights = torch.where(x < 1, near, torch.where(x < 2, far, torch.zeros_like(x))) * within
     weights = weights / weights.sum(1, keepdim=True) * 2**22

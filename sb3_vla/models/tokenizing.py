@@ -42,7 +42,7 @@ class InstructionTokenizer:
         self._known: dict[bytes, list[int]] = {}
 
     def __call__(self, instruction: Tensor) -> list[list[int]]:
-        """Token ids of each row of uint8 (N, L); few different sentences are met, and each is tokenised once."""
+        """Token ids of each row of uint8 (N, L); few different sentences are met, and each is tokenized once."""
         return [self._ids(row) for row in instruction.cpu().numpy()]
 
     def special(self, token: str) -> int:

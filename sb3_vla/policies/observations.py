@@ -115,7 +115,7 @@ def channels_first(image: spaces.Space) -> bool:
     """
     shape = image.shape or ()
     if 3 not in (shape[0], shape[2]):
-        raise InputError(f"VLAPolicy needs one colour image, (H, W, 3) or (3, H, W); got shape {shape}. {STACKED}")
+        raise InputError(f"VLAPolicy needs one color image, (H, W, 3) or (3, H, W); got shape {shape}. {STACKED}")
     return shape[2] != 3
 
 

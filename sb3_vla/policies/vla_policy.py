@@ -112,7 +112,7 @@ class VLAPolicy(BasePolicy):
     :param view: ``camera`` and ``crop`` of the pictures that it is trained on, which
         :func:`sb3_vla.evaluation.evaluate` shows it; None for those that the checkpoint says. :class:`sb3_vla.PPO`
         takes them from the environment.
-    :param optimizer_class: optimiser.
+    :param optimizer_class: optimizer.
     :param optimizer_kwargs: its options besides the learning rate.
     :raises ValueError: if the spaces are not those of a vision-language-action environment, or the checkpoint is of
         another model than is asked for.

@@ -1,4 +1,4 @@
-"""Proximal Policy Optimisation (Schulman et al. 2017) of vision-language-action policies, in chunks.
+"""Proximal Policy Optimization (Schulman et al. 2017) of vision-language-action policies, in chunks.
 
 One sample is one decision: an observation and the action chunk that the environment runs on it. With any other policy
 than VLAPolicy this class is ``stable_baselines3.PPO``: its code runs.
@@ -115,7 +115,7 @@ class PPO(stable_baselines3.PPO):
     :param critic_warmup: rollouts at the start from which the critic alone learns.
     :param actor_warmup: rollouts after those over which the actor's learning rate rises linearly. Adam's first steps
         are of full length in every weight, whatever the gradient; from a good policy they lead to a worse one.
-    :param rehearsal: demonstrations whose imitation loss is added to each minibatch, so that what is not practised now
+    :param rehearsal: demonstrations whose imitation loss is added to each minibatch, so that what is not practiced now
         is not forgotten. They are not saved with the algorithm: set them again after ``load``.
     :param rehearsal_coef: weight of that loss.
     :param rehearsal_batch_size: demonstration frames per minibatch.
@@ -132,7 +132,7 @@ class PPO(stable_baselines3.PPO):
         :class:`~sb3_vla.SharedMemoryVecEnv` without wrappers, and acts on no other environment. The policy then
         decides for two small batches instead of one: an environment meets other exploration noise than without.
     :param sharding: ``none``, every rank has a replica; or ``fsdp``, in an update each has a part of the weights that
-        are trained, of their gradients and of the optimiser, see :mod:`sb3_vla.distributed.fsdp`. One rank has all of
+        are trained, of their gradients and of the optimizer, see :mod:`sb3_vla.distributed.fsdp`. One rank has all of
         them.
     """
 
@@ -366,7 +366,7 @@ class PPO(stable_baselines3.PPO):
 
     def anchor(self) -> None:
         """Take the present policy as the reference of ``kl_coef``; the first update does so if nobody did."""
-        # What is frozen is shared: it is most of a large model. The reference needs no optimiser, nor its state.
+        # What is frozen is shared: it is most of a large model. The reference needs no optimizer, nor its state.
         shared = [self.policy.optimizer, *(p for p in self.policy.parameters() if not p.requires_grad)]
         self._reference = copy.deepcopy(self.policy, {id(each): each for each in shared}).requires_grad_(False)
 
@@ -863,7 +863,7 @@ class PPO(stable_baselines3.PPO):
         ]
 
     def get_parameters(self) -> dict[str, dict[str, Any]]:
-        """As in Stable-Baselines3; of shards the whole, for which all ranks must call it. The optimiser's state, which
+        """As in Stable-Baselines3; of shards the whole, for which all ranks must call it. The optimizer's state, which
         is twice as large, the first rank gets alone."""
         if not is_sharded(self.policy):
             return super().get_parameters()

@@ -327,7 +327,7 @@ class ActorSection:
     """The learner.
 
     :param seed: of everything that is random but the trials of evaluation.
-    :param global_batch_size: decisions per optimiser step.
+    :param global_batch_size: decisions per optimizer step.
     :param micro_batch_size: decisions that are evaluated at a time; None for all of them.
     :param sharding: where several ranks train ``none``, all of what is trained is on each of them; or ``fsdp``, a part.
     """
@@ -371,7 +371,7 @@ class DataSection:
 class SFTSection:
     """Imitation, see :class:`sb3_vla.sft.SFTConfig`.
 
-    :param steps: optimiser steps.
+    :param steps: optimizer steps.
     :param batch_size: frames a step.
     :param draws: noise draws per frame.
     :param trainable: see ``actor.model.trainable``.

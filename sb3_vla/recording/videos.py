@@ -22,9 +22,9 @@ Frame = npt.NDArray[np.uint8]
 # The text under a picture of 480 pixels; it grows with the picture.
 _FONT_SIZE = 17
 _REFERENCE_WIDTH = 480
-_STRIP_COLOUR = (24, 26, 31)
-_TEXT_COLOUR = (236, 238, 241)
-_SUCCESS_COLOUR = (98, 211, 138)
+_STRIP_COLOR = (24, 26, 31)
+_TEXT_COLOR = (236, 238, 241)
+_SUCCESS_COLOR = (98, 211, 138)
 
 
 def temporary_path(path: Path, process: int | None = None) -> Path:
@@ -85,14 +85,14 @@ def annotate(frame: Frame, lines: Sequence[str], success: bool = False) -> Frame
     margin = size // 2
     broken = [part for line in lines for part in _broken_line(line, font, width - 2 * margin)]
     line_height = round(size * 1.4)
-    canvas = Image.new("RGB", (width, height + line_height * len(broken) + 2 * margin), _STRIP_COLOUR)
+    canvas = Image.new("RGB", (width, height + line_height * len(broken) + 2 * margin), _STRIP_COLOR)
     canvas.paste(Image.fromarray(frame), (0, 0))
     draw = ImageDraw.Draw(canvas)
     if success:
-        draw.rectangle((0, height, width, height + max(2, size // 4)), fill=_SUCCESS_COLOUR)
+        draw.rectangle((0, height, width, height + max(2, size // 4)), fill=_SUCCESS_COLOR)
     for number, line in enumerate(broken):
-        colour = _SUCCESS_COLOUR if success and number == len(broken) - 1 else _TEXT_COLOUR
-        draw.text((margin, height + margin + number * line_height), line, fill=colour, font=font)
+        color = _SUCCESS_COLOR if success and number == len(broken) - 1 else _TEXT_COLOR
+        draw.text((margin, height + margin + number * line_height), line, fill=color, font=font)
     return np.asarray(canvas)
 
 

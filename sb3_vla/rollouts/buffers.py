@@ -74,7 +74,7 @@ class DecisionBuffer(ABC):
 
 @dataclass(frozen=True)
 class Minibatch:
-    """Decisions of all ranks that make one step of the optimiser, M of them.
+    """Decisions of all ranks that make one step of the optimizer, M of them.
 
     :param indices: of those that this rank holds, in its buffer, int64 (m,).
     :param advantages: of all of them, float32 (M,).
@@ -134,7 +134,7 @@ class ChunkRolloutBuffer(DecisionBuffer):
     :param n_envs: N environments.
     :param device: where minibatches go.
     :param gamma: discount, see :meth:`discounts`.
-    :param gae_lambda: of generalised advantage estimation (Schulman et al. 2016), per decision.
+    :param gae_lambda: of generalized advantage estimation (Schulman et al. 2016), per decision.
     :param gamma_per: ``decision`` or ``env_step``, what ``gamma`` is for.
     """
 
@@ -213,7 +213,7 @@ class ChunkRolloutBuffer(DecisionBuffer):
         return np.power(self.gamma, steps, dtype=np.float64)
 
     def compute_returns_and_advantage(self, last_values: Tensor, dones: np.ndarray) -> None:
-        """Generalised advantage estimation over decisions.
+        """Generalized advantage estimation over decisions.
 
         :param last_values: values of the observations after the last decision, (N,).
         :param dones: whether an episode ended with the last decision, (N,).

@@ -44,7 +44,7 @@ class MemoryPlan:
     :param weights: of model, distribution and critic, trained or not, as a rollout needs them; and this rank's shards.
     :param copies: of what is trained: averaged weights, or the anchor of a divergence; and what a distribution copied.
     :param gradients: of what is trained.
-    :param optimizer: state of the optimiser.
+    :param optimizer: state of the optimizer.
     :param activations: what an update holds at its worst moment besides, for one micro batch.
     :param rollout: what a decision of all environments holds at its worst moment, besides weights.
     :param prefix_per_decision: what a rollout keeps of a decision where it keeps what a frozen backbone perceived.
@@ -79,7 +79,7 @@ class MemoryPlan:
             ("weights", self.weights),
             ("copies of what is trained", self.copies),
             ("gradients", self.gradients),
-            ("optimiser state", self.optimizer),
+            ("optimizer state", self.optimizer),
             ("activations of a micro batch", self.activations),
             ("a decision of all environments", self.rollout),
             ("device, at most", self.device),
@@ -151,7 +151,7 @@ def plan_memory(
     :param batch_size: decisions of a micro batch.
     :param bf16: autocast of the update, as the device that is planned for will have it.
     :param gradient_checkpointing: see :meth:`VLAModel.set_gradient_checkpointing`.
-    :param world_size: ranks over which what is trained, its gradients and its optimiser state are spread (FSDP2); 1
+    :param world_size: ranks over which what is trained, its gradients and its optimizer state are spread (FSDP2); 1
         where each rank holds all of it, as with DDP. Between updates each rank has all weights beside its shards.
     :param num_envs: environments of this rank.
     :param decisions: of each in a rollout.
@@ -162,7 +162,7 @@ def plan_memory(
     :param critic: what is trained beside it; None for none.
     :param noted: bytes that the rollout keeps of a decision beside what the model reads and what was drawn.
     :param copies: of what is trained: 1 for imitation's averaged weights, 1 for the anchor of a divergence.
-    :param optimizer_states: numbers that the optimiser keeps per parameter; Adam's two moments.
+    :param optimizer_states: numbers that the optimizer keeps per parameter; Adam's two moments.
     :raises ValueError: for a number below its least value, or a part that the model has not.
     """
     for name, value, least in (
@@ -491,7 +491,7 @@ def _left_as_it_was(model: VLAModel) -> Iterator[None]:
 def _full_prompts(model: VLAModel) -> Iterator[None]:
     """Prompts as long as they may be, without a tokenizer, which a plan needs not have at hand."""
     tokenize = getattr(model, "tokenize", None)
-    name, length = "tokenise", model.prompt_length
+    name, length = "tokenize", model.prompt_length
     if isinstance(tokenize, PromptTokenizer):
         name, length = "tokenize", tokenize.length
     if length is None:

@@ -1,6 +1,6 @@
 """All of a training between two iterations, so that after an interrupt it goes on as if there had been none.
 
-Between a rollout and the next one no decision is stored, so what remains is: weights, optimiser, counters, generators,
+Between a rollout and the next one no decision is stored, so what remains is: weights, optimizer, counters, generators,
 what was logged and not yet written, and the episodes in progress. An environment tells its own by ``snapshot()`` and
 takes it back with ``reset(options={"snapshot": ...})``, as :class:`mw_envs.env.MetaWorldEnv` does: its generator, the
 trial, and the actions since, which are run again. That costs less than an episode once per resume, and holds without

@@ -220,7 +220,7 @@ class GRPOConfig(TrainingConfig):
     :param max_groups: played for an update, at most; None for four times ``groups``.
     :param success_bounds: least and greatest share of successes of a group that counts.
     :param episode_return: ``reward``, or ``success`` for 1 or 0.
-    :param advantage_type: ``standardised`` or ``leave_one_out``.
+    :param advantage_type: ``standardized`` or ``leave_one_out``.
     :param normalize_length: whether each episode weighs the same, instead of each decision.
     """
 
@@ -234,7 +234,7 @@ class GRPOConfig(TrainingConfig):
     max_groups: int | None = None
     success_bounds: tuple[float, float] = (0.0, 1.0)
     episode_return: str = "reward"
-    advantage_type: str = "standardised"
+    advantage_type: str = "standardized"
     normalize_length: bool = True
 
     def arguments(self) -> dict[str, Any]:

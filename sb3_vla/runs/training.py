@@ -110,7 +110,7 @@ def train(
     :param checkpoint: where to start; its notes tell the view that the model was trained on, and where they do not,
         ``env_kwargs`` should have ``camera`` and ``crop``.
     :param output: folder of the resulting checkpoint.
-    :param tasks: which of the suite's tasks to practise; None for all.
+    :param tasks: which of the suite's tasks to practice; None for all.
     :param demonstrations: for rehearsal; their pictures are shifted as far as the checkpoint's notes say that imitation
         did, or by the default of :class:`~sb3_vla.sft.SFTConfig`.
     :param resume: go on from the stage's last checkpoint, if there is one, to the same weights and the same metrics
@@ -214,7 +214,7 @@ def _rehearsal(
 ) -> DemonstrationBatches | None:
     """Batches of what is rehearsed, if anything is.
 
-    :param view: of what is practised.
+    :param view: of what is practiced.
     """
     if config.rehearsal_coef <= 0:
         return None
@@ -237,7 +237,7 @@ def _save_policy(
     """Write a policy as a checkpoint; all ranks must call it.
 
     :param notes: of the checkpoint at the start.
-    :param further: notes besides these and what was practised.
+    :param further: notes besides these and what was practiced.
     """
     practice = {"decisions": algorithm.num_timesteps, "env_steps": algorithm.env_steps, "tasks": tasks}
     notes = {**notes, type(algorithm).__name__.lower(): practice, **further}

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from mw_envs.tasks import INSTRUCTION_BYTES
 from sb3_vla.checkpoints import load_checkpoint, save_checkpoint
 from sb3_vla.checkpoints.frozen_weights import FrozenWeights, Unfrozen
-from sb3_vla.checkpoints.native import NORMALISED, refuse_other_files
+from sb3_vla.checkpoints.native import NORMALIZED, refuse_other_files
 from sb3_vla.checkpoints.training_state import load_training_state, save_training_state
 from sb3_vla.common.errors import InputError
 from sb3_vla.common.paths import local_path
@@ -44,7 +44,7 @@ class SFTConfig:
     :param model: name in :data:`sb3_vla.models.MODELS`.
     :param model_kwargs: the model's own options.
     :param checkpoint: start from this checkpoint's model instead of a new one; of a published one, model_kwargs are
-        what it does not say. A model that comes without normalisation gets that of the data.
+        what it does not say. A model that comes without normalization gets that of the data.
     :param trainable: what is trained, see :class:`sb3_vla.VLAPolicy`.
     :param lora: options of adapters, see :class:`sb3_vla.models.lora.LoRA`; None for none, or with
         ``trainable=lora`` for the defaults.
@@ -52,7 +52,7 @@ class SFTConfig:
     :param gradient_checkpointing: layers compute again what the backward pass needs, for less memory.
     :param device: ``cpu``, ``cuda`` or ``auto``; the result is on the CPU.
     :param action_horizon: H, length of the predicted chunk.
-    :param steps: optimiser steps.
+    :param steps: optimizer steps.
     :param batch_size: frames a step.
     :param draws: noise draws per frame.
     :param learning_rate: peak of a cosine with linear warm-up.
@@ -260,7 +260,7 @@ def _saved(model: VLAModel, averaged: VLAModel, config: SFTConfig) -> dict[str, 
 def _make_model(demonstrations: Demonstrations, config: SFTConfig) -> VLAModel:
     if config.checkpoint is not None:
         loaded = load_checkpoint(config.checkpoint, config.model_kwargs)
-        model, normalised = loaded.model, loaded.notes.get(NORMALISED, True)
+        model, normalized = loaded.model, loaded.notes.get(NORMALIZED, True)
     else:
         options = {
             "action_dim": demonstrations.actions.shape[1],
@@ -270,8 +270,8 @@ def _make_model(demonstrations: Demonstrations, config: SFTConfig) -> VLAModel:
         }
         if config.model == "compact" and demonstrations.hand_images is not None:
             options["hand_view"] = dataclasses.asdict(hand_view_of(demonstrations))
-        model, normalised = make_model(config.model, {**options, **config.model_kwargs}), False
-    if not normalised:
+        model, normalized = make_model(config.model, {**options, **config.model_kwargs}), False
+    if not normalized:
         model.set_statistics(_statistics(demonstrations, model))
     if demonstrations.images.shape[1:3] != model.image_size:
         raise InputError(

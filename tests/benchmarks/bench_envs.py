@@ -48,7 +48,7 @@ WORKERS = 2
 HORIZON = 160
 CHUNKS = (1, 5)
 TARGET = 100.0  # times the better baseline, at 480 px with chunks of 5
-_POSITION = (0.75, 0.075, 0.7)  # of the camera corner2 in the published data, metres
+_POSITION = (0.75, 0.075, 0.7)  # of the camera corner2 in the published data, meters
 _SEED = 0
 
 Actions = npt.NDArray[np.float32]

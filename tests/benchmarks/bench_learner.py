@@ -4,7 +4,7 @@
     python tests/benchmarks/bench_learner.py --against 3939af5
 
 The environments hand out pictures that were drawn before, so a rollout is the learner's own work. On a CPU the
-processor's time counts, which other load disturbs less than the clock's; a ratio is the median of those of neighbours
+processor's time counts, which other load disturbs less than the clock's; a ratio is the median of those of neighbors
 in time, since a machine's speed drifts by more than what is measured. The first table has the memory of a rollout
 beside its payload, each buffer in a process of its own: the peak of resident memory while a rollout is stored and all
 of its minibatches are read twice.

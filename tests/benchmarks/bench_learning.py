@@ -5,7 +5,7 @@
     python tests/benchmarks/bench_learning.py runs/quickstart runs/seed1
 
 Each run gives a seed: its imitation checkpoint, the tasks that its own measurement chose, and PPO with Gaussian chunks,
-which it has trained already. Beside it, Flow-SDE and GRPO practise the same tasks under the same settings where these
+which it has trained already. Beside it, Flow-SDE and GRPO practice the same tasks under the same settings where these
 mean the same, and are measured on the same trials. Minutes are those of practice, without measurements.
 """
 
@@ -38,7 +38,7 @@ from sb3_vla.runs.settings import GRPOConfig, PPOConfig
 from sb3_vla.runs.training import train
 
 GAUSSIAN, FLOW_SDE, GRPO = "PPO, Gaussian", "PPO, Flow-SDE", "GRPO, Gaussian"
-_COLOURS = {GAUSSIAN: "#2469b0", FLOW_SDE: "#c2571a", GRPO: "#3a8a4d"}
+_COLORS = {GAUSSIAN: "#2469b0", FLOW_SDE: "#c2571a", GRPO: "#3a8a4d"}
 
 
 @dataclasses.dataclass
@@ -126,9 +126,9 @@ def results(path: Path, only: Sequence[str]) -> dict[str, Learned]:
 
 def table(of_seeds: dict[str, dict[str, Learned]]) -> Table:
     """One row for each algorithm and seed: success before and after with the paired difference."""
-    columns = ("algorithm", "run", "practised tasks", "difference", "suite", "difference", "env steps", "minutes")
+    columns = ("algorithm", "run", "practiced tasks", "difference", "suite", "difference", "env steps", "minutes")
     shown = Table(*columns, title="Success in %, same trials before and after, 95 % intervals")
-    for name in _COLOURS:
+    for name in _COLORS:
         for run, found in of_seeds.items():
             if name not in found:
                 continue
@@ -149,18 +149,18 @@ def curves(of_seeds: dict[str, dict[str, Learned]], path: Path) -> None:
     figure = Figure(figsize=(6.4, 4.0), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    for name, colour in _COLOURS.items():
+    for name, color in _COLORS.items():
         of_name = [found[name] for found in of_seeds.values() if name in found]
         series = [metric_series(learned.rows, "time/env_steps", "env/success_once") for learned in of_name]
         series = [(steps, smoothed(rates)) for steps, rates in series if len(steps)]
         if not series:
             continue
         for steps, rates in series:
-            axes.plot(steps, rates, color=colour, linewidth=0.8, alpha=0.4)
+            axes.plot(steps, rates, color=color, linewidth=0.8, alpha=0.4)
         common = np.linspace(max(s[0] for s, _ in series), min(s[-1] for s, _ in series), 100)
         mean = np.mean([np.interp(common, steps, rates) for steps, rates in series], axis=0)
-        axes.plot(common, mean, color=colour, linewidth=2.4, label=f"{name}, {len(series)} seeds")
-    axes.set(xlabel="environment steps", ylabel="success while exploring, practised tasks", ylim=(0, 1))
+        axes.plot(common, mean, color=color, linewidth=2.4, label=f"{name}, {len(series)} seeds")
+    axes.set(xlabel="environment steps", ylabel="success while exploring, practiced tasks", ylim=(0, 1))
     axes.legend(frameon=False)
     axes.grid(alpha=0.3)
     figure.savefig(path)

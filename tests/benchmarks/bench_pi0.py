@@ -8,7 +8,7 @@
 A decision is one picture of 480x480, which comes from main memory, one sentence and five denoising steps, in the
 precision of a rollout. The iteration is of RLinf's size: 10,240 decisions, whose log-probabilities PPO evaluates again
 but for those of the first minibatch, then four epochs of minibatches of 2,048 that train the expert. It is scaled, not
-run: the rollout from the batch that decides fastest, the update from a few micro batches and a step of the optimiser
+run: the rollout from the batch that decides fastest, the update from a few micro batches and a step of the optimizer
 after them, which in the real one comes after more. It is given twice: with the prefix run again in the update, and with
 its keys and values kept in main memory, to which the rollout copies them and of which each micro batch takes its own.
 The limit is what this device multiplies large square matrices at, measured in the same run and the same type; the share
@@ -191,7 +191,7 @@ def operations(policy: VLAPolicy) -> tuple[int, int]:
 
 
 def actions(policy: VLAPolicy, on: Device, count: int, half: bool) -> Tensor:
-    """Of so many observations, from a fixed start, normalised."""
+    """Of so many observations, from a fixed start, normalized."""
     model = policy.model
     start = torch.randn(count, model.action_horizon, model.latent_dim, generator=torch.Generator().manual_seed(0))
     with torch.no_grad(), autocast(half, on.device.type):
@@ -230,7 +230,7 @@ def update(policy: VLAPolicy, on: Device, size: int, count: int, kept: bool) -> 
     """Measure an update.
 
     :param size: of a micro batch.
-    :param count: micro batches, after which the optimiser makes a step.
+    :param count: micro batches, after which the optimizer makes a step.
     :param kept: whether the update begins from the prefix's keys and values.
     """
     executed = torch.full((size,), 5, device=on.device)

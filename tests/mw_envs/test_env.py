@@ -43,7 +43,7 @@ EXPERT_HORIZON = 90
 
 
 class FakeSimulator:
-    """Succeeds at the scripted steps, counted from the reset; step n is worth n, and the hand is n millimetres high."""
+    """Succeeds at the scripted steps, counted from the reset; step n is worth n, and the hand is n millimeters high."""
 
     def __init__(self, task: str, success_at: set[int]) -> None:
         self.task = task

@@ -3,7 +3,7 @@
 Letters: V vertices (places), C corners (a vertex with a normal), T triangles, D drawables, S lights.
 
 *Samples* are the points at which coverage and depth are decided, four a pixel; see :class:`Samples`. Triangles of one
-drawable that face nearly the same way are a *group*: what a pixel sees of one is given the colour of one of its
+drawable that face nearly the same way are a *group*: what a pixel sees of one is given the color of one of its
 triangles.
 """
 
@@ -105,7 +105,7 @@ SAMPLE_X = np.array([0.125, 0.625, 0.375, 0.875], np.float32)
 SAMPLE_Y = np.array([0.375, 0.125, 0.875, 0.625], np.float32)
 LANE_X = np.array([lane // SAMPLES + SAMPLE_X[lane % SAMPLES] for lane in range(LANES)], np.float32)
 LANE_Y = np.array([SAMPLE_Y[lane % SAMPLES] for lane in range(LANES)], np.float32)
-# Quantities that vary over a triangle: colour by unshadowed lights, by shadowed ones, place in the light's space, place
+# Quantities that vary over a triangle: color by unshadowed lights, by shadowed ones, place in the light's space, place
 # on the texture, and the weight that all of them are multiplied by. In a triangle's first row, at LEVEL, TEXTURE and
 # DRAWABLE, are how much its texture is reduced, which one that is, or -1, and what the triangle belongs to.
 U, V, D, S, WEIGHT, LEVEL, TEXTURE, DRAWABLE, QUANTITIES = 6, 7, 8, 9, 12, 13, 14, 15, 16
@@ -200,19 +200,19 @@ class Lights(NamedTuple):
 
 
 class Camera(NamedTuple):
-    """A pinhole, in pixels: a point (x, y, w) of camera space is seen at (centre_x + focal_x x / w, centre_y + ...).
+    """A pinhole, in pixels: a point (x, y, w) of camera space is seen at (center_x + focal_x x / w, center_y + ...).
 
     :param rotation: world to camera, float32 (3, 3); rows are right, up and forward.
     :param position: float32 (3,).
-    :param near: least distance that is drawn, metres.
+    :param near: least distance that is drawn, meters.
     """
 
     rotation: Array
     position: Array
     focal_x: float
     focal_y: float
-    centre_x: float
-    centre_y: float
+    center_x: float
+    center_y: float
     near: float
 
 
@@ -223,7 +223,7 @@ class Workspace(NamedTuple):
         makes what belongs to a vertex lie in one line of the cache.
     :param screen: vertices on the screen in pixels, and one over the distance, 0 if nearer than the near plane, float32
         (V, 4).
-    :param light: the casters' vertices in texels of the shadow map, and their depth in metres, float32 (V, 4).
+    :param light: the casters' vertices in texels of the shadow map, and their depth in meters, float32 (V, 4).
     :param front: triangles whose front is towards the camera or a light, int32 (T + 1,): what is written first and
         counted then has room.
     :param corners: quantities at the corners, float32 (C, 16).
@@ -253,12 +253,12 @@ class Workspace(NamedTuple):
 
 
 class Look(NamedTuple):
-    """All that colours are computed from.
+    """All that colors are computed from.
 
     :param frame: number of the frame, counted from 1.
     :param eyes: the camera in each drawable's coordinates, float32 (D, 3).
     :param towards: the directions to the lights in each drawable's coordinates, float32 (D, S, 3).
-    :param to_light: each drawable's coordinates to those of the light that casts shadows, in texels across and metres
+    :param to_light: each drawable's coordinates to those of the light that casts shadows, in texels across and meters
         along it, three rows of four each, float32 (D, 12); zeros if none does.
     """
 
@@ -277,10 +277,10 @@ class Look(NamedTuple):
 class ShadowMap(NamedTuple):
     """Distances from the light of what it meets first, in a window of the light's plane.
 
-    :param depth: metres, float32 (rows, columns + margin); inf where it meets nothing.
+    :param depth: meters, float32 (rows, columns + margin); inf where it meets nothing.
     :param columns: columns that count.
     :param u0: texel of the first column, and v0 of the first row.
-    :param slack: metres that a surface may lie behind the stored depth and still be lit.
+    :param slack: meters that a surface may lie behind the stored depth and still be lit.
     """
 
     depth: Array
@@ -296,7 +296,7 @@ class Samples(NamedTuple):
     :param nearness: one over the distance along the camera's axis, which is linear on the screen, float32 (rows, 4
         (columns + margin)).
     :param numbers: the triangle, counted from 0, and in the upper bits its group, from 1; or 0 for what was there
-        before; int32, of the same shape. When colours are computed they become the triangle's place among the visible
+        before; int32, of the same shape. When colors are computed they become the triangle's place among the visible
         ones, counted from 1.
     """
 

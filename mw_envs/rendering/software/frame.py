@@ -11,7 +11,7 @@ from mw_envs.rendering.software.arrays import LANES, MARGIN, SAMPLES, Samples, S
 # first, which itself lies as much deeper as its slope makes of _SLOPE_TEXELS.
 TEXEL, _SLACK, _SLOPE_TEXELS = 1.25, 0.75, 1.0
 UNLIMITED = 1 << 30  # where spans begin that are empty
-_BAND = 16  # rows that are coloured as one, few enough to stay in a core's cache
+_BAND = 16  # rows that are colored as one, few enough to stay in a core's cache
 
 
 def samples(rows, columns):
@@ -47,7 +47,7 @@ def cast_shadows(look, casting, window, pixel):
     depth[:] = np.inf
     if unshadowed < look.towards.shape[1]:
         towards = look.towards[:, unshadowed]
-        raster.rasterise_shadow(
+        raster.rasterize_shadow(
             look.casters, casting, towards, workspace, right - left, left, top, _SLOPE_TEXELS, depth
         )
     return ShadowMap(depth, right - left, left, top, _SLACK * TEXEL * pixel)
@@ -68,7 +68,7 @@ def draw_still(look, camera, poses, drawables, shadows, background, seen, spans,
     _empty(spans)
     rows, columns = background.light_d.shape
     window = _clipped(raster.project(geometry, drawables, poses, camera, workspace), (0, 0, columns, rows))
-    raster.rasterise(geometry, drawables, camera, look.eyes, window, workspace, seen, spans)
+    raster.rasterize(geometry, drawables, camera, look.eyes, window, workspace, seen, spans)
     count = 0
     for y in range(window[1], window[3], _BAND):
         end, start = min(y + _BAND, window[3]), count
@@ -119,7 +119,7 @@ def draw_moving(look, camera, poses, moving, transparent, casting, lit, pixel, b
     show_background(background.nearness, spans, seen)
     _empty(spans)
     left, top, right, bottom = _clipped(raster.project(geometry, moving, poses, camera, workspace), part)
-    raster.rasterise(geometry, moving, camera, look.eyes, (left, top, right, bottom), workspace, seen, spans)
+    raster.rasterize(geometry, moving, camera, look.eyes, (left, top, right, bottom), workspace, seen, spans)
     count = 0
     for y in range(top, bottom, _BAND):
         end, start = min(y + _BAND, bottom), count
@@ -139,7 +139,7 @@ def draw_moving(look, camera, poses, moving, transparent, casting, lit, pixel, b
             for sample in range(SAMPLES * left, SAMPLES * (right + MARGIN)):
                 layer_nearness[y, sample], layer_numbers[y, sample] = nearness[y, sample], 0
         _empty(canvas.layer_spans)
-        raster.rasterise(geometry, one, camera, look.eyes, window, workspace, canvas.layer, canvas.layer_spans)
+        raster.rasterize(geometry, one, camera, look.eyes, window, workspace, canvas.layer, canvas.layer_spans)
         start = count
         count = shading.find_visible(top, bottom, canvas.layer_spans, canvas.layer, frame, start, workspace)
         shading.prepare_visible(start, count, look)

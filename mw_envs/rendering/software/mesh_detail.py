@@ -12,7 +12,7 @@ import numpy as np
 
 
 def coarsen_meshes(model: mujoco.MjModel, cell: float) -> mujoco.MjModel:
-    """A copy of the model, to draw from, in which vertices within a cube of side ``cell`` metres are one.
+    """A copy of the model, to draw from, in which vertices within a cube of side ``cell`` meters are one.
 
     Vertex clustering (Rossignac and Borrel 1993): vertices of a cell move to their mean; triangles that collapse or
     repeat another are dropped. Normals stay those of the fine mesh, so shading does.

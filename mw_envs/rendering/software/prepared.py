@@ -35,7 +35,7 @@ _FAINTEST = 5e-4  # of a highlight, where 1 is white
 # More opaque than this is opaque, to MuJoCo.
 _OPAQUE = 0.995
 _HEADLIGHT = -1
-_NO_COLOUR = np.array([0.5, 0.5, 0.5, 1.0], np.float32)  # what the model's compiler puts where no colour is given
+_NO_COLOR = np.array([0.5, 0.5, 0.5, 1.0], np.float32)  # what the model's compiler puts where no color is given
 _GROUPS = 3  # geoms and sites of groups 0 to 2 are visible by default
 
 
@@ -57,7 +57,7 @@ class _Drawable:
 
 
 class Prepared:
-    """A model's drawables, ready for the inner loops, fine enough for a size of pixel in metres."""
+    """A model's drawables, ready for the inner loops, fine enough for a size of pixel in meters."""
 
     def __init__(self, model: mujoco.MjModel, background: frozenset[int], pixel: float, textures: TexturePool) -> None:
         _check_lights(model)
@@ -140,7 +140,7 @@ def is_fixed(model: mujoco.MjModel, body: int) -> bool:
 
 
 def _lights_of(model: mujoco.MjModel) -> tuple[list[int], int, npt.NDArray[np.float32]]:
-    """Active lights, those without shadows first, how many these are, and ambient, diffuse and specular colours."""
+    """Active lights, those without shadows first, how many these are, and ambient, diffuse and specular colors."""
     numbers = np.flatnonzero(model.light_active)
     lights = sorted(numbers.tolist(), key=lambda light: int(model.light_castshadow[light]))
     unshadowed = int((model.light_castshadow[numbers] == 0).sum())
@@ -165,15 +165,15 @@ def _check_lights(model: mujoco.MjModel) -> None:
 
 
 def _drawables(model: mujoco.MjModel, pixel: float) -> list[_Drawable]:
-    """All visible geoms, then all visible sites, fine enough for a size of pixel in metres."""
+    """All visible geoms, then all visible sites, fine enough for a size of pixel in meters."""
     found = []
     for prefix, count in (("geom", model.ngeom), ("site", model.nsite)):
-        groups, kinds, sizes, colours, materials, bodies = (
+        groups, kinds, sizes, colors, materials, bodies = (
             getattr(model, f"{prefix}_{field}") for field in ("group", "type", "size", "rgba", "matid", "bodyid")
         )
         for i in range(count):
             material = int(materials[i])
-            rgba, gloss = _look(model, colours[i], material)
+            rgba, gloss = _look(model, colors[i], material)
             if groups[i] >= _GROUPS or rgba[3] == 0:
                 continue
             kind, size = mujoco.mjtGeom(kinds[i]), np.asarray(sizes[i], dtype=np.float64)
@@ -195,10 +195,10 @@ def _drawables(model: mujoco.MjModel, pixel: float) -> list[_Drawable]:
 def _look(
     model: mujoco.MjModel, rgba: npt.NDArray[Any], material: int
 ) -> tuple[npt.NDArray[np.float32], tuple[float, float, float]]:
-    """Colour, and emission, specular reflection and exponent of the highlight; a material colours what has none."""
+    """Color, and emission, specular reflection and exponent of the highlight; a material colors what has none."""
     if material < 0:
         return rgba.astype(np.float32), (0.0, 0.5, 128 * 0.5)
-    if np.array_equal(rgba, _NO_COLOUR):
+    if np.array_equal(rgba, _NO_COLOR):
         rgba = model.mat_rgba[material]
     shininess = 128.0 * float(model.mat_shininess[material])
     gloss = float(model.mat_emission[material]), float(model.mat_specular[material]), shininess
@@ -270,10 +270,10 @@ def _caster(shape: Shape, pixel: float) -> Shape:
 
 
 def _texture(model: mujoco.MjModel, material: int) -> int:
-    """The texture that colours a material, or -1."""
+    """The texture that colors a material, or -1."""
     if material < 0:
         return -1
-    # Since MuJoCo 3.2 a material has a texture for each role; the second is its colour.
+    # Since MuJoCo 3.2 a material has a texture for each role; the second is its color.
     textures = np.atleast_1d(model.mat_texid[material])
     return int(textures[1] if len(textures) > 1 else textures[0])
 

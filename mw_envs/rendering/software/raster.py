@@ -36,7 +36,7 @@ def project(geometry, drawables, poses, camera, workspace):
     crossing = False
     c, camera_places, screen = camera.rotation, workspace.camera, workspace.screen
     scale_x, scale_y = F(camera.focal_x), F(camera.focal_y)
-    shift_x, shift_y = F(camera.centre_x), F(camera.centre_y)
+    shift_x, shift_y = F(camera.center_x), F(camera.center_y)
     near = F(camera.near)
     m = np.empty((3, 4), np.float32)
     for d in drawables:
@@ -126,7 +126,7 @@ def _list_front(geometry, drawables, places, bounded, front):
 
 
 @compiled
-def rasterise(geometry, drawables, camera, eyes, window, workspace, seen, spans):
+def rasterize(geometry, drawables, camera, eyes, window, workspace, seen, spans):
     """Find the triangle that each sample sees, of drawables that have been projected.
 
     :param eyes: the camera in each drawable's coordinates, float32 (D, 3).
@@ -146,7 +146,7 @@ def rasterise(geometry, drawables, camera, eyes, window, workspace, seen, spans)
         za, zb, zc = screen[a, 2], screen[b, 2], screen[c, 2]
         if za == ZERO or zb == ZERO or zc == ZERO:
             if za != ZERO or zb != ZERO or zc != ZERO:
-                _rasterise_crossing(triangles[t, 3], a, b, c, workspace, camera, window, seen, spans)
+                _rasterize_crossing(triangles[t, 3], a, b, c, workspace, camera, window, seen, spans)
             continue
         ax, ay = screen[a, 0], screen[a, 1]
         bx, by = screen[b, 0] - ax, screen[b, 1] - ay
@@ -196,7 +196,7 @@ def rasterise(geometry, drawables, camera, eyes, window, workspace, seen, spans)
 
 
 @compiled
-def _rasterise_crossing(number, a, b, c, workspace, camera, window, seen, spans):
+def _rasterize_crossing(number, a, b, c, workspace, camera, window, seen, spans):
     """A triangle that the near plane cuts, by rays through the samples."""
     x_first, y_first, x_end, y_end = window
     n, na, nb, nc = ray_weights(workspace, a, b, c)
@@ -207,8 +207,8 @@ def _rasterise_crossing(number, a, b, c, workspace, camera, window, seen, spans)
         spans[y, 0], spans[y, 1] = x_first, x_end - 1
         for x in range(x_first, x_end):
             for i in range(SAMPLES):
-                ray_x = (F(x) + SAMPLE_X[i] - F(camera.centre_x)) / F(camera.focal_x)
-                ray_y = (F(y) + SAMPLE_Y[i] - F(camera.centre_y)) / F(camera.focal_y)
+                ray_x = (F(x) + SAMPLE_X[i] - F(camera.center_x)) / F(camera.focal_x)
+                ray_y = (F(y) + SAMPLE_Y[i] - F(camera.center_y)) / F(camera.focal_y)
                 wa = na[0] * ray_x + na[1] * ray_y + na[2]
                 wb = nb[0] * ray_x + nb[1] * ray_y + nb[2]
                 wc = nc[0] * ray_x + nc[1] * ray_y + nc[2]
@@ -231,13 +231,13 @@ def ray_weights(workspace, a, b, c):
 
 
 @compiled
-def rasterise_shadow(casters, drawables, towards, workspace, columns, u0, v0, slope_texels, depth):
+def rasterize_shadow(casters, drawables, towards, workspace, columns, u0, v0, slope_texels, depth):
     """Distances from the light of what it meets first, by the triangles whose front it sees.
 
     :param towards: the direction to the light in each drawable's coordinates, float32 (D, 3).
     :param columns: columns of the map that count.
     :param slope_texels: a triangle lies that many texels' worth of its slope deeper, against shadows on itself.
-    :param depth: metres, float32 (rows, columns + margin); updated.
+    :param depth: meters, float32 (rows, columns + margin); updated.
     """
     light, triangles, front = workspace.light, casters.triangles, workspace.front
     rows = depth.shape[0]

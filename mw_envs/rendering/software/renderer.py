@@ -29,7 +29,7 @@ from mw_envs.rendering.view import Scene, View
 from mw_envs.tasks import did_you_mean
 
 # Distance at which the side of a pixel is measured: the robot seen from a camera that stands beside the table, and the
-# gripper seen from one that it carries, metres.
+# gripper seen from one that it carries, meters.
 _STANDING_DISTANCE, _CARRIED_DISTANCE = 1.0, 0.1
 # Kept of backgrounds, of which there are few, and of what trials have placed; each view and environment needs one of
 # these, 10 MB at 480x480 pixels, and those of earlier trials stay until the room is used.
@@ -124,7 +124,7 @@ class SoftwareRenderer:
     def _look(
         self, scene: Prepared, lights: arrays.Lights, camera: arrays.Camera, poses: npt.NDArray[np.float32]
     ) -> arrays.Look:
-        """What colours are computed from."""
+        """What colors are computed from."""
         geometry, scratch = scene.geometry, self._scratch
         space = scratch.workspace
         wanted = len(geometry.x), len(geometry.normals), len(geometry.triangles)
@@ -279,7 +279,7 @@ def _workspace(vertices: int, corners: int, triangles: int) -> arrays.Workspace:
 
 
 def _pixel_size(model: mujoco.MjModel, camera: int, view: View) -> float:
-    """Side of a pixel where it is least, metres; few different ones, so that views share what is prepared."""
+    """Side of a pixel where it is least, meters; few different ones, so that views share what is prepared."""
     distance = _STANDING_DISTANCE if model.cam_bodyid[camera] == 0 else _CARRIED_DISTANCE
     pixel = 2 * np.tan(np.radians(model.cam_fovy[camera]) / 2) * distance * view.crop[2] / view.height
     return round(float(2.0 ** np.floor(np.log2(pixel))), 6)
@@ -296,8 +296,8 @@ def _camera(model: mujoco.MjModel, data: mujoco.MjData, camera: int, view: View)
         position=data.cam_xpos[camera].astype(np.float32),
         focal_x=sign * focal,
         focal_y=-sign * focal,
-        centre_x=columns * (0.5 - left),
-        centre_y=rows * (0.5 - top),
+        center_x=columns * (0.5 - left),
+        center_y=rows * (0.5 - top),
         near=model.vis.map.znear * model.stat.extent,
     )
 

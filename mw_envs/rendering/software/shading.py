@@ -1,6 +1,6 @@
-"""Colours of what the samples see: the software renderer's light and shadows.
+"""Colors of what the samples see: the software renderer's light and shadows.
 
-A colour is computed at a pixel's centre, as OpenGL's multisampling does, once for each group of triangles that it sees.
+A color is computed at a pixel's center, as OpenGL's multisampling does, once for each group of triangles that it sees.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from mw_envs.rendering.software.arrays import (
 from mw_envs.rendering.software.raster import ray_weights
 from mw_envs.rendering.software.textures import sample_texture, texture_level
 
-# Colours are clamped, as OpenGL does it.
+# Colors are clamped, as OpenGL does it.
 _LEAST = np.array([0] * 6 + [-np.inf] * (QUANTITIES - 6), np.float32)
 _MOST = np.array([1] * 6 + [np.inf] * (QUANTITIES - 6), np.float32)
 NO_SHADOW = F(-1e9)
@@ -47,7 +47,7 @@ def prepare_lighting(poses, camera, lights, axes, texel, eyes, towards, to_light
     """The camera and the lights in each drawable's coordinates, see :class:`mw_envs.rendering.software.arrays.Look`.
 
     :param axes: two directions across the light that casts shadows and the one along it, float32 (3, 3), or empty.
-    :param texel: side of a shadow map's texel, metres.
+    :param texel: side of a shadow map's texel, meters.
     :param eyes: set; so are towards and to_light.
     """
     for d in range(len(poses)):
@@ -68,7 +68,7 @@ def prepare_lighting(poses, camera, lights, axes, texel, eyes, towards, to_light
 
 @compiled
 def find_visible(top, bottom, spans, seen, frame, count, workspace):
-    """List the triangles that give samples their colours, one of each group that a pixel sees.
+    """List the triangles that give samples their colors, one of each group that a pixel sees.
 
     :param top: first row, and bottom the one after the last.
     :param spans: first and last pixel of each row that may see one.
@@ -266,7 +266,7 @@ def _middle_level(planes, slot, vertices, camera_places, near, step_x, step_y, m
 
 @compiled
 def _apply_texture(p, slot, ray_x, ray_y, step_x, step_y, mapping, pixels, levels):
-    """Multiply the colours of a triangle by its texture; see :func:`_level`."""
+    """Multiply the colors of a triangle by its texture; see :func:`_level`."""
     d, texture = int(p[slot, 0, DRAWABLE]), int(p[slot, 0, TEXTURE])
     s = p[slot, 3, S] * mapping[d, 1] + mapping[d, 2]
     q = p[slot, 3, S + 1] * mapping[d, 3] + mapping[d, 4]
@@ -329,7 +329,7 @@ def _different(places, y, x, numbers, shares):
 
 @compiled
 def resolve(top, bottom, spans, seen, look, camera, shadows, background, picture):
-    """Colours of the pixels that see triangles, over a picture that shows the background.
+    """Colors of the pixels that see triangles, over a picture that shows the background.
 
     :param top: first row, and bottom the one after the last.
     :param spans: first and last pixel of each row that may see one.
@@ -337,7 +337,7 @@ def resolve(top, bottom, spans, seen, look, camera, shadows, background, picture
     :param picture: uint8 (rows, columns, 3); updated.
     """
     fx, fy = F(1 / camera.focal_x), F(1 / camera.focal_y)
-    ox, oy = F(camera.centre_x), F(camera.centre_y)
+    ox, oy = F(camera.center_x), F(camera.center_y)
     numbers, shares, places = np.empty(SAMPLES, np.int32), np.empty(SAMPLES, np.int32), seen.numbers
     planes, mapping = look.workspace.planes, look.materials.mapping
     pixels, levels = look.textures.pixels, look.textures.levels
@@ -374,7 +374,7 @@ def resolve(top, bottom, spans, seen, look, camera, shadows, background, picture
 
 @compiled
 def resolve_still(top, bottom, spans, seen, look, camera, background):
-    """Make the colours of what does not move a part of the background: as the lights show them, as they are in shadow,
+    """Make the colors of what does not move a part of the background: as the lights show them, as they are in shadow,
     and where they lie in the light's space.
 
     :param top: first row, and bottom the one after the last.
@@ -383,7 +383,7 @@ def resolve_still(top, bottom, spans, seen, look, camera, background):
     bright, dark = background.bright, background.dark
     light_u, light_v, light_d = background.light_u, background.light_v, background.light_d
     fx, fy = F(1 / camera.focal_x), F(1 / camera.focal_y)
-    ox, oy = F(camera.centre_x), F(camera.centre_y)
+    ox, oy = F(camera.center_x), F(camera.center_y)
     numbers, shares, places = np.empty(SAMPLES, np.int32), np.empty(SAMPLES, np.int32), seen.numbers
     planes, mapping = look.workspace.planes, look.materials.mapping
     pixels, levels = look.textures.pixels, look.textures.levels
@@ -506,7 +506,7 @@ def blend(top, bottom, spans, seen, alpha, look, camera, picture):
     :param spans: first and last pixel of each row that may see it.
     """
     fx, fy = F(1 / camera.focal_x), F(1 / camera.focal_y)
-    ox, oy = F(camera.centre_x), F(camera.centre_y)
+    ox, oy = F(camera.center_x), F(camera.center_y)
     planes, mapping = look.workspace.planes, look.materials.mapping
     pixels, levels = look.textures.pixels, look.textures.levels
     for y in range(top, bottom):

@@ -31,7 +31,7 @@ class Still:
 
     @functools.cached_property
     def nearest(self) -> float:
-        """Distance along the camera's axis of what is nearest to it, metres."""
+        """Distance along the camera's axis of what is nearest to it, meters."""
         return 1.0 / max(float(self.background.nearness.max()), 1e-9)
 
     @property

@@ -47,21 +47,21 @@ class TexturePool:
 
 
 def _halved(pictures: npt.NDArray[np.float32], axis: int) -> npt.NDArray[np.float32]:
-    """Pictures with half the pixels along an axis, each the linear interpolation at its centre, halves rounded up."""
+    """Pictures with half the pixels along an axis, each the linear interpolation at its center, halves rounded up."""
     size = pictures.shape[axis]
     if size == 1:
         return pictures
     half = size // 2
-    centre = (np.arange(half) + 0.5) * size / half - 0.5
-    low = np.floor(centre).astype(int)
-    weight = (centre - low).reshape([-1 if k == axis else 1 for k in range(4)]).astype(np.float32)
+    center = (np.arange(half) + 0.5) * size / half - 0.5
+    low = np.floor(center).astype(int)
+    weight = (center - low).reshape([-1 if k == axis else 1 for k in range(4)]).astype(np.float32)
     upper = np.minimum(low + 1, size - 1)
     return np.floor(pictures.take(low, axis) * (1 - weight) + pictures.take(upper, axis) * weight + 0.5)
 
 
 @compiled
 def _bilinear(pixels, levels, texture, level, face, u, v, clamp):
-    """Colour at (u, v), in 0..1 of one face, repeated or clamped at its edges; 0..255."""
+    """Color at (u, v), in 0..1 of one face, repeated or clamped at its edges; 0..255."""
     width, height = levels[texture, level, 1], levels[texture, level, 2]
     u, v = u * F(width) - HALF, v * F(height) - HALF
     left, top = np.floor(u), np.floor(v)
@@ -140,7 +140,7 @@ def texture_level(levels, texture, kind, s, t, r, sx, tx, rx, sy, ty, ry):
 
 @inlined
 def sample_texture(pixels, levels, texture, kind, s, t, r, level, blend):
-    """Trilinear colour in 0..1 of a texture.
+    """Trilinear color in 0..1 of a texture.
 
     :param s: coordinates, with t and r.
     :param level: see :func:`texture_level`; so is blend.
@@ -171,9 +171,9 @@ def draw_sky(textures, texture, camera, picture):
     rows, columns = picture.shape[:2]
     c, pixels, levels = camera.rotation, textures.pixels, textures.levels
     for y in range(rows):
-        ray_y = (F(y) + HALF - F(camera.centre_y)) / F(camera.focal_y)
+        ray_y = (F(y) + HALF - F(camera.center_y)) / F(camera.focal_y)
         for x in range(columns):
-            ray_x = (F(x) + HALF - F(camera.centre_x)) / F(camera.focal_x)
+            ray_x = (F(x) + HALF - F(camera.center_x)) / F(camera.focal_x)
             dx = c[0, 0] * ray_x + c[1, 0] * ray_y + c[2, 0]
             dy = c[0, 1] * ray_x + c[1, 1] * ray_y + c[2, 1]
             dz = c[0, 2] * ray_x + c[1, 2] * ray_y + c[2, 2]

@@ -25,7 +25,7 @@ from sb3_vla.checkpoints.formats.layout import (
 from sb3_vla.checkpoints.native import LoadedCheckpoint, whole_checkpoint
 from sb3_vla.common.errors import InputError
 from sb3_vla.common.paths import local_path
-from sb3_vla.models.diffusion import NORMALISATIONS, SCHEDULES
+from sb3_vla.models.diffusion import NORMALIZATIONS, SCHEDULES
 from sb3_vla.models.diffusion_policy import RESNETS, DiffusionPolicy
 from sb3_vla.models.lora import merged_state
 from sb3_vla.models.sizes import published_options
@@ -92,7 +92,7 @@ def save_diffusion_policy(
             "action_horizon": (horizon, horizon if horizon % step == 0 else f"a multiple of {step}"),
         },
     )
-    norm_map = {kind: given["normalisation"][feature].upper() for feature, kind in _FEATURE_TYPES.items()}
+    norm_map = {kind: given["normalization"][feature].upper() for feature, kind in _FEATURE_TYPES.items()}
     inputs = {
         _IMAGE: {"type": "VISUAL", "shape": [3, size, size]},
         _STATE: {"type": "STATE", "shape": [given["state_dim"]]},
@@ -144,17 +144,17 @@ def save_diffusion_policy(
     }
     parts = {key: value for key, value in merged_state(model).items() if key.startswith(_PARTS)}
     device = {"registry_name": "device_processor", "config": {"device": "cpu", "float_dtype": None}}
-    normaliser = {"eps": 1e-8, "features": {**inputs, **outputs}, "norm_map": norm_map}
+    normalizer = {"eps": 1e-8, "features": {**inputs, **outputs}, "norm_map": norm_map}
     before = [
         {"registry_name": "rename_observations_processor", "config": {"rename_map": {}}},
         {"registry_name": "to_batch_processor", "config": {}},
         device,
-        {"registry_name": "normalizer_processor", "config": normaliser, "state_file": _NORMALIZER},
+        {"registry_name": "normalizer_processor", "config": normalizer, "state_file": _NORMALIZER},
     ]
     after = [
         {
             "registry_name": "unnormalizer_processor",
-            "config": {**normaliser, "features": outputs},
+            "config": {**normalizer, "features": outputs},
             "state_file": _UNNORMALIZER,
         },
         device,
@@ -208,8 +208,8 @@ def _options(config: Mapping[str, Any], image: str, weights: Mapping[str, Tensor
         raise InputError(f"{folder} has resize_shape={resize} and crop_shape={crop}; expected squares")
     modes = {feature: config["normalization_mapping"][kind].lower() for feature, kind in _FEATURE_TYPES.items()}
     for mode in modes.values():
-        if mode not in NORMALISATIONS:
-            raise InputError(f"{folder} normalises by {mode!r}; expected one of {', '.join(NORMALISATIONS)}")
+        if mode not in NORMALIZATIONS:
+            raise InputError(f"{folder} normalizes by {mode!r}; expected one of {', '.join(NORMALIZATIONS)}")
     return {
         "action_dim": config["output_features"][_ACTION]["shape"][0],
         "action_horizon": config["horizon"],
@@ -230,7 +230,7 @@ def _options(config: Mapping[str, Any], image: str, weights: Mapping[str, Tensor
         "prediction": config["prediction_type"],
         "timesteps": config["num_train_timesteps"],
         "schedule": known("beta_schedule", SCHEDULES),
-        "normalisation": modes,
+        "normalization": modes,
         "mask_padding": config.get("do_mask_loss_for_padding", False),
     }
 
@@ -250,7 +250,7 @@ def _processor_statistics(folder: Path) -> dict[str, Tensor]:
         ("policy_preprocessor.json", "normalizer_processor"),
         ("policy_postprocessor.json", "unnormalizer_processor"),
     ):
-        processor = read_json(folder, file, "how observations and actions are normalised")
+        processor = read_json(folder, file, "how observations and actions are normalized")
         states = [entry["state_file"] for entry in processor.get("steps", []) if entry.get("registry_name") == step]
         if len(states) != 1:
             raise InputError(f"{folder / file} has {len(states)} steps {step!r} with a state_file; expected one")
@@ -272,9 +272,9 @@ def _load_statistics(model: DiffusionPolicy, found: Mapping[str, Tensor], image:
             value = next((found[name] for name in names if name in found), None)
             if value is not None:
                 taken[f"{ours}_{moment}"] = value.float()
-            elif moment in needed[model.normalisation[ours]]:
+            elif moment in needed[model.normalization[ours]]:
                 raise InputError(
-                    f"{folder} has no {moment} of {feature}, by which it normalises ({model.normalisation[ours]}); "
+                    f"{folder} has no {moment} of {feature}, by which it normalizes ({model.normalization[ours]}); "
                     f"expected {names[0]} in a processor's file, found {sorted(found)}"
                 )
     model.set_statistics(taken)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sb3_vla.checkpoints.formats.layout import load_weights, read_json, tell_unreadable, write_json
 from sb3_vla.checkpoints.formats.tokenizer_files import find_tokenizer, write_tokenizer
-from sb3_vla.checkpoints.native import NORMALISED, LoadedCheckpoint, whole_checkpoint
+from sb3_vla.checkpoints.native import NORMALIZED, LoadedCheckpoint, whole_checkpoint
 from sb3_vla.checkpoints.shards import read_weights, write_weights
 from sb3_vla.common.errors import InputError
 from sb3_vla.common.paths import local_path
@@ -109,7 +109,7 @@ def load_openvla_oft(
     )
     load_weights(model, weights, folder, ours=_STATISTICS)
     model.set_statistics(statistics)
-    return LoadedCheckpoint(model, "openvla_oft", model.config, None, {NORMALISED: not base}, ("tokens", {}))
+    return LoadedCheckpoint(model, "openvla_oft", model.config, None, {NORMALIZED: not base}, ("tokens", {}))
 
 
 def save_openvla_oft(

@@ -47,7 +47,7 @@ _RENDER_SIZE = 480
 #: what RLinf's environments show
 _RLINF_VIEW = {"camera": "corner2", "crop": None}
 #: as ``norm_stats``, for a model that was not yet trained on data of the environment
-UNNORMALISED = "none"
+UNNORMALIZED = "none"
 #: types of LeRobot's configurations, and our names of the models
 NAMES: dict[str, type[Pi0]] = {"pi0": Pi0, "pi05": Pi05}
 _RL_HEADS = ("value_head.", "noise_head.")
@@ -98,7 +98,7 @@ def load_pi0(source: str | Path, options: Mapping[str, Any] | None = None) -> Lo
     if statistics:
         _set_statistics(model, statistics, folder)
     view = {"render_size": _RENDER_SIZE, **(_RLINF_VIEW if layout == "rlinf" else {})}
-    notes = {"layout": layout, "view": view, "normalised": bool(statistics)}
+    notes = {"layout": layout, "view": view, "normalized": bool(statistics)}
     value_head = {key.removeprefix("value_head."): t for key, t in found.heads.items() if key.startswith("value_head.")}
     steps = _RLINF_STEPS if found.heads else config.get("num_inference_steps", _STEPS)
     distribution, noise_head = _distribution(found.heads, steps)
@@ -137,12 +137,12 @@ def save_lerobot(folder: str | Path, model: Pi0) -> None:
 def save_openpi(folder: str | Path, model: Pi0, asset_id: str = "lerobot/metaworld_mt50") -> None:
     """Write a model as openpi reads it, with its statistics under ``assets/<asset_id>``.
 
-    :raises ValueError: for a normalisation that openpi does not have.
+    :raises ValueError: for a normalization that openpi does not have.
     :raises FileExistsError: if the folder is there and not empty.
     """
     if {model.state_scheme, model.action_scheme} != {model.scheme}:
         raise InputError(
-            f"openpi normalises {type(model).__name__} by {model.scheme}; this one has state_scheme="
+            f"openpi normalizes {type(model).__name__} by {model.scheme}; this one has state_scheme="
             f"{model.state_scheme!r} and action_scheme={model.action_scheme!r}. Write LeRobot's layout instead."
         )
     tell_unreadable(folder, "openpi", sizes_beside_the_published(model))
@@ -166,7 +166,7 @@ def save_openpi(folder: str | Path, model: Pi0, asset_id: str = "lerobot/metawor
 
 
 def statistics_for(model: Pi0, convention: str) -> dict[str, Tensor]:
-    """Statistics with which another convention normalises as the model does: what openpi adds to a deviation or an
+    """Statistics with which another convention normalizes as the model does: what openpi adds to a deviation or an
     interval goes into it."""
     shift = {"openpi": 1e-6, "lerobot": 0.0}
     difference = shift[model.convention] - shift[convention]
@@ -325,7 +325,7 @@ def _openpi_options(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _norm_stats(folder: Path, given: str | Path | None) -> dict[str, Tensor]:
     """Statistics of a ``norm_stats.json``, by our names; empty for none."""
-    if given == UNNORMALISED:
+    if given == UNNORMALIZED:
         return {}
     found = [local_path(given)] if given is not None else sorted(folder.rglob("norm_stats.json"))
     if len(found) != 1 or not found[0].is_file():
@@ -333,8 +333,8 @@ def _norm_stats(folder: Path, given: str | Path | None) -> dict[str, Tensor]:
             f"{given} is not there" if given is not None else f"it has {[str(p.relative_to(folder)) for p in found]}"
         )
         raise NotThereError(
-            f"{folder} needs one norm_stats.json, by which its states and actions are normalised; {shown}. Give "
-            f'norm_stats=PATH among the model\'s options, or norm_stats="{UNNORMALISED}" for a base model to fine-tune'
+            f"{folder} needs one norm_stats.json, by which its states and actions are normalized; {shown}. Give "
+            f'norm_stats=PATH among the model\'s options, or norm_stats="{UNNORMALIZED}" for a base model to fine-tune'
         )
     groups = read_json(found[0])
     groups = groups.get("norm_stats", groups)
@@ -362,7 +362,7 @@ def _set_statistics(model: Pi0, statistics: Mapping[str, Tensor], folder: Path) 
         lacking = [key for key in needed[scheme] if len(statistics.get(f"{name}_{key}", ())) < size]
         if lacking:
             raise InputError(
-                f"{folder} normalises the {name} by {scheme} and lacks {', '.join(lacking)} of {size} numbers; "
+                f"{folder} normalizes the {name} by {scheme} and lacks {', '.join(lacking)} of {size} numbers; "
                 f"it has {', '.join(f'{key} {tuple(value.shape)}' for key, value in statistics.items())}"
             )
         known = {

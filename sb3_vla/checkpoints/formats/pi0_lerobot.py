@@ -54,17 +54,17 @@ def read(folder: Path, config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[
         # Version 0.4 wrote the padded state; what came after it knows relative actions and writes the real numbers.
         if written and "use_relative_actions" not in config:
             options["prompt_state_dim"] = config.get("max_state_dim", 32)
-    normaliser = _step(folder, steps, "normalizer_processor")
-    norm_map = normaliser.get("config", {}).get("norm_map", config.get("normalization_mapping", {}))
+    normalizer = _step(folder, steps, "normalizer_processor")
+    norm_map = normalizer.get("config", {}).get("norm_map", config.get("normalization_mapping", {}))
     for name in _FEATURES:
         scheme = norm_map.get(name.upper(), "IDENTITY")
         if scheme not in _SCHEMES:
-            raise InputError(f"{folder} normalises the {name} by {scheme!r}; known: {', '.join(_SCHEMES)}")
+            raise InputError(f"{folder} normalizes the {name} by {scheme!r}; known: {', '.join(_SCHEMES)}")
         options[f"{name}_scheme"] = _SCHEMES[scheme]
-    statistics = _statistics(folder, normaliser)
-    unnormaliser = _step(folder, _steps(folder, _POSTPROCESSOR), "unnormalizer_processor")
+    statistics = _statistics(folder, normalizer)
+    unnormalizer = _step(folder, _steps(folder, _POSTPROCESSOR), "unnormalizer_processor")
     # What comes out is what the environment gets, should the two differ.
-    statistics |= {key: value for key, value in _statistics(folder, unnormaliser).items() if key.startswith("action_")}
+    statistics |= {key: value for key, value in _statistics(folder, unnormalizer).items() if key.startswith("action_")}
     return options, statistics
 
 
@@ -124,19 +124,19 @@ def write(folder: Path, name: str, model: Pi0, statistics: Mapping[str, Tensor],
     text = _write_tokenizer(folder, model.tokenize.source, reading, final)
     device = {"registry_name": "device_processor", "config": {"device": "cpu", "float_dtype": None}}
     rules = {"eps": 1e-8, "norm_map": norm_map}
-    normaliser = {"registry_name": "normalizer_processor", "config": {**rules, "features": {**inputs, **outputs}}}
-    unnormaliser = {"registry_name": "unnormalizer_processor", "config": {**rules, "features": outputs}}
+    normalizer = {"registry_name": "normalizer_processor", "config": {**rules, "features": {**inputs, **outputs}}}
+    unnormalizer = {"registry_name": "unnormalizer_processor", "config": {**rules, "features": outputs}}
     start = [
         {"registry_name": "rename_observations_processor", "config": {"rename_map": {}}},
         {"registry_name": "to_batch_processor", "config": {}},
     ]
-    # The prompt of pi0.5 tells the normalised state.
+    # The prompt of pi0.5 tells the normalized state.
     steps = (
-        [*start, normaliser, *prompt, text, device] if name == "pi05" else [*start, *prompt, text, device, normaliser]
+        [*start, normalizer, *prompt, text, device] if name == "pi05" else [*start, *prompt, text, device, normalizer]
     )
-    for kind, listed in ((_PREPROCESSOR, steps), (_POSTPROCESSOR, [unnormaliser, device])):
+    for kind, listed in ((_PREPROCESSOR, steps), (_POSTPROCESSOR, [unnormalizer, device])):
         for index, step in enumerate(listed):
-            if step in (normaliser, unnormaliser):
+            if step in (normalizer, unnormalizer):
                 step["state_file"] = f"{kind}_step_{index}_{step['registry_name']}.safetensors"
                 tensors = {
                     f"{feature}.{key}": statistics[f"{ours}_{key}"].clone()

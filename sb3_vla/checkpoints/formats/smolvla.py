@@ -25,7 +25,7 @@ from sb3_vla.checkpoints.formats.layout import (
     write_tensors,
 )
 from sb3_vla.checkpoints.formats.tokenizer_files import TOKENIZER, find_tokenizer, lerobot_step, write_tokenizer
-from sb3_vla.checkpoints.native import ENVIRONMENT_DIM, NORMALISED, LoadedCheckpoint, whole_checkpoint
+from sb3_vla.checkpoints.native import ENVIRONMENT_DIM, NORMALIZED, LoadedCheckpoint, whole_checkpoint
 from sb3_vla.checkpoints.shards import read_weights, write_weights
 from sb3_vla.common.errors import InputError
 from sb3_vla.common.paths import local_path
@@ -76,7 +76,7 @@ def load_smolvla(
     :param tokenizer: a ``tokenizer.json``, or a folder that holds one; None to find it.
     :param precision: of the model, see :class:`SmolVLA`; training wants float32, whatever the file holds.
     :param base: take the weights alone, to imitate from, as of a model that was trained on other robots: states and
-        actions are four numbers each, as the environment has them, and normalised as the data of imitation is.
+        actions are four numbers each, as the environment has them, and normalized as the data of imitation is.
     :param shifted_positions: act as LeRobot does with transformers 4.55 to 4.57 and the vision tower in float32: every
         patch of the picture has the position of the one above and to the left of it. For what was trained there; the
         model that is read has it in its weights, and acts the same everywhere.
@@ -106,7 +106,7 @@ def load_smolvla(
     if not base:
         model.set_statistics(_statistics(config, buffers, folder))
     sampler = ("flow_ode", {"denoising_steps": int(config.get("num_steps", 10))})
-    return LoadedCheckpoint(model, "smolvla", model.config, None, {NORMALISED: not base}, sampler)
+    return LoadedCheckpoint(model, "smolvla", model.config, None, {NORMALIZED: not base}, sampler)
 
 
 def save_smolvla(
@@ -171,7 +171,7 @@ def save_smolvla(
     }
     weights = {_their_name(key): value for key, value in merged_state(model).items() if key not in _STATISTICS}
     device = {"registry_name": "device_processor", "config": {"device": "cpu", "float_dtype": None}}
-    normaliser = {"eps": 1e-8, "features": {**inputs, **outputs}, "norm_map": _NORM_MAP}
+    normalizer = {"eps": 1e-8, "features": {**inputs, **outputs}, "norm_map": _NORM_MAP}
     words = {
         "max_length": given["max_tokens"],
         "task_key": "task",
@@ -186,11 +186,11 @@ def save_smolvla(
         {"registry_name": "smolvla_new_line_processor", "config": {}},
         lerobot_step(words, text, folder, VLM_NAMES.values()),
         device,
-        {"registry_name": "normalizer_processor", "config": normaliser, "state_file": _NORMALIZER},
+        {"registry_name": "normalizer_processor", "config": normalizer, "state_file": _NORMALIZER},
     ]
-    unnormaliser = {**normaliser, "features": outputs}
+    unnormalizer = {**normalizer, "features": outputs}
     after = [
-        {"registry_name": "unnormalizer_processor", "config": unnormaliser, "state_file": _UNNORMALIZER},
+        {"registry_name": "unnormalizer_processor", "config": unnormalizer, "state_file": _UNNORMALIZER},
         device,
     ]
     with whole_checkpoint(folder) as partial:

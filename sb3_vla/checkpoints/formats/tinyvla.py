@@ -36,7 +36,7 @@ from sb3_vla.checkpoints.formats.tokenizer_files import write_tokenizer
 from sb3_vla.checkpoints.native import (
     ADAPTER_CONFIG,
     ENVIRONMENT_DIM,
-    NORMALISED,
+    NORMALIZED,
     LoadedCheckpoint,
     place_of_configuration,
     whole_checkpoint,
@@ -58,7 +58,7 @@ _NAMES = {
     "state_mean": "qpos_mean",
     "state_std": "qpos_std",
 }
-# Theirs normalise no state by them, so that their files have none.
+# Theirs normalize no state by them, so that their files have none.
 _OPTIONAL = {"state_min": "qpos_min", "state_max": "qpos_max"}
 # Constants that transformers used to store.
 _CONSTANTS = re.compile(r"\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)$|\.embeddings\.position_ids$")
@@ -88,7 +88,7 @@ _VISION = (
     "patch_size",
 )
 # What the published configuration has no word for.
-_OURS = ("image_size", "prompt", "centre_crop", "bf16_time", "timesteps", "normalisation", "mask_padding")
+_OURS = ("image_size", "prompt", "center_crop", "bf16_time", "timesteps", "normalization", "mask_padding")
 # Pictures of the environment that TinyVLA is published for, before the crop.
 _IMAGE_SIZE = 480
 # The output of the language model, whose place the diffusion head takes.
@@ -112,7 +112,7 @@ def load_tinyvla(folder: str | Path, base: bool = False) -> LoadedCheckpoint:
     """Read a TinyVLA as its authors' code merges and saves it.
 
     :param base: the folder is the vision-language model alone (Llava-Pythia), to imitate from: the diffusion head is a
-        new one of the published size, for one camera and the environment's states and actions, which are normalised as
+        new one of the published size, for one camera and the environment's states and actions, which are normalized as
         the data of imitation is.
     :raises FileNotFoundError: if a file is missing; the message names it.
     :raises ValueError: if a file is damaged or holds more than it should, or the weights do not fit.
@@ -139,7 +139,7 @@ def load_tinyvla(folder: str | Path, base: bool = False) -> LoadedCheckpoint:
         load_weights(model, weights, folder, ours=("state_", "action_"))
         model.set_statistics(_read_statistics(folder))
     return LoadedCheckpoint(
-        model, "tinyvla", model.config, None, {NORMALISED: not base}, ("ddim", {"denoising_steps": 10})
+        model, "tinyvla", model.config, None, {NORMALIZED: not base}, ("ddim", {"denoising_steps": 10})
     )
 
 
@@ -299,7 +299,7 @@ def _head(config: Mapping[str, Any], weights: Mapping[str, Tensor], folder: Path
         **{
             "image_size": _IMAGE_SIZE,
             "prompt": PROMPT,
-            "centre_crop": True,
+            "center_crop": True,
             "bf16_time": True,
             **config.get("sb3_vla", {}),
         },
@@ -310,7 +310,7 @@ def _read_statistics(folder: Path) -> dict[str, Tensor]:
     path = next((place / _STATISTICS for place in (folder, folder.parent) if (place / _STATISTICS).is_file()), None)
     if path is None:
         raise NotThereError(
-            f"Checkpoint {folder} has no {_STATISTICS} (by what it normalises), nor has its parent; "
+            f"Checkpoint {folder} has no {_STATISTICS} (by what it normalizes), nor has its parent; "
             "copy it from the training's output folder"
         )
     try:

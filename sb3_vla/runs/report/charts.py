@@ -1,4 +1,4 @@
-"""Charts as inline SVG for a page: they take its light or dark colours, print sharply and need no script.
+"""Charts as inline SVG for a page: they take its light or dark colors, print sharply and need no script.
 
 Lengths are CSS pixels of a picture that is 420 wide, which fits a phone. Classes are those of
 :data:`sb3_vla.runs.report.page.STYLE`.
@@ -155,7 +155,7 @@ def heat_map(rates: Mapping[str, npt.NDArray[np.float64]], columns: Sequence[str
 
 def trial_map(outcomes: Mapping[str, Sequence[tuple[bool, bool]]], title: str, names: tuple[str, str]) -> Html:
     """
-    Draw what became of each trial of each task: shapes tell as much as colours.
+    Draw what became of each trial of each task: shapes tell as much as colors.
 
     :param outcomes: success before and after, for each trial of each task
     :param title: said above the chart and by screen readers

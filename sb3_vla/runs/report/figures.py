@@ -88,14 +88,14 @@ def before_after_bars(comparison: Comparison, path: str | Path) -> None:
     )
     figure, axes = _figure(1.3 + 0.25 * len(tasks), title)
     places = np.arange(len(tasks))
-    for rates, offset, colour, name in (
+    for rates, offset, color, name in (
         (before, -0.2, _BEFORE, comparison.names[0]),
         (after, 0.2, _AFTER, comparison.names[1]),
     ):
         estimates = [rates[task].rate for task in tasks]
         values = np.array([estimate.value for estimate in estimates])
         errors = np.array([[rate.value - rate.low, rate.high - rate.value] for rate in estimates]).T
-        axes.barh(places + offset, values, 0.38, color=colour, label=name)
+        axes.barh(places + offset, values, 0.38, color=color, label=name)
         axes.errorbar(values, places + offset, xerr=errors, fmt="none", ecolor=_TEXT, elinewidth=0.8, capsize=1.5)
     axes.set_yticks(places, [task.removesuffix("-v3") for task in tasks])
     axes.set_ylim(len(tasks) - 0.4, -0.6)
@@ -188,7 +188,7 @@ def metric_series(
 
 def smoothed(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     """
-    Centred moving average over about a tenth of a curve, over what there is of it at the ends.
+    Centered moving average over about a tenth of a curve, over what there is of it at the ends.
 
     :param values: float64, shape (n,)
     :return: float64, shape (n,)

@@ -1,6 +1,6 @@
 """Parts of an HTML page that needs nothing beside itself: escaped text, tables, and the style sheet.
 
-The style follows the reader's light or dark colours, fits a phone, and prints.
+The style follows the reader's light or dark colors, fits a phone, and prints.
 """
 
 from __future__ import annotations

@@ -347,7 +347,7 @@ def _curves(run: _Run) -> Html:
         validated = metric_series(run.imitation, "step", "validation_loss")
         if len(validated[0]):
             lines.append(Line(*validated, "validation", "second"))
-        charts.append(line_chart(lines, "Loss of imitation", "optimiser steps"))
+        charts.append(line_chart(lines, "Loss of imitation", "optimizer steps"))
     return Html(f'<div class="charts">{"".join(charts)}</div>' if charts else "")
 
 

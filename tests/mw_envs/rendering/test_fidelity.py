@@ -34,7 +34,7 @@ from mw_envs.simulation.scene import Simulator
 # shift by one pixel makes the mean 1.3 or more, missing shadows 6; 828 of 846 things of 50 pixels or more are noticed.
 CLOSE = Likeness(mean=0.9, worst=15.0)
 # Where surfaces touch (the fingers what they hold, skin and sleeve of the hand near its camera), a fraction of a
-# millimetre decides which one is in front.
+# millimeter decides which one is in front.
 TOUCHING = {
     ("stick-pull-v3", CAMERA, "success"),
     ("handle-pull-side-v3", CAMERA, "success"),
@@ -91,7 +91,7 @@ def test_small_pictures_are_mujocos_own(opengl: str, task: str) -> None:
         own = drawn(moments, [CAMERA], SoftwareRenderer(), size).astype(int)
         differences = own - stock(moments, [CAMERA], opengl, size)
         assert np.abs(differences).mean((2, 3, 4)).max() <= bound, size
-        assert np.abs(differences.mean((2, 3))).max() <= 0.75, size  # no colour is brighter or darker on the whole
+        assert np.abs(differences.mean((2, 3))).max() <= 0.75, size  # no color is brighter or darker on the whole
 
 
 @pytest.fixture(scope="module")

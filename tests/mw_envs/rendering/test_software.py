@@ -433,7 +433,7 @@ def scene_of(xml: str) -> tuple[mujoco.MjModel, mujoco.MjData]:
 CAMERA = '<camera name="down" pos="0 0 2" fovy="60"/>'
 
 
-def test_a_square_has_its_size_and_colour_by_the_pinhole_and_the_headlight() -> None:
+def test_a_square_has_its_size_and_color_by_the_pinhole_and_the_headlight() -> None:
     """A box's top at distance 1.9 under the camera's own light: ambient 0.1, diffuse 0.4, MuJoCo's defaults."""
     model, data = scene_of(CAMERA + '<geom type="box" size=".3 .2 .1" rgba="1 .5 .2 1"/>')
     model.vis.headlight.specular[:] = 0
@@ -466,7 +466,7 @@ def test_nearer_things_hide_farther_ones_and_shadows_fall_behind(kind: str) -> N
     picture = SoftwareRenderer().render(model, data, view, Scene("ball", background)).astype(int)
     assert picture[100, 100, 0] > 2 * picture[100, 100, 1]  # the ball, red
     focal = 100 / np.tan(np.radians(30))
-    column = 100 + round(0.5 / 2 * focal)  # the light falls at 45 degrees: the shadow lies half a metre to the side
+    column = 100 + round(0.5 / 2 * focal)  # the light falls at 45 degrees: the shadow lies half a meter to the side
     lit, dark = picture[100, 200 - column], picture[100, column]
     expected = 255 * 0.8 * 0.5 * np.sqrt(0.5)  # what the light alone gives
     np.testing.assert_allclose(lit - dark, expected, atol=2)
@@ -477,11 +477,11 @@ def test_nearer_things_hide_farther_ones_and_shadows_fall_behind(kind: str) -> N
 )
 def test_of_two_things_in_one_place_the_later_one_is_seen(kinds: tuple[str, str]) -> None:
     """As in MuJoCo, whose markers of goals lie in one place here and there."""
-    colours = ("1 0 0 1", "0 1 0 1")
+    colors = ("1 0 0 1", "0 1 0 1")
     text, background = bodies_of(
         *(
             (f'<body pos="0 0 .2"><geom type="box" size=".3 .3 .1" rgba="{c}"/>', k)
-            for c, k in zip(colours, kinds, strict=True)
+            for c, k in zip(colors, kinds, strict=True)
         )
     )
     model, data = scene_of(CAMERA + text)
@@ -601,7 +601,7 @@ def test_more_than_samples_can_count_is_refused() -> None:
         SoftwareRenderer().render(model, data, View("down", 16, 16), Scene("many"))
 
 
-def test_a_scene_of_many_things_still_has_their_colours() -> None:
+def test_a_scene_of_many_things_still_has_their_colors() -> None:
     """So many that the groups of what they show are whole drawables."""
     geoms = "".join(
         f'<geom type="sphere" size=".02" pos="{0.1 * (i % 30 - 14.5)} {0.1 * (i // 30 - 14.5)} 0" '
@@ -617,7 +617,7 @@ def test_a_scene_of_many_things_still_has_their_colours() -> None:
 
 
 def test_what_is_transparent_shows_what_is_behind() -> None:
-    """MuJoCo blends it twice, from front to back and from back to front: 1 - (1 - alpha)^2 of its colour."""
+    """MuJoCo blends it twice, from front to back and from back to front: 1 - (1 - alpha)^2 of its color."""
     glass = '<body pos="0 0 .5"><geom type="box" size=".3 .3 .01" rgba="0 0 1 .3"/></body>'
     model, data = scene_of(CAMERA + '<geom type="plane" size="2 2 .1" rgba="1 0 0 1"/>' + glass)
     model.vis.headlight.specular[:] = 0

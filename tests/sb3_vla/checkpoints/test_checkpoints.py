@@ -385,7 +385,7 @@ def test_weights_in_half_the_size_are_read_as_float32(tmp_path: Path) -> None:
     for name, weights in load_checkpoint(tmp_path / "whole").model.state_dict().items():
         assert half[name].dtype == torch.float32
         torch.testing.assert_close(half[name], weights, rtol=2**-8, atol=1e-30)
-    assert torch.equal(half["action_mean"], model.action_mean)  # what numbers are normalised by is exact
+    assert torch.equal(half["action_mean"], model.action_mean)  # what numbers are normalized by is exact
 
 
 def test_a_checkpoint_of_the_package_is_known_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -275,14 +275,14 @@ def test_where_openpi_statistics_may_be(tmp_path: Path) -> None:
         load_checkpoint(folder, HEADS)
     loaded = load_checkpoint(folder, {**HEADS, "norm_stats": str(elsewhere)})
     assert loaded.model.action_std.tolist() == pytest.approx(STATISTICS["actions"]["std"])
-    assert loaded.notes["normalised"]
+    assert loaded.notes["normalized"]
     base = load_checkpoint(folder, {**HEADS, "norm_stats": "none"})
-    assert base.model.action_std.tolist() == [1.0] * 4 and not base.notes["normalised"]
+    assert base.model.action_std.tolist() == [1.0] * 4 and not base.notes["normalized"]
     write_json(elsewhere, {"norm_stats": {"state": STATISTICS["state"]}})
     with pytest.raises(ValueError, match="no statistics of 'actions'"):
         load_checkpoint(folder, {**HEADS, "norm_stats": str(elsewhere)})
     write_json(elsewhere, {"norm_stats": {"state": STATISTICS["state"], "actions": {"mean": [0.0] * 4}}})
-    with pytest.raises(ValueError, match="normalises the action by mean_std and lacks std"):
+    with pytest.raises(ValueError, match="normalizes the action by mean_std and lacks std"):
         load_checkpoint(folder, {**HEADS, "norm_stats": str(elsewhere)})
 
 
@@ -451,7 +451,7 @@ def test_the_other_layout_acts_alike(tmp_path: Path, name: str, tokenizer: str) 
     x, observation = torch.randn(2, 5, 4), toy_observation(2, image_size=56)
     actions = []
     for model in (first, second, third):
-        torch.testing.assert_close(model.unnormalise_action(x), first.unnormalise_action(x), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(model.unnormalize_action(x), first.unnormalize_action(x), rtol=1e-6, atol=1e-6)
         actions.append(integrate(model, model.encode(observation), torch.ones(2, 5, 32), 3))
     torch.testing.assert_close(actions[1], actions[0], rtol=0, atol=1e-5)
     torch.testing.assert_close(actions[2], actions[0], rtol=0, atol=1e-5)
@@ -577,7 +577,7 @@ def test_lerobot_without_the_state_in_the_prompt(tmp_path: Path, tokenizer: str)
 
 
 def test_what_openpi_cannot_say(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"openpi normalises Pi0 by mean_std.*action_scheme='quantiles'"):
+    with pytest.raises(ValueError, match=r"openpi normalizes Pi0 by mean_std.*action_scheme='quantiles'"):
         save_openpi(tmp_path / "a", Pi0(**TINY_PI0, action_scheme="quantiles"))
     assert not list(tmp_path.iterdir())
 
@@ -656,7 +656,7 @@ def test_a_base_model_is_imitated_and_written(tmp_path: Path, name: str, tokeniz
     low, high = ("mean", "std") if name == "pi0" else ("q01", "q99")
     np.testing.assert_allclose(getattr(model, f"state_{low}"), statistics[low])
     np.testing.assert_allclose(getattr(model, f"state_{high}"), statistics[high])
-    state = model.normalise_state(torch.from_numpy(data.states))
+    state = model.normalize_state(torch.from_numpy(data.states))
     inside = state.mean(0).abs() < 1e-4 if name == "pi0" else (state.abs() <= 1.001).float().mean(0) > 0.95
     assert inside.all()
     moved = {k for (k, a), b in zip(model.named_parameters(), start.parameters(), strict=True) if not torch.equal(a, b)}
@@ -666,7 +666,7 @@ def test_a_base_model_is_imitated_and_written(tmp_path: Path, name: str, tokeniz
     actions = []
     for one in (model, load_checkpoint(tmp_path / "b").model, load_checkpoint(tmp_path / "c", HEADS).model):
         found = integrate(one, one.encode(observation), x, 2)
-        actions.append(one.unnormalise_action(found[:, :, :4]))
+        actions.append(one.unnormalize_action(found[:, :, :4]))
     torch.testing.assert_close(actions[1], actions[0], rtol=0, atol=0)
     torch.testing.assert_close(actions[2], actions[0], rtol=0, atol=1e-5)
 

@@ -122,7 +122,7 @@ def test_video_round_trip(tmp_path: Path) -> None:
     loaded = Demonstrations.load(tmp_path / "set")
     original = joined(episodes, "images").astype(float)
     error = np.square(loaded.images - original).mean(axis=(1, 2, 3))
-    # 38 dB on every single frame; neighbouring frames differ by 12 levels, which would be 26 dB.
+    # 38 dB on every single frame; neighboring frames differ by 12 levels, which would be 26 dB.
     assert (10 * np.log10(255**2 / np.maximum(error, 1e-9)) > 38).all()
     np.testing.assert_array_equal(loaded.actions, joined(episodes, "actions"))
     selected = Demonstrations.load(tmp_path / "set", tasks=["push-back-v3", "reach-v3"])
@@ -573,19 +573,19 @@ def test_features_of_one_number(tmp_path: Path, data_file: Path, stored: list[st
 
 
 LEVELS = np.random.default_rng(0).integers(0, 256, (SIZE, SIZE, 4), dtype=np.uint8)
-GREY = LEVELS[..., :1].repeat(3, axis=2)
+GRAY = LEVELS[..., :1].repeat(3, axis=2)
 
 
 @pytest.mark.parametrize(
     ("picture", "expected"),
     [
-        (Image.fromarray(LEVELS[..., 0]), GREY),
-        (Image.fromarray(np.ascontiguousarray(LEVELS[..., :2]), "LA"), GREY),
+        (Image.fromarray(LEVELS[..., 0]), GRAY),
+        (Image.fromarray(np.ascontiguousarray(LEVELS[..., :2]), "LA"), GRAY),
         (Image.fromarray(LEVELS, "RGBA"), LEVELS[..., :3]),
-        (Image.fromarray(LEVELS[..., 0].astype(np.uint16) * 257), GREY),  # the same grey in 16 bits
-        (Image.fromarray(LEVELS[..., 0].astype(np.uint16) * 256 + 255), GREY),
+        (Image.fromarray(LEVELS[..., 0].astype(np.uint16) * 257), GRAY),  # the same gray in 16 bits
+        (Image.fromarray(LEVELS[..., 0].astype(np.uint16) * 256 + 255), GRAY),
     ],
-    ids=["grey", "grey and opacity", "colours and opacity", "16 bits", "16 bits, cut off"],
+    ids=["gray", "gray and opacity", "colors and opacity", "16 bits", "16 bits, cut off"],
 )
 def test_channels_and_bits_of_pictures(tmp_path: Path, data_file: Path, picture: Image.Image, expected: Any) -> None:
     buffer = io.BytesIO()

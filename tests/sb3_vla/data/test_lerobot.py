@@ -92,13 +92,13 @@ def assert_acts_alike(python: str, folder: Path, model: VLAModel, cwd: Path, tol
     noise = torch.randn(2, model.action_horizon, model.latent_dim, generator=torch.Generator().manual_seed(1))
     theirs = lerobots(python, folder, observation, noise, cwd)
     if isinstance(model, SmolVLA):
-        tokens, mask = model.tokenise(observation["instruction"])
+        tokens, mask = model.tokenize(observation["instruction"])
     else:
         tokens, mask = model.read_prompt(observation)  # type: ignore[operator]
     found, there = theirs["observation.language.tokens"], theirs["observation.language.attention_mask"]
     assert torch.equal(there, mask) and torch.equal(found * there, tokens * mask)
     ours = integrate(model, model.encode(observation), noise, 10)[..., : model.action_dim]
-    ours = model.unnormalise_action(ours)
+    ours = model.unnormalize_action(ours)
     difference = (theirs["actions"] - ours).abs().max()
     print(f"{folder.name}: {difference:.1e} where the largest action is {ours.abs().max():.1f}")
     assert difference <= tolerance

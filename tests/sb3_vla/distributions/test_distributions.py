@@ -609,7 +609,7 @@ def test_only_the_generator_decides(
 
 
 def decided_without_drawing(model: str, name: str, options: dict[str, Any]) -> VLAPolicy:
-    """:func:`decided`'s policy, whose initialisation leaves the global generator as it was."""
+    """:func:`decided`'s policy, whose initialization leaves the global generator as it was."""
     with torch.random.fork_rng(devices=[]):
         return decided(model, name, options)[0]
 

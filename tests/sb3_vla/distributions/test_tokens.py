@@ -57,7 +57,7 @@ def test_tokens_equal_the_reference() -> None:
 
 
 def test_openvla_bins() -> None:
-    """255 centres for 256 tokens, the highest token the lowest action; the two lowest tokens share one."""
+    """255 centers for 256 tokens, the highest token the lowest action; the two lowest tokens share one."""
     values = openvla_token_values()
     assert values.shape == (256,) and values[255].item() == pytest.approx(-1 + 1 / 255)
     assert values[0] == values[1] and values[1].item() == pytest.approx(1 - 1 / 255)

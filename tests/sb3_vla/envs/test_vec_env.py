@@ -51,7 +51,7 @@ class Toy(gym.Env[Any, npt.NDArray[np.float32]]):
         self.observation_space = copy.deepcopy(KINDS[kind])  # its generator is this environment's own
         self.metadata = {"render_modes": ["rgb_array"]}
         self.render_mode = render_mode
-        self.colour = 7
+        self.color = 7
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         super().reset(seed=seed)
@@ -68,10 +68,10 @@ class Toy(gym.Env[Any, npt.NDArray[np.float32]]):
         return self.observation_space.sample(), float(action.sum()) / 3, terminated, over and not terminated, info
 
     def render(self) -> npt.NDArray[np.uint8]:  # type: ignore[override]
-        return np.full((4, 4, 3), self.colour, np.uint8)
+        return np.full((4, 4, 3), self.color, np.uint8)
 
     def add(self, first: int, second: int = 0) -> int:
-        return self.colour + first + second
+        return self.color + first + second
 
     def fail(self, message: str) -> None:
         raise FileNotFoundError(message)
@@ -131,8 +131,8 @@ class Mortal(Toy):
             os._exit(3)
         return super().step(action)
 
-    def set_colour(self, colour: int) -> None:
-        self.colour = colour
+    def set_color(self, color: int) -> None:
+        self.color = color
 
 
 class Broad(SlowToy):
@@ -311,26 +311,26 @@ def test_a_trial_is_the_same_in_any_process_order_and_number_of_workers() -> Non
 def test_methods_and_attributes_over_the_border_of_workers(five: SharedMemoryVecEnv) -> None:
     dummy = DummyVecEnv(toys(5))
     for env in (five, dummy):
-        env.set_attr("colour", 1, indices=[1, 2])
-        env.set_attr("colour", 4, indices=4)
-        env.set_attr("colour", 5, indices=-2)
-        assert env.get_attr("colour") == [7, 1, 1, 5, 4]
-        assert env.get_attr("colour", indices=[4, 0, 2]) == [4, 7, 1]
-        assert env.get_attr("colour", indices=[-1, 4, 0, 4]) == [4, 4, 7, 4]
-        assert env.get_attr("colour", indices=[]) == []
-        assert env.get_attr("colour", indices=np.array([3, 1])) == [5, 1]
+        env.set_attr("color", 1, indices=[1, 2])
+        env.set_attr("color", 4, indices=4)
+        env.set_attr("color", 5, indices=-2)
+        assert env.get_attr("color") == [7, 1, 1, 5, 4]
+        assert env.get_attr("color", indices=[4, 0, 2]) == [4, 7, 1]
+        assert env.get_attr("color", indices=[-1, 4, 0, 4]) == [4, 4, 7, 4]
+        assert env.get_attr("color", indices=[]) == []
+        assert env.get_attr("color", indices=np.array([3, 1])) == [5, 1]
         assert env.env_method("add", 10, second=100, indices=(3, 1)) == [115, 111]
         assert env.env_method("add", 10) == [17, 11, 11, 15, 14]
         assert env.env_is_wrapped(Monitor, indices=[0, 4]) == [False, False]
         with pytest.raises(IndexError):
-            env.get_attr("colour", indices=5)
+            env.get_attr("color", indices=5)
         with pytest.raises(AttributeError, match="color"):
             env.get_attr("color")
-        assert env.get_attr("colour", indices=0) == [7], "nothing may be left of the refused calls"
+        assert env.get_attr("color", indices=0) == [7], "nothing may be left of the refused calls"
 
 
 def test_has_attr_asks_every_environment(five: SharedMemoryVecEnv) -> None:
-    assert five.has_attr("colour") and not five.has_attr("color")
+    assert five.has_attr("color") and not five.has_attr("hue")
     five.set_attr("extra", 1, indices=[0, 1, 2, 3])
     assert not five.has_attr("extra")
     five.set_attr("extra", 1, indices=4)
@@ -340,7 +340,7 @@ def test_has_attr_asks_every_environment(five: SharedMemoryVecEnv) -> None:
 
 def test_images() -> None:
     env = SharedMemoryVecEnv(toys(3, render_mode="rgb_array"), start_method="fork", num_workers=2)
-    env.set_attr("colour", 9, indices=2)
+    env.set_attr("color", 9, indices=2)
     assert env.render_mode == "rgb_array"
     assert [int(image.mean()) for image in env.get_images() if image is not None] == [7, 7, 9]
     tiled = env.render()
@@ -416,7 +416,7 @@ def test_halves_equal_the_whole(kind: str, workers: int) -> None:
         for half in (0, 1) if step % 2 else (1, 0):  # in any order, not only as begun
             rows = env.halves[half]
             observations, rewards, dones, infos = env.step_half_wait(half)
-            assert env.get_attr("colour") == [7] * 5  # which leaves alone what is under way
+            assert env.get_attr("color") == [7] * 5  # which leaves alone what is under way
             if step < 11:
                 env.step_half_async(half, actions[step + 1][rows])
             for part, all_of_it in zip(arrays_of(observations), arrays_of(expected[0]), strict=True):
@@ -672,9 +672,9 @@ def test_a_worker_is_replaced_and_the_others_lose_nothing(start_method: str, how
     env = restarting(start_method)
     env.seed(11)
     last = env.reset()
-    env.set_attr("colour", 1)
-    env.env_method("set_colour", 2, indices=[3])
-    env.set_attr("colour", 3, indices=[4])
+    env.set_attr("color", 1)
+    env.env_method("set_color", 2, indices=[3])
+    env.set_attr("color", 3, indices=[4])
     killed = env.processes[1].pid
     for step, action in enumerate(actions):
         given = action.copy()
@@ -701,7 +701,7 @@ def test_a_worker_is_replaced_and_the_others_lose_nothing(start_method: str, how
                 assert_equal(env.reset_infos[i], info)
         last = observations
     assert env.dropped_episodes == 3
-    assert env.get_attr("colour") == [1, 1, 1, 2, 3]
+    assert env.get_attr("color") == [1, 1, 1, 2, 3]
     assert env.processes[1].pid != killed and not living([killed or 0])
     env.close()
 

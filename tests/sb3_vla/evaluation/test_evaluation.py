@@ -429,7 +429,7 @@ def test_videos_show_every_step(tmp_path: Path) -> None:
             if step in (0, 20):
                 drawn = by_hand.render()
                 assert isinstance(drawn, np.ndarray)
-                # H.264 keeps the picture within a few grey levels; another frame, or text over it, differs by far more.
+                # H.264 keeps the picture within a few gray levels; another frame, or text over it, differs by far more.
                 assert np.abs(frames[step][:480].astype(int) - drawn).mean() < 3
             observation, *_ = by_hand.step(expert.action(observation["privileged_state"]))
         by_hand.close()

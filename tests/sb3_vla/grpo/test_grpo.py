@@ -146,10 +146,10 @@ LENGTHS = (3, 3, 3, 1)
     ("episode_return", "advantage_type", "returns", "advantages"),
     [
         # Mean 1/2, unbiased deviation sqrt(4 / 4 / 3) = 1 / sqrt(3).
-        ("reward", "standardised", (0, 1, 0, 1), [sign * math.sqrt(3) / 2 for sign in (-1, 1, -1, 1)]),
+        ("reward", "standardized", (0, 1, 0, 1), [sign * math.sqrt(3) / 2 for sign in (-1, 1, -1, 1)]),
         ("reward", "leave_one_out", (0, 1, 0, 1), [-2 / 3, 2 / 3, -2 / 3, 2 / 3]),
         # Mean 3/4, unbiased deviation sqrt((3 / 16 + 9 / 16) / 3) = 1/2.
-        ("success", "standardised", (1, 1, 0, 1), [0.5, 0.5, -1.5, 0.5]),
+        ("success", "standardized", (1, 1, 0, 1), [0.5, 0.5, -1.5, 0.5]),
         ("success", "leave_one_out", (1, 1, 0, 1), [1 / 3, 1 / 3, -1, 1 / 3]),
     ],
 )
@@ -269,7 +269,7 @@ def test_more_environments_than_a_group_play_several_at_once() -> None:
     learn(algorithm, 1)
     assert metrics(algorithm)["rollout/groups_played"] == 3
     assert metrics(algorithm)["rollout/groups_kept"] == 2  # all of a turn
-    expected = [*group_advantages([1, 0, 1, 0], "standardised"), *group_advantages([1, 1, 1, 0], "standardised")]
+    expected = [*group_advantages([1, 0, 1, 0], "standardized"), *group_advantages([1, 1, 1, 0], "standardized")]
     assert kept(algorithm).advantages.tolist() == pytest.approx([float(a) for a in expected for _ in range(2)])
 
 
@@ -277,7 +277,7 @@ def test_fewer_environments_than_a_group_take_turns() -> None:
     algorithm = toy_grpo(scripted([SUCCESS, FAILURE], [SUCCESS, INSIDE_A_CHUNK]), n_groups=1, normalize_length=False)
     learn(algorithm, 1)
     assert metrics(algorithm)["rollout/groups_played"] == 1
-    expected = group_advantages([1, 1, 0, 1], "standardised").tolist()
+    expected = group_advantages([1, 1, 0, 1], "standardized").tolist()
     by_decision = [a for a, length in zip(expected, (2, 2, 2, 1), strict=True) for _ in range(length)]
     assert kept(algorithm).advantages.tolist() == pytest.approx(by_decision)
 
@@ -290,7 +290,7 @@ def test_an_episode_whose_worker_died_does_not_count() -> None:
     env = DummyVecEnv([*(partial(ScriptedEnv, [script]) for script in HALF[:3]), partial(Dying, [FAILURE])])
     algorithm = toy_grpo(env, n_groups=1, normalize_length=False)
     learn(algorithm, 1)
-    expected = group_advantages([1, 0, 1], "standardised").tolist()
+    expected = group_advantages([1, 0, 1], "standardized").tolist()
     assert kept(algorithm).advantages.tolist() == pytest.approx([a for a in expected for _ in range(2)])
 
 
@@ -627,7 +627,7 @@ def test_an_episode_that_ends_without_a_word_has_not_succeeded() -> None:
     assert 0 < sum(successes) < 4
     algorithm = toy_grpo(scripted(*script), n_groups=1, normalize_length=False, episode_return="success")
     learn(algorithm, 1)
-    expected = group_advantages(successes, "standardised").tolist()
+    expected = group_advantages(successes, "standardized").tolist()
     by_decision = [a for a, (decisions, *_) in zip(expected, script, strict=True) for _ in decisions]
     assert kept(algorithm).advantages.tolist() == pytest.approx(by_decision)
 

@@ -190,8 +190,8 @@ def test_statistics_are_set_saved_and_used() -> None:
     torch.testing.assert_close(velocity(model, shifted), before, atol=1e-5, rtol=0)
     model.set_statistics({"action_mean": mean, "action_std": std})
     action = torch.randn(2, 5, 4)
-    torch.testing.assert_close(model.normalise_action(action), (action - mean) / std)
-    torch.testing.assert_close(model.unnormalise_action(model.normalise_action(action)), action)
+    torch.testing.assert_close(model.normalize_action(action), (action - mean) / std)
+    torch.testing.assert_close(model.unnormalize_action(model.normalize_action(action)), action)
     saved = model.state_dict()
     for name, value in {"action_mean": mean, "action_std": std, "state_mean": mean, "state_std": std}.items():
         assert torch.equal(saved[name], value)

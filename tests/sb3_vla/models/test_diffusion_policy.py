@@ -108,7 +108,7 @@ def context_of(model: DiffusionPolicy, history: bool = True) -> Context:
 
 @torch.no_grad()
 def test_encoder(model: DiffusionPolicy) -> None:
-    pixels = model._normalise("image", recorded()["in.image"].float() / 255)
+    pixels = model._normalize("image", recorded()["in.image"].float() / 255)
     assert_recorded("image_resized", shrink(pixels, 96)[..., ::8, ::8])
     window = model.window(recorded()["in.image"])
     assert_recorded("image_cropped_corner", window[..., :4, :4])
@@ -123,7 +123,7 @@ def test_encoder(model: DiffusionPolicy) -> None:
             assert_recorded(f"backbone_{number}", h[..., ::step, ::step])
     assert_recorded("keypoints", model.rgb_encoder.pool(h))
     assert_recorded("rgb_feat", model.rgb_encoder(window))
-    assert_recorded("state_norm", model._normalise("state", recorded()["in.state_raw"]))
+    assert_recorded("state_norm", model._normalize("state", recorded()["in.state_raw"]))
     assert_recorded("global_cond", context_of(model).state)
     assert torch.equal(context_of(model).features, context_of(model).state)
 
@@ -140,9 +140,9 @@ def test_unet(model: DiffusionPolicy) -> None:
 @torch.no_grad()
 def test_schedule_and_loss(model: DiffusionPolicy) -> None:
     assert_recorded("alphas_cumprod", noise_schedule("squaredcos_cap_v2", 100), atol=1e-7)
-    x0 = model.normalise_action(recorded()["in.actions_raw"])
+    x0 = model.normalize_action(recorded()["in.actions_raw"])
     assert_recorded("actions_norm", x0)
-    torch.testing.assert_close(model.unnormalise_action(x0), recorded()["in.actions_raw"], atol=1e-6, rtol=0)
+    torch.testing.assert_close(model.unnormalize_action(x0), recorded()["in.actions_raw"], atol=1e-6, rtol=0)
     x, target = model.noised(x0, recorded()["in.loss_noise"], recorded()["in.loss_t"])
     assert_recorded("loss_noisy_actions", x)
     predicted = model.denoise(context_of(model), x, recorded()["in.loss_t"])
@@ -338,7 +338,7 @@ FINAL = "diffusion.unet.final_conv.1.weight"
         (
             lambda f: [_edit_tensors(name, lambda t: t.pop("observation.state.max"))(f) for name in STATISTICS],
             ValueError,
-            "no max of observation.state, by which it normalises",
+            "no max of observation.state, by which it normalizes",
         ),
         (_edit_config(lambda c: c.pop("down_dims")), ValueError, "no complete Diffusion Policy.*down_dims"),
         (_edit_config(lambda c: c.update(vision_backbone="resnet50")), ValueError, "vision_backbone='resnet50'"),
@@ -380,7 +380,7 @@ def test_what_does_not_fit(
         ({"down_dims": (12, 16)}, r"down_dims=\(12, 16\); expected multiples of groups=8"),
         ({"prediction": "eps"}, "prediction='eps'"),
         ({"schedule": "cosine"}, "schedule='cosine'"),
-        ({"normalisation": {"state": "minmax"}}, "normalisation 'minmax'"),
+        ({"normalization": {"state": "minmax"}}, "normalization 'minmax'"),
     ],
 )
 def test_bad_options(options: dict[str, Any], message: str) -> None:
@@ -455,9 +455,9 @@ def test_a_number_that_never_changed_is_read_as_lerobot_does() -> None:
     policy.set_statistics({"state_min": bounds, "state_max": bounds + torch.tensor([0.0, 0.0, 0.0, 1.0])})
     policy.set_statistics({"action_min": bounds, "action_max": bounds})
     state = torch.tensor([[0.0, 0.3, 1.0, 0.25]])
-    torch.testing.assert_close(policy._normalise("state", state), torch.tensor([[-1.0, -1, -1, 0.5]]))  # type: ignore[operator]
+    torch.testing.assert_close(policy._normalize("state", state), torch.tensor([[-1.0, -1, -1, 0.5]]))  # type: ignore[operator]
     chunk = torch.linspace(-1, 1, 5)[:, None].expand(5, 4)
-    torch.testing.assert_close(policy.unnormalise_action(chunk), bounds.expand(5, 4), atol=2e-8, rtol=0)
+    torch.testing.assert_close(policy.unnormalize_action(chunk), bounds.expand(5, 4), atol=2e-8, rtol=0)
 
 
 def test_imitates_and_acts(tmp_path: Path) -> None:

@@ -133,9 +133,9 @@ def assert_near(found: Tensor, expected: str, tolerance: float, where: Tensor | 
 @torch.no_grad()
 def test_what_it_reads_is_the_originals(folder: Path) -> None:
     model, given = reference(folder), observation()
-    tokens, mask = model.tokenise(given["instruction"])
+    tokens, mask = model.tokenize(given["instruction"])
     assert torch.equal(tokens, TENSORS["out.input_ids"]) and torch.equal(mask, TENSORS["out.attention_mask"])
-    image = model.normalise_image(given["image"])
+    image = model.normalize_image(given["image"])
     assert_near(image[:, :, ::4, ::4], "out.pixel_values", 1e-6)
     assert_near(model.vision_backbone.featurizer(image[:, :3]), "out.dino_patches", SINGLE)
     assert_near(model.vision_backbone.fused_featurizer(image[:, 3:]), "out.siglip_patches", SINGLE)
@@ -166,7 +166,7 @@ def test_logits_tokens_and_actions_are_the_originals(folder: Path) -> None:
     assert distribution.entropy(mean, std, executed).tolist() == pytest.approx(
         TENSORS["out.train_entropy"].sum(1).tolist(), abs=LOSS
     )
-    assert_near(model.unnormalise_action(model.token_values[trace["tokens"]]), "out.sample_actions", SINGLE)
+    assert_near(model.unnormalize_action(model.token_values[trace["tokens"]]), "out.sample_actions", SINGLE)
 
 
 @torch.no_grad()
@@ -200,12 +200,12 @@ def test_four_of_seven_numbers_act(folder: Path) -> None:
     assert torch.equal(found, ActionTokens(1).mode(every, every.encode(given))[:, :, places])
 
 
-def test_an_action_becomes_the_token_whose_centre_is_nearest(folder: Path) -> None:
+def test_an_action_becomes_the_token_whose_center_is_nearest(folder: Path) -> None:
     model = reference(folder)
     low, high = model.action_q01, model.action_q99
     actions = torch.rand((64, 1, 7), generator=torch.Generator().manual_seed(0)) * (high - low) + low
     tokens = model.action_tokens(actions)
-    back = model.unnormalise_action(model.token_values[tokens])
+    back = model.unnormalize_action(model.token_values[tokens])
     # Half a bin of 2 / 255 in units of a range of 2; a number that is not scaled has the range -1 ... 1.
     half_bin = torch.where(model.action_scaled, (high - low) / 255 / 2, 1 / 255)
     assert ((back - actions).abs() <= half_bin + 1e-6).all()
@@ -430,7 +430,7 @@ def test_imitates_then_learns_by_ppo_and_comes_back_from_the_published_layout(tm
 
 
 def test_adapters_are_float32_beside_weights_in_bfloat16() -> None:
-    """From ratios of exactly one; in bfloat16 most of an optimiser's small steps would be rounded away."""
+    """From ratios of exactly one; in bfloat16 most of an optimizer's small steps would be rounded away."""
     algorithm = toy_ppo(
         toy_vec(4, chunk=1, action_dim=4),
         model="openvla_oft",

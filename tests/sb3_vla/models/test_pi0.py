@@ -378,7 +378,7 @@ LOW, HIGH = np.array([-1.0, -2.0, 0.4, 3.0]), np.array([1.0, 3.0, 0.6, 3.0])
         ),
     ],
 )
-def test_normalisation(scheme: str, convention: str, into: Callable, out_of: Callable) -> None:
+def test_normalization(scheme: str, convention: str, into: Callable, out_of: Callable) -> None:
     model = Pi0(**TINY_PI0, convention=convention, state_scheme=scheme, action_scheme=scheme)
     values = {"mean": MEAN, "std": STD, "q01": LOW, "q99": HIGH}
     model.set_statistics(
@@ -389,19 +389,19 @@ def test_normalisation(scheme: str, convention: str, into: Callable, out_of: Cal
         }
     )
     x = torch.tensor(X_IN, dtype=torch.float32)[None]
-    np.testing.assert_allclose(model.normalise_state(x)[0].numpy(), into(X_IN), rtol=2e-5, atol=1e-5)
-    np.testing.assert_allclose(model.normalise_action(x)[0].numpy(), into(X_IN), rtol=2e-5, atol=1e-5)
-    np.testing.assert_allclose(model.unnormalise_action(x)[0].numpy(), out_of(X_IN), rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(model.normalize_state(x)[0].numpy(), into(X_IN), rtol=2e-5, atol=1e-5)
+    np.testing.assert_allclose(model.normalize_action(x)[0].numpy(), into(X_IN), rtol=2e-5, atol=1e-5)
+    np.testing.assert_allclose(model.unnormalize_action(x)[0].numpy(), out_of(X_IN), rtol=1e-6, atol=1e-6)
     # No clipping, and the way back, but where the data never moved.
-    there = model.unnormalise_action(model.normalise_action(x))
+    there = model.unnormalize_action(model.normalize_action(x))
     np.testing.assert_allclose(there[0, :2].numpy(), X_IN[:2], rtol=1e-5)
 
 
 def test_a_model_without_statistics_leaves_numbers_alone() -> None:
     for model in (Pi0(**TINY_PI0, convention="lerobot"), Pi05(**TINY_PI0, convention="lerobot")):
         x = torch.randn(3, 4)
-        torch.testing.assert_close(model.unnormalise_action(model.normalise_action(x)), x)
-        torch.testing.assert_close(model.normalise_state(x), x)
+        torch.testing.assert_close(model.unnormalize_action(model.normalize_action(x)), x)
+        torch.testing.assert_close(model.normalize_state(x), x)
 
 
 def test_prompts() -> None:
@@ -480,7 +480,7 @@ def test_without_a_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", gated)
     with pytest.raises(
-        FileNotFoundError, match=r"google/paligemma-3b-pt-224.*access is restricted.*accept its licence"
+        FileNotFoundError, match=r"google/paligemma-3b-pt-224.*access is restricted.*accept its license"
     ):
         Pi0(**TINY_PI0).perceive(toy_observation(1, image_size=56))
 
@@ -516,7 +516,7 @@ def test_compiled_towers_meet_few_lengths(name: str, tmp_path: Path) -> None:
         model.compiled = False
         expected = model.denoise(model.encode(observation), x, t)
         model.compiled = True
-        for context in (model.encode(observation), model.contextualise(model.perceive(observation))):
+        for context in (model.encode(observation), model.contextualize(model.perceive(observation))):
             if name == "pi0":
                 assert context.state.keys_values[0][0].shape[2] == 16 + length
             assert difference(model.denoise(context, x, t), expected) < 2e-6
@@ -545,7 +545,7 @@ def test_imitation_loss(name: str, convention: str, tmp_path: Path) -> None:
     noise = torch.randn(2, 5, 32, generator=generator)
     t = 0.999 * torch.rand(2, generator=generator) ** (2 / 3) + 0.001
     x0 = torch.zeros(2, 5, 32)
-    x0[:, :, :4] = model.normalise_action(actions)
+    x0[:, :, :4] = model.normalize_action(actions)
     x = t[:, None, None] * noise + (1 - t[:, None, None]) * x0
     error = (model.denoise(model.encode(observation), x, t) - (noise - x0)).square()
     error = error.mean(2) if convention == "openpi" else error[:, :, :4].mean(2)
@@ -724,4 +724,4 @@ def test_the_flow_is_the_limit_of_little_noise(name: str, tmp_path: Path) -> Non
     expected = integrate(policy.model, context, noise, 4)[:, :, :2]
     almost = FlowSDE(2, noise_level=1e-4, joint=True)
     found, _ = almost.sample(policy.model, context, torch.Generator().manual_seed(0))
-    assert math.isclose(difference(found, policy.model.unnormalise_action(expected)), 0, abs_tol=2e-3)
+    assert math.isclose(difference(found, policy.model.unnormalize_action(expected)), 0, abs_tol=2e-3)

@@ -124,7 +124,7 @@ def smolvla_outputs(model: SmolVLA, record: dict[str, Tensor], image: Tensor, ta
     found["vision_hidden"] = torch.stack([before["0"][0], *(after[name][0] for name in blocks)], 1)
     found["vision_last"] = last
     found["connector"] = pictures = model.embed_pictures(found["image_pre"])
-    tokens, mask = model.tokenise(instructions(tasks))
+    tokens, mask = model.tokenize(instructions(tasks))
     found["tokens"], found["token_mask"] = tokens, mask
     embedded, there = model.embed_prefix(pictures, tokens, mask)
     state = record["in.state_raw"]
@@ -133,7 +133,7 @@ def smolvla_outputs(model: SmolVLA, record: dict[str, Tensor], image: Tensor, ta
     padded = record["out.prefix_pad"].shape[1] - length  # a fixed length's zeros are behind the state
     with inputs_of(norms) as seen, inputs_of({"last": model.text_model.norm}, outputs=True) as normed:
         perception = model.read_prefix(embedded, there)
-        context = model.contextualise({**perception, "state": state})
+        context = model.contextualize({**perception, "state": state})
     found["state_norm"] = (state - model.state_mean) / (model.state_std + 1e-8)
     found["state_padded"] = F.pad(found["state_norm"], (0, 32 - state.shape[1]))
     torch.testing.assert_close(model.state_proj(found["state_padded"]), token[:, 0], atol=1e-6, rtol=0)
@@ -180,10 +180,10 @@ def smolvla_outputs(model: SmolVLA, record: dict[str, Tensor], image: Tensor, ta
     found["euler_chain"], found["euler_v"] = torch.stack(chain, 1), torch.stack(velocities, 1)
     found["sample_actions"] = chain[-1]
     found["action_chunk_norm"] = chain[-1][..., :4]
-    found["action_chunk"] = model.unnormalise_action(chain[-1][..., :4])
+    found["action_chunk"] = model.unnormalize_action(chain[-1][..., :4])
     found["select_action_first"] = found["action_chunk"][:, 0]
     actions = record["in.actions_raw"]
-    found["actions_norm"] = model.normalise_action(actions)
+    found["actions_norm"] = model.normalize_action(actions)
     error = model.velocity_error(context, actions, record["in.loss_noise"], record["in.loss_time"]).square()
     found["loss_elementwise"] = error
     weight = (~record["in.action_is_pad"])[:, :, None].float()
@@ -272,9 +272,9 @@ def test_diffusion_policy_in_all_its_chains(tmp_path: Path) -> None:
     model = load_checkpoint(test_diffusion_policy.make_published(tmp_path / "published")).model
     assert isinstance(model, DiffusionPolicy)
     image, found = record["in.image"], {}
-    normalised = model._normalise("image", image.float() / 255)
-    found["image_norm_8x"] = normalised[..., ::8, ::8]
-    found["image_resized"] = shrink(normalised, 96)
+    normalized = model._normalize("image", image.float() / 255)
+    found["image_norm_8x"] = normalized[..., ::8, ::8]
+    found["image_resized"] = shrink(normalized, 96)
     window = model.window(image)
     found["image_cropped_corner"] = window[..., :4, :4]
     h = window
@@ -285,7 +285,7 @@ def test_diffusion_policy_in_all_its_chains(tmp_path: Path) -> None:
             shown = h.relu() if number == 1 else h  # recorded after the activation that follows in place
             found[f"backbone_{number}"] = shown[..., ::step, ::step]
     found["keypoints"], found["rgb_feat"] = model.rgb_encoder.pool(h), model.rgb_encoder(window)
-    found["state_norm"] = model._normalise("state", record["in.state_raw"])
+    found["state_norm"] = model._normalize("state", record["in.state_raw"])
     context = test_diffusion_policy.context_of(model)
     found["global_cond"] = context.state
     x, t, condition = (record[f"in.unet_{name}"] for name in ("x", "t", "cond"))
@@ -313,7 +313,7 @@ def test_diffusion_policy_in_all_its_chains(tmp_path: Path) -> None:
     single = model.encode({"image": image[:1], "state": record["in.state_raw"][:1]})
     alone = diffusion_chain(model, "ddpm", 100, single, noise, step_noise)[0][:, -1]
     found["select_action_obs0_repeated"] = sampler.executed_actions(model, alone)  # type: ignore[operator]
-    found["actions_norm"] = x0 = model.normalise_action(record["in.actions_raw"])
+    found["actions_norm"] = x0 = model.normalize_action(record["in.actions_raw"])
     found["loss_noisy_actions"], target = model.noised(x0, record["in.loss_noise"], record["in.loss_t"])
     found["loss_pred"] = model.denoise(context, found["loss_noisy_actions"], record["in.loss_t"])
     error = (found["loss_pred"] - target).square()
@@ -337,10 +337,10 @@ def tinyvla_head(model: TinyVLA, record: dict[str, Tensor], condition: Tensor, t
     context = Context(condition, condition.to(dtype))
     states, outputs, _ = diffusion_chain(model, "ddim", 10, context, record["in.noise"].to(dtype))
     found["ddim_chain"], found["ddim_eps"] = states.float(), outputs
-    found["actions_norm"], found["actions"] = states[:, -1].float(), model.unnormalise_action(states[:, -1].float())[0]
-    x0 = model.normalise_action(record["in.actions_raw"])
+    found["actions_norm"], found["actions"] = states[:, -1].float(), model.unnormalize_action(states[:, -1].float())[0]
+    x0 = model.normalize_action(record["in.actions_raw"])
     x, target = model.noised(x0, record["in.loss_noise"], record["in.loss_t"])
-    state = model._normalise("state", record["in.state_raw"]).to(dtype)
+    state = model._normalize("state", record["in.state_raw"]).to(dtype)
     many = model.combine(torch.cat([model.norm_after_pool(training.to(dtype)), state], 1))
     found["train_eps"] = model.denoise(Context(many, many), x.to(dtype), record["in.loss_t"])
     valid = ~record["in.is_pad"][:, :, None]
@@ -353,7 +353,7 @@ def assert_shipped_sampler(
 ) -> None:
     """The sampler that is used, head under autocast and steps in float32, beside the original's chain in bfloat16."""
     with torch.autocast("cpu", torch.bfloat16):
-        states, _, _ = diffusion_chain(model, "ddim", 10, model.contextualise(perception), record["in.noise"])
+        states, _, _ = diffusion_chain(model, "ddim", 10, model.contextualize(perception), record["in.noise"])
     assert states.dtype == torch.float32
     apart = (states - record["out.ddim_chain_bf16"].float()).abs().max().item()
     print(f"{reference}: our sampler under autocast at most {apart:.2g} from the original's in bfloat16")
@@ -399,7 +399,7 @@ def test_tinyvla_in_three_precisions(tmp_path: Path, tower: str, monkeypatch: py
     seen = model.look(pixels)
     found["projected"] = seen[:1]
     with monkeypatch.context() as uncropped:
-        uncropped.setattr(model, "centre_crop", False)
+        uncropped.setattr(model, "center_crop", False)
         found["pixel_values_nocrop"] = model.pixels(image[:1])
     before, after = model.prompt.split("<image>")
 
@@ -423,8 +423,8 @@ def test_tinyvla_in_three_precisions(tmp_path: Path, tower: str, monkeypatch: py
     perception = model.perceive({"image": image[None], "state": record["in.state_raw"][:1], "instruction": sentence})
     found["cond_pooled"] = perception[PERCEPTION + "pooled"]
     found["cond_norm"] = model.norm_after_pool(found["cond_pooled"])
-    found["cond"] = model.contextualise(perception).state
-    found["state_norm"] = model._normalise("state", record["in.state_raw"])
+    found["cond"] = model.contextualize(perception).state
+    found["state_norm"] = model._normalize("state", record["in.state_raw"])
     found["alphas_cumprod"] = model.alphas_cumprod
     assert_shipped_sampler(reference, model, record, perception)
     low = in_bfloat16(model)
@@ -443,9 +443,9 @@ def test_tinyvla_in_three_precisions(tmp_path: Path, tower: str, monkeypatch: py
     embedded, mask = model.sequence(torch.cat([model.look(pair) for pair in pairs], 1), sentences)
     found["train_llm_embeds"], found["train_llm_mask"] = embedded, mask
     found["train_llm_last"] = model.read(embedded, mask)
-    found["actions_norm_train"] = x0 = model.normalise_action(record["in.actions_raw"])
+    found["actions_norm_train"] = x0 = model.normalize_action(record["in.actions_raw"])
     found["train_noisy"] = model.noised(x0, record["in.loss_noise"], record["in.loss_t"])[0]
-    found["ddim_timesteps"] = diffusion_chain(model, "ddim", 10, model.contextualise(perception), record["in.noise"])[2]
+    found["ddim_timesteps"] = diffusion_chain(model, "ddim", 10, model.contextualize(perception), record["in.noise"])[2]
     pooled = found["train_llm_last"].mean(1)
     for ending, sinusoid in (("", step_sinusoid), ("_bf16time", bf16_sinusoid)):
         monkeypatch.setattr(model.unet, "sinusoid", sinusoid)
@@ -465,9 +465,9 @@ def test_openvla_oft_in_both_sequences(tmp_path: Path) -> None:
     folder = test_openvla_oft.write_published(tmp_path / "published")
     model, given = test_openvla_oft.reference(folder), test_openvla_oft.observation()
     found: dict[str, Tensor] = {}
-    tokens, mask = model.tokenise(given["instruction"])
+    tokens, mask = model.tokenize(given["instruction"])
     found["input_ids"], found["attention_mask"] = tokens, mask
-    image = found["pixel_values"] = model.normalise_image(given["image"])
+    image = found["pixel_values"] = model.normalize_image(given["image"])
     found["dino_patches"] = model.vision_backbone.featurizer(image[:, :3])
     found["siglip_patches"] = model.vision_backbone.fused_featurizer(image[:, 3:])
     patches = found["projected"] = model.projector(model.vision_backbone(image))
@@ -499,7 +499,7 @@ def test_openvla_oft_in_both_sequences(tmp_path: Path) -> None:
     found["sample_tokens"] = drawn + model.first_action_id
     found["sample_logprobs"] = found["train_logprobs"] = log_prob(tempered, drawn)
     found["sample_actions_norm"] = model.token_values[drawn]
-    found["sample_actions"] = model.unnormalise_action(found["sample_actions_norm"])
+    found["sample_actions"] = model.unnormalize_action(found["sample_actions_norm"])
     mean, std = tempered.transition(model, context, {})
     own = torch.log_softmax(mean / std, 3)
     found["train_entropy"] = -(own.exp() * own).sum(3)[:, 0]
@@ -514,7 +514,7 @@ def test_openvla_oft_in_both_sequences(tmp_path: Path) -> None:
     official = test_openvla_oft.reference(folder, stop_token=True)
     first = {key: value[:1] for key, value in given.items()}
     context = official.encode(first)
-    tokens, mask = official.tokenise(first["instruction"])
+    tokens, mask = official.tokenize(first["instruction"])
     found["official_input_ids"] = tokens[mask][None]
     _, there = official.embed(tokens, mask, patches[:1])
     found["official_seq_len"] = there.sum(1)
@@ -522,7 +522,7 @@ def test_openvla_oft_in_both_sequences(tmp_path: Path) -> None:
     found["official_logits_256"] = official.token_logits(context)[:, 0]
     # openvla-oft takes the likeliest of all tokens; one that is no action is the nearest that is.
     likeliest = official.language_model.lm_head(context.state[:, :7]).argmax(2) - official.first_action_id
-    found["official_actions"] = official.unnormalise_action(official.token_values[likeliest.clamp(0, 255)])
+    found["official_actions"] = official.unnormalize_action(official.token_values[likeliest.clamp(0, 255)])
     targets = record["in.sft_tokens"][:1, None] - model.first_action_id
     found["official_sft_loss"] = official.token_loss(context, targets, torch.ones(1, 1, dtype=torch.bool))[None]
     there = record["out.llm_mask"]

@@ -144,7 +144,7 @@ def test_the_prefix_is_the_originals(model: SmolVLA) -> None:
     assert_near(image[:, :, ::16, ::16], "main/out.image_pre", 0.0)
     pictures = model.embed_pictures(image)
     assert_near(pictures, "main/out.connector", SINGLE)
-    tokens, mask = model.tokenise(given["instruction"])
+    tokens, mask = model.tokenize(given["instruction"])
     assert torch.equal(tokens, TENSORS["main/out.tokens"]) and torch.equal(mask, TENSORS["main/out.token_mask"])
     embedded, there = model.embed_prefix(pictures, tokens, mask)
     state = model.state_token(given["state"])[:, None]
@@ -174,7 +174,7 @@ def test_velocities_and_chain_are_the_originals(model: SmolVLA, kept: str) -> No
     assert_near(hidden, "main/out.expert_hidden_t06", SINGLE)
     chain = integrate(model, context, noise, 10)
     assert (chain - TENSORS["main/out.euler_chain"][:, -1]).abs().max() <= CHAIN
-    assert_near(model.unnormalise_action(chain[..., :4]), "main/out.action_chunk", CHAIN)
+    assert_near(model.unnormalize_action(chain[..., :4]), "main/out.action_chunk", CHAIN)
     several = model.denoise(context, noise.repeat(3, 1, 1), torch.tensor([1.0, 0.6, 0.1]).repeat_interleave(2))
     for row, name in enumerate(("t1", "t06", "t01")):
         assert_near(several[2 * row : 2 * row + 2], f"main/out.v_{name}", SINGLE)
@@ -184,7 +184,7 @@ def test_velocities_and_chain_are_the_originals(model: SmolVLA, kept: str) -> No
 def test_the_loss_is_the_originals(model: SmolVLA) -> None:
     context = model.encode(observation())
     actions, noise, time = (TENSORS[f"main/in.{name}"] for name in ("actions_raw", "loss_noise", "loss_time"))
-    assert_near(model.normalise_action(actions), "main/out.actions_norm", SINGLE)
+    assert_near(model.normalize_action(actions), "main/out.actions_norm", SINGLE)
     error = model.velocity_error(context, actions, noise, time).square()
     assert_near(error, "main/out.loss_elementwise", CHAIN)
     padded = ~TENSORS["main/in.action_is_pad"]
@@ -214,7 +214,7 @@ def test_marks_of_pictures_and_rarer_self_attention_are_the_originals(published:
     """And a fixed prefix length, whose padding has no effect."""
     model = load_checkpoint(with_options(published)).model
     assert isinstance(model, SmolVLA)
-    tokens, mask = model.tokenise(instructions(RECORDS["options_tasks"]))
+    tokens, mask = model.tokenize(instructions(RECORDS["options_tasks"]))
     assert torch.equal(tokens, TENSORS["options/out.tokens"])
     embedded, there = model.embed_prefix(TENSORS["options/out.connector"], tokens, mask)
     length = embedded.shape[1]
@@ -222,7 +222,7 @@ def test_marks_of_pictures_and_rarer_self_attention_are_the_originals(published:
     pads = TENSORS["options/out.prefix_pad"]
     assert torch.equal(there, pads[:, :length]) and not pads[:, length + 1 :].any()
     state = TENSORS["options/in.state_raw"]
-    context = model.contextualise({**model.read_prefix(embedded, there), "state": state})
+    context = model.contextualize({**model.read_prefix(embedded, there), "state": state})
     noise = TENSORS["options/in.noise"]
     for name, time in (("t1", 1.0), ("t06", 0.6), ("t01", 0.1)):
         assert_near(model.denoise(context, noise, torch.full((1,), time)), f"options/out.v_{name}", SINGLE)
@@ -244,7 +244,7 @@ def test_mixed_precision_is_the_originals(published: Path, tmp_path: Path) -> No
         assert_near(
             model.denoise(context, TENSORS["main/in.noise"], torch.full((2,), time)), f"mixed/out.v_{name}", 0.05
         )
-    chunk = model.unnormalise_action(integrate(model, context, TENSORS["main/in.noise"], 10)[..., :4])
+    chunk = model.unnormalize_action(integrate(model, context, TENSORS["main/in.noise"], 10)[..., :4])
     assert_near(chunk, "mixed/out.action_chunk", 0.05)
 
 
@@ -326,14 +326,14 @@ def test_our_own_checkpoint_needs_nothing_else(published: Path, tmp_path: Path) 
     save_checkpoint(tmp_path / "own", model)
     again = load_checkpoint(tmp_path / "own").model
     assert same_tensors(again.state_dict(), model.state_dict()) and again.config == model.config
-    tokens, _ = again.tokenise(instructions(RECORDS["tasks"]))  # type: ignore[operator]
+    tokens, _ = again.tokenize(instructions(RECORDS["tasks"]))  # type: ignore[operator]
     assert torch.equal(tokens, TENSORS["main/out.tokens"])
 
 
 def test_the_present_layout_has_its_tokenizer_beside_it(published: Path) -> None:
     (published / "vlm" / "tokenizer.json").unlink()
     write_files(published, RECORDS["head_files"])
-    tokens, _ = load_checkpoint(published).model.tokenise(instructions(RECORDS["tasks"]))  # type: ignore[operator]
+    tokens, _ = load_checkpoint(published).model.tokenize(instructions(RECORDS["tasks"]))  # type: ignore[operator]
     assert torch.equal(tokens, TENSORS["main/out.tokens"])
 
 
@@ -364,7 +364,7 @@ def test_lerobot_finds_all_from_any_directory(tmp_path: Path, monkeypatch: pytes
     assert step["artifacts"] == {"tokenizer_name": "tokenizer"}
     vlm = json.loads((tmp_path / "model" / "config.json").read_text())["vlm_model_name"]
     assert vlm == str(tmp_path / "model" / "vlm")
-    tokens, mask = model.tokenise(instructions(["open the door", "push"]))
+    tokens, mask = model.tokenize(instructions(["open the door", "push"]))
     for folder in (step["config"]["tokenizer_name"], vlm):
         assert ids_by_transformers(folder, ["open the door\n", "push\n"]) == (tokens * mask).tolist()
 
@@ -408,7 +408,7 @@ def test_a_folder_that_was_moved_reads_its_own_parts(tmp_path: Path) -> None:
     (tmp_path / "there" / "tokenizer" / "tokenizer.json").write_text("{}")
     again = load_checkpoint(tmp_path / "here").model
     assert again.config == {**model.config, "tokenizer": again.config["tokenizer"]}
-    assert torch.equal(again.tokenise(instructions(["push"]))[0], model.tokenise(instructions(["push"]))[0])  # type: ignore[operator]
+    assert torch.equal(again.tokenize(instructions(["push"]))[0], model.tokenize(instructions(["push"]))[0])  # type: ignore[operator]
 
 
 def test_the_hubs_tokenizer_goes_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -433,7 +433,7 @@ def test_padding_is_one_of_the_tokenizers_own_tokens(tmp_path: Path) -> None:
 
 def test_a_sentence_that_is_a_line_stays_one(model: SmolVLA) -> None:
     """LeRobot adds a newline where there is none."""
-    tokens, mask = model.tokenise(instructions(["push", "push\n", "push\n\n"]))
+    tokens, mask = model.tokenize(instructions(["push", "push\n", "push\n\n"]))
     assert mask.sum(1).tolist() == [5, 5, 6] and torch.equal(tokens[0], tokens[1])
 
 
@@ -457,7 +457,7 @@ def test_the_layout_before_has_statistics_among_the_weights(published: Path) -> 
 
 
 def test_a_base_model_of_another_robot_is_imitated_from(published: Path) -> None:
-    """It has six joints and no statistics, and takes the environment's four numbers and the data's normalisation."""
+    """It has six joints and no statistics, and takes the environment's four numbers and the data's normalization."""
     features = RECORDS["files"]["config.json"]["input_features"]
     six = {"type": "STATE", "shape": [6]}
     image = {"type": "VISUAL", "shape": [3, 32, 32]}
@@ -582,7 +582,7 @@ def test_what_is_wrong_is_named(published: Path, damage: Any, error: type[Except
 
 def test_a_given_tokenizer_takes_the_place_of_a_missing_one(published: Path, tmp_path: Path) -> None:
     (published / "vlm" / "tokenizer.json").rename(tmp_path / "tokenizer.json")
-    tokens, _ = load_smolvla(published, tokenizer=tmp_path).model.tokenise(instructions(RECORDS["tasks"]))  # type: ignore[operator]
+    tokens, _ = load_smolvla(published, tokenizer=tmp_path).model.tokenize(instructions(RECORDS["tasks"]))  # type: ignore[operator]
     assert torch.equal(tokens, TENSORS["main/out.tokens"])
     with pytest.raises(FileNotFoundError, match="There is no tokenizer"):
         load_smolvla(published, tokenizer=tmp_path / "elsewhere.json")

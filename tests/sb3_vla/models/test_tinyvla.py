@@ -124,7 +124,7 @@ def test_pictures(models: dict[str, TinyVLA], tower: str, monkeypatch: pytest.Mo
     hidden = model.vision_tower(pixel_values=pixels[:1], output_hidden_states=True).hidden_states
     assert_recorded(tower, "vision_hidden", torch.stack(hidden, 1))
     assert_recorded(tower, "projected", model.look(pixels)[:1])
-    monkeypatch.setattr(model, "centre_crop", False)
+    monkeypatch.setattr(model, "center_crop", False)
     assert_recorded(tower, "pixel_values_nocrop", model.pixels(found["in.image"][:1]))
 
 
@@ -153,7 +153,7 @@ def test_condition(models: dict[str, TinyVLA], tower: str) -> None:
     perception = model.perceive(observation)
     assert_recorded(tower, "cond_pooled", perception["perception/pooled"])
     assert_recorded(tower, "cond_norm", model.norm_after_pool(perception["perception/pooled"]), atol=1e-4)
-    context = model.contextualise(perception)
+    context = model.contextualize(perception)
     assert_recorded(tower, "cond", context.state, atol=1e-4)
     together = {**{key: value.expand(2, *value.shape[1:]) for key, value in observation.items()}}
     together["instruction"] = instructions(*LANGS)
@@ -184,7 +184,7 @@ def test_head(models: dict[str, TinyVLA], tower: str, bf16_time: bool, monkeypat
         x = chain.kernel(model, context, x, torch.tensor([step]))[2]  # type: ignore[operator]
         states.append(x)
     assert_recorded(tower, "ddim_chain" + ending, torch.stack(states, 1), atol=1e-4)
-    assert_recorded(tower, "actions" + ending, model.unnormalise_action(x)[0], atol=1e-4)
+    assert_recorded(tower, "actions" + ending, model.unnormalize_action(x)[0], atol=1e-4)
 
 
 @torch.no_grad()
@@ -193,9 +193,9 @@ def test_training_batch(models: dict[str, TinyVLA], monkeypatch: pytest.MonkeyPa
     model, found = models["clip"], recorded("clip")
     monkeypatch.setattr(model.unet, "sinusoid", step_sinusoid)
     monkeypatch.setattr(model, "prompt", model.prompt.replace("ASSISTANT: ", "ASSISTANT:  "))
-    x0 = model.normalise_action(found["in.actions_raw"])
+    x0 = model.normalize_action(found["in.actions_raw"])
     assert_recorded("clip", "actions_norm_train", x0)
-    assert_recorded("clip", "state_norm", model._normalise("state", found["in.state_raw"]))
+    assert_recorded("clip", "state_norm", model._normalize("state", found["in.state_raw"]))
     x, target = model.noised(x0, found["in.loss_noise"], found["in.loss_t"])
     assert_recorded("clip", "train_noisy", x)
     seen = [model.look(found[f"out.train_pixel_values{view}"]) for view in ("", "_r")]
@@ -203,7 +203,7 @@ def test_training_batch(models: dict[str, TinyVLA], monkeypatch: pytest.MonkeyPa
     assert torch.equal(mask, found["out.train_llm_mask"])
     states = model.read(embeddings, mask)
     assert_recorded("clip", "train_llm_last", states[:, ::8])
-    context = model.contextualise({"perception/pooled": states.mean(1), "state": found["in.state_raw"]})
+    context = model.contextualize({"perception/pooled": states.mean(1), "state": found["in.state_raw"]})
     predicted = model.denoise(context, x, found["in.loss_t"])
     assert_recorded("clip", "train_eps", predicted)
     valid = ~found["in.is_pad"][:, :, None]

@@ -191,7 +191,7 @@ BOX = ToyEnv().action_space
         (spaces.Box(-1, 1, (3,)), BOX, r"needs a Dict observation.*got Box\(-1\.0, 1\.0, \(3,\)"),
         (with_space("image", spaces.Box(0, 1, (32, 32, 3), np.float32)), BOX, "image as uint8.*float32"),
         (with_space("image", spaces.Box(0, 255, (32, 32), np.uint8)), BOX, "three axes"),
-        (with_space("image", spaces.Box(0, 255, (32, 32, 4), np.uint8)), BOX, r"colour image.*\(32, 32, 4\)"),
+        (with_space("image", spaces.Box(0, 255, (32, 32, 4), np.uint8)), BOX, r"color image.*\(32, 32, 4\)"),
         (ToyEnv().observation_space, spaces.Discrete(4), r"Box action space.*Discrete\(4\)"),
         (ToyEnv().observation_space, spaces.Box(-1, 1, (2, 3, 4)), "Box action space"),
     ],
@@ -199,7 +199,7 @@ BOX = ToyEnv().action_space
 def test_other_spaces_are_refused(observation_space: spaces.Space, action_space: spaces.Space, message: str) -> None:
     with pytest.raises(ValueError, match=message) as caught:
         VLAPolicy(observation_space, action_space, lambda _: 1e-3, model_kwargs=TINY)
-    assert "mw_envs" in str(caught.value) or "colour" in str(caught.value)
+    assert "mw_envs" in str(caught.value) or "color" in str(caught.value)
 
 
 def test_stock_environments_are_refused_with_advice() -> None:
@@ -458,8 +458,8 @@ def test_an_environment_of_another_size_than_the_data_is_told(tmp_path: Path) ->
         drawn = PPO("VLAPolicy", toy_vec(action_dim=4, image_size=64), device="cpu", **options)
     drawn.save(tmp_path / "algorithm")
     assert PPO.load(tmp_path / "algorithm").policy.portable_kwargs["resize"] == "area"
-    save_checkpoint(tmp_path / "practised", drawn.policy.model, notes=drawn.policy.notes)
-    again, seen = load_policy(tmp_path / "practised", 2), observations(1, action_dim=4, image_size=64)
+    save_checkpoint(tmp_path / "practiced", drawn.policy.model, notes=drawn.policy.notes)
+    again, seen = load_policy(tmp_path / "practiced", 2), observations(1, action_dim=4, image_size=64)
     assert again.observation_space["image"].shape == (64, 64, 3)  # type: ignore[index]
     np.testing.assert_array_equal(*(each.predict(seen, deterministic=True)[0] for each in (again, drawn)))
     with pytest.raises(ValueError, match="Unknown resize='aera'; did you mean 'area'"):

@@ -187,10 +187,10 @@ def everything(algorithm_class: type[stable_baselines3.PPO], case: str, second: 
         algorithm.learn(64, buffers)
         algorithm.learn(second, buffers, reset_num_timesteps=False)
         assert algorithm.env is not None
-        normalise = algorithm.get_vec_normalize_env()
+        normalize = algorithm.get_vec_normalize_env()
         return {
             "weights": algorithm.policy.state_dict(),
-            "optimiser": algorithm.policy.optimizer.state_dict(),
+            "optimizer": algorithm.policy.optimizer.state_dict(),
             "rollouts": buffers.rollouts,
             "logged": rows.rows,
             "last logged": {k: v for k, v in algorithm.logger.name_to_value.items() if not k.startswith("time/")},
@@ -201,7 +201,7 @@ def everything(algorithm_class: type[stable_baselines3.PPO], case: str, second: 
             "drawn from it": [algorithm.action_space.sample() for _ in range(2)],
             "last observation": algorithm._last_obs,
             "next observations": [algorithm.env.step([algorithm.action_space.sample()] * algorithm.n_envs)[0]],
-            "normalisation": [] if normalise is None else [normalise.obs_rms.mean, normalise.ret_rms.var],  # type: ignore[union-attr]
+            "normalization": [] if normalize is None else [normalize.obs_rms.mean, normalize.ret_rms.var],  # type: ignore[union-attr]
             "episodes": [{k: v for k, v in e.items() if k != "t"} for e in algorithm.ep_info_buffer or ()],
             "successes": list(algorithm.ep_success_buffer or ()),
             "counters": (algorithm.num_timesteps, algorithm._n_updates, algorithm._current_progress_remaining),

@@ -272,7 +272,7 @@ def test_trains_and_is_evaluated_under_wrappers(wrap: Callable[[VecEnv, Path], V
 @pytest.mark.parametrize(
     ("wrap", "message"),
     [
-        (partial(VecFrameStack, n_stack=4), r"one colour image.*\(12, 32, 32\).*leave VecFrameStack.* out"),
+        (partial(VecFrameStack, n_stack=4), r"one color image.*\(12, 32, 32\).*leave VecFrameStack.* out"),
         (partial(VecFrameStack, n_stack=4, channels_order="first"), "several pictures in one.*leave VecFrameStack"),
         (
             lambda _: DummyVecEnv([lambda: FrameStackObservation(ToyEnv(), 4)]),

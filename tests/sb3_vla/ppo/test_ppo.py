@@ -78,7 +78,7 @@ def test_ratio_is_one_before_the_first_step(distribution: str, options: dict[str
     assert found["train/ratio_max"] == 1.0
     assert found["actor/approx_kl"] == found["train/approx_kl"] == 0.0
     assert found["actor/pg_clipfrac"] == 0
-    assert found["actor/loss"] == pytest.approx(0.0, abs=1e-6)  # the mean of normalised advantages
+    assert found["actor/loss"] == pytest.approx(0.0, abs=1e-6)  # the mean of normalized advantages
     assert found["actor/grad_norm"] > 0
 
 
@@ -176,7 +176,7 @@ def test_clipped_surrogate_by_hand() -> None:
 
 
 @pytest.mark.parametrize("micro_batch_size", [None, 3])
-def test_advantages_are_normalised_over_the_minibatch(micro_batch_size: int | None) -> None:
+def test_advantages_are_normalized_over_the_minibatch(micro_batch_size: int | None) -> None:
     algorithm = toy_ppo(batch_size=8, micro_batch_size=micro_batch_size, learning_rate=0.0)
     given: list[DecisionBatch] = []
     real = algorithm._actor_loss

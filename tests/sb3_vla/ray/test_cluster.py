@@ -376,7 +376,7 @@ def test_failures_reach_the_learner(ray: Any) -> None:
     """An environment that cannot be made, and weights that do not fit a copy."""
     with connected(ClusterOptions(2, LAYOUTS["hybrid"])) as cluster:
         with pytest.raises(RuntimeError, match=r"An environment of worker 0 .* failed:(.|\n)*unexpected keyword"):
-            RayVecEnv(cluster, [functools.partial(ToyEnv, colour="red")] * 4, cluster.placement["env"])  # type: ignore[arg-type]
+            RayVecEnv(cluster, [functools.partial(ToyEnv, color="red")] * 4, cluster.placement["env"])  # type: ignore[arg-type]
         policy = toy_ppo().policy
         policy.register_parameter("stranger", torch.nn.Parameter(torch.zeros(1)))
         replicas = Replicas(cluster, cluster.placement["rollout"][:1], policy)

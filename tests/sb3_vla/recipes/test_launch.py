@@ -313,7 +313,7 @@ def published(environment: dict[str, str], folder: Path, name: str, model: str) 
 @pytest.mark.slow
 @pytest.mark.parametrize("algorithm", ["ppo", "grpo"])
 def test_compact_of_the_45(algorithm: str, environment: dict[str, str], tmp_path: Path) -> None:
-    """The suites are the recipe's own: what is practised is not what is measured."""
+    """The suites are the recipe's own: what is practiced is not what is measured."""
     name = f"metaworld_45_{algorithm}_compact"
     settings = [*LEARNING, *IMITATION, *COMPACT, *(GRPO if algorithm == "grpo" else [])]
     settings += ["env.train.tasks=[drawer-close-v3]", "env.train.num_workers=1", "env.eval.num_workers=1"]

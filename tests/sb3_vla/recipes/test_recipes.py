@@ -222,7 +222,7 @@ def test_a_checkpoint_that_does_not_say_its_view_is_told_it() -> None:
 
 
 def test_the_settings_of_the_reference() -> None:
-    """RLinf's metaworld_50_ppo_openpi.yaml: 64 x 8 episodes of 20 decisions, 20 optimiser steps."""
+    """RLinf's metaworld_50_ppo_openpi.yaml: 64 x 8 episodes of 20 decisions, 20 optimizer steps."""
     plan = plan_of("metaworld_50_ppo_openpi", ["actor.model.model_path=somewhere"])
     config: Any = plan.config
     assert config.num_envs * config.decisions == 10_240
@@ -285,7 +285,7 @@ def test_names_of_the_reference_are_understood_or_refused_with_a_reason() -> Non
 
 
 def test_the_settings_of_the_reference_for_openvla_oft() -> None:
-    """RLinf's metaworld_50_grpo_openvlaoft.yaml: 64 x 16 episodes of 100 decisions, 8 optimiser steps."""
+    """RLinf's metaworld_50_grpo_openvlaoft.yaml: 64 x 16 episodes of 100 decisions, 8 optimizer steps."""
     plan = plan_of("metaworld_50_grpo_openvlaoft", ["actor.model.model_path=somewhere"])
     config: Any = plan.config
     episodes = config.groups * config.group_size

@@ -31,7 +31,7 @@ def test_mp4_gives_the_frames_back(tmp_path: Path) -> None:
     write_mp4(tmp_path / "deeper" / "video.mp4", frames, fps=40)
     read = frames_of(tmp_path / "deeper" / "video.mp4")
     assert read.shape == frames.shape
-    # The codec errs by a few grey levels, the frames differ by ten.
+    # The codec errs by a few gray levels, the frames differ by ten.
     assert np.abs(read.astype(int) - frames).mean(axis=(1, 2, 3)).max() < 4
     assert [path.name for path in (tmp_path / "deeper").iterdir()] == ["video.mp4"]
 

@@ -1,4 +1,4 @@
-"""A training that was interrupted at any moment ends as one that was not: weights, optimiser, generators, metrics."""
+"""A training that was interrupted at any moment ends as one that was not: weights, optimizer, generators, metrics."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ CONFIGS: dict[str, tuple[type[TrainingConfig], dict[str, Any]]] = {
     # Groups of 4 episodes of 3 decisions, in two turns; so a rollout takes 6 steps, too, and there are 6 rollouts.
     "grpo": (GRPOConfig, {"total_decisions": 72, "num_envs": 2, "group_size": 4, "groups": 1, "batch_size": 6}),
 }
-UPDATES = 6 * 2 * 2  # optimiser steps: iterations, epochs, minibatches
+UPDATES = 6 * 2 * 2  # optimizer steps: iterations, epochs, minibatches
 
 
 class Interrupt(Exception):

@@ -101,7 +101,7 @@ def test_statistics_of_the_data_are_in_the_model() -> None:
     [
         (lambda: tiny_model(), -10.0),
         (lambda: DiffusionPolicy(image_size=64), -11.0),
-        (lambda: DiffusionPolicy(image_size=64, normalisation={"state": "mean_std"}), -10.0),
+        (lambda: DiffusionPolicy(image_size=64, normalization={"state": "mean_std"}), -10.0),
         *((lambda scheme=s, c=c: _pi0(scheme, c), -11.0) for s in ("min_max", "quantiles") for c in CONVENTIONS),
     ],
 )
@@ -112,9 +112,9 @@ def test_what_does_not_move_in_the_data_is_not_magnified(make: Callable[[], Any]
     model.set_statistics(sft_module._statistics(data, model))
     state = torch.tensor([[0.0, 0.0, 0.0, 0.9]])
     if isinstance(model, DiffusionPolicy):
-        found = model._normalise("state", state)
+        found = model._normalize("state", state)
     elif isinstance(model, Pi0):
-        found = model.normalise_state(state)
+        found = model.normalize_state(state)
     else:
         found = (state - model.state_mean) / model.state_std
     assert found[0, 3].item() == pytest.approx(read, abs=2e-3)
@@ -131,12 +131,12 @@ def test_actions_that_do_not_move_in_the_data(name: str, low: float) -> None:
     data.actions[:, 3], data.actions[0, 3] = 1.0, low
     made.set_statistics(sft_module._statistics(data, made))
     action = torch.from_numpy(data.actions[1:2])
-    normalised = made.normalise_action(action)
-    assert normalised[0, 3].abs() <= 1.001
-    torch.testing.assert_close(made.unnormalise_action(normalised), action, atol=1e-6, rtol=0)
+    normalized = made.normalize_action(action)
+    assert normalized[0, 3].abs() <= 1.001
+    torch.testing.assert_close(made.unnormalize_action(normalized), action, atol=1e-6, rtol=0)
     # Where the model's number moves by one, the action's moves by a hundredth. What a min-max model gives is clipped
     # to the range of the data, so that one that never moved stays.
-    moved = (made.unnormalise_action(normalised + 1) - action)[0, 3].item()
+    moved = (made.unnormalize_action(normalized + 1) - action)[0, 3].item()
     assert moved == pytest.approx(0.0 if low == 1.0 and hasattr(made, "action_min") else 0.01, abs=1e-5)
 
 
