@@ -216,14 +216,14 @@ class Invitation:
     :ivar count: how many there are.
     :ivar local_rank: number of its GPU among those that it sees, where there are any.
     :ivar local_count: how many ranks are on its machine.
-    :ivar meeting_point: ``env://`` for what torchrun says; else ``tcp://ADDRESS:PORT`` of rank 0's machine.
+    :ivar rendezvous_address: ``env://`` for what torchrun says; else ``tcp://ADDRESS:PORT`` of rank 0's machine.
     """
 
     rank: int = 0
     count: int = 1
     local_rank: int = 0
     local_count: int = 1
-    meeting_point: str = "env://"
+    rendezvous_address: str = "env://"
 
 
 @contextmanager
@@ -297,7 +297,7 @@ def _invited() -> int:
 
 @contextmanager
 def joined(invitation: Invitation, timeout_seconds: float = TIMEOUT_SECONDS) -> Iterator[Ranks]:
-    """Be one of the ranks for as long as the context lasts, whoever started this process.
+    """Join the process group within the context, whoever started this process.
 
     :param timeout_seconds: see :func:`torchrun`, as for what is raised.
     """
@@ -311,7 +311,7 @@ def joined(invitation: Invitation, timeout_seconds: float = TIMEOUT_SECONDS) -> 
     with _lost_ranks_told(invitation.rank):
         dist.init_process_group(
             backend,
-            init_method=invitation.meeting_point,
+            init_method=invitation.rendezvous_address,
             rank=invitation.rank,
             world_size=invitation.count,
             timeout=timedelta(seconds=timeout_seconds),

@@ -39,8 +39,8 @@ from sb3_vla.envs.worker import Arrays, Worker, WorkerDiedError, layout_of
 
 _CLOSE_SECONDS = 5.0  # how long workers may take to finish a step and close their environments
 _TERMINATE_SECONDS = 2.0
-#: deaths of a worker in a row, without a step between them, that are not put up with
-_TOO_MANY_DEATHS = 3
+#: consecutive crashes of a worker, without a step between them, after which we give up
+MAX_CONSECUTIVE_CRASHES = 3
 _STEP = "step"
 _HALF_STEPS = ("step of half 0", "step of half 1")
 _CALL = "call"
@@ -65,7 +65,7 @@ class SharedMemoryVecEnv(SubprocVecEnv):
     ``env_steps=0``: nothing is known to have been executed. All else in it is as the caller last got it, and None where
     that is known of an episode's end only (``is_success`` is False). ``dropped_episodes`` counts them. The new
     environments start with a reset without options; where the last reset had seeds, with seeds made from those and the
-    number of deaths, so that no trial is repeated. What :meth:`set_attr` set, and the last call of each method whose
+    number of crashes, so that no trial is repeated. What :meth:`set_attr` set, and the last call of each method whose
     name begins with ``set_``, are applied before; any other state of an environment is lost. A request other than a
     step, also a ``reset``, is made again in the new process.
 
@@ -109,8 +109,8 @@ class SharedMemoryVecEnv(SubprocVecEnv):
         if start_method == "forkserver":  # every worker would import for itself, for seconds and 170 MB
             self._context.set_forkserver_preload(["__main__", "sb3_vla.envs.worker"])
         self._workers: list[Worker] = []
-        # By worker: deaths since its last step, replacements, and the requests to make of a replacement.
-        self._deaths, self._replaced = [0] * workers, [0] * workers
+        # By worker: crashes since its last step, replacements, and the requests to make of a replacement.
+        self._crashes, self._replaced = [0] * workers, [0] * workers
         self._settings: list[dict[Any, bytes]] = [{} for _ in range(workers)]
         # By environment: the last reset's seed, and the last observation that the caller got, with its row.
         self._seeded: list[int | None] = [None] * len(env_fns)
@@ -342,7 +342,7 @@ class SharedMemoryVecEnv(SubprocVecEnv):
         # Reward, done, info, and the info of a reset.
         results: dict[int, tuple[Any, bool, Any, Any]] = {}
         for number, answer in answers.items():
-            self._deaths[number] = 0
+            self._crashes[number] = 0
             results.update(zip(self._asked(parts[number]), answer, strict=True))
         numbers = _numbers(parts)
         for i in numbers:
@@ -424,14 +424,14 @@ class SharedMemoryVecEnv(SubprocVecEnv):
         while True:
             dead = self._workers[number]
             if not self.restart_workers:
-                raise RuntimeError(dead.obituary())
-            self._deaths[number] = min(self._deaths[number] + 1, _TOO_MANY_DEATHS)
-            if self._deaths[number] == _TOO_MANY_DEATHS:
+                raise RuntimeError(dead.crash_report())
+            self._crashes[number] = min(self._crashes[number] + 1, MAX_CONSECUTIVE_CRASHES)
+            if self._crashes[number] == MAX_CONSECUTIVE_CRASHES:
                 raise RuntimeError(
-                    f"{dead.obituary()} It died {_TOO_MANY_DEATHS} times without a step between, so it is not "
+                    f"{dead.crash_report()} It died {MAX_CONSECUTIVE_CRASHES} times without a step between, so it is not "
                     "replaced again."
                 )
-            dead.bury()
+            dead.reap()
             self._replaced[number] += 1
             self._workers[number] = self._start(number)
             try:
@@ -440,7 +440,7 @@ class SharedMemoryVecEnv(SubprocVecEnv):
             except WorkerDiedError:
                 pass
             except BaseException:
-                self._workers[number].bury()  # it waits for something else than the next request
+                self._workers[number].reap()  # it waits for something else than the next request
                 raise
 
     def _revive(self, number: int) -> None:
@@ -448,7 +448,7 @@ class SharedMemoryVecEnv(SubprocVecEnv):
         worker = self._workers[number]
         worker.answer("start")
         worker.share_memory(self._layout)
-        seeds = [_seed_after_deaths(self._seeded[i], self._replaced[number]) for i in worker.share]
+        seeds = [_seed_after_crashes(self._seeded[i], self._replaced[number]) for i in worker.share]
         reset = _request("reset", [(seed, {}) for seed in seeds], range(len(seeds)))
         for request in (*self._settings[number].values(), reset):
             worker.post(_CALL, request)
@@ -466,8 +466,8 @@ def _request(command: str, argument: Any, indices: Sequence[int]) -> bytes:
     return pickle.dumps((command, argument, indices))
 
 
-def _seed_after_deaths(seed: int | None, deaths: int) -> int | None:
-    return None if seed is None else int(np.random.SeedSequence([seed, deaths]).generate_state(1)[0])
+def _seed_after_crashes(seed: int | None, crashes: int) -> int | None:
+    return None if seed is None else int(np.random.SeedSequence([seed, crashes]).generate_state(1)[0])
 
 
 def _numbers(parts: Sequence[range]) -> list[int]:

@@ -134,7 +134,7 @@ class Worker:
             self._read_until(lambda: kind in self._answers)
             del self._answers[kind]
 
-    def obituary(self) -> str:
+    def crash_report(self) -> str:
         """How the worker died, for an error's message."""
         self.process.join(timeout=1)
         causes: dict[int | None, str] = {
@@ -146,7 +146,7 @@ class Worker:
             self.process.exitcode, "Its message, if it left one, stands above."
         )
 
-    def bury(self) -> None:
+    def reap(self) -> None:
         """Make sure that a worker which closed its pipe has also ended."""
         self.remote.close()
         self.process.kill()

@@ -84,7 +84,7 @@ class Episode:
     :ivar executed: environment steps run of each decision's chunk.
     :ivar rewards: of each decision, until the episode ended.
     :ivar success: whether it succeeded at any time; None while unknown, or if the environment does not tell.
-    :ivar lost: whether it was broken off for no reason of its own, by the death of a worker.
+    :ivar lost: whether it was aborted by a crash of a worker.
     """
 
     def __init__(self) -> None:

@@ -1,6 +1,6 @@
 """Group Relative Policy Optimization (Shao et al. 2024) of vision-language-action policies, in chunks.
 
-The same trial is played several times, and an episode is as good as it was better than the others of its group: there
+The same trial is played several times, and an episode's advantage is its return relative to its group: there
 is no critic. A rollout is a number of such groups of whole episodes; the update is that of PPO.
 """
 

@@ -102,7 +102,7 @@ class PPO(stable_baselines3.PPO):
         (DAPO, Yu et al. 2025, eq. 10); a number or a schedule. None: as far.
     :param gamma_per: ``decision``, or ``env_step``: a decision of n environment steps is discounted by gamma^n.
     :param dual_clip: where the advantage A is negative, the surrogate is not below this times A, so that a ratio far
-        above one does not rule an update (Ye et al. 2020, eq. 5). More than 1; None for no such bound.
+        above one does not dominate an update (Ye et al. 2020, eq. 5). More than 1; None for no such bound.
     :param huber_delta: error of a value from which on its loss grows linearly (Huber), half the square below; None for
         the square.
     :param logprob_type: what a ratio is of: ``chunk``, ``action``, ``token`` or ``denoising_step``, see
@@ -748,7 +748,7 @@ class PPO(stable_baselines3.PPO):
     ) -> np.ndarray:
         """Add the discounted value of the last observation to rewards of episodes that a time limit cut.
 
-        Where the limit is a part of the task it is not added, but the death of a worker is never a part of the task.
+        Where the limit is a part of the task it is not added, but a crash of a worker is never a part of the task.
         """
         reason = "TimeLimit.truncated" if self.bootstrap_truncated else "worker_restarted"
         cut = [i for i, done in enumerate(dones) if done and infos[i].get(reason, False)]
@@ -1035,7 +1035,7 @@ class PPO(stable_baselines3.PPO):
         self._check_hand_view()
 
     def _init_callback(self, callback: MaybeCallback, progress_bar: bool = False) -> BaseCallback:
-        """As in Stable-Baselines3, but the bar tells the success rate too."""
+        """As in Stable-Baselines3, but the bar also shows the success rate."""
         if progress_bar:
             if not isinstance(callback, (list, BaseCallback)):
                 callback = ConvertCallback(callback)

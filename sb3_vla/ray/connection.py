@@ -105,7 +105,7 @@ class Cluster:
         self._silent.add(node.name)
 
     def lost(self) -> tuple[type[Exception], ...]:
-        """Types of the errors that tell the death of an actor or its node."""
+        """Types of the errors that tell of a crash of an actor or its node."""
         return tuple(getattr(self.ray.exceptions, name) for name in LOST if hasattr(self.ray.exceptions, name))
 
 

@@ -77,11 +77,11 @@ class RayWorker(Worker):
         """Make room for the observations."""
         self.arrays = {key: np.zeros((len(self.share), *shape), dtype) for key, (shape, dtype) in layout.items()}
 
-    def obituary(self) -> str:
+    def crash_report(self) -> str:
         """How the worker died, for an error's message."""
         return f"{self.name.capitalize()} died; Ray's log of its node says why. Mostly memory has run out."
 
-    def bury(self) -> None:
+    def reap(self) -> None:
         """End the actor if it still runs."""
         self._cluster.ray.kill(self.actor)
 
@@ -136,7 +136,7 @@ class RayVecEnv(SharedMemoryVecEnv):
         closing = [worker.actor.close.remote() for worker in self._workers if isinstance(worker, RayWorker)]
         self._cluster.ray.wait(closing, num_returns=len(closing), timeout=_CLOSE_SECONDS) if closing else None
         for worker in self._workers:
-            worker.bury()
+            worker.reap()
             worker.arrays = {}
 
     def _start(self, number: int) -> Worker:

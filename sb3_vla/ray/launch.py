@@ -20,8 +20,8 @@ from sb3_vla.runs.settings import GRPOConfig, PPOConfig
 from sb3_vla.runs.shared import SharedRun
 from sb3_vla.runs.training import train
 
-#: deaths of the learner in a row, without a checkpoint between them, that are not put up with
-_TOO_MANY_DEATHS = 3
+#: consecutive crashes of the learner, without a checkpoint between them, after which we give up
+MAX_CONSECUTIVE_CRASHES = 3
 #: how long a cluster that lost nodes may take to have enough of them again
 _RETURN_SECONDS = 600.0
 _LOOK_AGAIN_SECONDS = 2.0
@@ -52,17 +52,17 @@ def train_on_cluster(
             f"cluster.component_placement under torchrun with {current_ranks().count} ranks; leave one of the two out"
         )
     with connected(options) as cluster:
-        deaths, latest = 0, run.latest_checkpoint(stage)
+        crashes, latest = 0, run.latest_checkpoint(stage)
         while True:
             try:
                 run_learners(cluster, options, functools.partial(_train, run.path, stage, config, arguments))
                 return
             except lost_learners(cluster) as error:
-                deaths = deaths + 1 if run.latest_checkpoint(stage) == latest else 1
+                crashes = crashes + 1 if run.latest_checkpoint(stage) == latest else 1
                 latest = run.latest_checkpoint(stage)
-                if deaths == _TOO_MANY_DEATHS:
+                if crashes == MAX_CONSECUTIVE_CRASHES:
                     raise FailedError(
-                        f"A learner died {deaths} times without a checkpoint between; Ray's log of its node says why. "
+                        f"A learner died {crashes} times without a checkpoint between; Ray's log of its node says why. "
                         "The same command goes on from the last checkpoint"
                     ) from error
                 warnings.warn("A learner or its node died; training goes on from its last checkpoint", stacklevel=2)

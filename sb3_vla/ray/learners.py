@@ -28,9 +28,9 @@ class LearnerActor:
     def __init__(self, slot: Slot) -> None:
         settle(slot)
 
-    def meeting_point(self) -> str:
-        """See :func:`meeting_point`; also a sign of life."""
-        return meeting_point()
+    def rendezvous_address(self) -> str:
+        """See :func:`rendezvous_address`; also a sign of life."""
+        return rendezvous_address()
 
     def work(
         self, options: ClusterOptions, first: str, invitation: Invitation, work: Callable[[ClusterResources], T]
@@ -63,8 +63,8 @@ def run_learners(cluster: Cluster, options: ClusterOptions, work: Callable[[Clus
     try:
         actors += [cluster.start(LearnerActor, slot) for slot in slots[here:]]
         # All of them live before the first one waits for them.
-        points = _get(cluster, [actor.meeting_point.remote() for actor in actors])
-        invitations = _invitations(slots, meeting_point() if here else points[0], here)
+        points = _get(cluster, [actor.rendezvous_address.remote() for actor in actors])
+        invitations = _invitations(slots, rendezvous_address() if here else points[0], here)
         answers += [
             actor.work.remote(options, cluster.first, invitation, work)
             for actor, invitation in zip(actors, invitations[here:], strict=True)
@@ -80,11 +80,11 @@ def run_learners(cluster: Cluster, options: ClusterOptions, work: Callable[[Clus
 
 
 def lost_learners(cluster: Cluster) -> tuple[type[Exception], ...]:
-    """Types of the errors that tell the death of a learner or its node, to this process or to another learner."""
+    """Types of the errors that tell of a crash of a learner or its node, to this process or to another learner."""
     return (RankLostError, *cluster.lost())
 
 
-def meeting_point() -> str:
+def rendezvous_address() -> str:
     """A place on this machine where ranks can meet: a port that is free now."""
     with socket.socket() as free:
         free.bind(("", 0))
@@ -117,7 +117,7 @@ def _invitations(slots: Sequence[Slot], point: str, here: int) -> list[Invitatio
             len(slots),
             local_rank=slot.local if rank < here and slot.is_gpu else 0,
             local_count=by_node[slot.node],
-            meeting_point=point,
+            rendezvous_address=point,
         )
         for rank, slot in enumerate(slots)
     ]

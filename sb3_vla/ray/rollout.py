@@ -16,8 +16,8 @@ from sb3_vla.ray.connection import Cluster, settle
 from sb3_vla.ray.placement import Slot
 from sb3_vla.rollouts.stepping import Decided
 
-#: consecutive crashes of a copy after which its error is raised
-_TOO_MANY_DEATHS = 3
+#: consecutive crashes of a copy after which we give up
+MAX_CONSECUTIVE_CRASHES = 3
 
 
 class RolloutActor:
@@ -145,14 +145,14 @@ class Replicas:
         self._actors = []
 
     def _ask(self, number: int, request: Callable[[Any], Any]) -> Any:
-        for death in range(1, _TOO_MANY_DEATHS + 1):
+        for crash in range(1, MAX_CONSECUTIVE_CRASHES + 1):
             try:
                 answer = request(self._actors[number])
                 return self._cluster.ray.get([self._ready[number], answer])[1]
             except self._cluster.lost() as error:
-                if death == _TOO_MANY_DEATHS:
+                if crash == MAX_CONSECUTIVE_CRASHES:
                     raise RuntimeError(
-                        f"Copy {number} of the policy died {death} times at the same request, so it is not replaced "
+                        f"Copy {number} of the policy died {crash} times at the same request, so it is not replaced "
                         f"again ({error}). Mostly memory has run out"
                     ) from error
                 self._begin(number, self._cluster.restart)

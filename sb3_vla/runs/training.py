@@ -355,7 +355,7 @@ def _with_films(
 
 def _filmed(make: Callable[[], gym.Env], films: TrainingFilms) -> gym.Env:
     env = make()
-    # GRPO's, which stands still after an episode, stays outermost: what stands still is no episode.
+    # HoldAtEnd of GRPO stays outermost: steps after an episode's end are not filmed.
     return HoldAtEnd(Filmed(env.env, films)) if isinstance(env, HoldAtEnd) else Filmed(env, films)
 
 
