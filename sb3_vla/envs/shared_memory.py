@@ -428,8 +428,8 @@ class SharedMemoryVecEnv(SubprocVecEnv):
             self._crashes[number] = min(self._crashes[number] + 1, MAX_CONSECUTIVE_CRASHES)
             if self._crashes[number] == MAX_CONSECUTIVE_CRASHES:
                 raise RuntimeError(
-                    f"{dead.crash_report()} It died {MAX_CONSECUTIVE_CRASHES} times without a step between, so it is not "
-                    "replaced again."
+                    f"{dead.crash_report()} It died {MAX_CONSECUTIVE_CRASHES} times without a step between, so it is "
+                    "not replaced again."
                 )
             dead.reap()
             self._replaced[number] += 1
