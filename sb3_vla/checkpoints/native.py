@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from sb3_vla.checkpoints.folders import HUB, checkpoints_in, local_folder
 from sb3_vla.common.errors import InputError, InTheWayError, NotThereError
 from sb3_vla.common.paths import entries, finish_exchange, local_path, whole_folder
-from sb3_vla.models import MODELS, Pi0, VLAModel, model_class
+from sb3_vla.models import MODELS, VLAModel, model_class
 from sb3_vla.models.lora import merged_state
-from sb3_vla.models.prompts import copy_tokenizer, local_tokenizer_file
+from sb3_vla.models.prompts import copy_tokenizer
 
 # 2: CompactVLA attends to picture and sentence alone.
 FORMAT = "sb3-vla-2"
@@ -83,7 +83,7 @@ def save_checkpoint(
     :raises FileExistsError: if the folder holds something else than a checkpoint.
     """
     names = {kind: name for name, kind in MODELS.items()}
-    tokenizer = local_tokenizer_file(model.tokenize.source) if isinstance(model, Pi0) else None
+    tokenizer = model.local_tokenizer()
     config: dict[str, Any] = {
         "format": FORMAT,
         "model": names[type(model)],

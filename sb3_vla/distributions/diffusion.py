@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sb3_vla.common.errors import InputError
 from sb3_vla.distributions.chain import DenoisingChain
 from sb3_vla.models.base import Context, VLAModel
-from sb3_vla.models.lora import adapted_layers
+from sb3_vla.models.lora import copy_denoiser
 
 
 class DDIM(DenoisingChain):
@@ -165,24 +164,6 @@ class DDPM(DDIM):
         alpha = now / then
         mean = _float32(then.sqrt() * (1 - alpha) / (1 - now), x0) + _float32(alpha.sqrt() * (1 - then) / (1 - now), x)
         return mean, variance.sqrt()
-
-
-def copy_denoiser(model: VLAModel) -> VLAModel:
-    """A frozen copy of a model without its backbone and without adapters: what they add is in the copy's weights.
-
-    It can contextualize and denoise; parts that only perceive are left out, which are most of a large model.
-    """
-    backbone = {id(parameter) for parameter in model.backbone()}
-    left_out: dict[int, Any] = {}
-    for part in model.children():
-        held = {id(parameter) for parameter in part.parameters()}
-        if held and held <= backbone:
-            left_out[id(part)] = nn.Identity()
-    copied = copy.deepcopy(model, left_out)
-    for name, layer in adapted_layers(copied).items():
-        layer.merge()  # type: ignore[operator]
-        copied.set_submodule(name, layer.get_base_layer())  # type: ignore[operator]
-    return copied.requires_grad_(False)
 
 
 def clean_and_noise(prediction: str, output: Tensor, x: Tensor, alpha_cumprod: Tensor) -> tuple[Tensor, Tensor]:

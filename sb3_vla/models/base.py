@@ -12,6 +12,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -114,6 +115,20 @@ class VLAModel(nn.Module, ABC):
         self.gradient_checkpointing = False
         self.action_mean: Tensor
         self.action_std: Tensor
+
+    @staticmethod
+    def is_same_option(name: str, one: Any, other: Any) -> bool:
+        """Whether two values of a constructor argument, as JSON gives them, make the same model."""
+        return bool(one == other)
+
+    @staticmethod
+    def with_full_paths(options: Mapping[str, Any]) -> dict[str, Any]:
+        """Constructor arguments; those that name a file here do it from another working directory, too."""
+        return dict(options)
+
+    def local_tokenizer(self) -> Path | None:
+        """The tokenizer's file of which a checkpoint needs a copy, if it is on this machine."""
+        return None
 
     @abstractmethod
     def backbone(self) -> Iterator[nn.Parameter]:

@@ -7,6 +7,7 @@ layout, ours included, takes them for an ordinary model. What an interrupted tra
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -129,6 +130,29 @@ def prepare_training(
 def adapted_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Layers with an adapter, by name."""
     return {name: layer for name, layer in model.named_modules() if hasattr(layer, "lora_A")}
+
+
+def has_adapters(model: nn.Module) -> bool:
+    """Whether a layer has an adapter."""
+    return bool(adapted_layers(model))
+
+
+def copy_denoiser(model: VLAModel) -> VLAModel:
+    """A frozen copy of a model without its backbone and without adapters: what they add is in the copy's weights.
+
+    It can contextualize and denoise; parts that only perceive are left out, which are most of a large model.
+    """
+    backbone = {id(parameter) for parameter in model.backbone()}
+    left_out: dict[int, Any] = {}
+    for part in model.children():
+        held = {id(parameter) for parameter in part.parameters()}
+        if held and held <= backbone:
+            left_out[id(part)] = nn.Identity()
+    copied = copy.deepcopy(model, left_out)
+    for name, layer in adapted_layers(copied).items():
+        layer.merge()  # type: ignore[operator]
+        copied.set_submodule(name, layer.get_base_layer())  # type: ignore[operator]
+    return copied.requires_grad_(False)
 
 
 @torch.no_grad()

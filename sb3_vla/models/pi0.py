@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,11 +22,12 @@ from torch import Tensor, nn
 from mw_envs.tasks import decode_instruction, did_you_mean
 from sb3_vla.common import batch_noise as draw
 from sb3_vla.common.errors import InputError
+from sb3_vla.common.paths import local_path
 from sb3_vla.models.base import PERCEPTION, Context, VLAModel, is_perceived
 from sb3_vla.models.compact import time_embedding
 from sb3_vla.models.gemma import GemmaLayer, GemmaSize, GemmaTower, KeysValues, RMSNorm
 from sb3_vla.models.normalization import CONVENTIONS, SCHEMES, STATISTICS, normalize, unnormalize
-from sb3_vla.models.prompts import PromptTokenizer, clean
+from sb3_vla.models.prompts import PromptTokenizer, clean, local_tokenizer_file, same_tokenizer
 from sb3_vla.models.recomputing import recomputing
 from sb3_vla.models.resizing import resize_bytes
 
@@ -213,6 +215,21 @@ class Pi0(VLAModel):
     def fit_image(self, image: Tensor) -> Tensor:
         """See :meth:`VLAModel.fit_image`; LeRobot's way gives no whole numbers, so the picture is kept as it came."""
         return image if self.convention == "lerobot" else resize_with_pad(image, self.image_size[0], antialias=True)
+
+    @staticmethod
+    def is_same_option(name: str, one: Any, other: Any) -> bool:
+        """See :meth:`VLAModel.is_same_option`; a checkpoint has its own copy of the tokenizer."""
+        return bool(one == other) or (name == "tokenizer" and same_tokenizer(one, other))
+
+    @staticmethod
+    def with_full_paths(options: Mapping[str, Any]) -> dict[str, Any]:
+        """See :meth:`VLAModel.with_full_paths`."""
+        paths = {key: local_path(options[key]) for key in ("tokenizer", "norm_stats") if options.get(key)}
+        return {**options, **{key: str(path.resolve()) for key, path in paths.items() if path.exists()}}
+
+    def local_tokenizer(self) -> Path | None:
+        """See :meth:`VLAModel.local_tokenizer`."""
+        return local_tokenizer_file(self.tokenize.source)
 
     def encode(self, observation: dict[str, Tensor]) -> Context:
         """See :meth:`VLAModel.encode`; what is not kept needs no room for longer prompts."""

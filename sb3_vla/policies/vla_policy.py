@@ -29,10 +29,9 @@ from sb3_vla.common.errors import InputError
 from sb3_vla.common.paths import local_path
 from sb3_vla.distributed.fsdp import as_shards, in_shards, is_sharded
 from sb3_vla.distributions import Trace, make_distribution
-from sb3_vla.models import Context, Pi0, VLAModel, make_model
+from sb3_vla.models import Context, VLAModel, make_model
 from sb3_vla.models.base import is_perceived
 from sb3_vla.models.lora import prepare_training
-from sb3_vla.models.prompts import same_tokenizer
 from sb3_vla.models.resizing import resize_by_area
 from sb3_vla.policies.observations import (
     CRITIC_KEYS,
@@ -227,8 +226,7 @@ class VLAPolicy(BasePolicy):
                 "checkpoint": str(where.resolve() if where.exists() else checkpoint),
                 "model_kwargs": given,
             }
-        if isinstance(self.model, Pi0):
-            source["model_kwargs"] = _with_full_paths(source["model_kwargs"])
+        source["model_kwargs"] = self.model.with_full_paths(source["model_kwargs"])
         self.portable_kwargs: dict[str, Any] = {
             **source,
             "distribution": distribution,
@@ -563,24 +561,13 @@ def _check_checkpoint(
     if model not in (None, loaded.model_name):
         raise InputError(f"model={model!r}, but the checkpoint {folder} is of {loaded.model_name!r}; {fix}")
     asked, found = _as_json(model_kwargs), _as_json(loaded.model_kwargs)
-    if (
-        isinstance(loaded.model, Pi0)
-        and "tokenizer" in asked
-        and same_tokenizer(asked["tokenizer"], found["tokenizer"])
-    ):
-        del asked["tokenizer"]  # a checkpoint has its own copy
-    other = [key for key in asked if key not in found or asked[key] != found[key]]
+    same = loaded.model.is_same_option
+    other = [key for key in asked if key not in found or not same(key, asked[key], found[key])]
     if other:
         raise InputError(
             f"model_kwargs with {', '.join(f'{key}={asked[key]!r}' for key in other)}, but the checkpoint {folder} has "
             f"{', '.join(f'{key}={found[key]!r}' if key in found else f'no {key}' for key in other)}; {fix}"
         )
-
-
-def _with_full_paths(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of pi0 that name a file or folder here, so that they do it from another working directory, too."""
-    paths = {key: local_path(options[key]) for key in ("tokenizer", "norm_stats") if options.get(key)}
-    return {**options, **{key: str(path.resolve()) for key, path in paths.items() if path.exists()}}
 
 
 def _check_size(checkpoint: str | Path, view: Mapping[str, Any], image: spaces.Space, channels_first: bool) -> None:

@@ -14,7 +14,7 @@ from mw_envs.tasks import did_you_mean
 from sb3_vla.common.errors import InputError
 from sb3_vla.data.batches import check_hand_images
 from sb3_vla.distributed.fsdp import SHARDING
-from sb3_vla.models.lora import adapted_layers
+from sb3_vla.models.lora import has_adapters
 from sb3_vla.policies.observations import STACKED
 
 if TYPE_CHECKING:
@@ -150,7 +150,7 @@ def check_options(algorithm: PPO) -> None:
             f"ent_coef={algorithm.ent_coef} has nothing to act on: the entropy of this action distribution is fixed. "
             "Set ent_coef=0, or distribution_kwargs=dict(learn_std=True) with the Gaussian, or use flow_noise"
         )
-    if algorithm.sharding == "fsdp" and adapted_layers(algorithm.policy):
+    if algorithm.sharding == "fsdp" and has_adapters(algorithm.policy):
         raise InputError(
             "sharding='fsdp' does not take adapters (lora), which are small enough for every rank to have them "
             "whole; use sharding='none'"
