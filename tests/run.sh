@@ -2,7 +2,7 @@
 # Set up the environment for development where that is not done, then check the project.
 #
 #   bash tests/run.sh                      lint, types, and all tests but the slow ones and those for a GPU or LeRobot
-#   bash tests/run.sh tests/sb3_vla/runs/test_run.py    only pytest, with these arguments
+#   bash tests/run.sh tests/test_sb3_vla/runs/test_run.py    only pytest, with these arguments
 #   bash tests/run.sh -m slow              the slow tests
 set -euo pipefail
 

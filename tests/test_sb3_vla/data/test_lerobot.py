@@ -5,7 +5,7 @@ are told:
 
     python3.12 -m venv /path/to/lerobot
     /path/to/lerobot/bin/pip install "lerobot[smolvla,pi,diffusion,metaworld,evaluation]==0.6.1" "mujoco==3.3.0"
-    LEROBOT_PYTHON=/path/to/lerobot/bin/python python -m pytest -m lerobot tests/sb3_vla/data/test_lerobot.py
+    LEROBOT_PYTHON=/path/to/lerobot/bin/python python -m pytest -m lerobot tests/test_sb3_vla/data/test_lerobot.py
 
 Its MetaWorld, 3.0.0, fails with MuJoCo's later releases. lerobot-eval draws with OpenGL, by EGL or OSMesa. One test is
 for LeRobot 0.4.4 with transformers 4.57 (``pip install "lerobot[smolvla]==0.4.4"``), whose interpreter

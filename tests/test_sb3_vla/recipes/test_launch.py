@@ -32,7 +32,7 @@ from sb3_vla.policies.loading import load_policy
 from sb3_vla.policies.vla_policy import VLAPolicy
 from sb3_vla.recipes.resolve import make_plan
 from sb3_vla.recipes.schema import load_recipe
-from sb3_vla.runs import launch
+from sb3_vla.recipes import launch
 from sb3_vla.runs.directory import RunDirectory
 from sb3_vla.runs.shared import SharedRun
 
