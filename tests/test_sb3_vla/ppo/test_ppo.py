@@ -89,7 +89,7 @@ def test_the_gradient_of_the_first_step_is_reinforce(distribution: str, options:
     algorithm.learn(16)
     policy, buffer = algorithm.policy, decisions(algorithm)
     batch = buffer.batch(torch.arange(16))
-    old = algorithm._old_policy(buffer, [torch.arange(16)])
+    old = algorithm._behavior_policy(buffer, [torch.arange(16)])
     whole = buffer.advantages.double()
     advantages = ((batch.advantages - whole.mean()) / (whole.std() + 1e-8)).double()
     bias = policy.model.action_out.bias
@@ -249,7 +249,7 @@ def test_ratios_of_actions_and_tokens_by_hand() -> None:
 def gradient(algorithm: PPO, count: int = 16) -> dict[str, Tensor]:
     """Of the loss of a whole rollout, in the order of the buffer, against its own weights."""
     indices = torch.arange(count)
-    old = algorithm._old_policy(decisions(algorithm), [indices])
+    old = algorithm._behavior_policy(decisions(algorithm), [indices])
     algorithm._accumulate_gradient(
         decisions(algorithm), whole_minibatch(decisions(algorithm), indices), old, 0.2, 0.05, defaultdict(list)
     )
@@ -315,7 +315,7 @@ def test_micro_batches_add_up_to_the_minibatch(size: int) -> None:
     )
     algorithm.learn(16)
     indices = torch.randperm(16)
-    old = algorithm._old_policy(decisions(algorithm), [indices])
+    old = algorithm._behavior_policy(decisions(algorithm), [indices])
     stir(algorithm.policy, 0.01, seed=3)
     found = {}
     for micro_batch_size in (None, size):
@@ -427,8 +427,8 @@ def test_nothing_is_evaluated_again_that_the_update_evaluates_itself(
         found = learned()
     assert [calls.count(False), calls.count(True)] == [passes[0], sum(passes[1:])]
     assert calls[: passes[0]] == [False] * passes[0]
-    real = PPO._old_policy
-    monkeypatch.setattr(PPO, "_old_policy", lambda self, buffer, minibatches, **_: real(self, buffer, minibatches))
+    real = PPO._behavior_policy
+    monkeypatch.setattr(PPO, "_behavior_policy", lambda self, buffer, minibatches, **_: real(self, buffer, minibatches))
     assert same(weights(found.policy), weights(learned().policy))
 
 
@@ -574,7 +574,7 @@ def test_rehearsal_adds_its_loss() -> None:
     rehearsal.sample = lambda *_, **__: (observation, actions, mask)  # type: ignore[method-assign]
     found, record = collected()
     indices = torch.arange(16)
-    old = algorithm._old_policy(decisions(algorithm), [indices])
+    old = algorithm._behavior_policy(decisions(algorithm), [indices])
     algorithm.normalize_advantage, algorithm.vf_coef = False, 0.0
     decisions(algorithm).advantages.zero_()
     torch.manual_seed(0)
@@ -638,7 +638,7 @@ def test_an_outlier_among_the_ratios_does_not_stop_the_update() -> None:
     algorithm.learn(16)
     buffer, policy, before = decisions(algorithm), algorithm.policy, algorithm._n_updates
     buffer.traces["action"][0, 0] += 1000 * 0.2
-    old = algorithm._old_policy(buffer, [torch.arange(16)])
+    old = algorithm._behavior_policy(buffer, [torch.arange(16)])
     algorithm.target_kl, algorithm.n_epochs = 0.01, 4
     algorithm.train()
     assert algorithm._n_updates - before == 4

@@ -30,9 +30,9 @@ from sb3_vla.cli.main import main
 from sb3_vla.evaluation.evaluation import EvaluationResult
 from sb3_vla.policies.loading import load_policy
 from sb3_vla.policies.vla_policy import VLAPolicy
+from sb3_vla.recipes import launch
 from sb3_vla.recipes.resolve import make_plan
 from sb3_vla.recipes.schema import load_recipe
-from sb3_vla.recipes import launch
 from sb3_vla.runs.directory import RunDirectory
 from sb3_vla.runs.shared import SharedRun
 

@@ -422,13 +422,13 @@ def test_a_plan_is_what_a_training_holds(case: str, tmp_path: Path, monkeypatch:
         for layer in algorithm.policy.modules():
             if isinstance(layer, torch.nn.Linear):  # so that episodes end otherwise
                 torch.nn.init.normal_(layer.weight, std=0.05)
-        compare = algorithm._old_policy
+        compare = algorithm._behavior_policy
 
         def comparing(*arguments: Any, **options: Any) -> Any:
             compared.append(compare(*arguments, **options))
             return compared[-1]
 
-        algorithm._old_policy = comparing  # type: ignore[method-assign]
+        algorithm._behavior_policy = comparing  # type: ignore[method-assign]
         real(algorithm, 1, log_interval=1000)
         raise Captured
 

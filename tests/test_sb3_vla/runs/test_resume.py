@@ -155,7 +155,7 @@ MOMENTS: dict[str, tuple[Any, str, int, bool]] = {
     "in the first update": (PPO, "_optimizer_step", 2, False),
     "in the first rollout after a checkpoint": (PPO, "_record_episodes", 2 * 6 + 2, False),
     "in the middle of an update": (PPO, "_optimizer_step", UPDATES // 2 + 2, False),
-    "between a rollout and its update": (PPO, "_old_policy", 4, False),
+    "between a rollout and its update": (PPO, "_behavior_policy", 4, False),
     "before a checkpoint is begun": (callbacks, "save_algorithm", 2, False),
     "while a checkpoint is written": (training_state, "save_file", 2, True),
     "after a checkpoint": (callbacks.RunProgress, "save", 2, True),
@@ -346,7 +346,7 @@ def test_a_result_that_may_not_be_written_is_told_before_the_work(
 def test_progress_that_goes_to_a_file_is_told_in_lines(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(training, "_SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr(callbacks, "_SECONDS_BETWEEN_LINES", 0.0)
     train(tmp_path / "run", progress=True)
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     told = [line for line in lines if "left" in line]
