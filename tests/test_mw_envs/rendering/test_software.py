@@ -309,7 +309,10 @@ def blocked_package(folder: Path) -> dict[str, str]:
 
 def test_where_nothing_can_be_kept_a_temporary_folder_is_told_of_once(tmp_path: Path) -> None:
     environment = blocked_package(tmp_path)
-    program = "from mw_envs.rendering import get_renderer; from mw_envs.rendering.software import warming; get_renderer(); print(warming.cache_folder())"
+    program = (
+        "from mw_envs.rendering import get_renderer; from mw_envs.rendering.software import warming; "
+        "get_renderer(); print(warming.cache_folder())"
+    )
     command = [sys.executable, "-c", program]
     runs = {"env": environment, "cwd": tmp_path, "capture_output": True, "text": True}
     first, second = (subprocess.run(command, **runs) for _ in range(2))  # type: ignore[call-overload]
@@ -327,7 +330,10 @@ def test_without_a_home_no_folder_is_made_where_a_program_happens_to_run(cache: 
     """A container may run as a user who is in no list; Numba takes ``~``, and a relative name, as they stand."""
     environment = {key: value for key, value in blocked_package(tmp_path).items() if key != "HOME"}
     environment |= {} if cache is None else {"XDG_CACHE_HOME": cache, "HOME": str(tmp_path / "home")}
-    program = "import os, pwd; pwd.getpwuid = {}.__getitem__; from mw_envs.rendering.software import arrays; print(arrays._CACHE)"
+    program = (
+        "import os, pwd; pwd.getpwuid = {}.__getitem__; "
+        "from mw_envs.rendering.software import arrays; print(arrays._CACHE)"
+    )
     program += "; print(os.environ.get('XDG_CACHE_HOME'))"
     (tmp_path / "here").mkdir()
     runs = {"env": environment, "cwd": tmp_path / "here", "capture_output": True, "text": True}
