@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Collect demonstrations, imitate, improve by PPO, evaluate: sets up on the first call, goes on after an interrupt.
 #
-#   bash examples/quickstart.sh             MT10, 20 to 27 minutes on two cores
+#   bash examples/quickstart.sh             MT10, 27 minutes on two cores of a virtual Intel Xeon
 #   bash examples/quickstart.sh --full      MT50, about two hours
 #   bash examples/quickstart.sh --help      settings
 set -euo pipefail
