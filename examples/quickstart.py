@@ -175,6 +175,8 @@ def quickstart(run: SharedRun, config: QuickstartConfig, console: Console) -> No
 
     console.rule("3  measurement before")
     measure("before", run.path / "sft", after="sft")
+    if run.ranks.leads and not EvaluationResult.from_json(run.path / "evaluation_before.json").mean_over_tasks().value:
+        console.print("No trial was solved, so PPO may find no success to learn from; sft.steps could be more")
 
     console.rule("4  PPO")
     inputs = {"ppo": deciding_settings(config.ppo), "tasks": names}
