@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -115,7 +116,7 @@ def test_what_cannot_be_shared_is_told(tmp_path: Path, start: Path) -> None:
 
 
 SCRIPT_WITHOUT_CONTEXT = """
-import sys
+import json, pathlib, sys
 from toy import TINY, ToyEnv
 from sb3_vla import GRPO, PPO, HoldAtEnd
 
@@ -131,7 +132,8 @@ model.learn(32, lambda found, _: pictures.append(int(found["new_obs"]["image"].s
 model.save(folder + "/model.zip")
 weights = sum(weight.double().sum().item() for weight in model.policy.parameters())
 loaded = algorithm.load(folder + "/model.zip", env)
-print("RANK", model.ranks.rank, model.ranks.count, model.num_timesteps, loaded.verbose, sum(pictures), weights)
+told = [model.ranks.count, model.num_timesteps, loaded.verbose, sum(pictures), weights]
+pathlib.Path(folder, f"rank-{model.ranks.rank}.json").write_text(json.dumps(told))
 """
 
 
@@ -140,13 +142,14 @@ def test_a_script_without_the_context_joins_by_itself(algorithm: str, tmp_path: 
     (tmp_path / "script.py").write_text(SCRIPT_WITHOUT_CONTEXT)
     code, output = finish(run_script(tmp_path / "script.py", str(tmp_path), algorithm))
     assert code == 0, output
-    found = sorted(line.split()[1:] for line in output.splitlines() if line.startswith("RANK"))
-    (_, count, decisions, verbose, pictures, weights), others = found[0], found[1]
-    assert len(found) == 2 and count == others[1] == "2"
-    assert decisions == others[2] and int(decisions) >= 32  # of both together
-    assert (verbose, others[3]) == ("1", "0")
-    assert pictures != others[4]  # each has episodes of its own
-    assert weights == others[5]
+    # Files, since lines that two processes print at once come out torn.
+    first, second = (json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(2))
+    (count, decisions, verbose, pictures, weights), others = first, second
+    assert count == others[0] == 2
+    assert decisions == others[1] >= 32  # of both together
+    assert (verbose, others[2]) == (1, 0)
+    assert pictures != others[3]  # each has episodes of its own
+    assert weights == others[4]
     assert output.count("Wrapping the env with a `Monitor`") <= 2  # made and loaded, by the first
     assert output.count("total_timesteps") == output.count("| time/") >= 1  # each table once
     assert [path.name for path in (tmp_path / "log").iterdir()] == [f"{algorithm}_1"]
