@@ -8,7 +8,7 @@ too (:func:`whole_weights`): a checkpoint fits any number of ranks.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -74,6 +74,16 @@ def in_shards(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         _gather(module)
+
+
+def keep_in_step(passes: int, outputs: Callable[[], Iterable[Tensor]]) -> None:
+    """Forward and backward passes of zero gradient, while other ranks, with which weights are gathered, have more.
+
+    :param passes: how many.
+    :param outputs: makes a forward pass, and gives the tensors from which the backward pass begins.
+    """
+    for _ in range(passes):
+        torch.stack([0.0 * output.sum() for output in outputs()]).sum().backward()  # type: ignore[no-untyped-call]
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -35,6 +35,8 @@ from sb3_vla.grpo.groups import (
 from sb3_vla.policies.vla_policy import VLAPolicy
 from sb3_vla.ppo.ppo import PPO
 from sb3_vla.rollouts.stepping import Clock
+
+SelfGRPO = TypeVar("SelfGRPO", bound="GRPO")
 
 EPISODE_RETURNS = ("reward", "success")
 # Trials of training: seeds from here on are those of evaluations.
@@ -140,15 +142,15 @@ class GRPO(PPO):
         self.episode_return = episode_return
         self.advantage_type = advantage_type
         self.normalize_length = normalize_length
-        #: with the environment steps so far, what the trials of a rollout are drawn from
         if env is not None:
             join_for_good()
+        #: with the environment steps so far, what the trials of a rollout are drawn from
         self._trial_entropy = _trial_entropy(seed)
         super().__init__(
             policy,
             env,
             learning_rate=learning_rate,
-            n_steps=batch_size,  # means nothing here, but any other number makes Stable-Baselines3 warn
+            n_steps=batch_size,
             batch_size=batch_size,
             n_epochs=n_epochs,
             clip_range=clip_range,
@@ -181,8 +183,6 @@ class GRPO(PPO):
     @classmethod
     def _as_attributes(cls, given: dict[str, Any]) -> dict[str, Any]:
         attributes = super()._as_attributes(given)
-        if "batch_size" in given:
-            attributes["n_steps"] = given["batch_size"]
         if "seed" in given:
             attributes["_trial_entropy"] = _trial_entropy(given["seed"])
         return attributes
@@ -191,6 +191,7 @@ class GRPO(PPO):
         if not issubclass(self.policy_class, VLAPolicy):
             raise InputError(f'GRPO trains VLAPolicy alone; got {self.policy_class.__name__}. Use "VLAPolicy"')
         self._check_groups()
+        self.n_steps = self.batch_size  # means nothing here, but any other number makes Stable-Baselines3 warn
         super()._setup_model()
         self.rollout_buffer = GroupBuffer(self.device)  # type: ignore[assignment]
 
@@ -405,17 +406,16 @@ class GRPO(PPO):
                 record(f"rollout/group_{name}_std", float(np.mean([np.std(values) for values in known])))
 
     def learn(
-        self,
+        self: SelfGRPO,
         total_timesteps: int,
         callback: MaybeCallback = None,
         log_interval: int = 1,
         tb_log_name: str = "GRPO",
         reset_num_timesteps: bool = True,
         progress_bar: bool = False,
-    ) -> GRPO:
-        """Train for at least ``total_timesteps`` decisions; see ``stable_baselines3.PPO.learn``."""
-        super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
-        return self
+    ) -> SelfGRPO:
+        """As :meth:`PPO.learn`; the name in TensorBoard is another, as in each algorithm of Stable-Baselines3."""
+        return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
 
 
 def _trial_entropy(seed: int | None) -> int:

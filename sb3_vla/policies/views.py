@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from mw_envs.rendering import CROPS, resolve_crop
 from sb3_vla.common.errors import InputError
 from sb3_vla.distributed.ranks import current_ranks
 from sb3_vla.models import VLAModel
+from sb3_vla.policies.observations import HAND_KEY
 
 #: arguments of environments that decide on the hand view, and what :class:`mw_envs.hand_view.HandView` calls them
 HAND_OPTIONS = {"hand_view": "size", "hand_window": "window", "hand_border": "border"}
@@ -64,6 +66,32 @@ def hand_views_of_envs(env: VecEnv) -> set[HandView]:
     """The hand views that environments draw; none where they draw none, or do not tell."""
     found = env.get_attr("hand_view") if env.has_attr("hand_view") else []
     return {one for one in found if isinstance(one, HandView)}
+
+
+def with_hand_view(policy_kwargs: Mapping[str, Any], env: VecEnv) -> dict[str, Any]:
+    """Options of a policy, whose new model reads the hand view that environments draw.
+
+    The observation space tells the size of the picture alone. A model from a checkpoint, or of another kind than
+    ``compact``, is left as it is, and so is one for a picture whose size a wrapper has changed.
+    """
+    new = policy_kwargs.get("checkpoint") is None and policy_kwargs.get("model") in (None, "compact")
+    space = getattr(env.observation_space, "spaces", {}).get(HAND_KEY)
+    shape = () if space is None else space.shape
+    for hand in hand_views_of_envs(env) if new else ():
+        if hand.size in shape:
+            model_kwargs = {"hand_view": asdict(hand), **(policy_kwargs.get("model_kwargs") or {})}
+            policy_kwargs = {**policy_kwargs, "model_kwargs": model_kwargs}
+    return dict(policy_kwargs)
+
+
+def check_hand_view(model: VLAModel, env: VecEnv) -> None:
+    """:raises ValueError: if environments draw another hand view than a model reads."""
+    shown = other_hand_view(model.hand_view, hand_views_of_envs(env))
+    if shown is not None:
+        raise InputError(
+            f"The model reads the hand view that {model.hand_view} draws, but the environment was made with {shown}; "
+            "make it with the former"
+        )
 
 
 def other_hand_view(read: HandView | None, shown: Iterable[HandView | None]) -> HandView | None:

@@ -70,6 +70,10 @@ class Evaluation:
     std: Tensor
     entropy: Tensor | None
 
+    def outputs(self, of_actor: bool) -> tuple[Tensor, ...]:
+        """What the loss is made of: values, and log-probabilities where the actor learns."""
+        return (self.values, self.log_prob) if of_actor else (self.values,)
+
 
 # Where weights are sharded, torch looks into what a method returns for what the backward pass begins with.
 register_dataclass(Evaluation)

@@ -7,6 +7,7 @@ import math
 from numbers import Real
 from typing import TYPE_CHECKING, Any
 
+from stable_baselines3.common.buffers import DictRolloutBuffer
 from stable_baselines3.common.utils import FloatSchedule
 from stable_baselines3.common.vec_env import VecFrameStack, unwrap_vec_wrapper
 
@@ -86,7 +87,23 @@ def refuse_own_options(algorithm: PPO) -> None:
             )
 
 
-def check_flags(algorithm: PPO) -> None:
+def check_before_building(algorithm: PPO) -> None:
+    """Find mistakes before a model of billions of weights is read.
+
+    :raises ValueError: for an option that is out of its range, or that the environments cannot follow.
+    """
+    _check_flags(algorithm)
+    _check_numbers(algorithm)
+    check_task_sampling(algorithm)
+    # An archive of stable_baselines3.PPO names its own buffer.
+    if algorithm.rollout_buffer_class not in (None, DictRolloutBuffer) or algorithm.rollout_buffer_kwargs:
+        raise InputError(
+            f"rollout_buffer_class={algorithm.rollout_buffer_class!r}, rollout_buffer_kwargs="
+            f"{algorithm.rollout_buffer_kwargs!r}: VLAPolicy has its own rollout buffer"
+        )
+
+
+def _check_flags(algorithm: PPO) -> None:
     """:raises ValueError: for a switch that is a string, which would be on."""
     for name in _FLAGS:
         value = getattr(algorithm, name, None)
@@ -94,7 +111,7 @@ def check_flags(algorithm: PPO) -> None:
             raise InputError(f"{name}={value!r}; expected True or False{', or None' if name == 'bf16' else ''}")
 
 
-def check_numbers(algorithm: PPO) -> None:
+def _check_numbers(algorithm: PPO) -> None:
     """:raises ValueError: for a number out of its range, a schedule at either end of the training."""
     rate, clip_range = FloatSchedule(algorithm.learning_rate), FloatSchedule(algorithm.clip_range)
     for left in (0.0, 1.0):

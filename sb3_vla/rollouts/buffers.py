@@ -101,6 +101,7 @@ class SharedRollout:
 
     def __init__(self, buffer: DecisionBuffer, ranks: Ranks) -> None:
         self.buffer = buffer
+        self._ranks = ranks
         indices, keys = buffer.decisions()
         own = [column.flatten()[indices] for column in (buffer.advantages, buffer.values, buffer.returns)]
         parts = ranks.gather((keys, torch.stack(own, dim=1)))
@@ -118,6 +119,18 @@ class SharedRollout:
     def minibatches(self, batch_size: int) -> list[Minibatch]:
         """All decisions once, shuffled, the same on all ranks whose generators are the same."""
         return [self._minibatch(places) for places in self.buffer.cut(torch.randperm(len(self)), batch_size)]
+
+    def any_decision(self, device: torch.device) -> DecisionBatch:
+        """A batch of one decision: this rank's, or another's where it has none; all ranks must call it.
+
+        :param device: where a decision of another rank is brought.
+        """
+        own = self.buffer.batch(torch.zeros(1, dtype=torch.int64)) if len(self.buffer) else None
+        if not self._ranks.any(own is None):
+            assert own is not None
+            return own
+        gathered = self._ranks.gather(own and own.to(torch.device("cpu")))
+        return next(batch for batch in gathered if batch is not None).to(device)
 
     def _minibatch(self, places: Tensor) -> Minibatch:
         mine = self._mine[places]

@@ -17,6 +17,16 @@ from torch import Tensor
 
 from sb3_vla.rollouts.buffers import SharedRollout
 
+# First letters of names that the table in the terminal leaves out.
+_NOT_IN_TERMINAL = (
+    "train/actor/",
+    "train/critic/",
+    "env/success_once/",
+    "eval/success_once/",
+    "time/generate_rollouts",
+    "time/cal_adv_and_returns",
+)
+
 
 class EpisodeRecord(NamedTuple):
     """What is remembered of an episode: success (0 or 1), environment steps, sum of rewards; None where not known."""
@@ -24,6 +34,27 @@ class EpisodeRecord(NamedTuple):
     success: float | None
     length: int | None
     reward: float | None
+
+
+def rollout_metrics(
+    decisions: int, env_steps: int, rewards: float, seconds: float, shares: Mapping[str, float]
+) -> dict[str, float]:
+    """Reward and speed of a rollout.
+
+    :param decisions: of all ranks, as ``env_steps`` and ``rewards``, the sum of all rewards.
+    :param seconds: how long it took.
+    :param shares: seconds spent on ``simulation``, ``inference`` and ``advantages``.
+    """
+    return {
+        "rollout/rewards": rewards / decisions,
+        "time/generate_rollouts": seconds - shares["advantages"],
+        "time/cal_adv_and_returns": shares["advantages"],
+        "time/rollout_seconds": seconds,
+        "perf/env_steps_per_second": env_steps / seconds,
+        "perf/decisions_per_second": decisions / seconds,
+        "perf/simulation_share": shares["simulation"] / seconds,
+        "perf/inference_share": shares["inference"] / seconds,
+    }
 
 
 def ratio_metrics(ratio: Tensor, clipped: Tensor, bounded: Tensor, counted: Tensor) -> dict[str, float]:
@@ -145,8 +176,8 @@ def success_rates(episodes: Mapping[str, Iterable[EpisodeRecord]]) -> dict[str, 
 
 
 def in_terminal(name: str) -> bool:
-    """Whether Stable-Baselines3's table shows a value: what it has under another name, and each task's, it has not."""
-    return not name.startswith(("train/actor/", "train/critic/", "env/success_once/", "eval/success_once/"))
+    """Whether the table in the terminal shows a value: not what has a second name, nor the values of each task."""
+    return not name.startswith(_NOT_IN_TERMINAL)
 
 
 def _spread(values: Tensor) -> dict[str, float]:

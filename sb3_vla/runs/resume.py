@@ -33,7 +33,6 @@ _COUNTERS = (
     "updates",
     "_n_updates",
     "_current_progress_remaining",
-    "_silent_episodes",
     "_trial_entropy",  # of GRPO alone
 )
 
@@ -55,7 +54,8 @@ def save_algorithm(folder: Path | None, algorithm: PPO) -> None:
         "counters": {name: getattr(algorithm, name) for name in _COUNTERS if hasattr(algorithm, name)},
         "environments": _of_all(ranks, env.env_method("snapshot")),
         "episode_starts": _of_all(ranks, algorithm._last_episode_starts.tolist()),
-        "episodes": {task: list(episodes) for task, episodes in algorithm._episodes.items()},
+        "episodes": {task: list(episodes) for task, episodes in algorithm.episodes.by_task.items()},
+        "episodes_without_success": algorithm.episodes.without_success,
         "episode_infos": list(algorithm.ep_info_buffer or ()),
         "successes": [bool(success) for success in algorithm.ep_success_buffer or ()],
         "rehearsal": None if rehearsal is None else rehearsal.generator.bit_generator.state,
@@ -94,7 +94,8 @@ def load_algorithm(folder: Path, algorithm: PPO) -> None:
     for task, episodes in values["episodes"].items():
         if any(len(episode) != len(EpisodeRecord._fields) for episode in episodes):
             raise InputError(f"{folder} is of an earlier version, which kept less; start the training anew")
-        algorithm._episodes[task].extend(EpisodeRecord(*episode) for episode in episodes)
+        algorithm.episodes.by_task[task].extend(EpisodeRecord(*episode) for episode in episodes)
+    algorithm.episodes.without_success = values["episodes_without_success"]
     algorithm.ep_info_buffer = deque(values["episode_infos"], maxlen=algorithm._stats_window_size)
     algorithm.ep_success_buffer = deque(values["successes"], maxlen=algorithm._stats_window_size)
     if algorithm.rehearsal is not None:

@@ -232,7 +232,7 @@ def result_of(algorithm: PPO) -> dict[str, Any]:
     return {
         "weights": {name: p.detach().numpy().copy() for name, p in algorithm.policy.named_parameters()},
         "counters": (algorithm.num_timesteps, algorithm.env_steps, algorithm.updates, algorithm._n_updates),
-        "episodes": {task: list(episodes) for task, episodes in algorithm._episodes.items()},
+        "episodes": {task: list(episodes) for task, episodes in algorithm.episodes.by_task.items()},
         "successes": list(algorithm.ep_success_buffer or ()),
         "metrics": {name: value for name, value in known if not name.startswith(("time/", "perf/"))},
         "generator": torch.get_rng_state().numpy(),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -447,11 +446,11 @@ def test_the_upper_clip_is_another() -> None:
     batch = DecisionBatch(
         {}, {}, torch.full((5,), 2), mean[:, 0, 0], torch.tensor(advantages), mean[:, 0, 0], torch.arange(5)
     )
-    recorded: defaultdict[str, list[float]] = defaultdict(list)
-    loss = algorithm._actor_loss(found, batch, old, 0.2, recorded)
+    noted: dict[str, float] = {}
+    loss = algorithm._actor_loss(found, batch, old, noted)
     # min(1.5, 1.28) + min(-0.5, -0.8) + 2.5 + min(1.5, 2.4) + min(-1.5, -1.28)
     assert loss.item() == pytest.approx(-(1.28 - 0.8 + 2.5 + 1.5 - 1.5) / 5, abs=1e-6)
-    assert recorded["clip_fraction"] == [pytest.approx(0.8)]
+    assert noted["clip_fraction"] == pytest.approx(0.8)
 
 
 def test_what_is_negative_has_a_bound() -> None:
@@ -463,7 +462,7 @@ def test_what_is_negative_has_a_bound() -> None:
     old.keep(torch.arange(2), Evaluation(torch.zeros(2), torch.zeros(2), mean, std, None))
     values, advantages = mean[:, 0, 0], torch.tensor([-1.0, -1.0])
     batch = DecisionBatch({}, {}, torch.full((2,), 2), values, advantages, values, torch.arange(2))
-    loss = algorithm._actor_loss(found, batch, old, 0.2, defaultdict(list))
+    loss = algorithm._actor_loss(found, batch, old, {})
     assert loss.item() == pytest.approx((1.5 + 1.1) / 2, abs=1e-6)
 
 

@@ -44,6 +44,7 @@ from toy import TINY, ToyEnv, stir, tiny_model, toy_demonstrations, toy_ppo, toy
 from sb3_vla import GRPO, PPO, VLAPolicy
 from sb3_vla.checkpoints import save_checkpoint
 from sb3_vla.data.batches import DemonstrationBatches
+from sb3_vla.rollouts.episodes import EpisodeStatistics
 
 
 def observed(count: int = 3, **options: Any) -> dict[str, np.ndarray]:
@@ -455,9 +456,11 @@ REFUSED: dict[str, Any] = {
 
 
 def _plain(value: Any) -> Any:
-    """What an attribute is, for comparison: of a schedule its values."""
+    """What an attribute is, for comparison: of a schedule its values, of statistics what they hold."""
     if isinstance(value, FloatSchedule):
         return [value(left) for left in (0.0, 0.5, 1.0)]
+    if isinstance(value, EpisodeStatistics):
+        return value.window, value.by_task, value.ended, value.without_success
     return list(value) if isinstance(value, (deque, tuple)) else value
 
 

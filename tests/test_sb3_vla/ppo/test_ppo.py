@@ -20,6 +20,7 @@ import stable_baselines3
 import torch
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.utils import FloatSchedule
 from stable_baselines3.common.vec_env import DummyVecEnv, VecMonitor
 from torch import Tensor, nn
 from toy import TINY, ToyEnv, mean_reward, stir, toy_demonstrations, toy_ppo, toy_vec, whole_minibatch
@@ -100,7 +101,7 @@ def test_the_gradient_of_the_first_step_is_reinforce(distribution: str, options:
     found = policy.evaluate(batch.observations, batch.trace, batch.executed)
     batch.advantages = advantages.float()
     policy.optimizer.zero_grad()
-    algorithm._actor_loss(found, batch, old, 0.2, defaultdict(list)).backward()
+    algorithm._actor_loss(found, batch, old, {}).backward()
     gradient = bias.grad.clone()
     for i in range(2):
         with torch.no_grad():
@@ -157,22 +158,17 @@ def known(found: Evaluation) -> BehaviorPolicy:
     return old
 
 
-def collected() -> tuple[dict[str, list[float]], Any]:
-    found: defaultdict[str, list[float]] = defaultdict(list)
-    return found, found
-
-
 def test_clipped_surrogate_by_hand() -> None:
     algorithm = toy_ppo(normalize_advantage=False)
     # ratios 1.5, 0.5, 1.1, 0.5
     new = evaluation([math.log(r) for r in (1.5, 0.5, 1.1, 0.5)])
-    found, record = collected()
+    noted: dict[str, float] = {}
     batch = batch_of([0.0] * 4, [1.0, -1.0, 2.0, 3.0], [0.0] * 4)
-    loss = algorithm._actor_loss(new, batch, old_policy([0.0] * 4), 0.2, record)
+    loss = algorithm._actor_loss(new, batch, old_policy([0.0] * 4), noted)
     # min(1.5, 1.2) + min(-0.5, -0.8) + 2.2 + min(1.5, 2.4)
     assert loss.item() == pytest.approx(-(1.2 - 0.8 + 2.2 + 1.5) / 4, abs=1e-6)
-    assert found["clip_fraction"] == [0.75]
-    assert found["ratio_max"] == [pytest.approx(1.5)]
+    assert noted["clip_fraction"] == 0.75
+    assert noted["ratio_max"] == pytest.approx(1.5)
 
 
 @pytest.mark.parametrize("micro_batch_size", [None, 3])
@@ -204,11 +200,11 @@ def test_asymmetric_clip_and_dual_clip_by_hand() -> None:
     table = [(1.4, 1.0, 1.4), (2.0, 1.0, 1.5), (0.5, -1.0, -0.8), (2.0, -1.0, -2.0), (8.0, -0.5, -1.5), (8.0, 0.0, 0.0)]
     ratios, advantages, surrogates = (list(column) for column in zip(*table, strict=True))
     new = evaluation([math.log(ratio) for ratio in ratios])
-    found, record = collected()
+    noted: dict[str, float] = {}
     batch = batch_of([0.0] * 6, advantages, [0.0] * 6)
-    loss = algorithm._actor_loss(new, batch, old_policy([0.0] * 6), 0.2, record)
+    loss = algorithm._actor_loss(new, batch, old_policy([0.0] * 6), noted)
     assert loss.item() == pytest.approx(-sum(surrogates) / 6, abs=1e-6)
-    assert found["clip_fraction"] == [pytest.approx(5 / 6)]
+    assert noted["clip_fraction"] == pytest.approx(5 / 6)
 
 
 @pytest.mark.parametrize("advantage", [1.0, -1.0])
@@ -217,7 +213,7 @@ def test_a_ratio_out_of_range_gives_a_finite_gradient(advantage: float) -> None:
     log_prob = torch.tensor([200.0, 0.0], requires_grad=True)
     batch = batch_of([0.0] * 2, [advantage] * 2, [0.0] * 2)
     new = replace(evaluation([0.0, 0.0]), log_prob=log_prob)
-    algorithm._actor_loss(new, batch, old_policy([0.0, 0.0]), 0.2, defaultdict(list)).backward()
+    algorithm._actor_loss(new, batch, old_policy([0.0, 0.0]), {}).backward()
     assert log_prob.grad is not None
     assert log_prob.grad.tolist() == [0.0, -advantage / 2]
 
@@ -240,18 +236,19 @@ def test_ratios_of_actions_and_tokens_by_hand() -> None:
         log_prob = {"token": log_prob, "action": log_prob.sum(2), "chunk": log_prob.sum((1, 2))}[logprob_type]
         old = old_policy([0.0, 0.0])
         old.log_prob = torch.zeros_like(log_prob)
-        found, record = collected()
-        loss = algorithm._actor_loss(replace(evaluation([0.0] * 2), log_prob=log_prob), batch, old, 0.2, record)
+        noted: dict[str, float] = {}
+        loss = algorithm._actor_loss(replace(evaluation([0.0] * 2), log_prob=log_prob), batch, old, noted)
         assert loss.item() == pytest.approx(-surrogate, abs=1e-6), logprob_type
-        assert found["clip_fraction"] == [pytest.approx(fractions[logprob_type])], logprob_type
+        assert noted["clip_fraction"] == pytest.approx(fractions[logprob_type]), logprob_type
 
 
 def gradient(algorithm: PPO, count: int = 16) -> dict[str, Tensor]:
     """Of the loss of a whole rollout, in the order of the buffer, against its own weights."""
     indices = torch.arange(count)
+    algorithm.clip_range_vf = FloatSchedule(0.05)
     old = algorithm._behavior_policy(decisions(algorithm), [indices])
     algorithm._accumulate_gradient(
-        decisions(algorithm), whole_minibatch(decisions(algorithm), indices), old, 0.2, 0.05, defaultdict(list)
+        decisions(algorithm), whole_minibatch(decisions(algorithm), indices), old, defaultdict(list)
     )
     return {name: p.grad.clone() for name, p in algorithm.policy.named_parameters() if p.grad is not None}
 
@@ -317,14 +314,15 @@ def test_micro_batches_add_up_to_the_minibatch(size: int) -> None:
     indices = torch.randperm(16)
     old = algorithm._behavior_policy(decisions(algorithm), [indices])
     stir(algorithm.policy, 0.01, seed=3)
+    algorithm.clip_range_vf = FloatSchedule(0.05)
     found = {}
     for micro_batch_size in (None, size):
         algorithm.micro_batch_size = micro_batch_size
         rehearsal.generator = np.random.default_rng(0)
         torch.manual_seed(0)
-        record = collected()[1]
+        record: defaultdict[str, list[float]] = defaultdict(list)
         loss, kl = algorithm._accumulate_gradient(
-            decisions(algorithm), whole_minibatch(decisions(algorithm), indices), old, 0.2, 0.05, record
+            decisions(algorithm), whole_minibatch(decisions(algorithm), indices), old, record
         )
         assert len(record["ratio_max"]) == (1 if micro_batch_size is None else math.ceil(16 / size))
         assert 0 < np.mean(record["clip_fraction"]) < 1 and len(record["rehearsal_loss"]) == 1
@@ -342,26 +340,27 @@ def test_entropy_and_reference_terms_by_hand() -> None:
     new = evaluation([0.0, 0.0], entropy=torch.tensor([2.0, 4.0]))
     batch = batch_of([0.0] * 2, [0.0] * 2, [0.0] * 2)
     batch.executed = torch.tensor([2, 1])
-    found, record = collected()
+    noted: dict[str, float] = {}
     reference = torch.full((2, 2, 2), 0.5)  # one deviation away in each of 4 and 2 executed numbers
-    loss = algorithm._actor_loss(new, batch, old_policy([0.0, 0.0], reference), 0.2, record)
+    loss = algorithm._actor_loss(new, batch, old_policy([0.0, 0.0], reference), noted)
     kl = (4 * 0.5 + 2 * 0.5) / 2
     assert loss.item() == pytest.approx(-0.3 * 3.0 + 0.7 * kl, abs=1e-6)
-    assert found["reference_kl"] == [pytest.approx(kl)] and found["entropy_loss"] == [pytest.approx(-3.0)]
+    assert noted["reference_kl"] == pytest.approx(kl) and noted["entropy_loss"] == pytest.approx(-3.0)
 
 
 def test_value_loss_by_hand() -> None:
     algorithm = toy_ppo()
     batch = batch_of([0.0, 1.0, 2.0], [0.0] * 3, [1.0, 1.0, 1.0])
     values = torch.tensor([0.5, 0.9, 1.0])
-    found, record = collected()
-    assert algorithm._value_loss(values, batch, None, record).item() == pytest.approx((0.25 + 0.01 + 0) / 3)
+    noted: dict[str, float] = {}
+    assert algorithm._value_loss(values, batch, noted).item() == pytest.approx((0.25 + 0.01 + 0) / 3)
     algorithm.huber_delta = 0.3  # 0.3 (0.5 - 0.15), and half the square of 0.1
-    assert algorithm._value_loss(values, batch, None, record).item() == pytest.approx((0.105 + 0.005 + 0) / 3)
+    assert algorithm._value_loss(values, batch, noted).item() == pytest.approx((0.105 + 0.005 + 0) / 3)
     algorithm.huber_delta = None
     # Clipped to 0.2 around the old values: 0.2, 0.9, 1.8.
-    assert algorithm._value_loss(values, batch, 0.2, record).item() == pytest.approx((0.64 + 0.01 + 0.64) / 3)
-    assert found["value_clip_ratio"] == [pytest.approx(2 / 3)]
+    algorithm.clip_range_vf = FloatSchedule(0.2)
+    assert algorithm._value_loss(values, batch, noted).item() == pytest.approx((0.64 + 0.01 + 0.64) / 3)
+    assert noted["value_clip_ratio"] == pytest.approx(2 / 3)
 
 
 # --- What is updated --------------------------------------------------------------------------------------------------
@@ -572,14 +571,14 @@ def test_rehearsal_adds_its_loss() -> None:
     with torch.no_grad():
         expected = algorithm.policy.model.imitation_loss(observation, actions, mask)
     rehearsal.sample = lambda *_, **__: (observation, actions, mask)  # type: ignore[method-assign]
-    found, record = collected()
+    found: defaultdict[str, list[float]] = defaultdict(list)
     indices = torch.arange(16)
     old = algorithm._behavior_policy(decisions(algorithm), [indices])
     algorithm.normalize_advantage, algorithm.vf_coef = False, 0.0
     decisions(algorithm).advantages.zero_()
     torch.manual_seed(0)
     loss, _ = algorithm._accumulate_gradient(
-        decisions(algorithm), whole_minibatch(decisions(algorithm), indices), old, 0.2, None, record
+        decisions(algorithm), whole_minibatch(decisions(algorithm), indices), old, found
     )
     assert found["rehearsal_loss"] == [pytest.approx(expected.item(), rel=1e-6)]
     assert loss == pytest.approx(2.0 * expected.item(), rel=1e-6)
@@ -935,11 +934,11 @@ def test_an_episode_that_ends_without_a_word_has_not_succeeded() -> None:
     infos = ended(("a", True), ("a", None), ("a", None), ("a", False), ("b", None), elapsed_steps=4, episode_return=2.0)
     algorithm._record_episodes(infos, np.ones(5, dtype=bool))
     assert algorithm.task_success() == {"a": 0.25, "b": 0.0}
-    found = episode_metrics(algorithm._episodes, 5)
+    found = episode_metrics(algorithm.episodes.by_task, 5)
     assert (found["env/success_once"], found["env/success_once/a"], found["env/success_once/b"]) == (0.125, 0.25, 0.0)
     assert (found["env/episode_len"], found["env/return"]) == (4.0, 2.0)
     assert list(algorithm.ep_success_buffer) == [True, False, False, False, False]  # type: ignore[arg-type]
-    weights = algorithm._task_weights()
+    weights = algorithm.episodes.task_weights()
     assert weights["a"] == pytest.approx(4 * 2 / 6 * 4 / 6) and weights["b"] == pytest.approx(4 * 1 / 3 * 2 / 3)
 
 
@@ -947,12 +946,12 @@ def test_success_that_nothing_tells_of_is_unknown() -> None:
     algorithm = toy_ppo()
     algorithm._setup_learn(1)
     algorithm._record_episodes(ended(("a", None), ("b", None)), np.ones(2, dtype=bool))
-    assert algorithm.task_success() == {} and episode_metrics(algorithm._episodes, 2) == {}
+    assert algorithm.task_success() == {} and episode_metrics(algorithm.episodes.by_task, 2) == {}
     assert not algorithm.ep_success_buffer
     # Monitor tells the rest.
     algorithm._record_episodes(ended(("a", None), episode={"r": 3.0, "l": 2}), np.ones(1, dtype=bool))
     expected = {"env/return": 3.0, "env/episode_len": 2.0, "env/reward": 1.5, "env/num_trajectories": 3.0}
-    assert episode_metrics(algorithm._episodes, 3) == expected
+    assert episode_metrics(algorithm.episodes.by_task, 3) == expected
 
 
 def test_the_death_of_a_worker_says_nothing_about_the_policy() -> None:
@@ -980,8 +979,8 @@ def test_episodes_that_a_limit_outside_cuts_count() -> None:
 
     algorithm.learn(24, callback=Count())
     assert len(told) == 24  # each step ends an episode
-    assert sum(len(episodes) for episodes in algorithm._episodes.values()) == 24
-    successes = sum(each.success or 0.0 for episodes in algorithm._episodes.values() for each in episodes)
+    assert sum(len(episodes) for episodes in algorithm.episodes.by_task.values()) == 24
+    successes = sum(each.success or 0.0 for episodes in algorithm.episodes.by_task.values() for each in episodes)
     assert successes == sum(told)
 
 
@@ -989,10 +988,10 @@ def test_tasks_are_drawn_by_the_signal_they_give() -> None:
     algorithm = toy_ppo(task_sampling="signal")
     failed, solved = EpisodeRecord(0.0, 9, 0.0), EpisodeRecord(1.0, 9, 1.0)
     # Only the last 30 episodes count: what came before lags behind the policy.
-    algorithm._episodes["solved"].extend([failed] * 70 + [solved] * 30)
-    algorithm._episodes["open"].extend([solved] * 49 + [failed] * 15 + [solved] * 15)
-    algorithm._episodes["rare"].extend([solved] * 3 + [failed] * 25)
-    weights = algorithm._task_weights()
+    algorithm.episodes.by_task["solved"].extend([failed] * 70 + [solved] * 30)
+    algorithm.episodes.by_task["open"].extend([solved] * 49 + [failed] * 15 + [solved] * 15)
+    algorithm.episodes.by_task["rare"].extend([solved] * 3 + [failed] * 25)
+    weights = algorithm.episodes.task_weights()
     assert weights == {
         "solved": pytest.approx(4 * 31 / 32 / 32),
         "open": 1.0,
