@@ -29,7 +29,7 @@ from sb3_vla.distributed.local_ranks import local_rank_count, local_ranks
 from sb3_vla.evaluation import Comparison, EvaluationResult, VideoOptions, compare, evaluate, find_protocol
 from sb3_vla.evaluation.results import TRIAL_SEED
 from sb3_vla.policies import load_policy
-from sb3_vla.runs.report.figures import before_after_bars, learning_curve
+from sb3_vla.runs.report.charts import before_after_bars, learning_curve
 from sb3_vla.runs.report.report import write_report
 from sb3_vla.runs.settings import PPOConfig
 from sb3_vla.runs.shared import SharedRun

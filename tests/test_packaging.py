@@ -44,9 +44,10 @@ def test_the_wheel_holds_every_module_and_data_file(wheel: zipfile.ZipFile) -> N
     modules = {f"{path.relative_to(ROOT)}" for package in PACKAGES for path in (ROOT / package).rglob("*.py")}
     tables = {f"{path.relative_to(ROOT)}" for path in (ROOT / "mw_envs" / "data").glob("*.json")}
     recipes = {f"{path.relative_to(ROOT)}" for path in (ROOT / "sb3_vla" / "recipes" / "yaml").glob("*.yaml")}
+    pages = {f"{path.relative_to(ROOT)}" for path in (ROOT / "sb3_vla" / "runs" / "report").glob("*.jinja")}
     boxed = {f"{path.relative_to(ROOT)}" for path in (ROOT / "sb3_vla" / "box").glob("*/*")}
-    assert tables and recipes and boxed
-    assert shipped == modules | tables | recipes | boxed | {"mw_envs/py.typed", "sb3_vla/py.typed"}
+    assert tables and recipes and boxed and pages
+    assert shipped == modules | tables | recipes | boxed | pages | {"mw_envs/py.typed", "sb3_vla/py.typed"}
 
 
 def test_the_wheel_names_version_license_and_command(wheel: zipfile.ZipFile) -> None:

@@ -1,4 +1,4 @@
-"""The ``sb3-vla`` command: collect, sft, train, eval, compare, report, doctor.
+"""The ``sb3-vla`` command: collect, sft, train, eval, compare, report, watch, doctor.
 
 Each command takes its settings as ``key=value``, a YAML file by ``--config``, and prints all of them with ``--help``.
 ``train`` takes the name of a recipe instead, see :mod:`sb3_vla.recipes.schema`.
@@ -30,6 +30,7 @@ from sb3_vla.policies.views import view_of_data
 from sb3_vla.runs.directory import fingerprint_of
 from sb3_vla.runs.settings import GRPOConfig, PPOConfig
 from sb3_vla.runs.shared import SharedRun
+from sb3_vla.runs.watch import WatchCommand, run_watch
 from sb3_vla.sft.imitation import SFTConfig
 
 
@@ -423,6 +424,7 @@ COMMANDS: dict[str, tuple[type[Any], Callable[[Any, Console], None]]] = {
     "eval": (EvalCommand, run_eval),
     "compare": (CompareCommand, run_compare),
     "report": (ReportCommand, run_report),
+    "watch": (WatchCommand, run_watch),
 }
 
 
@@ -465,7 +467,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     kind, run = COMMANDS[parsed.command]
     settings = [*parsed.settings, *rest]  # argparse takes no settings after an option
-    if parsed.command == "report" and settings and "=" not in settings[0]:
+    if parsed.command in ("report", "watch") and settings and "=" not in settings[0]:
         settings = [f"run={settings[0]}", *settings[1:]]
 
     def work() -> None:

@@ -132,19 +132,22 @@ class EpisodeFilm:
         for number, (frame, reward) in enumerate(zip(frames, rewards, strict=True), start=1):
             # The environment tells of success at the end of a chunk, which is the very step where success ends it.
             success = self._succeeded or (info["success_once"] and number == len(frames))
-            picture = enlarge(frame)
+            picture, lines = enlarge(frame), []
             if self._options.info:
                 step = info["elapsed_steps"] - len(frames) + number
                 lines = captions(info["instruction"], self._trial, step, self._horizon, reward, success)
-                picture = annotate(picture, lines, success)
-            self._last = picture
-            self._writer.append(picture)
+            self._last = picture, lines
+            self._writer.append(annotate(picture, lines, success or None) if lines else picture)
         self._succeeded = info["success_once"]
 
     def finish(self) -> None:
         """Give the file its name, after the episode's end, and keep the folder within its limit."""
+        picture, lines = self._last
+        if lines:
+            last = lines[-1] if self._succeeded else f"{lines[-1]} · failure"
+            picture = annotate(picture, [*lines[:-1], last], self._succeeded)
         for _ in range(round(_STILL_SECONDS * float(self._options.fps))):
-            self._writer.append(self._last)
+            self._writer.append(picture)
         folder = Path(self._options.directory)
         names = {outcome: folder / f"{self._stem}_{outcome}.mp4" for outcome in _OUTCOMES}
         self._writer.path = names.pop("success" if self._succeeded else "failure")

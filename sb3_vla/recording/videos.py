@@ -24,7 +24,7 @@ _FONT_SIZE = 17
 _REFERENCE_WIDTH = 480
 _STRIP_COLOR = (24, 26, 31)
 _TEXT_COLOR = (236, 238, 241)
-_SUCCESS_COLOR = (98, 211, 138)
+_OUTCOME_COLORS: dict[bool | None, tuple[int, int, int]] = {True: (98, 211, 138), False: (255, 123, 114)}
 
 
 def temporary_path(path: Path, process: int | None = None) -> Path:
@@ -68,13 +68,13 @@ def enlarge(frame: Frame, smallest: int = 480) -> Frame:
     return frame.repeat(scale, axis=0).repeat(scale, axis=1)
 
 
-def annotate(frame: Frame, lines: Sequence[str], success: bool = False) -> Frame:
+def annotate(frame: Frame, lines: Sequence[str], success: bool | None = None) -> Frame:
     """
     Write lines of text in a strip below the picture; the picture itself stays untouched.
 
     :param frame: uint8, shape ``(H, W, 3)``
     :param lines: text; a line too long for the width is broken
-    :param success: marks the strip in green
+    :param success: marks the strip in green for success, in red for failure; None for neither
     :return: uint8, shape ``(H + strip, W, 3)``
     :raises ValueError: if the frame is not an RGB picture
     """
@@ -88,10 +88,11 @@ def annotate(frame: Frame, lines: Sequence[str], success: bool = False) -> Frame
     canvas = Image.new("RGB", (width, height + line_height * len(broken) + 2 * margin), _STRIP_COLOR)
     canvas.paste(Image.fromarray(frame), (0, 0))
     draw = ImageDraw.Draw(canvas)
-    if success:
-        draw.rectangle((0, height, width, height + max(2, size // 4)), fill=_SUCCESS_COLOR)
+    mark = _OUTCOME_COLORS.get(success)
+    if mark is not None:
+        draw.rectangle((0, height, width, height + max(2, size // 4)), fill=mark)
     for number, line in enumerate(broken):
-        color = _SUCCESS_COLOR if success and number == len(broken) - 1 else _TEXT_COLOR
+        color = mark if mark is not None and number == len(broken) - 1 else _TEXT_COLOR
         draw.text((margin, height + margin + number * line_height), line, fill=color, font=font)
     return np.asarray(canvas)
 

@@ -33,7 +33,7 @@ from sb3_vla.data.demonstrations import Demonstrations
 from sb3_vla.evaluation.evaluation import Comparison, EvaluationResult, compare, evaluate, find_protocol
 from sb3_vla.policies.loading import load_policy
 from sb3_vla.runs.directory import RunDirectory
-from sb3_vla.runs.report.figures import metric_series, smoothed
+from sb3_vla.runs.report.charts import metric_series, smoothed
 from sb3_vla.runs.settings import GRPOConfig, PPOConfig
 from sb3_vla.runs.training import train
 

@@ -1,222 +1,262 @@
-"""Charts as inline SVG for a page: they take its light or dark colors, print sharply and need no script.
-
-Lengths are CSS pixels of a picture that is 420 wide, which fits a phone. Classes are those of
-:data:`sb3_vla.runs.report.page.STYLE`.
-"""
+"""Charts of a run, drawn by matplotlib: pictures for files, or SVG that takes the light or dark colors of a page."""
 
 from __future__ import annotations
 
+import io
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from matplotlib.ticker import EngFormatter, MaxNLocator
+from markupsafe import Markup
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
 
+from sb3_vla.common.errors import InputError
+from sb3_vla.evaluation.results import Comparison
 from sb3_vla.evaluation.statistics import Estimate
-from sb3_vla.runs.report.page import Html, markup
+from sb3_vla.recording.videos import atomic_path
 
-_WIDTH = 420
-_NAMES = 142  # room for the longest name of a task
-_MOST_POINTS = 400  # of a line: one a pixel
-_THOUSANDS = EngFormatter(sep="")
+STEPS, SUCCESS, SECONDS = "time/env_steps", "env/success_once", "time/time_elapsed"
+
+Curve = tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]  # x and y, shape (n,)
+Row = Mapping[str, Any]  # metrics of an iteration
+
+# Colors of a picture; in a page each becomes the CSS variable of its name.
+_COLORS = {
+    "text": "#24292f",
+    "line": "#e3e6ea",
+    "before": "#b4bbc4",
+    "after": "#5b9ddb",
+    "curve": "#2469b0",
+    "thin": "#8fa3b8",
+    "second": "#b35900",
+}
+_STYLE: Any = {
+    "figure.constrained_layout.use": True,
+    "figure.facecolor": "none",
+    "figure.titlesize": 12,
+    "axes.facecolor": "none",
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    **dict.fromkeys(("axes.spines.left", "axes.spines.right", "axes.spines.top"), False),
+    **dict.fromkeys(("axes.edgecolor", "grid.color"), _COLORS["line"]),
+    **dict.fromkeys(("text.color", "xtick.color", "ytick.color", "axes.labelcolor"), _COLORS["text"]),
+    **dict.fromkeys(("xtick.major.size", "ytick.major.size"), 0),
+    "font.size": 11,
+    "legend.frameon": False,
+    "legend.fontsize": 10,
+    "svg.fonttype": "none",  # text stays text
+    "svg.hashsalt": "sb3-vla",  # the same chart is the same text
+    "text.parse_math": False,  # a name may hold a $
+}
+_WIDTH = 430  # of a chart in the pixels of a page, which fits a phone
+_MOST_POINTS = 200  # of a curve
+_MOST_NAMES = 12  # of curves that are named at their ends
 
 
-@dataclass(frozen=True)
-class Line:
-    """A line of a chart.
+@rc_context(_STYLE)
+def success_chart(rows: Sequence[Row], title: str = "") -> Figure | None:
+    """Success against environment steps and minutes: as logged, smoothed, of each task, and as evaluated meanwhile.
 
-    :param x: float, shape (n,).
-    :param y: float, shape (n,).
-    :param name: for the key; a line without one is not in it.
-    :param look: ``main``, ``second``, ``thin`` or ``dots``.
+    The lowest curves are named at their ends; in a page all are, when pointed at. None where no row has both steps and
+    success.
     """
-
-    x: npt.NDArray[np.float64]
-    y: npt.NDArray[np.float64]
-    name: str = ""
-    look: str = "main"
-
-
-def line_chart(lines: Sequence[Line], title: str, x_label: str, *, percent: bool = False) -> Html:
-    """
-    Draw lines over a common axis.
-
-    :param lines: at least one of them has a point; points that are not finite are left out
-    :param title: said above the chart and by screen readers
-    :param x_label: what the horizontal axis counts
-    :param percent: the values are rates, 0..1
-    :return: a figure
-    """
-    kept = [_thinned(line) for line in lines]
-    x_all, y_all = (np.concatenate([line[axis] for line in kept]) for axis in (0, 1))
-    x_high = max(float(x_all.max()), 1e-9)
-    y_ticks = MaxNLocator(nbins=4, steps=[1, 2, 2.5, 5, 10]).tick_values(
-        *((0, 1) if percent else (y_all.min(), y_all.max()))
-    )
-    y_low, y_high = float(y_ticks[0]), float(y_ticks[-1])
-    left, right, top, bottom = 46, _WIDTH - 12, 8, 168
-
-    def place(x: npt.NDArray[np.float64], y: npt.NDArray[np.float64]) -> str:
-        across = left + (right - left) * x / x_high
-        down = bottom - (bottom - top) * (y - y_low) / (y_high - y_low)
-        return " ".join(f"{u:.1f},{v:.1f}" for u, v in zip(across, down, strict=True))
-
-    parts = []
-    for tick in y_ticks:
-        (_, v) = place(np.array([0.0]), np.array([tick])).split(",")
-        text = f"{100 * tick:.0f} %" if percent else _number(tick)
-        parts.append(f'<line class="grid" x1="{left}" x2="{right}" y1="{v}" y2="{v}"/>')
-        parts.append(f'<text class="end" x="{left - 6}" y="{float(v) + 4:.1f}">{markup(text)}</text>')
-    for tick in MaxNLocator(nbins=5).tick_values(0, x_high):
-        if 0 <= tick <= x_high:
-            u = left + (right - left) * tick / x_high
-            parts.append(f'<text class="middle" x="{u:.1f}" y="{bottom + 16}">{markup(_number(tick))}</text>')
-    parts.append(f'<text class="middle" x="{(left + right) / 2:.0f}" y="{bottom + 33}">{markup(x_label)}</text>')
-    for line, (x, y) in zip(lines, kept, strict=True):
-        if line.look == "dots":
-            points = place(x, y).split()
-            path = "".join(f"M{point}h0" for point in points)
-            parts.append(f'<path class="dots" d="{path}"/>')
-        elif len(x):
-            parts.append(f'<polyline class="{line.look}" points="{place(x, y)}"/>')
-    key = [(line.look, line.name) for line in lines if line.name]
-    ends = [float(y[-1]) for line, (_, y) in zip(lines, kept, strict=True) if line.look == "main" and len(y)]
-    said = ", ".join(f"ends at {100 * end:.0f} %" if percent else f"ends at {end:.3g}" for end in ends)
-    return _figure(title, f"{title}, over {x_label}, {said}", _WIDTH, bottom + 40, parts, key)
+    steps, rates = metric_series(rows, STEPS, SUCCESS)
+    if not len(steps):
+        return None
+    figure, axes = _axes(300, title)
+    tasks = {metric.removeprefix(f"{SUCCESS}/"): metric_series(rows, STEPS, metric) for metric in task_metrics(rows)}
+    tasks = {task: (x, smoothed(y)) for task, (x, y) in tasks.items() if len(x)}
+    for number, (task, curve) in enumerate(tasks.items()):
+        label = "_" if number else f"each of {len(tasks)} tasks"
+        axes.plot(*_thinned(*curve), color=_COLORS["thin"], linewidth=0.8, label=label, gid=f"name:{task}")
+    _plot(axes, steps, rates, "an iteration")
+    evaluated = metric_series(rows, STEPS, "eval/success_once")
+    if len(evaluated[0]):
+        axes.plot(*evaluated, "s-", color=_COLORS["second"], markersize=4, linewidth=1.2, label="evaluated")
+    axes.set_ylim(0, 1)
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
+    _finish(axes, figure, max(steps[-1], 1))
+    ends = {_short(task): (x[-1], y[-1]) for task, (x, y) in tasks.items()}
+    _name_ends(axes, dict(sorted(ends.items(), key=lambda named: named[1][1])[:_MOST_NAMES]))
+    _add_minutes(axes, *metric_series(rows, STEPS, SECONDS))
+    return figure
 
 
-def bars(rates: Mapping[str, Sequence[Estimate]], title: str, names: Sequence[str]) -> Html:
-    """
-    Draw the success of each task as one bar for each measurement, with its interval.
+@rc_context(_STYLE)
+def metric_chart(curves: Mapping[str, Curve], x_label: str = "environment steps") -> Figure:
+    """Named metrics against what was done until then; the values of the first are dots, with a smoothed line."""
+    figure, axes = _axes(230)
+    (first, (x, y)), *others = curves.items()
+    _plot(axes, x, y, first)
+    for name, curve in others:
+        axes.plot(*_thinned(*curve), color=_COLORS["second"], linewidth=2, label=name)
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=4))
+    _finish(axes, figure, max(curve[0][-1] for curve in curves.values()), x_label)
+    return figure
 
-    :param rates: one or two rates of each task, from top to bottom
-    :param title: said above the chart and by screen readers
-    :param names: names of the measurements, as many as rates of a task
-    :return: a figure
-    """
-    left, right = _NAMES, _WIDTH - 74
-    height, thick = (26, 9) if len(names) > 1 else (18, 11)
-    looks = ("before", "after") if len(names) > 1 else ("after",)
-    bottom = 4 + height * len(rates)
-    parts = [
-        f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="0" y2="{bottom}"/>'
-        f'<text class="middle" x="{x:.1f}" y="{bottom + 15}">{100 * tick:.0f} %</text>'
-        for tick in (0, 0.5, 1)
-        for x in [left + (right - left) * tick]
-    ]
-    for row, (task, estimates) in enumerate(rates.items()):
-        y = 4 + height * row
-        parts.append(f'<text class="end" x="{left - 6}" y="{y + height / 2 + 2:.1f}">{_short(task)}</text>')
-        for number, (estimate, look) in enumerate(zip(estimates, looks, strict=True)):
-            value, low, high = (left + (right - left) * part for part in estimate)
-            v = y + number * (thick + 1) + 1
-            parts.append(f'<rect class="{look}" x="{left}" y="{v}" width="{value - left:.1f}" height="{thick}"/>')
-            parts.append(f'<path class="interval" d="M{low:.1f} {v + thick / 2:.1f}H{high:.1f}"/>')
+
+@rc_context(_STYLE)
+def task_bars(rates: Mapping[str, Sequence[Estimate]], names: Sequence[str], title: str = "") -> Figure:
+    """The success of each task, from top to bottom, with a bar and 95 % interval for each named measurement."""
+    thick = 0.8 / len(names)
+    figure, axes = _axes(70 + len(rates) * (12 + 8 * len(names)), title)
+    places = np.arange(len(rates))
+    colors = ("before", "after")[-len(names) :]
+    for number, (name, color) in enumerate(zip(names, colors, strict=True)):
+        value, low, high = np.array([estimates[number] for estimates in rates.values()]).T
+        offset = places + (number - (len(names) - 1) / 2) * thick
+        axes.barh(offset, value, thick * 0.92, color=_COLORS[color], label=name)
+        axes.hlines(offset, low, high, color=_COLORS["text"], linewidth=0.9)
+    for place, estimates in enumerate(rates.values()):
         said = " → ".join(f"{100 * estimate.value:.0f}" for estimate in estimates)
-        parts.append(f'<text x="{right + 8}" y="{y + height / 2 + 2:.1f}">{said}</text>')
-    key = list(zip(looks, names, strict=True))
-    return _figure(title, f"{title}; the numbers are in the table of tasks", _WIDTH, bottom + 20, parts, key)
+        axes.text(1.03, place, said, va="center", fontsize=10)
+    axes.set_yticks(places, [_short(task) for task in rates])
+    axes.set_ylim(len(rates) - 0.4, -0.6)
+    axes.set_xlim(0, 1)
+    axes.set_xticks([0, 0.5, 1])
+    axes.xaxis.set_major_formatter(PercentFormatter(1))
+    axes.grid(False, axis="y")
+    figure.legend(loc="outside lower center", ncols=len(names))
+    return figure
 
 
-def heat_map(rates: Mapping[str, npt.NDArray[np.float64]], columns: Sequence[str], title: str, x_label: str) -> Html:
+def svg(figure: Figure, said: str) -> Markup:
+    """A chart as an element of a page, in the page's colors and font; curves with a name tell it when pointed at.
+
+    :param said: what a screen reader says of it.
     """
-    Draw how the success of each task went over time.
-
-    :param rates: 0..1 or NaN for each column of each task, shape (columns,)
-    :param columns: what each column is
-    :param title: said above the chart and by screen readers
-    :param x_label: what the columns count
-    :return: a figure
-    """
-    cell, row_height = (_WIDTH - _NAMES - 8) / len(columns), 15
-    bottom = row_height * len(rates)
-    parts = []
-    for row, (task, values) in enumerate(rates.items()):
-        y = row * row_height
-        parts.append(f'<text class="end" x="{_NAMES - 6}" y="{y + 11}">{_short(task)}</text>')
-        for column, value in enumerate(values):
-            if np.isfinite(value):
-                parts.append(
-                    f'<rect class="heat" x="{_NAMES + column * cell:.1f}" y="{y + 1}" width="{cell:.1f}" '
-                    f'height="{row_height - 2}" fill-opacity="{min(max(value, 0.0), 1.0):.2f}">'
-                    f"<title>{_short(task)}, {markup(columns[column])}: {100 * value:.0f} %</title></rect>"
-                )
-    parts.append(
-        f'<rect class="frame" x="{_NAMES}" y="0" width="{cell * len(columns):.1f}" height="{bottom}"/>'
-        f'<text x="{_NAMES}" y="{bottom + 15}">{markup(columns[0])}</text>'
-        f'<text class="end" x="{_WIDTH - 8}" y="{bottom + 15}">{markup(f"{columns[-1]} {x_label}")}</text>'
+    buffer = io.StringIO()
+    with rc_context(_STYLE):
+        figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    body = (
+        buffer.getvalue().partition("<svg")[2].partition(">")[2].rpartition("</svg>")[0].replace("xlink:href", "href")
     )
-    scale = Html('<span class="key scale">0 %<span></span>100 %</span>')
-    ends = {task: values[np.isfinite(values)] for task, values in rates.items()}
-    said = ", ".join(f"{task} {100 * known[-1]:.0f} %" for task, known in ends.items() if len(known))
-    return _figure(title, f"{title}, at the end: {said}", _WIDTH, bottom + 20, parts, [], scale)
+    body = re.sub(r"(?s)<style.*?</style>|<clipPath.*?</clipPath>", "", body)  # nothing is outside of its axes
+    body = re.sub(r' clip-path="[^"]*"| id="[a-z][\w.]*_\d+"| transform="rotate\(-0 [^"]*"', "", body)
+    body = re.sub(r'<g id="name:([^"]*)">', r'<g class="named"><title>\1</title>', body)
+    body = re.sub(r"font-family: [^;\"]*;? ?", "", body)
+    body = re.sub(r' [dxy]="[^"]*', lambda place: re.sub(r"(\.\d)\d+", r"\1", place[0]), body)
+    for name, color in _COLORS.items():
+        body = body.replace(color, f"var(--{name})")
+    width, height = (round(72 * inches) for inches in figure.get_size_inches())
+    head = Markup('<svg viewBox="0 0 {w} {h}" style="max-width:{most}px" role="img" aria-label="{said}">')
+    return head.format(w=width, h=height, most=round(1.3 * width), said=said) + Markup(body + "</svg>")
 
 
-def trial_map(outcomes: Mapping[str, Sequence[tuple[bool, bool]]], title: str, names: tuple[str, str]) -> Html:
+def learning_curve(rows: Sequence[Row], path: str | Path, *, title: str = "") -> None:
+    """Write :func:`success_chart` to a ``.png``, ``.svg`` or ``.pdf``.
+
+    :raises ValueError: if no row has both a success rate and a number of steps.
     """
-    Draw what became of each trial of each task: shapes tell as much as colors.
-
-    :param outcomes: success before and after, for each trial of each task
-    :param title: said above the chart and by screen readers
-    :param names: what before and after are called
-    :return: a figure
-    """
-    cell = 10
-    width = _NAMES + cell * max(map(len, outcomes.values())) + 8
-    shapes = {
-        (True, True): ("both", "M{x} {y}h8v8h-8z", "solved by both"),
-        (False, True): ("gained", "M{x} {y}h8v8h-8z", f"solved by {names[1]} only"),
-        (True, False): ("lost", "M{x} {y}l8 8m0 -8l-8 8", f"solved by {names[0]} only"),
-        (False, False): ("neither", "M{x} {y}m3 3h2v2h-2z", "solved by neither"),
-    }
-    paths = dict.fromkeys((look for look, _, _ in shapes.values()), "")
-    counts = dict.fromkeys(paths, 0)
-    parts = []
-    for row, (task, pairs) in enumerate(outcomes.items()):
-        y = row * (cell + 3) + 1
-        parts.append(f'<text class="end" x="{_NAMES - 6}" y="{y + 8}">{_short(task)}</text>')
-        for column, pair in enumerate(pairs):
-            look, shape, _ = shapes[pair]
-            paths[look] += shape.format(x=_NAMES + column * cell, y=y)
-            counts[look] += 1
-    parts += [f'<path class="{look}" d="{path}"/>' for look, path in paths.items()]
-    key = [(look, f"{said} ({counts[look]})") for look, _, said in shapes.values()]
-    said = ", ".join(text for _, text in key)
-    return _figure(title, f"{title}: {said}", width, len(outcomes) * (cell + 3) + 4, parts, key)
+    figure = success_chart(rows, title)
+    if figure is None:
+        known = sorted({key for row in rows for key in row})
+        raise InputError(f"A learning curve needs {STEPS!r} and {SUCCESS!r} in a row, got {known}.")
+    _save(figure, path)
 
 
-def _figure(
-    title: str,
-    said: str,
-    width: float,
-    height: float,
-    parts: Sequence[str],
-    key: Sequence[tuple[str, str]],
-    extra: str = "",
-) -> Html:
-    keys = "".join(f'<span class="key"><i class="{look}"></i>{markup(name)}</span>' for look, name in key)
-    # A picture wider than a phone is moved sideways, not shrunk until it cannot be read.
-    scroll = f' class="scroll" role="region" tabindex="0" aria-label="{markup(title)}"' if width > _WIDTH else ""
-    return Html(
-        f"<figure><figcaption>{markup(title)}</figcaption><div{scroll}>"
-        f'<svg viewBox="0 0 {width:.0f} {height:.0f}" role="img" aria-label="{markup(said)}" '
-        f'style="min-width:{0.8 * width if width > _WIDTH else 0:.0f}px;max-width:{1.35 * width:.0f}px">'
-        f"{''.join(parts)}</svg></div><p>{keys}{extra}</p></figure>"
+def before_after_bars(comparison: Comparison, path: str | Path) -> None:
+    """Write :func:`task_bars` of two evaluations to a ``.png``, ``.svg`` or ``.pdf``."""
+    paired = comparison.mean_over_tasks()
+    value, low, high = (f"{100 * number:+.1f}" for number in paired.difference)
+    title = (
+        f"{comparison.names[1]} against {comparison.names[0]}: {value} ({low} to {high}) points\n"
+        f"mean over {len(comparison.before.tasks)} tasks, {paired.trials} trials,\n"
+        f"paired 95 % interval, protocol {comparison.before.protocol.name}"
     )
+    _save(task_bars(paired_rates(comparison), comparison.names, title), path)
 
 
-def _thinned(line: Line) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    finite = np.isfinite(line.x) & np.isfinite(line.y)
-    x, y = line.x[finite], line.y[finite]
+def paired_rates(comparison: Comparison) -> dict[str, tuple[Estimate, Estimate]]:
+    """The rates of each task before and after; the tasks that gained most come first."""
+    before, after = comparison.before.per_task(), comparison.after.per_task()
+    rates = {task: (before[task].rate, after[task].rate) for task in before}
+    return dict(sorted(rates.items(), key=lambda each: (each[1][0].value - each[1][1].value, -each[1][1].value)))
+
+
+def metric_series(rows: Sequence[Row], x: str, y: str) -> Curve:
+    """The values of two metrics in the rows that have both, finite: float64, shape (n,) each."""
+    pairs = np.array([(row[x], row[y]) for row in rows if x in row and y in row], np.float64).reshape(-1, 2)
+    finite = pairs[np.isfinite(pairs).all(axis=1)]
+    return finite[:, 0], finite[:, 1]
+
+
+def task_metrics(rows: Sequence[Row]) -> list[str]:
+    """The names of the metrics that are the success of a task."""
+    return sorted({key for row in rows for key in row if key.startswith(f"{SUCCESS}/")})
+
+
+def smoothed(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Centered moving average over about a tenth of a curve, over what there is of it at the ends; shape (n,)."""
+    half = max(1, len(values) // 20)
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    index = np.arange(len(values))
+    low, high = np.maximum(index - half, 0), np.minimum(index + half + 1, len(values))
+    return (sums[high] - sums[low]) / (high - low)
+
+
+def _axes(height: float, title: str = "") -> tuple[Figure, Axes]:
+    # Without pyplot there is no global state: a figure goes with its last reference.
+    figure = Figure(figsize=(_WIDTH / 72, height / 72), dpi=72)
+    figure.suptitle(title)
+    return figure, figure.add_subplot()
+
+
+def _plot(axes: Axes, x: npt.NDArray[np.float64], y: npt.NDArray[np.float64], name: str) -> None:
+    axes.plot(*_thinned(x, y), ".", color=_COLORS["curve"], alpha=0.5, markersize=7, markeredgewidth=0, label=name)
+    axes.plot(*_thinned(x, smoothed(y)), color=_COLORS["curve"], linewidth=2.2, label="smoothed")
+
+
+def _finish(axes: Axes, figure: Figure, x_high: float, x_label: str = "environment steps") -> None:
+    axes.set_xlim(0, 1.02 * x_high)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=5))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.set_xlabel(x_label)
+    figure.legend(loc="outside lower center", ncols=4, handlelength=1.2, columnspacing=1)
+
+
+def _name_ends(axes: Axes, ends: Mapping[str, tuple[float, float]]) -> None:
+    """Write the names of curves, from the lowest up, beside their ends and apart enough to be read."""
+    gap = 0.062
+    heights = [y for _, y in ends.values()]
+    for lower in range(len(heights) - 1):
+        heights[lower + 1] = max(heights[lower + 1], heights[lower] + gap)
+    for below_top in range(1, len(heights) + 1):
+        heights[-below_top] = min(heights[-below_top], 1 - gap * (below_top - 1))
+    line = {"arrowstyle": "-", "color": _COLORS["thin"], "linewidth": 0.5, "shrinkA": 0, "shrinkB": 0}
+    for height, (name, end) in zip(heights, ends.items(), strict=True):
+        place = (1.03, height)
+        axes.annotate(name, end, place, textcoords=axes.transAxes, va="center", fontsize=9, arrowprops=line)
+
+
+def _add_minutes(axes: Axes, steps: npt.NDArray[np.float64], seconds: npt.NDArray[np.float64]) -> None:
+    """Round minutes on top, over the steps that were done by then; they need not grow evenly."""
+    if not len(steps):
+        return
+    minutes = seconds / 60
+    ticks = [tick for tick in MaxNLocator(5, steps=[1, 2, 5, 10]).tick_values(0, minutes[-1]) if tick <= minutes[-1]]
+    top = axes.secondary_xaxis("top")
+    top.set_xticks(np.interp(ticks, [0.0, *minutes], [0.0, *steps]), [f"{tick:g}" for tick in ticks])
+    top.set_xlabel("minutes")
+    top.grid(False)
+
+
+def _thinned(x: npt.NDArray[np.float64], y: npt.NDArray[np.float64]) -> Curve:
+    """Fewer points, counted from the end, so that the last one is kept."""
     stride = -(-len(x) // _MOST_POINTS) or 1
-    # Counted from the end, so that the last point is kept.
     return x[::-1][::stride][::-1], y[::-1][::stride][::-1]
 
 
-def _number(value: float) -> str:
-    return str(_THOUSANDS(value)) if abs(value) >= 1000 else f"{value:g}"
+def _short(task: str) -> str:
+    return task.removesuffix("-v3")
 
 
-def _short(task: str) -> Html:
-    return markup(task.removesuffix("-v3"))
+def _save(figure: Figure, path: str | Path) -> None:
+    with atomic_path(path) as temporary, rc_context(_STYLE):
+        figure.savefig(temporary, dpi=150, facecolor="white")

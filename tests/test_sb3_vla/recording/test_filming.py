@@ -14,6 +14,7 @@ import pytest
 from mw_envs import Trial
 from sb3_vla import HoldAtEnd
 from sb3_vla.recording.episodes import Filmed, FilmEpisodes, FilmOptions, TrainingFilms, captions
+from sb3_vla.recording.videos import annotate
 from sb3_vla.runs.directory import RunError
 
 CHUNK, HORIZON = 5, 12
@@ -85,7 +86,14 @@ def test_the_text_says_what_happened(monkeypatch: pytest.MonkeyPatch, tmp_path: 
         said.append(captions(*arguments))
         return said[-1]
 
+    drawn: list[tuple[list[str], bool | None]] = []
+
+    def draw(frame: Any, lines: list[str], success: bool | None) -> Any:
+        drawn.append((lines, success))
+        return annotate(frame, lines, success)
+
     monkeypatch.setattr("sb3_vla.recording.episodes.captions", note)
+    monkeypatch.setattr("sb3_vla.recording.episodes.annotate", draw)
     play(Filmed(make(), FilmOptions(tmp_path / "with")), ["x_"])
     assert len(said) == 1 + HORIZON
     single = make(action_chunk=1)
@@ -101,6 +109,8 @@ def test_the_text_says_what_happened(monkeypatch: pytest.MonkeyPatch, tmp_path: 
         for step, reward in enumerate(rewards)
     ]
     assert said[3][2] == f"step 3 of {HORIZON} · reward {rewards[3]:.2f}"
+    assert drawn[: 1 + HORIZON] == [(lines, None) for lines in said]
+    assert drawn[1 + HORIZON :] == [([*said[-1][:2], f"{said[-1][2]} · failure"], False)], "what stays at the end"
     play(Filmed(make(), FilmOptions(tmp_path / "without", info=False)), ["x_"])
     assert len(said) == 1 + HORIZON
     (bare,) = (tmp_path / "without").iterdir()

@@ -8,10 +8,8 @@ import av
 import numpy as np
 import numpy.typing as npt
 import pytest
-from PIL import Image
 
 from sb3_vla.recording.videos import Mp4Writer, annotate, atomic_path, enlarge, write_mp4
-from sb3_vla.runs.report.figures import contact_sheet
 
 
 def frames_of(path: Path) -> npt.NDArray[np.uint8]:
@@ -61,12 +59,14 @@ def test_captions_stand_below_the_picture(tmp_path: Path) -> None:
 def test_annotate_leaves_the_picture_alone() -> None:
     picture = ramp(1, 480, 480)[0]
     lines = ["Bypass a wall and press a button from the top", "step 5 of 160"]
-    for success in (False, True):
+    for success in (None, False, True):
         annotated = annotate(picture, lines, success)
         np.testing.assert_array_equal(annotated[:480], picture)
         assert annotated.dtype == np.uint8
-    plain, marked = annotate(picture, lines), annotate(picture, lines, success=True)
-    assert plain.shape == marked.shape and not np.array_equal(plain, marked)
+    plain, green, red = annotate(picture, lines), annotate(picture, lines, True), annotate(picture, lines, False)
+    assert plain.shape == green.shape == red.shape
+    assert np.diff(green[481, 0, :2].astype(int)) > 90 and np.diff(red[481, 0, :2].astype(int)) < -90
+    assert np.ptp(plain[481, 0]) < 10, "a strip that is marked with neither"
     assert annotate(picture, [lines[0] * 3]).shape[0] > annotate(picture, [lines[0]]).shape[0], "long lines are broken"
 
 
@@ -118,15 +118,3 @@ def test_a_file_is_replaced_only_when_complete(tmp_path: Path) -> None:
         assert (tmp_path / "file.txt").read_text() == "old"
     assert (tmp_path / "file.txt").read_text() == "new"
     assert len(list(tmp_path.iterdir())) == 1
-
-
-def test_contact_sheet(tmp_path: Path) -> None:
-    frames = ramp(5, 120, 120)
-    contact_sheet(list(frames), ["one", "two", "three", "four", "five"], tmp_path / "sheet.png", columns=3)
-    sheet = np.asarray(Image.open(tmp_path / "sheet.png"))
-    np.testing.assert_array_equal(sheet[:120, :120], frames[0])
-    np.testing.assert_array_equal(sheet[:120, 122:242], frames[1])
-    row = (sheet.shape[0] + 2) // 2
-    np.testing.assert_array_equal(sheet[row : row + 120, 122:242], frames[4])
-    with pytest.raises(ValueError, match=r"5 pictures .* 1 captions"):
-        contact_sheet(list(frames), ["one"], tmp_path / "other.png")
