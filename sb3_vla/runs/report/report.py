@@ -30,7 +30,7 @@ from mw_envs.tasks import suite_tasks
 from sb3_vla.common.errors import InputError, RunError
 from sb3_vla.common.paths import local_path
 from sb3_vla.evaluation.published import PUBLISHED
-from sb3_vla.evaluation.results import Comparison
+from sb3_vla.evaluation.results import Comparison, EvaluationResult
 from sb3_vla.evaluation.statistics import Estimate
 from sb3_vla.recording.videos import atomic_path
 from sb3_vla.runs.directory import RunDirectory
@@ -140,7 +140,7 @@ def render(
         name=run.path.resolve().name,
         run=run,
         live=live,
-        facts={**(_progress(run) if live else {}), **_facts(run, list(measured.values()))},
+        facts={**(_progress(run, live["state"]) if live else {}), **_facts(run, measured or run.evaluations)},
         measured=measured,
         difficulties=DIFFICULTIES,
         published=PUBLISHED,
@@ -188,17 +188,18 @@ def trial_videos(
     return shown
 
 
-def _facts(run: Contents, measured: Sequence[Any]) -> dict[str, str]:
+def _facts(run: Contents, measured: Mapping[str, EvaluationResult]) -> dict[str, str]:
     """What the head of the page says: the results, and how much was done."""
     facts: dict[str, str] = {}
     if measured:
-        tasks = len(measured[-1].tasks)
-        compared = measured if run.comparison is not None else measured[-1:]
-        for name, means in (
-            (f"success, mean over {tasks} tasks", [result.mean_over_tasks() for result in compared]),
-            ("success, Avg: mean of the difficulty groups", [result.average() for result in compared]),
+        *_, (name, last) = measured.items()
+        results = list(measured.values()) if run.comparison is not None else [last]
+        success = "success" if run.comparison is not None else f"success {name}"
+        for means, said in (
+            ([result.mean_over_tasks() for result in results], f"mean over {len(last.tasks)} tasks"),
+            ([result.average() for result in results], "Avg: mean of the difficulty groups"),
         ):
-            facts[name] = " → ".join(f"{100 * mean.value:.1f}" for mean in means) + " %"
+            facts[f"{success}, {said}"] = " → ".join(f"{100 * mean.value:.1f}" for mean in means) + " %"
     if run.comparison is not None:
         value, low, high = (f"{100 * number:+.1f}" for number in run.comparison.mean_over_tasks().difference)
         facts["difference of the means over tasks, paired 95 %"] = f"{value} ({low} to {high})"
@@ -212,7 +213,7 @@ def _facts(run: Contents, measured: Sequence[Any]) -> dict[str, str]:
     return {**facts, "stages complete": f"{done} of {len(run.stages)} begun"}
 
 
-def _progress(run: Contents) -> dict[str, str]:
+def _progress(run: Contents, state: str) -> dict[str, str]:
     """Of a run under way: how well it does just now, how far it is, and how fast."""
     stage, rows = run.last_metrics
     facts = {}
@@ -223,7 +224,7 @@ def _progress(run: Contents) -> dict[str, str]:
     decisions, seconds = metric_series(latest, "time/total_timesteps", SECONDS)
     if length and len(decisions):
         facts[f"of {stage}"] = f"{decisions[-1] / length:.0%}"
-        if decisions[0] < decisions[-1] < length:
+        if state == "running" and decisions[0] < decisions[-1] < length:
             pace = (seconds[-1] - seconds[0]) / (decisions[-1] - decisions[0])
             facts["minutes left, about"] = f"{(length - decisions[-1]) * pace / 60:.0f}"
     steps, seconds = metric_series(latest, STEPS, SECONDS)
@@ -259,7 +260,7 @@ def _heat_maps(run: Contents) -> Iterator[dict[str, Any]]:
         ends = [f"{rows[part[-1]].get(STEPS, float('nan')) / 1000:.0f}k" for part in bins]
         tasks = {}
         for metric in task_metrics(rows):
-            values = np.array([rows[number].get(metric, float("nan")) for number in range(len(rows))], np.float64)
+            values = np.array([row.get(metric, float("nan")) for row in rows], np.float64)
             means = [np.mean(found) if len(found := values[part][np.isfinite(values[part])]) else None for part in bins]
             cells = [(mean, "" if mean is None else f"{mean:.0%}", end) for mean, end in zip(means, ends, strict=True)]
             tasks[metric.removeprefix(f"{SUCCESS}/").removesuffix("-v3")] = cells
@@ -278,10 +279,11 @@ def _trial_map(comparison: Comparison) -> dict[str, Any]:
 
 
 def _provenance(run: Contents) -> dict[str, Any]:
-    packages = run.versions.get("packages")
-    # The names of packages are spelled in several ways.
-    known = {re.sub(r"[-_.]+", "-", name).lower(): number for name, number in dict(packages or {}).items()}
-    git = run.versions.get("git")
+    packages, git = run.versions.get("packages"), run.versions.get("git")
+    listed = packages.items() if isinstance(packages, dict) else ()
+    known = {
+        re.sub(r"[-_.]+", "-", name).lower(): number for name, number in listed
+    }  # names are spelled in several ways
     revision = f"{git.get('revision')}{', with changes' if git.get('dirty') else ''}" if isinstance(git, dict) else "-"
     versions = {
         "started": _moment(run.versions.get("started", "-")),

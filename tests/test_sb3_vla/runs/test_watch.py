@@ -82,8 +82,9 @@ def test_the_page_follows_the_run(run: RunDirectory, server: WatchServer) -> Non
     run.write_json("stages/ppo.json", {"complete": True})
     run.close()
     assert "<b>complete</b>" in page(server)
-    run.write_json("stages/ppo.json", {"complete": False})
-    assert "<b>not running</b>" in page(server)
+    run.write_json("stages/ppo.json", {"complete": False, "length": 1600})
+    text = page(server)
+    assert "<b>not running</b>" in text and "62%" in text and "minutes left" not in text
 
 
 def test_nothing_is_written_to_a_run_that_is_watched(run: RunDirectory, server: WatchServer) -> None:
