@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -48,6 +49,15 @@ def make_model(name: str, options: Mapping[str, Any]) -> VLAModel:
         raise InputError(f"Model {name!r} does not take these options: {dict(options)} ({error})") from error
 
 
+def takes_option(name: str, option: str) -> bool:
+    """Whether a model's constructor names an option.
+
+    :param name: a name in :data:`MODELS`.
+    :raises ValueError: for an unknown name.
+    """
+    return option in inspect.signature(model_class(name)).parameters
+
+
 __all__ = [
     "MODELS",
     "CompactVLA",
@@ -61,4 +71,5 @@ __all__ = [
     "VLAModel",
     "make_model",
     "model_class",
+    "takes_option",
 ]

@@ -6,6 +6,7 @@ model that is shown another one fails without an error, so whoever brings the tw
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
@@ -13,14 +14,15 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from gymnasium import spaces
 from stable_baselines3.common.vec_env import VecEnv
 
 from mw_envs.hand_view import HandView
 from mw_envs.rendering import CROPS, resolve_crop
 from sb3_vla.common.errors import InputError
 from sb3_vla.distributed.ranks import current_ranks
-from sb3_vla.models import VLAModel
-from sb3_vla.policies.observations import HAND_KEY
+from sb3_vla.models import VLAModel, takes_option
+from sb3_vla.policies.observations import HAND_KEY, channels_first, height_and_width
 
 #: arguments of environments that decide on the hand view, and what :class:`mw_envs.hand_view.HandView` calls them
 HAND_OPTIONS = {"hand_view": "size", "hand_window": "window", "hand_border": "border"}
@@ -71,10 +73,10 @@ def hand_views_of_envs(env: VecEnv) -> set[HandView]:
 def with_hand_view(policy_kwargs: Mapping[str, Any], env: VecEnv) -> dict[str, Any]:
     """Options of a policy, whose new model reads the hand view that environments draw.
 
-    The observation space tells the size of the picture alone. A model from a checkpoint, or of another kind than
-    ``compact``, is left as it is, and so is one for a picture whose size a wrapper has changed.
+    The observation space tells the size of the picture alone. A model from a checkpoint, or one that takes no hand
+    view, is left as it is, and so is one for a picture whose size a wrapper has changed.
     """
-    new = policy_kwargs.get("checkpoint") is None and policy_kwargs.get("model") in (None, "compact")
+    new = policy_kwargs.get("checkpoint") is None and takes_option(policy_kwargs.get("model") or "compact", "hand_view")
     space = getattr(env.observation_space, "spaces", {}).get(HAND_KEY)
     shape = () if space is None else space.shape
     for hand in hand_views_of_envs(env) if new else ():
@@ -125,6 +127,39 @@ def cut_window(pictures: npt.NDArray[np.uint8], crop: Any, size: tuple[int, int]
     across = _shares(pictures.shape[2], left, width, size[1])
     mean = np.einsum("yh,nhwc,xw->nyxc", down, pictures.astype(np.float32), across, optimize=True)
     return np.rint(mean).astype(np.uint8)
+
+
+def cut_from_full_view(
+    observation: Mapping[str, Any], view: Mapping[str, Any] | None, hand: HandView | None, space: spaces.Dict
+) -> Mapping[str, Any]:
+    """An observation whose picture of the full view, if it is one, is replaced by the window that a policy reads.
+
+    :param observation: one, or a batch.
+    :param view: the policy's, see :func:`known_view`; None leaves the observation as it is.
+    :param hand: the hand view that the model reads; it is cut as well, unless the observation has one.
+    :param space: the policy's observation space.
+    :raises ValueError: for a state of another shape, which is to tell where the hand is.
+    """
+    view, height_width = known_view(view or {}), height_and_width(space["image"], channels_first(space["image"]))
+    picture, state = (np.asarray(observation.get(key)) for key in ("image", "state"))
+    if picture.shape[-3:] == (FULL_PICTURE[2], *FULL_PICTURE[:2]):
+        picture = np.moveaxis(picture, -3, -1)
+    own = tuple(height_width) == FULL_PICTURE[:2]
+    if view is None or own or picture.shape[-3:] != FULL_PICTURE or picture.dtype != np.uint8:
+        return observation
+    found, batch = dict(observation), picture.shape[:-3]
+    pictures = picture.reshape(math.prod(batch), *FULL_PICTURE)
+    expected = (*batch, *(space["state"].shape or ()))
+    if hand is not None and HAND_KEY not in observation:
+        if state.shape != expected:
+            raise InputError(
+                f"The observation's state has shape {state.shape}; expected {expected}, beside an image of shape "
+                f"{picture.shape}, from which the hand view is cut where it says that the hand is"
+            )
+        cut = hand.cut(pictures, view["camera"], state.reshape(len(pictures), state.shape[-1]))
+        found[HAND_KEY] = cut.reshape(*batch, *cut.shape[1:])
+    cut = cut_window(pictures, view["crop"], (height_width[0], height_width[1]))
+    return {**found, "image": cut.reshape(*batch, *cut.shape[1:])}
 
 
 def _shares(before: int, first: float, length: float, after: int) -> npt.NDArray[np.float32]:

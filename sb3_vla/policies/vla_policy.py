@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,23 +13,22 @@ from gymnasium import spaces
 from stable_baselines3.common.distributions import DiagGaussianDistribution
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import register_dataclass
 
 from mw_envs.tasks import did_you_mean
-from sb3_vla.checkpoints import LoadedCheckpoint, load_checkpoint
 from sb3_vla.checkpoints.folders import is_saved_algorithm
 from sb3_vla.checkpoints.frozen_weights import FrozenWeights
-from sb3_vla.checkpoints.loading import check_archive, takes_options
+from sb3_vla.checkpoints.loading import check_archive
 from sb3_vla.common.errors import InputError
-from sb3_vla.common.paths import local_path
 from sb3_vla.distributed.fsdp import as_shards, in_shards, is_sharded
 from sb3_vla.distributions import Trace, make_distribution
-from sb3_vla.models import Context, VLAModel, make_model
+from sb3_vla.models import Context, VLAModel
 from sb3_vla.models.base import is_perceived
 from sb3_vla.models.lora import prepare_training
 from sb3_vla.models.resizing import resize_by_area
+from sb3_vla.policies.model_source import check_model, model_of_checkpoint, new_model
 from sb3_vla.policies.observations import (
     CRITIC_KEYS,
     HAND_KEY,
@@ -44,13 +40,11 @@ from sb3_vla.policies.observations import (
     height_and_width,
 )
 from sb3_vla.policies.value_head import ValueHead
-from sb3_vla.policies.views import FULL_PICTURE, cut_window, known_view
+from sb3_vla.policies.views import cut_from_full_view
 
 RESIZES = ("model", "area")
 #: what helps whoever compiles a policy
 COMPILING = "in its place give policy_kwargs=dict(compile={}), which compiles the towers of pi0 and pi0.5"
-_LARGEST_NATIVE_IMAGE = 128
-_DEFAULT_IMAGE = 96
 
 
 @dataclass
@@ -155,36 +149,20 @@ class VLAPolicy(BasePolicy):
             optimizer_kwargs=dict(optimizer_kwargs or {}),
             normalize_images=False,
         )
-        assert isinstance(observation_space, spaces.Dict) and action_space.shape is not None
-        action_dim = action_space.shape[-1]
+        assert isinstance(observation_space, spaces.Dict) and isinstance(action_space, spaces.Box)
         self.action_chunk = action_space.shape[0] if len(action_space.shape) == 2 else 1
-        sizes = {key: (space.shape or (0,))[0] for key, space in observation_space.spaces.items()}
         self._channels_first = channels_first(observation_space["image"])
-        if checkpoint is not None:
-            loaded = load_checkpoint(checkpoint, model_kwargs)
-            asked = dict(model_kwargs or {})
-            given, asked = (asked, {}) if takes_options(checkpoint) else ({}, asked)
-            _check_checkpoint(checkpoint, loaded, model, asked)
-            self.model: VLAModel = loaded.model
-            model, model_kwargs = loaded.model_name, loaded.model_kwargs
-            said = loaded.notes.get("view", {})
-            view = known_view(said) if view is None else view
-            resize = said.get("resize") if resize is None else resize
-            _check_size(checkpoint, said, observation_space["image"], self._channels_first)
+        if checkpoint is None:
+            source = new_model(model or "compact", model_kwargs or {}, observation_space, action_space)
         else:
-            model = "compact" if model is None else model
-            model_kwargs = {
-                "action_dim": action_dim,
-                "action_horizon": self.action_chunk,
-                "state_dim": sizes["state"],
-                "image_size": _native_image_size(observation_space["image"], self._channels_first),
-                **_hand_options(model, observation_space),
-                **(model_kwargs or {}),
-            }
-            self.model = make_model(model, model_kwargs)
-        self._check_model(action_dim)
-        self._check_hand_view()
-        self._resize = "model" if resize is None else resize
+            source = model_of_checkpoint(checkpoint, model, model_kwargs or {}, observation_space["image"])
+        self.model: VLAModel = source.model
+        check_model(self.model, observation_space, action_space)
+        if self.model.hand_view is None and HAND_KEY in observation_space.spaces:  # what is not read is not asked for
+            read = {key: space for key, space in observation_space.items() if key != HAND_KEY}
+            self.observation_space = spaces.Dict(read)
+        view = source.view if view is None else view
+        self._resize = source.resize if resize is None else resize
         if self._resize not in RESIZES:
             raise InputError(f"Unknown resize={self._resize!r}; {did_you_mean(self._resize, RESIZES)}")
         trainable = self.model.default_trainable if trainable is None else trainable
@@ -214,25 +192,16 @@ class VLAPolicy(BasePolicy):
         self.distribution = make_distribution(
             distribution, self.model, self.action_chunk, **dict(distribution_kwargs or {})
         )
-        # What the distribution learned belongs to its options; with others it starts anew.
-        if checkpoint is not None and loaded.distribution == (distribution, _as_json(distribution_kwargs or {})):
-            _load_matching(self.distribution, loaded.distribution_weights)
-        critic_dim = sum(sizes.get(key, 0) for key in CRITIC_KEYS)
+        source.load_distribution(self.distribution, distribution, distribution_kwargs or {})
+        critic = [observation_space[key] for key in CRITIC_KEYS if key in observation_space.spaces]
+        critic_dim = sum((space.shape or (0,))[0] for space in critic)
         self.value_head = ValueHead(self.model.feature_dim, critic_dim, value_width)
-        if checkpoint is not None:
-            _load_matching(self.value_head, loaded.value_head)
-        # With the checkpoint's contents in the weights, a saved algorithm needs the checkpoint's folder no more.
-        source: dict[str, Any] = {"model": model, "model_kwargs": dict(model_kwargs)}
-        if self._frozen is not None and checkpoint is not None:
-            where = local_path(checkpoint)  # or a name on the hub
-            source = {
-                "model": model,
-                "checkpoint": str(where.resolve() if where.exists() else checkpoint),
-                "model_kwargs": given,
-            }
-        source["model_kwargs"] = self.model.with_full_paths(source["model_kwargs"])
+        source.load_value_head(self.value_head)
+        # A saved algorithm has all weights, and needs the checkpoint's folder only for those that are frozen.
+        kwargs = source.kwargs if self._frozen is None else source.checkpoint_kwargs
+        #: options of a policy that takes this one's weights
         self.portable_kwargs: dict[str, Any] = {
-            **source,
+            **(kwargs or {}),
             "distribution": distribution,
             "distribution_kwargs": dict(distribution_kwargs or {}),
             "value_width": value_width,
@@ -456,36 +425,16 @@ class VLAPolicy(BasePolicy):
         :raises ValueError: for what does not fit the observation space, see :func:`fitted`; or for what is no dict.
         """
         if isinstance(observation, Mapping):
-            observation = fitted(self._cut_from_full_view(observation), self.observation_space)  # type: ignore[arg-type]
+            space = self.observation_space
+            assert isinstance(space, spaces.Dict)
+            cut = cut_from_full_view(observation, self.view, self.model.hand_view, space)
+            observation = fitted(cut, space)
         elif not isinstance(observation, tuple):  # for which Stable-Baselines3 has a message
             raise InputError(
                 f"VLAPolicy reads a dict with {', '.join(MODEL_KEYS)}, as the environment gives it; got "
                 f"{type(observation).__name__}"
             )
         return super().predict(observation, state, episode_start, deterministic)
-
-    def _cut_from_full_view(self, observation: Mapping[str, Any]) -> Mapping[str, Any]:
-        space, view = self.observation_space, known_view(self.view or {})
-        height, width = height_and_width(space["image"], self._channels_first)  # type: ignore[index]
-        picture, state = (np.asarray(observation.get(key)) for key in ("image", "state"))
-        if picture.shape[-3:] == (FULL_PICTURE[2], *FULL_PICTURE[:2]):
-            picture = np.moveaxis(picture, -3, -1)
-        own = (height, width) == FULL_PICTURE[:2]
-        if view is None or own or picture.shape[-3:] != FULL_PICTURE or picture.dtype != np.uint8:
-            return observation
-        found, batch = dict(observation), picture.shape[:-3]
-        pictures = picture.reshape(math.prod(batch), *FULL_PICTURE)
-        hand, expected = self.model.hand_view, (*batch, *space["state"].shape)  # type: ignore[index]
-        if hand is not None and HAND_KEY not in observation:
-            if state.shape != expected:
-                raise InputError(
-                    f"The observation's state has shape {state.shape}; expected {expected}, beside an image of shape "
-                    f"{picture.shape}, from which the hand view is cut where it says that the hand is"
-                )
-            cut = hand.cut(pictures, view["camera"], state.reshape(len(pictures), state.shape[-1]))
-            found[HAND_KEY] = cut.reshape(*batch, *cut.shape[1:])
-        cut = cut_window(pictures, view["crop"], (height, width))
-        return {**found, "image": cut.reshape(*batch, *cut.shape[1:])}
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> Tensor:
         assert isinstance(observation, dict)
@@ -511,37 +460,6 @@ class VLAPolicy(BasePolicy):
                 'more than the action. Use sb3_vla.PPO, or policy_kwargs=dict(distribution="gaussian").'
             )
 
-    def _check_model(self, action_dim: int) -> None:
-        horizon = self.model.action_horizon - self.model.first_action
-        if self.model.action_dim != action_dim or horizon < self.action_chunk:
-            raise InputError(
-                f"The model predicts {horizon} actions of {self.model.action_dim} dimensions; the "
-                f"environment takes chunks of {self.action_chunk} of {action_dim}. Make the environment with "
-                f"action_chunk <= {horizon}, or train a model for this one."
-            )
-        known = dict(self.model.named_buffers()).get("state_mean")
-        state = self.observation_space["state"].shape  # type: ignore[index]
-        if known is not None and tuple(known.shape) != tuple(state):
-            raise InputError(
-                f"The model reads a state of {len(known)} numbers; the environment's is {tuple(state)}. Train a model "
-                "for this environment, or make the environment that this one was trained for."
-            )
-
-    def _check_hand_view(self) -> None:
-        """The observation space is that of what the policy reads from here on."""
-        hand, observed = self.model.hand_view, self.observation_space.spaces  # type: ignore[attr-defined]
-        space = observed.get(HAND_KEY)
-        if hand is None and space is not None:  # what is not read is not asked for
-            self.observation_space = spaces.Dict({key: observed[key] for key in observed if key != HAND_KEY})
-        if hand is None:
-            return
-        if space is None or space.shape not in ((hand.size, hand.size, 3), (3, hand.size, hand.size)):
-            found = "has none" if space is None else f"has one of shape {space.shape}"
-            raise InputError(
-                f"The model reads {HAND_KEY}, {hand.size}x{hand.size} pixels around the hand; the environment {found}. "
-                f"Make it with {hand}"
-            )
-
     def _get_constructor_parameters(self) -> dict[str, Any]:
         data = super()._get_constructor_parameters()
         del data["normalize_images"]
@@ -556,59 +474,3 @@ class NoVLAPolicy:
             '"VLAPolicy" is trained by PPO and GRPO of sb3_vla, by PPO and A2C of stable_baselines3 and by TRPO of '
             "sb3_contrib; this algorithm needs a policy of another kind"
         )
-
-
-def _check_checkpoint(
-    folder: str | Path, loaded: LoadedCheckpoint, model: str | None, model_kwargs: Mapping[str, Any]
-) -> None:
-    fix = "leave model and model_kwargs out, or give another checkpoint"
-    if model not in (None, loaded.model_name):
-        raise InputError(f"model={model!r}, but the checkpoint {folder} is of {loaded.model_name!r}; {fix}")
-    asked, found = _as_json(model_kwargs), _as_json(loaded.model_kwargs)
-    same = loaded.model.is_same_option
-    other = [key for key in asked if key not in found or not same(key, asked[key], found[key])]
-    if other:
-        raise InputError(
-            f"model_kwargs with {', '.join(f'{key}={asked[key]!r}' for key in other)}, but the checkpoint {folder} has "
-            f"{', '.join(f'{key}={found[key]!r}' if key in found else f'no {key}' for key in other)}; {fix}"
-        )
-
-
-def _check_size(checkpoint: str | Path, view: Mapping[str, Any], image: spaces.Space, channels_first: bool) -> None:
-    """Warn of pictures that are not drawn at the size at which those were that the model has learned from."""
-    found = height_and_width(image, channels_first)
-    drawn = np.broadcast_to(view.get("render_size", found), 2).tolist()
-    if found != drawn:
-        warnings.warn(
-            f"The model of {checkpoint} was trained on pictures that were drawn with {drawn[0]}x{drawn[1]} pixels and "
-            f"brought to its size; the environment's have {found[0]}x{found[1]} and look different. Make it with "
-            f"image_size={view['render_size']}",
-            stacklevel=3,
-        )
-
-
-def _native_image_size(image: spaces.Space, channels_first: bool) -> int:
-    """The observation's own size where a small model can read it as it is."""
-    height, width = height_and_width(image, channels_first)
-    if height == width and height % 16 == 0 and 32 <= height <= _LARGEST_NATIVE_IMAGE:
-        return height
-    return _DEFAULT_IMAGE
-
-
-def _hand_options(model: str, space: spaces.Dict) -> dict[str, Any]:
-    """Options of a new model that reads the hand view which the environment draws."""
-    if model != "compact" or HAND_KEY not in space.spaces:
-        return {}
-    return {"hand_view": {"size": max(space[HAND_KEY].shape or ())}}
-
-
-def _load_matching(part: nn.Module, tensors: dict[str, Tensor] | None) -> None:
-    """Take a critic or distribution from a checkpoint, unless it has none that fits, such as for other observations."""
-    shapes = {key: tensor.shape for key, tensor in (tensors or {}).items()}
-    if tensors and shapes == {key: tensor.shape for key, tensor in part.state_dict().items()}:
-        part.load_state_dict(tensors)
-
-
-def _as_json(options: Mapping[str, Any]) -> Any:
-    """Options as a checkpoint gives them back; what JSON has no word for equals nothing there."""
-    return json.loads(json.dumps(dict(options), default=repr))

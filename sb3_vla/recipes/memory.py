@@ -15,7 +15,7 @@ from sb3_vla.checkpoints.folders import boxed_checkpoints
 from sb3_vla.common.paths import local_path
 from sb3_vla.common.precision import uses_bf16
 from sb3_vla.distributed.ranks import current_ranks
-from sb3_vla.models import VLAModel, make_model
+from sb3_vla.models import VLAModel, make_model, takes_option
 from sb3_vla.models.lora import prepare_training
 from sb3_vla.models.sizes import published_options
 from sb3_vla.recipes.resolve import Plan, can_begin
@@ -97,7 +97,7 @@ def _hand_view(plan: Plan) -> dict[str, Any]:
     """The option of a new model that reads the hand view of the recipe's demonstrations."""
     loaded = (plan.load or {}).get("hand_view")
     size = (plan.collect or {}).get("hand_view") if loaded is None else loaded.size
-    return {} if plan.model != "compact" or size is None else {"hand_view": {"size": size}}
+    return {} if size is None or not takes_option(plan.model, "hand_view") else {"hand_view": {"size": size}}
 
 
 def _is_here(checkpoint: str) -> bool:

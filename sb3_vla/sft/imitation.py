@@ -30,7 +30,7 @@ from sb3_vla.data.batches import DemonstrationBatches, check_hand_images, hand_v
 from sb3_vla.data.demonstrations import Demonstrations
 from sb3_vla.distributed.fsdp import whole_optimizer_state
 from sb3_vla.distributed.ranks import join_for_good
-from sb3_vla.models import VLAModel, make_model
+from sb3_vla.models import VLAModel, make_model, takes_option
 from sb3_vla.models.lora import prepare_training
 from sb3_vla.policies.views import known_view, warn_once
 
@@ -268,7 +268,7 @@ def _make_model(demonstrations: Demonstrations, config: SFTConfig) -> VLAModel:
             "state_dim": demonstrations.states.shape[1],
             "image_size": demonstrations.images.shape[1],
         }
-        if config.model == "compact" and demonstrations.hand_images is not None:
+        if takes_option(config.model, "hand_view") and demonstrations.hand_images is not None:
             options["hand_view"] = dataclasses.asdict(hand_view_of(demonstrations))
         model, normalized = make_model(config.model, {**options, **config.model_kwargs}), False
     if not normalized:
