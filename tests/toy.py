@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
@@ -20,6 +21,7 @@ from sb3_vla.data.demonstrations import Demonstrations
 from sb3_vla.models import CompactVLA, Context, VLAModel
 from sb3_vla.models.base import PERCEPTION
 from sb3_vla.policies.vla_policy import VLAPolicy
+from sb3_vla.recording.videos import Mp4Writer
 from sb3_vla.rollouts.buffers import DecisionBuffer, Minibatch
 
 TINY: dict[str, Any] = {"width": 64, "depth": 1, "channels": (8, 8, 16)}
@@ -397,3 +399,10 @@ def assert_learns_what_the_instruction_means(env: DummyVecEnv, **options: Any) -
     assert mean_reward(algorithm) < -0.45
     algorithm.learn(16 * 64)
     assert mean_reward(algorithm) > -0.3
+
+
+def write_mp4(path: Path, frames: np.ndarray, fps: float) -> None:
+    """Frames (T, H, W, 3) as a film."""
+    with Mp4Writer(path, fps) as writer:
+        for frame in frames:
+            writer.append(frame)

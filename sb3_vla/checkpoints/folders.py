@@ -1,28 +1,23 @@
-"""Checkpoint folders of others: where they are, the tensors in them, and whether these fit a model."""
+"""Checkpoint folders: where they are, and the files that they must have."""
 
 from __future__ import annotations
 
-import json
+import os
 import re
+import warnings
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
-from torch import Tensor, nn
-
-from sb3_vla.common.errors import InputError, InTheWayError, NotThereError
-from sb3_vla.common.paths import entries, local_path, whole_folder
+from sb3_vla.common.errors import InTheWayError, NotThereError
+from sb3_vla.common.files import entries, read_json, whole_folder
+from sb3_vla.common.paths import local_path
 
 HUB = "hf://"
 #: checkpoints that come with the package, each a folder, by whose name it is reached
 BOX = Path(__file__).parents[1] / "box"
-#: of RLinf's training, in the order in which it looks for them
-FULL_WEIGHTS = ("model_state_dict/full_weights.pt", "actor/model_state_dict/full_weights.pt")
-_SHOWN = 6
 
 
 def local_folder(source: str | Path) -> Path:
@@ -103,107 +98,52 @@ def _elsewhere(source: str) -> str:
     return f"{own}. For one on the Hugging Face hub write {name or HUB + 'owner/name'}"
 
 
-def read_json(path: Path) -> dict:
-    """An object of a JSON file; empty where there is no file.
+def require_file(folder: Path, name: str, purpose: str) -> Path:
+    """The path of a file that a checkpoint must have.
 
-    :raises ValueError: if it holds something else; the message names the file.
+    :param purpose: what it holds, for the message.
+    :raises FileNotFoundError: if it is missing; the message names it, its purpose and what is there.
     """
+    path = folder / name
     if not path.is_file():
-        return {}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is damaged: {error}") from error
-    if not isinstance(found, dict):
-        raise InputError(f"{path} holds {type(found).__name__}; expected an object")
-    return found
+        raise NotThereError(
+            f"Checkpoint {folder} has no {name} ({purpose}); it holds {sorted(os.listdir(folder))}. Copy the whole "
+            "published folder"
+        )
+    return path
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """Files with weights: RLinf's, or all safetensors files but those of LeRobot's processors; empty if none."""
-    for name in FULL_WEIGHTS:
-        if (folder / name).is_file():
-            return [folder / name]
-    index = read_json(folder / "model.safetensors.index.json").get("weight_map")
-    if index:
-        return [folder / name for name in sorted(set(index.values()))]
-    return sorted(path for path in folder.glob("*.safetensors") if not path.name.startswith("policy_"))
+def read_part(folder: Path, name: str, purpose: str) -> dict[str, Any]:
+    """The JSON object in a file that a checkpoint must have; see :func:`require_file`.
 
-
-def weight_names(files: Iterable[Path]) -> list[str]:
-    """Names of the tensors in safetensors files; none of a file that is damaged or not there."""
-    names: list[str] = []
-    for path in files:
-        if path.suffix == ".pt":
-            return list(read_weights([path]))
-        with suppress(SafetensorError, OSError), safe_open(path, "pt") as file:
-            names += file.keys()
-    return names
-
-
-def read_weights(files: Iterable[Path]) -> dict[str, Tensor]:
-    """Tensors of all files. Nothing is unpickled but tensors.
-
-    :raises FileNotFoundError: if a shard is missing.
-    :raises ValueError: if a file is damaged, or holds more than tensors.
+    :raises DamagedError: if it is damaged.
     """
-    tensors: dict[str, Tensor] = {}
-    for path in files:
-        if not path.is_file():
-            raise NotThereError(f"{path.parent} lacks {path.name}, which its index names")
-        try:
-            if path.suffix in (".pt", ".bin"):
-                tensors |= torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-            else:
-                tensors |= load_file(path)
-        except (SafetensorError, RuntimeError, OSError, EOFError, TypeError) as error:
-            raise InputError(f"{path} is damaged: {error}") from error
-        except Exception as error:  # pickle.UnpicklingError has no narrower base
-            raise InputError(f"{path} holds more than tensors and is not loaded: {error}") from error
-    return tensors
+    return read_json(require_file(folder, name, purpose))
 
 
-def fit(model: nn.Module, weights: Mapping[str, Tensor], source: Path, hint: str) -> None:
-    """Put weights into a model on the meta device, as float32 on the default device; other buffers are left.
+def tell_unreadable(folder: str | Path, reader: str, sizes: Mapping[str, tuple[Any, Any]]) -> None:
+    """Warn, while a model is saved in a program's layout, that the program cannot load it.
 
-    :param hint: what may be wrong, for the error.
-    :raises ValueError: if a weight is missing, unexpected or of another shape.
+    :param folder: where to.
+    :param sizes: what the layout has no word for: by name, what the model has and what the program takes it to be.
     """
-    expected = dict(model.named_parameters())
-    missing = [name for name in expected if name not in weights]
-    unexpected = [name for name in weights if name not in expected]
-    shapes = [
-        f"{name} is {tuple(weights[name].shape)}, expected {tuple(expected[name].shape)}"
-        for name in expected
-        if name in weights and weights[name].shape != expected[name].shape
-    ]
-    if missing or unexpected or shapes:
-        parts = [
-            f"{len(names)} {kind} ({', '.join(names[:_SHOWN])}{', ...' if len(names) > _SHOWN else ''})"
-            for kind, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
-            if names
-        ]
-        raise InputError(f"{source} does not fit {type(model).__name__}: {'; '.join(parts)}. {hint}")
-    device = torch.get_default_device()
-    loaded = {name: weights[name].to(device, torch.float32) for name in expected}
-    model.load_state_dict(loaded, strict=False, assign=True)
+    told = [f"{name}={given} (there: {theirs})" for name, (given, theirs) in sizes.items() if given != theirs]
+    if told:
+        warnings.warn(
+            f"{reader} cannot load {folder}, which sb3_vla reads: the model has {', '.join(told)}. Make it with the "
+            "sizes in brackets if others are to load it",
+            stacklevel=3,
+        )
 
 
-@contextmanager
-def new_folder(folder: str | Path) -> Iterator[Path]:
-    """A folder to write into, which takes its name when it is whole.
+def new_folder(folder: str | Path) -> AbstractContextManager[Path]:
+    """A folder to write into, which gets its name when the block ends.
 
     :raises FileExistsError: if there is something under that name.
     """
-    with whole_folder(folder, _refuse_any) as partial:
-        yield partial
+    return whole_folder(folder, _refuse_any)
 
 
 def _refuse_any(folder: Path) -> None:
     if entries(folder) or (folder.exists() and not folder.is_dir()):
         raise InTheWayError(f"{folder} is there already; choose another folder or empty it")
-
-
-def write_json(path: Path, content: Mapping) -> None:
-    """Write an object."""
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -20,7 +20,8 @@ from sb3_vla.checkpoints.formats.smolvla import load_smolvla
 from sb3_vla.checkpoints.formats.tinyvla import load_tinyvla
 from sb3_vla.checkpoints.native import LoadedCheckpoint
 from sb3_vla.common.errors import InputError, NotThereError
-from sb3_vla.common.paths import finish_exchange, local_path
+from sb3_vla.common.files import finish_exchange
+from sb3_vla.common.paths import local_path
 
 #: readers of published folders, by what the configuration says that it is; pi0's are told by their weights as well
 READERS: dict[str, Callable[..., LoadedCheckpoint]] = {
@@ -71,7 +72,7 @@ def load_checkpoint(
 
 
 def takes_options(source: str | Path) -> bool:
-    """Whether others have published it, so that it may need to be told what it does not say."""
+    """Whether it is in a published layout, whose reader has options for what the layout does not say."""
     folder = _folder(source)
     return native.published_kind(folder) in READERS or is_pi0(folder)
 
@@ -83,11 +84,11 @@ def _folder(source: str | Path) -> Path:
 
 
 def check_archive(path: object, algorithm: str = "PPO", kind: str | None = None) -> None:
-    """Find out whether an algorithm can be loaded from where somebody says that it is.
+    """Check that a path can be the file of a saved algorithm.
 
-    :param path: a path, or a file that is open, which is not looked at.
-    :param algorithm: name of its class, for the message.
-    :param kind: what is to be loaded, if not that.
+    :param path: a path, or an open file, which is not checked.
+    :param algorithm: name of the algorithm's class, for the message.
+    :param kind: name of the class that loads it, if another.
     :raises IsADirectoryError: if it is a folder; the message says how a checkpoint is used.
     :raises FileNotFoundError: if it is on the Hugging Face hub.
     """

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sb3_vla.checkpoints.folders import HUB, checkpoints_in, local_folder
+from sb3_vla.checkpoints.weights import load_weights, read_tensors, write_weights
 from sb3_vla.common.errors import InputError, InTheWayError, NotThereError
-from sb3_vla.common.paths import entries, finish_exchange, local_path, whole_folder
+from sb3_vla.common.files import entries, finish_exchange, read_json, whole_folder, write_json
+from sb3_vla.common.paths import local_path
 from sb3_vla.models import MODELS, VLAModel, model_class
 from sb3_vla.models.lora import merged_state
 from sb3_vla.models.prompts import copy_tokenizer
@@ -101,16 +100,14 @@ def save_checkpoint(
         }
         tensors = {key: value.bfloat16() if key in rounded else value for key, value in tensors.items()}
     with whole_checkpoint(folder) as partial:
-        save_file(
-            {key: value.detach().cpu().contiguous() for key, value in tensors.items()}, partial / "model.safetensors"
-        )
+        write_weights(partial, tensors)
         if tokenizer is not None:
             copy_tokenizer(tokenizer, partial / TOKENIZER)
-        (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        write_json(partial / "config.json", config)
 
 
 def refuse_other_files(folder: Path) -> None:
-    """Find out whether a checkpoint may be written to a folder.
+    """Check that a checkpoint may be written to a folder.
 
     :raises FileExistsError: if it is a file, or holds something else than a checkpoint.
     """
@@ -123,14 +120,12 @@ def refuse_other_files(folder: Path) -> None:
         raise InTheWayError(f"{folder} holds files that are no checkpoint ({told}); choose another folder or empty it")
 
 
-@contextmanager
-def whole_checkpoint(folder: str | Path) -> Iterator[Path]:
-    """A folder to write a checkpoint to, which takes its name, and the place of what is there, when all is written.
+def whole_checkpoint(folder: str | Path) -> AbstractContextManager[Path]:
+    """A folder to write a checkpoint to, which replaces the checkpoint under its name when the block ends.
 
     :raises FileExistsError: see :func:`refuse_other_files`.
     """
-    with whole_folder(folder, refuse_other_files) as partial:
-        yield partial
+    return whole_folder(folder, refuse_other_files)
 
 
 def load_checkpoint(folder: str | Path) -> LoadedCheckpoint:
@@ -149,7 +144,7 @@ def load_checkpoint(folder: str | Path) -> LoadedCheckpoint:
             hint = f". Give a checkpoint in it: {', '.join(inside)}" if inside else ""
             raise NotThereError(f"Checkpoint {folder} has no {name}; it holds {sorted(os.listdir(folder))}{hint}")
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = read_json(folder / "config.json")
         found_format = config["format"]
         name, kwargs = config["model"], config["model_kwargs"]
         if isinstance(kwargs, dict) and kwargs.get("tokenizer") == TOKENIZER and (folder / TOKENIZER).is_dir():
@@ -159,30 +154,16 @@ def load_checkpoint(folder: str | Path) -> LoadedCheckpoint:
         if config.get("distribution") is not None:
             acts_by, options = config["distribution"]
             distribution = str(acts_by), {str(key): value for key, value in options.items()}
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(f"{folder / 'config.json'} is no sb3_vla checkpoint configuration: {error!r}") from error
     if found_format != FORMAT:
         raise InputError(f"{folder} has format {found_format!r}; expected {FORMAT!r}")
-    try:
-        tensors = load_file(folder / "model.safetensors")
-    except SafetensorError as error:
-        raise InputError(f"{folder / 'model.safetensors'} is damaged: {error}") from error
+    tensors = read_tensors(folder / "model.safetensors")
     try:
         model = model_class(name)(**kwargs)
     except TypeError as error:
         raise InputError(f"{folder / 'config.json'} does not describe a {name!r} model: {error}") from error
-    weights = _with_prefix(tensors, "model.")
-    expected = model.state_dict()
-    problems = [f"missing {key}" for key in expected if key not in weights]
-    problems += [f"unexpected {key}" for key in weights if key not in expected]
-    problems += [
-        f"{key} has shape {tuple(weights[key].shape)}, expected {tuple(expected[key].shape)}"
-        for key in expected
-        if key in weights and weights[key].shape != expected[key].shape
-    ]
-    if problems:
-        raise InputError(f"{folder} does not fit its configuration: {'; '.join(problems[:8])} ({len(problems)} in all)")
-    model.load_state_dict(weights)
+    load_weights(model, _with_prefix(tensors, "model."), folder)
     value_head = _with_prefix(tensors, "value_head.") or None
     distribution_weights = _with_prefix(tensors, "distribution.") or None
     return LoadedCheckpoint(model, name, kwargs, value_head, notes, distribution, distribution_weights)
@@ -191,7 +172,7 @@ def load_checkpoint(folder: str | Path) -> LoadedCheckpoint:
 def published_kind(folder: Path) -> str | None:
     """What a configuration that is not ours says that it describes; None where it is ours, or says nothing."""
     try:
-        config = json.loads((place_of_configuration(folder) / "config.json").read_text(encoding="utf-8"))
+        config = read_json(place_of_configuration(folder) / "config.json")
         kind = None if "format" in config else config.get("type", config.get("model_type"))
     except (OSError, ValueError, AttributeError, TypeError):
         return None  # for our own reader to report

@@ -5,22 +5,19 @@ Tensors in safetensors, the rest in JSON, in a folder that the caller makes appe
 
 from __future__ import annotations
 
-import json
 import random
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from sb3_vla.checkpoints.formats.layout import apart
 from sb3_vla.checkpoints.frozen_weights import Unfrozen
+from sb3_vla.checkpoints.weights import read_tensors, tensor_names, write_tensors
 from sb3_vla.common.errors import DamagedError, InputError
+from sb3_vla.common.files import read_json, write_json
 from sb3_vla.distributed.fsdp import load_optimizer_state
 
 _TENSORS, _VALUES = "training_state.safetensors", "training_state.json"
@@ -45,10 +42,10 @@ def save_training_state(
         tensors.update({f"{name}.{key}": tensor for key, tensor in module.state_dict().items()})
     for index, state in optimizer_state.items():
         tensors.update({f"optimizer.{index}.{key}": torch.as_tensor(value) for key, value in state.items()})
-    save_file(apart(tensors), folder / _TENSORS)
+    write_tensors(folder / _TENSORS, tensors)
     generators = {"numpy": np.random.get_state(legacy=False), "python": random.getstate()}
-    contents = json.dumps({"generators": generators, "values": dict(values)}, default=lambda value: value.tolist())
-    (folder / _VALUES).write_text(contents, encoding="utf-8")
+    contents = {"generators": generators, "values": dict(values)}
+    write_json(folder / _VALUES, contents, indent=None, default=lambda value: value.tolist())
 
 
 def load_training_state(
@@ -59,13 +56,10 @@ def load_training_state(
     :param modules: of which the first has the optimizer's parameters.
     :return: the values saved with it.
     :raises DamagedError: if a file is missing or not whole; nothing was changed then.
-    :raises ValueError: if the folder holds the state of other modules, or of an earlier version.
+    :raises ValueError: if the folder holds the state of other modules.
     """
     contents = _read_values(folder)
-    if "generators" not in contents:
-        raise InputError(f"{folder} is of an earlier version, which kept less; start the training anew")
-    with _damage_told(folder / _TENSORS):
-        tensors = load_file(folder / _TENSORS)
+    tensors = read_tensors(folder / _TENSORS)
     torch.set_rng_state(tensors.pop("torch_rng"))
     optimizer_state: dict[int, dict[str, Tensor]] = {}
     weights: dict[str, dict[str, Tensor]] = {name: {} for name in modules}
@@ -100,23 +94,11 @@ def check_training_state(folder: Path) -> None:
     :raises DamagedError: if a file is missing, empty or cut; the message names it.
     """
     _read_values(folder)
-    with _damage_told(folder / _TENSORS), safe_open(folder / _TENSORS, "pt"):  # which compares the sizes
-        pass
+    tensor_names(folder / _TENSORS)
 
 
 def _read_values(folder: Path) -> dict[str, Any]:
-    with _damage_told(folder / _VALUES):
-        contents = json.loads((folder / _VALUES).read_text(encoding="utf-8"))
-        if not isinstance(contents, dict):
-            raise InputError(f"it holds {type(contents).__name__}, expected an object")
-    return contents
-
-
-@contextmanager
-def _damage_told(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except FileNotFoundError as error:
-        raise DamagedError(f"{path} is missing") from error
-    except (SafetensorError, ValueError) as error:  # ValueError: of JSON and of UTF-8
-        raise DamagedError(f"{path} is damaged: {error}") from error
+    for name in (_VALUES, _TENSORS):
+        if not (folder / name).is_file():
+            raise DamagedError(f"{folder / name} is missing")
+    return read_json(folder / _VALUES)

@@ -22,7 +22,8 @@ from sb3_vla.cli import doctor
 from sb3_vla.cli.command import run_command
 from sb3_vla.common.config import ConfigError, deciding_settings, given_view, load_config, to_yaml
 from sb3_vla.common.errors import InTheWayError
-from sb3_vla.common.paths import finish_exchange, hidden_beside, writable_file
+from sb3_vla.common.files import finish_exchange, hidden_beside, read_json
+from sb3_vla.common.paths import writable_file
 from sb3_vla.distributed.local_ranks import local_ranks
 from sb3_vla.distributed.ranks import current_ranks, is_first_rank, torchrun
 from sb3_vla.evaluation.results import TRIAL_SEED
@@ -207,7 +208,6 @@ def run_collect(command: CollectCommand, console: Console) -> None:
 
 def run_sft(command: SFTCommand, console: Console) -> None:
     """``sb3-vla sft``."""
-    from sb3_vla.checkpoints.folders import read_json
     from sb3_vla.checkpoints.identity import checkpoint_identity, data_identity, deciding_options
     from sb3_vla.checkpoints.native import refuse_other_files
     from sb3_vla.checkpoints.training_state import check_training_state
@@ -238,8 +238,10 @@ def run_sft(command: SFTCommand, console: Console) -> None:
     fingerprint = fingerprint_of(inputs)
 
     def made() -> bool:
-        found = read_json(output / "config.json").get("notes", {}).get("sft", {}).get("inputs")
-        if (output / "config.json").exists() and found != fingerprint and not command.overwrite:
+        made_already = (output / "config.json").exists()
+        stored = read_json(output / "config.json") if made_already else {}
+        found = stored.get("notes", {}).get("sft", {}).get("inputs")
+        if made_already and found != fingerprint and not command.overwrite:
             raise InTheWayError(
                 f"{output} holds a checkpoint that was made with other settings; choose another output, or give "
                 "overwrite=true to replace it"

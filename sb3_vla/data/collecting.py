@@ -22,7 +22,6 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from mw_envs.experts import ScriptedExpert
 from mw_envs.hand_view import DEFAULT_WINDOW, HandView
@@ -30,6 +29,7 @@ from mw_envs.tasks import GOALS_PER_TASK, Trial, get_task, select_tasks
 from sb3_vla.common.errors import FailedError, InputError, file_errors
 from sb3_vla.common.machine import usable_cores
 from sb3_vla.common.paths import local_path
+from sb3_vla.common.progress import progress_bar
 from sb3_vla.data.lerobot_writer import DemonstrationWriter, Episode, ImageStorage, encode_png
 
 # Length of a burst of noise, environment steps: long enough to push the hand off its path, short enough to come back.
@@ -118,7 +118,6 @@ def collect(
     image_storage: ImageStorage = "png",
     renderer: str = "auto",
     camera: str = "corner2",
-    settle_steps: int = 15,
     start_method: str = "forkserver",
     progress: bool = True,
     max_attempts_factor: float = 4.0,
@@ -154,7 +153,6 @@ def collect(
     :param image_storage: ``png`` (exact) or ``mp4`` (smaller).
     :param renderer: ``auto``, ``software``, ``egl`` or ``osmesa``.
     :param camera: A camera of MetaWorld's.
-    :param settle_steps: Zero actions after a reset, not in the dataset.
     :param start_method: How workers start: ``forkserver``, ``spawn`` or ``fork``.
     :param progress: Show a progress bar.
     :param max_attempts_factor: Give up on a task after this many attempts per wanted episode (at least 10 attempts).
@@ -184,7 +182,6 @@ def collect(
             "horizon": horizon,
             "renderer": renderer,
             "camera": camera,
-            "settle_steps": settle_steps,
             "hand_view": hand_view,
             "hand_window": hand_window,
         },
@@ -202,7 +199,6 @@ def collect(
     if hand_view is not None:
         view["hand_view"] = dataclasses.asdict(HandView(hand_view, hand_window))
     hand_shape = None if hand_view is None else (hand_view, hand_view, 3)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with (
         DemonstrationWriter(
             root,
@@ -213,9 +209,9 @@ def collect(
             overwrite=overwrite,
         ) as writer,
         _Workers(min(num_workers, len(names) * episodes_per_task), settings, start_method) as workers,
-        Progress(*columns, TimeRemainingColumn(), disable=not progress) as bar,
+        progress_bar(progress) as bar,
     ):
-        shown = bar.add_task("collecting", total=len(names) * episodes_per_task)
+        shown = bar.add_task("collecting", total=len(names) * episodes_per_task, note="")
         while not schedule.done:
             for worker in workers.idle():
                 job = schedule.next_job(worker.task)
@@ -223,7 +219,7 @@ def collect(
                     worker.submit(job)
             for outcome in workers.receive():
                 schedule.finish(outcome)
-                bar.update(shown, description=f"collecting {outcome.job.task}", advance=outcome.episode is not None)
+                bar.update(shown, note=outcome.job.task, advance=outcome.episode is not None)
             for episode in schedule.ready():
                 with file_errors("write", writer.root):
                     writer.add_episode(episode)

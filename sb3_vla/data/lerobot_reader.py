@@ -23,8 +23,8 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from mw_envs.tasks import did_you_mean
-from sb3_vla.checkpoints.formats.layout import read_json
 from sb3_vla.common.errors import InputError, NotThereError
+from sb3_vla.common.files import read_json
 from sb3_vla.common.paths import local_path
 
 VERSION = "v3.0"
@@ -189,7 +189,7 @@ class LeRobotReader:
             )
         if not path.is_file():
             raise NotThereError(f"{self.root} is not a LeRobot dataset: it has no meta/info.json.")
-        info = read_json(path.parent, path.name, "what a LeRobot dataset holds")
+        info = read_json(path)
         version = str(info.get("codebase_version", "unknown"))
         if version.startswith(("v1", "v2")):
             raise InputError(

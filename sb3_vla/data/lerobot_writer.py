@@ -23,12 +23,10 @@ import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, NamedTuple
 
-import av
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -36,8 +34,10 @@ from PIL import Image
 
 from mw_envs.tasks import Trial, get_task
 from sb3_vla.common.errors import InputError, InTheWayError, file_errors
-from sb3_vla.common.paths import begin_folder, entries, finish_folder, local_path
+from sb3_vla.common.files import begin_folder, entries, finish_folder, write_json
+from sb3_vla.common.paths import local_path
 from sb3_vla.data.lerobot_reader import ACTION, ENVIRONMENT_STATE, HAND_IMAGE, IMAGE, STATE, VERSION, decode_picture
+from sb3_vla.recording.videos import Mp4Writer
 
 ImageStorage = Literal["png", "mp4"]
 
@@ -49,6 +49,8 @@ _FOLDERS = ("meta", "data", "videos")
 _FILES_PER_CHUNK = 1000
 _DATA_FILE_MB = 100
 _VIDEO_FILE_MB = 200
+# A key frame every tenth of a second lets a training loop seek; without B-frames, time follows the frame.
+_VIDEO_OPTIONS = {"crf": "12", "g": "8", "bf": "0"}
 
 _AXES = ["x", "y", "z", "gripper"]
 # Name -> (dtype, shape, names), in the order of the published dataset; the image comes after the environment state.
@@ -154,37 +156,6 @@ class _FileNumber(NamedTuple):
         return _FileNumber(self.chunk_index + 1, 0)
 
 
-class _VideoFile:
-    """One H.264 file under construction: yuv420p and the index in front, so that every browser plays it."""
-
-    def __init__(self, path: Path, fps: int, image_shape: tuple[int, int, int]) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.frames = 0
-        self.bytes = 0  # counted here: the file itself lags behind the encoder
-        self._fps = fps
-        self._container = av.open(str(path), "w", options={"movflags": "+faststart"})
-        # A key frame every tenth of a second lets a training loop seek; without B-frames, time follows the frame.
-        options = {"crf": "12", "preset": "veryfast", "g": "8", "bf": "0"}
-        self._stream = self._container.add_stream("libx264", rate=fps, options=options)
-        self._stream.height, self._stream.width = image_shape[:2]
-        self._stream.pix_fmt = "yuv420p"
-        self._stream.time_base = Fraction(1, fps)
-
-    def write(self, images: np.ndarray) -> None:
-        for image in images:
-            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
-            frame.pts = self.frames
-            frame.time_base = Fraction(1, self._fps)
-            packets = self._stream.encode(frame)
-            self._container.mux(packets)
-            self.frames += 1
-            self.bytes += sum(packet.size for packet in packets)
-
-    def close(self) -> None:
-        self._container.mux(self._stream.encode())
-        self._container.close()
-
-
 class DemonstrationWriter:
     """Write episodes as one LeRobot dataset v3.0.
 
@@ -196,7 +167,6 @@ class DemonstrationWriter:
     :param image_shape: ``(H, W, 3)``; both even for ``"mp4"``.
     :param fps: Frames per second; MetaWorld steps 80 times a second.
     :param image_storage: ``"png"`` keeps every pixel, inside the data files; ``"mp4"`` is smaller, but lossy.
-    :param robot_type: Free text for ``info.json``.
     :param camera: How the pictures were taken (camera, crop, ...), stored with the image feature. JSON types only.
     :param hand_shape: ``(H, W, 3)`` of the pictures of the hand view, where episodes have them.
     :param overwrite: Replace the dataset at ``root``, once the new one is complete. A folder that is no dataset is
@@ -212,7 +182,6 @@ class DemonstrationWriter:
         image_shape: tuple[int, int, int],
         fps: int = 80,
         image_storage: ImageStorage = "png",
-        robot_type: str = "metaworld",
         camera: Mapping[str, Any] | None = None,
         hand_shape: tuple[int, int, int] | None = None,
         overwrite: bool = False,
@@ -221,7 +190,6 @@ class DemonstrationWriter:
         self.shapes = {IMAGE: tuple(image_shape)} | ({} if hand_shape is None else {HAND_IMAGE: tuple(hand_shape)})
         self.fps = fps
         self.image_storage = image_storage
-        self.robot_type = robot_type
         self.camera = dict(camera or {})
         self.overwrite = overwrite
         if image_storage not in ("png", "mp4"):
@@ -240,7 +208,7 @@ class DemonstrationWriter:
         self._data_file = _FileNumber(0, 0)
         self._data_writer: pq.ParquetWriter | None = None
         self._video_files = dict.fromkeys(self.shapes, _FileNumber(0, 0))
-        self._videos: dict[str, _VideoFile] = {}
+        self._videos: dict[str, Mp4Writer] = {}
         self._schema = self._make_schema()
         self._task_index: dict[str, int] = {}
         self._episodes: list[dict[str, Any]] = []
@@ -464,11 +432,11 @@ class DemonstrationWriter:
         number = self._video_files[name]
         if name not in self._videos:
             path = self._directory / _VIDEO_PATH.format(video_key=name, **number._asdict())
-            height, width, channels = self.shapes[name]
-            self._videos[name] = _VideoFile(path, self.fps, (height, width, channels))
+            self._videos[name] = Mp4Writer(path, self.fps, _VIDEO_OPTIONS)
         video = self._videos[name]
         start = video.frames
-        video.write(np.asarray(images))
+        for image in images:
+            video.append(np.asarray(image))
         return {
             f"videos/{name}/chunk_index": number.chunk_index,
             f"videos/{name}/file_index": number.file_index,
@@ -497,10 +465,10 @@ class DemonstrationWriter:
         pq.write_table(_tasks_table(self._task_index), meta / "tasks.parquet")
         statistics = {name: _statistics(np.concatenate(values)) for name, values in self._columns.items()}
         statistics |= {name: _image_statistics(levels, self._sampled) for name, levels in self._levels.items()}
-        _write_json(meta / "stats.json", statistics)
+        write_json(meta / "stats.json", statistics)
         info = {
             "codebase_version": VERSION,
-            "robot_type": self.robot_type,
+            "robot_type": "metaworld",
             "total_episodes": len(self._episodes),
             "total_frames": self._frames,
             "total_tasks": len(self._task_index),
@@ -513,16 +481,12 @@ class DemonstrationWriter:
             "video_path": _VIDEO_PATH if self.image_storage == "mp4" else None,
             "features": self._features(),
         }
-        _write_json(meta / "info.json", info)
+        write_json(meta / "info.json", info)
 
 
 def _pictures(episode: Episode) -> dict[str, np.ndarray | list[bytes]]:
     hand = {} if episode.hand_images is None else {HAND_IMAGE: episode.hand_images}
     return {IMAGE: episode.images, **hand}
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=4, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _tasks_table(task_index: Mapping[str, int]) -> pa.Table:

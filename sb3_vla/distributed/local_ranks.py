@@ -1,13 +1,12 @@
-"""A rank for each core: where there is no GPU, a command starts the other ranks of its machine itself.
+"""One rank per core: on a machine without a GPU, a command starts the other ranks itself.
 
-A process alone waits for its simulators, and they for its decisions; several ranks fill one another's pauses.
-An update of a network as small as CompactVLA hardly gains from a second thread; whether imitation by ranks is faster
-than by threads depends on the processor.
+A single process waits for its simulators and they wait for its decisions; with several ranks one computes while another
+waits. An update of a network as small as CompactVLA hardly gains from a second thread; whether imitation by ranks is
+faster than by threads depends on the processor.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import socket
@@ -24,32 +23,32 @@ from sb3_vla.common.errors import InputError, RankLostError
 from sb3_vla.common.machine import available_memory, usable_cores
 from sb3_vla.distributed.ranks import Ranks, torchrun
 
-#: how many ranks a command starts at most; 1 for none but itself
+#: environment variable with the greatest number of ranks of a command; 1 starts no others
 VARIABLE = "SB3_VLA_RANKS"
-# More ranks than this would each have a few frames of a batch.
+# With more, each rank would have only a few frames of a batch.
 _MOST_RANKS = 8
-# What a rank takes beside the pictures that all of them share: libraries, a worker with its scenes, the model.
+# Memory of a rank besides the images that all ranks share: libraries, a worker with its scenes, the model.
 _BYTES_OF_A_RANK = 1.5e9
-# Of a rank that was started: the folder in which it tells that it is there, and what it could not do.
+# Set for a started rank: the folder in which it reports that it runs, and why it failed.
 _FOLDER = "SB3_VLA_RANK_FOLDER"
-# And a pipe that it reads, which ends when the first rank does, however that ends.
-_LEASH = "SB3_VLA_LEASH"
+# And the end of a pipe that the system closes when rank 0 ends, however that ends.
+_PARENT = "SB3_VLA_PARENT_PIPE"
 _SECONDS_TO_END = 60.0
 
 
 def local_rank_count(shared: Sequence[int] = (), at_most: Sequence[int] = ()) -> int:
-    """Ranks for this machine: one a core, as far as its memory and the work allow; 1 where there is a GPU, or where
-    somebody else starts the ranks.
+    """The number of ranks for this machine: one per core, if memory and work suffice for them; 1 if there is a GPU, or
+    if something else starts the ranks.
 
-    :param shared: numbers that ranks share equally, such as of environments.
-    :param at_most: numbers of what each rank needs one of, such as frames of a batch.
+    :param shared: numbers that the ranks must share equally, such as that of environments.
+    :param at_most: upper limits, such as the frames of a batch, of which each rank needs one.
     :raises ValueError: if the variable ``SB3_VLA_RANKS`` is no whole number above 0.
     """
     import torch
 
     given = os.environ.get(VARIABLE, str(_MOST_RANKS))
     if not given.isdigit() or int(given) < 1:
-        raise InputError(f"{VARIABLE}={given!r}; expected how many processes may share the work, 1 for one alone")
+        raise InputError(f"{VARIABLE}={given!r}; expected the number of processes that may share the work, 1 or more")
     if "WORLD_SIZE" in os.environ or torch.cuda.is_available() or _command() is None:
         return 1
     most = min(int(given), usable_cores(), max(1, int(available_memory() / _BYTES_OF_A_RANK)), *at_most)
@@ -58,18 +57,17 @@ def local_rank_count(shared: Sequence[int] = (), at_most: Sequence[int] = ()) ->
 
 @contextmanager
 def local_ranks(count: int) -> Iterator[Ranks]:
-    """Be rank 0 of some ranks of this machine, and start the others: the same command, in processes of their own. With
-    a count of 1, or as one of those that were started, join whom torchrun started.
+    """Start the other ranks of this machine, which run the same command, and join them as rank 0. With a count of 1, or
+    in a started rank, join the ranks of torchrun.
 
-    The others end with this one, and what they write to the terminal is not shown. What one of them could not do is
-    told by the error.
+    The other ranks end with this one, and their output to the terminal is dropped.
 
-    :param count: how many, see :func:`local_rank_count`.
-    :raises RankLostError: if one of the others ends early.
+    :param count: number of ranks, see :func:`local_rank_count`.
+    :raises RankLostError: if another rank ends early; the message has its error.
     """
     command = _command()
     if count == 1 or command is None or "WORLD_SIZE" in os.environ:
-        _tell_that_it_is_here()
+        _report_start()
         with torchrun() as ranks:
             yield ranks
         return
@@ -87,16 +85,16 @@ def local_ranks(count: int) -> Iterator[Ranks]:
     # The name of this machine may stand for an interface that comes and goes.
     os.environ.update({"GLOO_SOCKET_IFNAME": "lo", **before, **told, "RANK": "0", "LOCAL_RANK": "0"})
     torch.set_num_threads(threads)
-    leash, held = os.pipe()
-    others: list[_Other] = []
+    read_end, write_end = os.pipe()
+    others: list[_StartedRank] = []
     with TemporaryDirectory(prefix="sb3-vla-ranks-") as folder:
-        own = {_FOLDER: folder, _LEASH: str(leash), "OMP_NUM_THREADS": str(threads)}
+        own = {_FOLDER: folder, _PARENT: str(read_end), "OMP_NUM_THREADS": str(threads)}
         try:
             for rank in range(1, count):
                 variables = {**os.environ, **own, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-                others.append(_Other(rank, command, variables, leash, Path(folder)))
-            _wait_until_all_are_here(others)
-            with _ended_with_the_others(others), torchrun() as ranks:
+                others.append(_StartedRank(rank, command, variables, read_end, Path(folder)))
+            _wait_for_start(others)
+            with _ending_with(others), torchrun() as ranks:
                 yield ranks
             for other in others:
                 other.wait()
@@ -108,8 +106,8 @@ def local_ranks(count: int) -> Iterator[Ranks]:
         finally:
             for other in others:
                 other.end()
-            os.close(leash)
-            os.close(held)
+            os.close(read_end)
+            os.close(write_end)
             torch.set_num_threads(threads_before)
             for name in os.environ.keys() - before.keys():
                 del os.environ[name]
@@ -117,80 +115,80 @@ def local_ranks(count: int) -> Iterator[Ranks]:
 
 
 def leave_reason(message: str) -> None:
-    """In a rank that was started: tell the first why this one ends."""
+    """In a started rank, report to rank 0 why this one ends."""
     folder = os.environ.get(_FOLDER)
     if folder is not None:
-        with suppress(OSError):  # as on a full disk, which must not take the place of the reason
-            (Path(folder) / f"reason-{os.environ['RANK']}.json").write_text(json.dumps(message), encoding="utf-8")
+        with suppress(OSError):  # a full disk must not hide the reason
+            (Path(folder) / f"reason-{os.environ['RANK']}").write_text(message, encoding="utf-8")
 
 
-class _Other:
+class _StartedRank:
     """A rank that this process started."""
 
-    def __init__(self, rank: int, command: Sequence[str], variables: dict[str, str], leash: int, folder: Path) -> None:
+    def __init__(self, rank: int, command: Sequence[str], variables: dict[str, str], pipe: int, folder: Path) -> None:
         self._rank, self._folder = rank, folder
         quiet = subprocess.DEVNULL
         self._process = subprocess.Popen(
-            command, env=variables, stdin=quiet, stdout=quiet, stderr=quiet, pass_fds=[leash]
+            command, env=variables, stdin=quiet, stdout=quiet, stderr=quiet, pass_fds=[pipe]
         )
 
     @property
-    def is_here(self) -> bool:
-        """Whether it has come as far as to join."""
+    def has_started(self) -> bool:
+        """Whether it is ready to join."""
         return (self._folder / f"here-{self._rank}").exists()
 
     @property
     def has_ended(self) -> bool:
-        """Whether the process is gone."""
+        """Whether the process has ended."""
         return self._process.poll() is not None
 
     @property
     def has_failed(self) -> bool:
-        """Whether it is gone without having done its part."""
+        """Whether the process has ended with an error."""
         return self._process.poll() not in (None, 0)
 
     def wait(self) -> None:
-        """Until it has ended by itself, having nothing left to do."""
+        """Wait until it has ended by itself."""
         deadline = time.monotonic() + _SECONDS_TO_END
         while not self.has_ended and time.monotonic() < deadline:
             time.sleep(0.01)
 
     def reason(self) -> str:
-        """What it could not do, if it has ended because of that."""
-        deadline = time.monotonic() + 5  # it may be about to
+        """Why it has failed; empty if it has not, or only because another rank has."""
+        deadline = time.monotonic() + 5  # it may be about to end
         while not self.has_ended and time.monotonic() < deadline:
             time.sleep(0.05)
-        told = self._folder / f"reason-{self._rank}.json"
+        told = self._folder / f"reason-{self._rank}"
         if told.exists():
-            return f"Rank {self._rank} of this machine: {json.loads(told.read_text(encoding='utf-8'))}"
+            return f"Rank {self._rank} of this machine: {told.read_text(encoding='utf-8')}"
         status = self._process.poll()
-        if status is None or status == 2:  # 2: it has lost another one
+        if status is None or status == 2:  # 2: it lost another rank
             return ""
         killed = "; -9 mostly means that memory ran out" if status == -9 else ""
-        return f"Rank {self._rank} of this machine ended with status {status}{killed}. {VARIABLE}=1 does without it"
+        return f"Rank {self._rank} of this machine ended with status {status}{killed}. {VARIABLE}=1 starts none"
 
     def end(self) -> None:
-        """At once: its workers end with it, and what it films is not finished without the first rank."""
+        """Kill it; its workers end with it."""
         self._process.kill()
         self._process.wait()
 
 
-def _wait_until_all_are_here(others: Sequence[_Other]) -> None:
-    """Before joining them, which no signal could interrupt.
+def _wait_for_start(others: Sequence[_StartedRank]) -> None:
+    """Wait until all are ready to join, since no signal can interrupt the joining.
 
     :raises RankLostError: if one has ended.
     """
-    while not all(other.is_here for other in others):
+    while not all(other.has_started for other in others):
         for other in others:
-            if other.has_ended and not other.is_here:
+            if other.has_ended and not other.has_started:
                 raise RankLostError(other.reason() or "Another rank of this machine ended before it began")
         time.sleep(0.02)
 
 
 @contextmanager
-def _ended_with_the_others(others: Sequence[_Other]) -> Iterator[None]:
-    """End this process if one of the others has failed, and that is not noticed when they are next needed: it may wait
-    for them where Python does not run, or work alone for an hour."""
+def _ending_with(others: Sequence[_StartedRank]) -> Iterator[None]:
+    """End this process if another rank has failed and this one does not notice: it may wait for the other outside of
+    Python, or compute for an hour before it needs the other."""
     done = threading.Event()
 
     def watch() -> None:
@@ -212,14 +210,14 @@ def _ended_with_the_others(others: Sequence[_Other]) -> Iterator[None]:
         done.set()
 
 
-def _tell_that_it_is_here() -> None:
-    """In a rank that :func:`local_ranks` started: say so, and end when the first rank is gone."""
-    leash = os.environ.pop(_LEASH, None)
-    if leash is None:
+def _report_start() -> None:
+    """In a started rank, report that it runs, and end when rank 0 ends."""
+    pipe = os.environ.pop(_PARENT, None)
+    if pipe is None:
         return
 
     def wait() -> None:
-        os.read(int(leash), 1)
+        os.read(int(pipe), 1)
         os._exit(1)
 
     threading.Thread(target=wait, daemon=True).start()
@@ -233,7 +231,7 @@ def _free_port() -> int:
 
 
 def _command() -> list[str] | None:
-    """What starts this process again; None where that is not known, as in a notebook or under a debugger."""
+    """The command that starts this process again; None if it is not known, as in a notebook or under a debugger."""
     main = sys.modules.get("__main__")
     arguments, file = sys.orig_argv[1:], getattr(main, "__file__", None)
     own = len(sys.argv) - 1

@@ -18,6 +18,7 @@ from typing import Any
 from stable_baselines3.common.callbacks import BaseCallback
 
 from sb3_vla.common.errors import InputError
+from sb3_vla.common.files import read_json
 from sb3_vla.common.precision import acting_precision
 from sb3_vla.distributed.ranks import generators, set_generators
 from sb3_vla.evaluation.evaluation import check_fit, evaluate
@@ -155,7 +156,7 @@ class EvaluatePeriodically(BaseCallback):
     def _known_best(self) -> float | None:
         """Score of the checkpoint that is there, if it is of the same trials."""
         try:
-            notes = json.loads((self.best / "config.json").read_text(encoding="utf-8"))["notes"]["evaluation"]
+            notes = read_json(self.best / "config.json")["notes"]["evaluation"]
             same = notes["measured"] == json.loads(json.dumps(self.evaluation.measured()))
             return float(notes["success_once"]) if same else None
         except (OSError, ValueError, KeyError, TypeError):

@@ -18,7 +18,7 @@ from __future__ import annotations
 import dataclasses
 import platform
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -29,13 +29,14 @@ from typing import Protocol as TypingProtocol
 import numpy as np
 import numpy.typing as npt
 from gymnasium import spaces
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.vec_env import VecEnv
 
 from mw_envs import Trial, suite_tasks
 from mw_envs.tasks import GOALS_PER_TASK, select_tasks
 from sb3_vla.common.errors import InputError
+from sb3_vla.common.files import temporary_path
+from sb3_vla.common.progress import progress_bar
 from sb3_vla.distributed.ranks import current_ranks
 from sb3_vla.envs.shared_memory import SharedMemoryVecEnv
 from sb3_vla.evaluation.results import (
@@ -73,7 +74,6 @@ from sb3_vla.policies.views import (
     warn_once,
 )
 from sb3_vla.policies.vla_policy import VLAPolicy
-from sb3_vla.recording.videos import temporary_path
 
 __all__ = [
     "PROTOCOLS",
@@ -496,7 +496,8 @@ def _run(
     progress: bool,
 ) -> tuple[TrialResult, ...]:
     run, trials = _Run(vec_env, part), part.trials
-    with _progress_bar(len(trials), progress) as report:
+    with progress_bar(progress, transient=True) as bar:
+        row = bar.add_task("evaluating", total=len(trials), note="")
         observations = run.start()
         state, episode_start = None, np.ones(vec_env.num_envs, dtype=bool)
         while len(run.outcomes) < len(trials):
@@ -504,7 +505,10 @@ def _run(
                 observations, state=state, episode_start=episode_start, deterministic=deterministic
             )
             observations, episode_start, ended = run.step(actions)
-            report(ended)
+            if ended:
+                done = run.outcomes.values()
+                rate = sum(outcome.success for outcome in done) / len(done)
+                bar.update(row, completed=len(done), note=f"success {rate:.0%}")
     return tuple(run.outcomes[index] for index in range(len(trials)))
 
 
@@ -517,23 +521,6 @@ def _first_of_each_task(trials: Sequence[Trial], per_task: int) -> set[int]:
         if seen[trial.task] <= per_task:
             chosen.add(index)
     return chosen
-
-
-@contextmanager
-def _progress_bar(total: int, enabled: bool) -> Iterator[Callable[[Sequence[TrialResult]], None]]:
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("episodes, success {task.fields[rate]}"))
-    bar = Progress(TextColumn("Evaluating"), *columns, TimeRemainingColumn(), disable=not enabled, transient=True)
-    row = bar.add_task("", total=total, rate="-")
-    done: list[TrialResult] = []
-
-    def report(ended: Sequence[TrialResult]) -> None:
-        if ended:
-            done.extend(ended)
-            rate = sum(outcome.success for outcome in done) / len(done)
-            bar.update(row, completed=len(done), rate=f"{rate:.0%}")
-
-    with bar:
-        yield report
 
 
 def _versions() -> dict[str, str]:

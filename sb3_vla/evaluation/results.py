@@ -23,6 +23,7 @@ from rich.table import Table as RichTable
 from mw_envs import DIFFICULTIES, TASKS, Trial
 from mw_envs.tasks import did_you_mean
 from sb3_vla.common.errors import InputError, NotThereError
+from sb3_vla.common.files import read_json, write_text
 from sb3_vla.common.paths import local_path
 from sb3_vla.evaluation.statistics import (
     Estimate,
@@ -33,7 +34,6 @@ from sb3_vla.evaluation.statistics import (
     success_interval,
     wilson_interval,
 )
-from sb3_vla.recording.videos import atomic_path
 
 _FORMAT = "sb3-vla evaluation 1"
 
@@ -270,7 +270,7 @@ class EvaluationResult(_Report):
             found = "is a folder" if path.is_dir() else "does not exist"
             raise NotThereError(f"{path} {found}; expected the JSON file that `sb3-vla eval output=...` wrote")
         try:
-            stored = json.loads(path.read_text(encoding="utf-8"))
+            stored = read_json(path)
             if stored["format"] != _FORMAT:
                 raise InputError(f"its format is {stored['format']!r}")
             trials = tuple(
@@ -491,6 +491,5 @@ def _without(mapping: Mapping[str, Any], *keys: str) -> dict[str, Any]:
 
 def _written(text: str, path: str | Path | None) -> str:
     if path is not None:
-        with atomic_path(path) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+        write_text(path, text)
     return text

@@ -9,10 +9,8 @@ what other tasks, or another training seed, would.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -65,15 +63,10 @@ def wilson_interval(successes: int, trials: int, confidence: float = 0.95) -> Es
         raise InputError(
             f"Expected at least 1 trial and 0..trials successes, got {successes} successes of {trials} trials."
         )
-    z = NormalDist().inv_cdf(0.5 + _checked_confidence(confidence) / 2)
-    rate = successes / trials
-    shrink = 1 + z * z / trials
-    center = (rate + z * z / (2 * trials)) / shrink
-    half = z * math.sqrt(rate * (1 - rate) / trials + z * z / (4 * trials * trials)) / shrink
-    # Rounding may leave 1e-17 beside the exact limits of "never" and "always".
-    low = 0.0 if successes == 0 else max(0.0, center - half)
-    high = 1.0 if successes == trials else min(1.0, center + half)
-    return Estimate(rate, low, high)
+    from scipy.stats import binomtest  # a heavy import, needed by few
+
+    low, high = binomtest(successes, trials).proportion_ci(_checked_confidence(confidence), method="wilson")
+    return Estimate(successes / trials, float(low), float(high))
 
 
 def average_weights(groups: Sequence[str]) -> npt.NDArray[np.float64]:
@@ -131,9 +124,7 @@ def bootstrap_interval(
     return Estimate(float(value), float(low), float(high))
 
 
-def success_interval(
-    successes: Sequence[int], trials: Sequence[int], weights: npt.ArrayLike | None = None, *, confidence: float = 0.95
-) -> Estimate:
+def success_interval(successes: Sequence[int], trials: Sequence[int], weights: npt.ArrayLike | None = None) -> Estimate:
     """
     Weighted mean of the success rates of several tasks, with an interval that is honest at 0 and 1.
 
@@ -146,7 +137,6 @@ def success_interval(
     :param successes: number of successes of each task, length T
     :param trials: number of trials of each task, length T
     :param weights: weight of each task, shape ``(T,)``; ``None`` weighs all tasks alike
-    :param confidence: coverage wanted, between 0 and 1
     :return: the weighted rate and its limits
     :raises ValueError: if the lengths differ or a count is out of range
     """
@@ -154,11 +144,11 @@ def success_interval(
         raise InputError(
             f"Expected one count of trials for each task, got {len(successes)} tasks and {len(trials)} counts."
         )
-    per_task = [wilson_interval(won, total, confidence) for won, total in zip(successes, trials, strict=True)]
+    per_task = [wilson_interval(won, total) for won, total in zip(successes, trials, strict=True)]
     task_weights = _checked_weights(weights, len(per_task))
     if len(per_task) > 1 and any(0 < won < total for won, total in zip(successes, trials, strict=True)):
         outcomes = [np.repeat([1.0, 0.0], [won, total - won]) for won, total in zip(successes, trials, strict=True)]
-        return bootstrap_interval(outcomes, task_weights, confidence=confidence)
+        return bootstrap_interval(outcomes, task_weights)
     values, lows, highs = np.array(per_task).T
     value = float(task_weights @ values)
     low = value - float(np.linalg.norm(task_weights * (values - lows)))
@@ -170,10 +160,6 @@ def paired_difference(
     before: Mapping[Trial, bool],
     after: Mapping[Trial, bool],
     weights: Mapping[str, float] | None = None,
-    *,
-    confidence: float = 0.95,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
 ) -> PairedDifference:
     """
     Compare two policies that were measured on exactly the same trials.
@@ -185,9 +171,6 @@ def paired_difference(
     :param before: success of the first policy in each trial
     :param after: success of the second policy in each trial
     :param weights: weight of each task; ``None`` takes the plain mean over tasks
-    :param confidence: coverage wanted, between 0 and 1
-    :param resamples: number of bootstrap resamples
-    :param seed: seed of the resampling
     :return: the difference with its interval, the trials gained and lost, and McNemar's p
     :raises ValueError: if there is no trial, or a trial is in only one of the two
     """
@@ -196,9 +179,7 @@ def paired_difference(
     for trial, success in before.items():
         changes.setdefault(trial.task, []).append(int(after[trial]) - int(success))
     task_weights = None if weights is None else [weights[task] for task in changes]
-    difference = bootstrap_interval(
-        list(changes.values()), task_weights, confidence=confidence, resamples=resamples, seed=seed
-    )
+    difference = bootstrap_interval(list(changes.values()), task_weights)
     every_change = [change for task_changes in changes.values() for change in task_changes]
     gained, lost = every_change.count(1), every_change.count(-1)
     return PairedDifference(difference, gained, lost, len(every_change), mcnemar_p_value(gained, lost))
@@ -212,9 +193,9 @@ def mcnemar_p_value(gained: int, lost: int) -> float:
     :param lost: trials that only the first policy solved
     :return: the p value in 0..1; 1 when no trial changed
     """
-    changed = gained + lost
-    tail = sum(math.comb(changed, count) for count in range(min(gained, lost) + 1))
-    return min(1.0, 2 * tail / 2**changed)
+    from scipy.stats import binomtest  # a heavy import, needed by few
+
+    return float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
 
 
 def check_same_trials(before: Mapping[Trial, Any], after: Mapping[Trial, Any]) -> None:

@@ -260,13 +260,7 @@ class VLAModel(nn.Module, ABC):
             buffers[name].copy_(value)
 
     def imitation_loss(
-        self,
-        observation: dict[str, Tensor],
-        actions: Tensor,
-        mask: Tensor,
-        *,
-        draws: int = 1,
-        generator: torch.Generator | None = None,
+        self, observation: dict[str, Tensor], actions: Tensor, mask: Tensor, *, draws: int = 1
     ) -> Tensor:
         """Conditional flow matching (Lipman et al. 2023, eq. 14): mean squared error of the velocity, a scalar.
 
@@ -276,8 +270,8 @@ class VLAModel(nn.Module, ABC):
         """
         context = self.encode(observation)
         x0 = self.normalize_action(actions).repeat(draws, 1, 1)
-        noise = draw.normal(x0.shape, generator, x0.device)
-        t = self.sample_time(len(x0), generator, x0.device)
+        noise = draw.normal(x0.shape, device=x0.device)
+        t = self.sample_time(len(x0), x0.device)
         x = torch.lerp(x0, noise, t[:, None, None])
         error = (self.denoise(context, x, t) - (noise - x0)).square().mean(dim=2)
         weight = mask.to(error.dtype).repeat(draws, 1)
@@ -290,6 +284,6 @@ class VLAModel(nn.Module, ABC):
         """
         return mask.sum().item()
 
-    def sample_time(self, count: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
+    def sample_time(self, count: int, device: torch.device) -> Tensor:
         """Flow times of a training batch, (count,): uniform in (0, 1)."""
-        return draw.uniform((count,), generator, device)
+        return draw.uniform((count,), device=device)

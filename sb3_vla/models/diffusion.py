@@ -86,13 +86,7 @@ class DiffusionModel(VLAModel):
         return unnormalize(action, self._statistics("action"), self.normalization["action"], "lerobot")
 
     def imitation_loss(
-        self,
-        observation: dict[str, Tensor],
-        actions: Tensor,
-        mask: Tensor,
-        *,
-        draws: int = 1,
-        generator: torch.Generator | None = None,
+        self, observation: dict[str, Tensor], actions: Tensor, mask: Tensor, *, draws: int = 1
     ) -> Tensor:
         """Mean squared error of the prediction at uniform timesteps (Ho et al. 2020, eq. 14); see
         :meth:`VLAModel.imitation_loss`.
@@ -106,8 +100,8 @@ class DiffusionModel(VLAModel):
             actions = torch.cat([actions[:, :1].expand(-1, past, -1), actions[:, :-past]], dim=1)
             mask = torch.cat([torch.zeros_like(mask[:, :past]), mask[:, :-past]], dim=1)
         x0 = self.normalize_action(actions).repeat(draws, 1, 1)
-        noise = draw.normal(x0.shape, generator, x0.device)
-        t = draw.integers(0, len(self.alphas_cumprod), (len(x0),), generator, x0.device)
+        noise = draw.normal(x0.shape, device=x0.device)
+        t = draw.integers(0, len(self.alphas_cumprod), (len(x0),), device=x0.device)
         x, target = self.noised(x0, noise, t)
         error = (self.denoise(context, x, t) - target).square().mean(dim=2)
         if not self.mask_padding:

@@ -15,12 +15,11 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from sb3_vla.models.layers import Rotation, rms_normalized, rotate, rotation_of
 from sb3_vla.models.recomputing import Recomputing
 
 #: of one layer, after the rotation: (N, kv_heads, T, head_dim) each
 KeysValues = tuple[Tensor, Tensor]
-#: cosines and sines, float32 (N, 1, T, head_dim) each
-Rotation = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -151,7 +150,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.zeros(width))
 
     def forward(self, x: Tensor, condition: Tensor | None) -> tuple[Tensor, None]:
-        return (_normalized(x) * (1 + self.weight.float())).to(x.dtype), None
+        return (rms_normalized(x, 1e-6) * (1 + self.weight.float())).to(x.dtype), None
 
 
 class AdaptiveRMSNorm(nn.Module):
@@ -166,7 +165,7 @@ class AdaptiveRMSNorm(nn.Module):
     def forward(self, x: Tensor, condition: Tensor | None) -> tuple[Tensor, Tensor]:
         assert condition is not None
         scale, shift, gate = self.dense(condition)[:, None].chunk(3, dim=2)
-        return (_normalized(x) * (1 + scale.float()) + shift.float()).to(x.dtype), gate.to(x.dtype)
+        return (rms_normalized(x, 1e-6) * (1 + scale.float()) + shift.float()).to(x.dtype), gate.to(x.dtype)
 
 
 def _norm(width: int, condition_dim: int | None) -> nn.Module:
@@ -175,23 +174,3 @@ def _norm(width: int, condition_dim: int | None) -> nn.Module:
 
 def _add(x: Tensor, branch: Tensor, gate: Tensor | None) -> Tensor:
     return x + (branch if gate is None else branch * gate)
-
-
-def _normalized(x: Tensor) -> Tensor:
-    x = x.float()
-    return x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + 1e-6)
-
-
-def rotation_of(positions: Tensor, head_dim: int, theta: float = 10_000.0) -> Rotation:
-    """Rotary embedding (Su et al. 2021) of positions (N, T), the halves of a head rotated against each other."""
-    exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim
-    angle = positions[:, None, :, None].float() * theta**-exponent
-    angle = torch.cat([angle, angle], dim=-1)
-    return angle.cos(), angle.sin()
-
-
-def rotate(x: Tensor, rotation: Rotation) -> Tensor:
-    """Heads (N, heads, T, head_dim) at their positions."""
-    cosine, sine = rotation
-    first, second = x.chunk(2, dim=-1)
-    return (x * cosine + torch.cat([-second, first], dim=-1) * sine).to(x.dtype)

@@ -291,13 +291,7 @@ class OpenVLAOFT(VLAModel):
         yield from (part for part in self.vision_backbone.modules() if isinstance(part, VisionBlock))
 
     def imitation_loss(
-        self,
-        observation: dict[str, Tensor],
-        actions: Tensor,
-        mask: Tensor,
-        *,
-        draws: int = 1,
-        generator: torch.Generator | None = None,
+        self, observation: dict[str, Tensor], actions: Tensor, mask: Tensor, *, draws: int = 1
     ) -> Tensor:
         """Cross-entropy of the action tokens, and of the stop token where there is one, among the whole vocabulary.
 

@@ -421,28 +421,22 @@ class Pi0(VLAModel):
         yield from (part for part in self.modules() if isinstance(part, GemmaLayer))
 
     def imitation_loss(
-        self,
-        observation: dict[str, Tensor],
-        actions: Tensor,
-        mask: Tensor,
-        *,
-        draws: int = 1,
-        generator: torch.Generator | None = None,
+        self, observation: dict[str, Tensor], actions: Tensor, mask: Tensor, *, draws: int = 1
     ) -> Tensor:
         """See :meth:`VLAModel.imitation_loss`; openpi also wants the padded dimensions to go to zero."""
         context = self.encode(observation)
         x0 = F.pad(self.normalize_action(actions), (0, self.latent_dim - self.action_dim)).repeat(draws, 1, 1)
-        noise = draw.normal(x0.shape, generator, x0.device)
-        t = self.sample_time(len(x0), generator, x0.device)
+        noise = draw.normal(x0.shape, device=x0.device)
+        t = self.sample_time(len(x0), x0.device)
         error = (self.denoise(context, torch.lerp(x0, noise, t[:, None, None]), t) - (noise - x0)).square()
         if self.convention == "lerobot":
             error = error[:, :, : self.action_dim]
         weight = mask.to(error.dtype).repeat(draws, 1)
         return (error.mean(dim=2) * weight).sum() / weight.sum()
 
-    def sample_time(self, count: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
+    def sample_time(self, count: int, device: torch.device) -> Tensor:
         """0.999 Beta(1.5, 1) + 0.001, (count,), by its inverse distribution function: more of the noisy times."""
-        uniform = draw.uniform((count,), generator, device)
+        uniform = draw.uniform((count,), device=device)
         return 0.999 * uniform ** (1 / 1.5) + 0.001
 
     def _statistics(self, name: str) -> dict[str, Tensor]:

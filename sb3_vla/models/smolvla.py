@@ -25,6 +25,8 @@ from sb3_vla.common import batch_noise as draw
 from sb3_vla.common.errors import InputError
 from sb3_vla.models.base import PERCEPTION, Context, VLAModel, sizes_of
 from sb3_vla.models.compact import time_embedding
+from sb3_vla.models.layers import rms_normalized, rotation_of
+from sb3_vla.models.layers import rotate as rotated
 from sb3_vla.models.tokenizing import InstructionTokenizer, byte_tokenizer
 
 SPECIAL_TOKENS = (
@@ -392,19 +394,13 @@ class SmolVLA(VLAModel):
         return (action - self.action_mean) / (self.action_std + _EPSILON)
 
     def imitation_loss(
-        self,
-        observation: dict[str, Tensor],
-        actions: Tensor,
-        mask: Tensor,
-        *,
-        draws: int = 1,
-        generator: torch.Generator | None = None,
+        self, observation: dict[str, Tensor], actions: Tensor, mask: Tensor, *, draws: int = 1
     ) -> Tensor:
         """See :meth:`VLAModel.imitation_loss`; the dimensions that do not act are noised with the others."""
         context = self.encode(observation)
         actions, mask = actions.repeat(draws, 1, 1), mask.repeat(draws, 1)
-        noise = draw.normal((*actions.shape[:2], self.latent_dim), generator, actions.device)
-        t = self.sample_time(len(actions), generator, actions.device)
+        noise = draw.normal((*actions.shape[:2], self.latent_dim), device=actions.device)
+        t = self.sample_time(len(actions), actions.device)
         error = self.velocity_error(context, actions, noise, t)[..., : self.action_dim].square().mean(dim=2)
         return (error * mask).sum() / mask.sum()
 
@@ -414,9 +410,9 @@ class SmolVLA(VLAModel):
         time = t[:, None, None]
         return self.denoise(context, time * noise + (1 - time) * x0, t) - (noise - x0)
 
-    def sample_time(self, count: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
+    def sample_time(self, count: int, device: torch.device) -> Tensor:
         """Flow times of a training batch, (count,): 0.001 + 0.999 Beta(1.5, 1), more noise than data."""
-        return 0.001 + 0.999 * draw.uniform((count,), generator, device) ** (1 / 1.5)
+        return 0.001 + 0.999 * draw.uniform((count,), device=device) ** (1 / 1.5)
 
     def _mix_precision(self) -> None:
         for part in (self.vision_model, self.connector, self.text_model, self.lm_head, self.expert):
@@ -509,8 +505,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        h = x.float()
-        return self.weight * (h * torch.rsqrt(h.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+        return self.weight * rms_normalized(x, self.eps).to(x.dtype)
 
 
 def rotate(x: Tensor, position: Tensor) -> Tensor:
@@ -518,12 +513,7 @@ def rotate(x: Tensor, position: Tensor) -> Tensor:
 
     The base is 10,000 whatever the vision-language model was trained with, as SmolVLA was trained.
     """
-    half = x.shape[3] // 2
-    frequency = 10_000.0 ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
-    angle = (position[..., None].float() * frequency)[:, :, None]
-    first, second = x.float().split(half, dim=3)
-    cos, sin = angle.cos(), angle.sin()
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=3).to(x.dtype)
+    return rotated(x, rotation_of(position, x.shape[3], heads_at=2))
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:

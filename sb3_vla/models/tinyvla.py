@@ -26,6 +26,7 @@ from sb3_vla.common.errors import InputError
 from sb3_vla.models.base import PERCEPTION, Context
 from sb3_vla.models.diffusion import ConditionalUnet1d, DiffusionModel, check_horizon, shrink
 from sb3_vla.models.recomputing import recomputing
+from sb3_vla.models.tokenizing import byte_tokenizer
 
 PROMPT = (
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
@@ -285,18 +286,10 @@ def read_tokenizer(content: Mapping[str, Any] | None) -> Any:
 
     :raises ValueError: if it is none.
     """
-    from tokenizers import AddedToken, Tokenizer
-    from tokenizers.models import BPE
-    from tokenizers.pre_tokenizers import ByteLevel
+    from tokenizers import Tokenizer
 
-    if content is not None:
-        try:
-            return Tokenizer.from_str(json.dumps(content))
-        except Exception as error:  # the library raises no narrower class
-            raise InputError(f"The tokenizer's content is no tokenizer.json: {error}") from error
-    special = ["<|endoftext|>", "<|padding|>"]
-    names = [*special, *sorted(ByteLevel.alphabet())]
-    tokenizer = Tokenizer(BPE({name: number for number, name in enumerate(names)}, []))
-    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
-    tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in special])
-    return tokenizer
+    text = byte_tokenizer(("<|endoftext|>", "<|padding|>")) if content is None else json.dumps(content)
+    try:
+        return Tokenizer.from_str(text)
+    except Exception as error:  # the library raises no narrower class
+        raise InputError(f"The tokenizer's content is no tokenizer.json: {error}") from error

@@ -21,6 +21,7 @@ from mw_envs.tasks import did_you_mean
 from sb3_vla.checkpoints.folders import is_saved_algorithm
 from sb3_vla.checkpoints.frozen_weights import FrozenWeights
 from sb3_vla.checkpoints.loading import check_archive
+from sb3_vla.checkpoints.weights import misfits
 from sb3_vla.common.errors import InputError
 from sb3_vla.distributed.fsdp import as_shards, in_shards, is_sharded
 from sb3_vla.distributions import Trace, make_distribution
@@ -275,19 +276,10 @@ class VLAPolicy(BasePolicy):
         if self._frozen is not None:
             state_dict = self._frozen.put_back(self, state_dict)
         own = super().state_dict()
-        problems = [
-            f"{name} has shape {tuple(value.shape)}, expected {tuple(own[name].shape)}"
-            for name, value in state_dict.items()
-            if name in own and value.shape != own[name].shape
-        ]
-        if strict:
-            problems += [f"missing {name}" for name in own if name not in state_dict]
-            problems += [f"unexpected {name}" for name in state_dict if name not in own]
-        if problems:
-            raise RuntimeError(
-                f"These are not the weights of this {type(self.model).__name__} policy: {'; '.join(problems[:4])} "
-                f"({len(problems)} in all)"
-            )
+        shared = {name: value for name, value in state_dict.items() if name in own}
+        told = misfits(own, state_dict if strict else {**own, **shared})
+        if told:
+            raise RuntimeError(f"These are not the weights of this {type(self.model).__name__} policy: {told}")
         if not is_sharded(self):
             return super().load_state_dict(state_dict, strict, assign)
         with in_shards(self):

@@ -6,7 +6,6 @@ episode has ended, and not before.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -17,8 +16,8 @@ import gymnasium as gym
 from stable_baselines3.common.callbacks import BaseCallback
 
 from mw_envs import Trial
-from sb3_vla.common.errors import InputError, RunError
-from sb3_vla.common.paths import local_path
+from sb3_vla.common.errors import InputError, file_errors
+from sb3_vla.common.paths import local_path, writable_folder
 from sb3_vla.recording.videos import Mp4Writer, annotate, enlarge
 
 _OUTCOMES = ("success", "failure")
@@ -55,19 +54,13 @@ class FilmOptions:
 
     def prepare(self) -> None:
         """
-        Make the folder, and delete what a writer that was killed left in it half-written.
+        Make the folder, and delete the unfinished files of a writer that was killed.
 
-        :raises RunError: if nothing can be written there
+        :raises StorageError: if nothing can be written there
         """
         folder = Path(self.directory)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise RunError(
-                f"cannot write films to {folder}: {error.strerror or error}; choose another folder"
-            ) from error
-        if not os.access(folder, os.W_OK | os.X_OK):
-            raise RunError(f"cannot write films to {folder}: it may not be written; choose another folder")
+        with file_errors("write films to", folder):
+            writable_folder(folder)
         for leftover in folder.glob(".*.tmp.mp4"):
             leftover.unlink(missing_ok=True)
 

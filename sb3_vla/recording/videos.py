@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
@@ -15,6 +14,7 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
 from sb3_vla.common.errors import InputError
+from sb3_vla.common.files import temporary_path
 from sb3_vla.common.paths import local_path
 
 Frame = npt.NDArray[np.uint8]
@@ -25,35 +25,6 @@ _REFERENCE_WIDTH = 480
 _STRIP_COLOR = (24, 26, 31)
 _TEXT_COLOR = (236, 238, 241)
 _OUTCOME_COLORS: dict[bool | None, tuple[int, int, int]] = {True: (98, 211, 138), False: (255, 123, 114)}
-
-
-def temporary_path(path: Path, process: int | None = None) -> Path:
-    """
-    Name to write a file under until it is complete: hidden, in the same folder, one per process.
-
-    :param path: the file wanted
-    :param process: id of the process that writes; ``None`` is this one
-    :return: the name, with the same suffix
-    """
-    return path.with_name(f".{path.stem}.{os.getpid() if process is None else process}.tmp{path.suffix}")
-
-
-@contextmanager
-def atomic_path(path: str | Path) -> Iterator[Path]:
-    """
-    Write a file so that it is there whole or not at all.
-
-    :param path: the file wanted; its folder is created
-    :return: a context that gives a temporary path, renamed to ``path`` at the end, deleted on an error
-    """
-    path = local_path(path).resolve()  # a link to a file stays one
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_path(path)
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def enlarge(frame: Frame, smallest: int = 480) -> Frame:
@@ -105,16 +76,20 @@ class Mp4Writer:
 
     :param path: the file; may be changed until the writer is closed
     :param fps: frames per second; MetaWorld simulates 80 steps per second
+    :param options: of the encoder libx264
     :raises ValueError: if ``fps`` is not positive or the name does not end in ``.mp4``
     """
 
-    def __init__(self, path: str | Path, fps: float) -> None:
+    def __init__(self, path: str | Path, fps: float, options: Mapping[str, str] | None = None) -> None:
         self.path = local_path(path)
         if self.path.suffix != ".mp4":
             raise InputError(f"A video is written as MP4, so its name must end in .mp4, got {self.path.name!r}.")
         if not fps > 0:
             raise InputError(f"Expected a positive number of frames per second, got {fps}.")
         self.fps = Fraction(fps).limit_denominator(1001)
+        self.frames = 0
+        self.bytes = 0  # encoded so far; the file itself lags behind
+        self._options: dict[str, object] = {"preset": "veryfast", "crf": "20", **(options or {})}
         self._shape: tuple[int, ...] = ()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._temporary = temporary_path(self.path)
@@ -132,7 +107,8 @@ class Mp4Writer:
         if not self._shape:
             self._shape = frame.shape
             self._stream = self._container.add_stream("libx264", rate=self.fps)
-            self._stream.options = {"crf": "20", "preset": "veryfast"}
+            self._stream.options = self._options
+            self._stream.time_base = 1 / self.fps
             self._stream.pix_fmt = "yuv420p"
             # By itself an encoder takes more threads than there are cores; a worker films several episodes at a time.
             self._stream.thread_count = 1
@@ -143,9 +119,12 @@ class Mp4Writer:
             )
         odd_height, odd_width = (side % 2 for side in frame.shape[:2])
         padded = np.pad(frame, ((0, odd_height), (0, odd_width), (0, 0)), mode="edge")
-        self._container.mux(
-            self._stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(padded), format="rgb24"))
-        )
+        picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(padded), format="rgb24")
+        picture.pts, picture.time_base = self.frames, 1 / self.fps
+        packets = self._stream.encode(picture)
+        self._container.mux(packets)
+        self.frames += 1
+        self.bytes += sum(packet.size for packet in packets)
 
     def close(self) -> None:
         """
@@ -177,25 +156,6 @@ class Mp4Writer:
             self.close()
         else:
             self.discard()
-
-
-def write_mp4(
-    path: str | Path, frames: npt.NDArray[np.uint8], fps: float, captions: Sequence[Sequence[str]] | None = None
-) -> None:
-    """
-    Write frames as an MP4 (H.264, yuv420p, index first) that browsers and README files play.
-
-    :param path: the file, ending in ``.mp4``; its folder is created, the file appears when it is complete
-    :param frames: uint8, shape ``(T, H, W, 3)``, T at least 1
-    :param fps: frames per second
-    :param captions: lines of text below each frame, length T; the same number of lines for all frames
-    :raises ValueError: if the shapes or types do not fit
-    """
-    if captions is not None and len(captions) != len(frames):
-        raise InputError(f"Expected a caption for each of {len(frames)} frames, got {len(captions)}.")
-    with Mp4Writer(path, fps) as writer:
-        for index, frame in enumerate(frames):
-            writer.append(frame if captions is None else annotate(frame, captions[index]))
 
 
 def _checked_frame(frame: npt.NDArray[np.uint8]) -> Frame:

@@ -6,10 +6,10 @@ import time
 from datetime import timedelta
 from typing import Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import KVWriter
 
+from sb3_vla.common.progress import progress_bar
 from sb3_vla.common.signals import Stopped, StopRequest
 from sb3_vla.ppo.ppo import PPO
 from sb3_vla.runs.directory import RunDirectory
@@ -51,16 +51,8 @@ class RunProgress(BaseCallback):
         self.saved = model.updates
         self.started = self.printed = time.monotonic()
         self.env_steps_before, self.done_before = model.env_steps, self._done()
-        columns = (
-            TextColumn(type(model).__name__),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[now]}"),
-        )
-        self.bar = Progress(*columns, disable=not shown)
-        self.task = self.bar.add_task("", total=config.total_decisions // self.unit, now="")
+        self.bar = progress_bar(shown)
+        self.task = self.bar.add_task(type(model).__name__, total=config.total_decisions // self.unit, note="")
 
     def __enter__(self) -> RunProgress:
         self.bar.start()
@@ -79,7 +71,7 @@ class RunProgress(BaseCallback):
         if success:
             rate = sum(success.values()) / len(success)
             now = f"success while exploring {rate:.0%}  {self.algorithm.env_steps:,} env steps{self._pace()}"
-        self.bar.update(self.task, completed=self._done(), now=now)
+        self.bar.update(self.task, completed=self._done(), note=now)
         self._print_line(now)
         updates = self.algorithm.updates
         stopped_by = self.stop.common(self.algorithm.ranks.gather)

@@ -40,8 +40,9 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock, Timeout
 
 from sb3_vla.common.config import to_yaml
-from sb3_vla.common.errors import DamagedError, ExpectedError, RunError, file_errors, keep_traceback
-from sb3_vla.common.paths import flush_to_disk, local_path
+from sb3_vla.common.errors import DamagedError, ExpectedError, NotThereError, RunError, file_errors, keep_traceback
+from sb3_vla.common.files import finish_exchanges, read_json, whole_folder, write_json, write_text
+from sb3_vla.common.paths import local_path
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -84,7 +85,7 @@ class RunDirectory:
                     "choose another directory"
                 )
             self.close = weakref.finalize(self, _hold(self.path))
-            _write_atomically(self.path / "config.yaml", to_yaml(config))
+            write_text(self.path / "config.yaml", to_yaml(config))
             self.write_json("versions.json", versions())
         elif not self.path.is_dir():
             raise RunError(f"there is no run directory {self.path}")
@@ -104,7 +105,7 @@ class RunDirectory:
 
     def write_json(self, name: str, value: Any) -> Path:
         """Write JSON types, dataclasses, paths, NumPy and torch values to a file such as ``"eval/sft.json"``."""
-        _write_atomically(self.path / name, json.dumps(value, indent=2, default=_to_json) + "\n")
+        write_json(self.path / name, value, default=_to_json)
         return self.path / name
 
     def read_json(self, name: str) -> Any:
@@ -112,8 +113,12 @@ class RunDirectory:
 
         :raises RunError: it does not exist or is not JSON
         """
-        with file_errors("read", self.path / name):
-            return _parse((self.path / name).read_bytes(), f"{self.path / name}")
+        try:
+            return read_json(self.path / name, object)
+        except NotThereError as error:
+            raise RunError(f"{error}") from error
+        except DamagedError as error:
+            raise RunError(f"{error}; delete it to go on") from error
 
     def append_metrics(self, row: Mapping[str, Any]) -> None:
         """Append a row to ``metrics.jsonl``; half a row that a kill left behind is dropped first."""
@@ -136,7 +141,7 @@ class RunDirectory:
     def rewind_metrics(self, keep: Callable[[dict[str, Any]], bool]) -> None:
         """Drop the rows for which ``keep`` is false: those behind the checkpoint from which a run goes on."""
         rows = [row for row in self.metrics() if keep(row)]
-        _write_atomically(self.path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        write_text(self.path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
     @contextmanager
     def stage(
@@ -225,28 +230,16 @@ class RunDirectory:
         :param keep: how many stay: this one, and of the others those of the highest steps; None for all
         """
         final = self.path / "checkpoints" / stage / f"step-{step:08d}"
-        temporary, replaced = final.with_name(f".{final.name}.tmp"), final.with_name(f".{final.name}.replaced.tmp")
         with file_errors("write", final):
-            final.parent.mkdir(parents=True, exist_ok=True)
-            _put_back(final.parent)
-            for leftover in final.parent.glob(".*.tmp"):  # of a kill
+            finish_exchanges(final.parent)
+            for leftover in final.parent.glob(".*.partial"):  # of a kill
                 shutil.rmtree(leftover)
-            temporary.mkdir()
-            try:
-                yield temporary
-                for path in [*temporary.rglob("*"), temporary]:
-                    flush_to_disk(path)
-                if final.exists():  # a folder can only be renamed onto an empty one
-                    final.rename(replaced)
-                temporary.rename(final)
-            finally:
-                shutil.rmtree(temporary, ignore_errors=True)
-            flush_to_disk(final.parent)
-            shutil.rmtree(replaced, ignore_errors=True)
-            if keep is not None:
-                others = [path for path in _checkpoints_by_step(final.parent) if path != final]
-                for old in others[: max(len(others) - (keep - 1), 0)]:
-                    shutil.rmtree(old.rename(old.with_name(f".{old.name}.tmp")), ignore_errors=True)
+        with whole_folder(final, keep=False) as partial:
+            yield partial
+        others = [path for path in _checkpoints_by_step(final.parent) if path != final] if keep is not None else []
+        with file_errors("write", final):
+            for old in others[: max(len(others) - ((keep or 1) - 1), 0)]:
+                shutil.rmtree(old.rename(old.with_name(f".{old.name}.partial")), ignore_errors=True)
 
     def latest_checkpoint(self, stage: str, check: Callable[[Path], None] | None = None) -> Path | None:
         """The complete checkpoint of a stage with the highest step, or None.
@@ -279,7 +272,7 @@ class RunDirectory:
     def _checkpoints(self, stage: str) -> list[Path]:
         """The complete checkpoints of a stage by their steps."""
         folder = self.path / "checkpoints" / stage
-        _put_back(folder)
+        finish_exchanges(folder)
         return _checkpoints_by_step(folder)
 
     def _goes_further(self, stage: str, length: int | None, before: Mapping[str, Any]) -> bool:
@@ -311,7 +304,7 @@ class RunDirectory:
         if rows or found != [checkpoints]:
             told.append(f"its earlier results are in {results}")
             self.write_json(f"replaced/{results.name}/{stage}.json", self._marker(stage))
-            _write_atomically(results / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+            write_text(results / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
         moves = [(self.path / place, earlier if place == checkpoints else results / place) for place in found]
         for place, target in moves:
             with file_errors("rename", place):
@@ -383,13 +376,13 @@ def _hold(folder: Path) -> Callable[[], None]:
                 f"{folder} is in use by {_holder(place)}; wait until it has ended, or choose another directory"
             ) from None
     holder = {"process": os.getpid(), "host": platform.node(), "since": _now(), "command": sys.argv}
-    _write_atomically(place / ".lock.json", json.dumps(holder) + "\n")
+    write_json(place / ".lock.json", holder)
     return lock.release
 
 
 def _holder(folder: Path) -> str:
     try:
-        found = json.loads((folder / ".lock.json").read_bytes())
+        found = read_json(folder / ".lock.json")
         command = " ".join(found["command"])
         return f"process {found['process']} on {found['host']} since {found['since']} ({command})"
     except (OSError, ValueError, KeyError, TypeError):
@@ -400,14 +393,6 @@ def _checkpoints_by_step(folder: Path) -> list[Path]:
     """A stage's complete checkpoints, the highest step last."""
     complete = [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
     return sorted(complete, key=lambda path: int(path.name.removeprefix("step-")))
-
-
-def _put_back(folder: Path) -> None:
-    """Undo a replacement of a checkpoint whose writer was killed between taking it away and putting the new one."""
-    for replaced in folder.glob(".step-*.replaced.tmp"):
-        final = folder / replaced.name.removeprefix(".").removesuffix(".replaced.tmp")
-        if not final.exists():
-            replaced.rename(final)
 
 
 def versions() -> dict[str, Any]:
@@ -457,16 +442,3 @@ def _parse(data: bytes, where: str) -> Any:
         return json.loads(data)
     except ValueError as error:
         raise RunError(f"{where} is damaged: not JSON ({error}); delete it to go on") from error
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    with file_errors("write", path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            temporary.write_text(text, encoding="utf-8")
-            flush_to_disk(temporary)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-        flush_to_disk(path.parent)

@@ -92,8 +92,6 @@ def load_algorithm(folder: Path, algorithm: PPO) -> None:
     algorithm._last_obs = env.reset()  # type: ignore[assignment]
     algorithm._last_episode_starts = np.array(values["episode_starts"][own], dtype=bool)
     for task, episodes in values["episodes"].items():
-        if any(len(episode) != len(EpisodeRecord._fields) for episode in episodes):
-            raise InputError(f"{folder} is of an earlier version, which kept less; start the training anew")
         algorithm.episodes.by_task[task].extend(EpisodeRecord(*episode) for episode in episodes)
     algorithm.episodes.without_success = values["episodes_without_success"]
     algorithm.ep_info_buffer = deque(values["episode_infos"], maxlen=algorithm._stats_window_size)

@@ -14,7 +14,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 from mw_envs.tasks import INSTRUCTION_BYTES
@@ -25,6 +24,7 @@ from sb3_vla.checkpoints.training_state import load_training_state, save_trainin
 from sb3_vla.common.errors import InputError
 from sb3_vla.common.paths import local_path
 from sb3_vla.common.precision import autocast, get_device
+from sb3_vla.common.progress import progress_bar
 from sb3_vla.common.signals import Stopped, stop_request
 from sb3_vla.data.batches import DemonstrationBatches, check_hand_images, hand_view_of, shared_imitation_loss
 from sb3_vla.data.demonstrations import Demonstrations
@@ -200,8 +200,8 @@ def sft(
         )
     ranks.check_same(model.state_dict(), "the model")
     started = time.perf_counter() - (history[-1]["seconds"] if history else 0.0)
-    with stop_request() as stop, _bar(config.steps, progress and ranks.leads) as bar:
-        task = bar.add_task("imitation", total=config.steps, completed=first_step - 1, losses="")
+    with stop_request() as stop, progress_bar(progress and ranks.leads) as bar:
+        task = bar.add_task("imitation", total=config.steps, completed=first_step - 1, note="")
         for step in range(first_step, config.steps + 1):
             with autocast(config.bf16, device.type):
                 loss = shared_imitation_loss(
@@ -227,7 +227,7 @@ def sft(
             recent = np.mean([r["train_loss"] for r in history[-50:]])
             validated = next((r["validation_loss"] for r in reversed(history) if "validation_loss" in r), None)
             shown = "" if validated is None else f"  validation {validated:.3f}"
-            bar.update(task, advance=1, losses=f"loss {recent:.3f}{shown}")
+            bar.update(task, advance=1, note=f"loss {recent:.3f}{shown}")
             stopped_by = stop.common(ranks.gather)
             due = step < config.steps and (step % config.checkpoint_interval == 0 or stopped_by is not None)
             if save_state is not None and ranks.leads and due:
@@ -313,13 +313,14 @@ def _validation_loss(
 ) -> float:
     """Mean loss with the same noise at every validation, so that the curve is smooth."""
     device = model.action_mean.device
-    generator = torch.Generator(device).manual_seed(config.seed)
     total = count = 0.0
-    for observation, actions, mask in (_moved(batch, device) for batch in batches):
-        with autocast(config.bf16, device.type):
-            loss = model.imitation_loss(observation, actions, mask, draws=4, generator=generator)
-        total += loss.item() * len(actions)
-        count += len(actions)
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(config.seed)
+        for observation, actions, mask in (_moved(batch, device) for batch in batches):
+            with autocast(config.bf16, device.type):
+                loss = model.imitation_loss(observation, actions, mask, draws=4)
+            total += loss.item() * len(actions)
+            count += len(actions)
     return total / count
 
 
@@ -336,15 +337,3 @@ def _moved(
 ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
     observation, actions, mask = batch
     return {key: value.to(device) for key, value in observation.items()}, actions.to(device), mask.to(device)
-
-
-def _bar(steps: int, shown: bool) -> Progress:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[losses]}"),
-    )
-    return Progress(*columns, disable=not shown)

@@ -14,30 +14,31 @@ from typing import Any
 
 from torch import Tensor
 
-from sb3_vla.checkpoints.formats.layout import (
-    load_weights,
-    read_json,
-    read_tensors,
-    tell_unreadable,
-    write_json,
-    write_tensors,
+from sb3_vla.checkpoints.folders import read_part, tell_unreadable
+from sb3_vla.checkpoints.formats.lerobot import (
+    ACTION,
+    DEVICE,
+    FIRST_STEPS,
+    IMAGE,
+    NORMALIZER,
+    STATE,
+    read_statistics,
+    step,
+    write_processors,
 )
 from sb3_vla.checkpoints.native import LoadedCheckpoint, whole_checkpoint
+from sb3_vla.checkpoints.weights import load_weights, read_weights, write_weights
 from sb3_vla.common.errors import InputError
+from sb3_vla.common.files import write_json
 from sb3_vla.common.paths import local_path
 from sb3_vla.models.diffusion import NORMALIZATIONS, SCHEDULES
 from sb3_vla.models.diffusion_policy import RESNETS, DiffusionPolicy
 from sb3_vla.models.lora import merged_state
 from sb3_vla.models.sizes import published_options
 
-_STATE = "observation.state"
-_ACTION = "action"
-_IMAGE = "observation.image"
 _PARTS = ("rgb_encoder.", "unet.", "instruction_encoder.")
 _MOMENTS = ("mean", "std", "min", "max")
 _FEATURE_TYPES = {"image": "VISUAL", "state": "STATE", "action": "ACTION"}
-_NORMALIZER = "policy_preprocessor_step_3_normalizer_processor.safetensors"
-_UNNORMALIZER = "policy_postprocessor_step_0_unnormalizer_processor.safetensors"
 
 
 def load_diffusion_policy(folder: str | Path) -> LoadedCheckpoint:
@@ -48,8 +49,8 @@ def load_diffusion_policy(folder: str | Path) -> LoadedCheckpoint:
         this model has not: other observations, other networks.
     """
     folder = local_path(folder)
-    config = read_json(folder, "config.json", "the policy's configuration")
-    weights = read_tensors(folder, "model.safetensors", "the weights")
+    config = read_part(folder, "config.json", "the policy's configuration")
+    weights = read_weights(folder)
     try:
         image = _one_camera(config, folder)
         buffers = {key: weights.pop(key) for key in [*weights] if not key.startswith("diffusion.")}
@@ -61,8 +62,11 @@ def load_diffusion_policy(folder: str | Path) -> LoadedCheckpoint:
             f"{folder / 'config.json'} is no complete Diffusion Policy configuration: {error!r}"
         ) from error
     model = DiffusionPolicy(**options)
-    load_weights(model, weights, folder, ours=("image_", "state_", "action_"))
-    _load_statistics(model, buffers or _processor_statistics(folder), image, folder)
+    load_weights(model, weights, folder, optional=("image_", "state_", "action_"))
+    if not buffers:
+        before, after = read_statistics(folder)
+        buffers = {**before, **after}
+    _load_statistics(model, buffers, image, folder)
     return LoadedCheckpoint(model, "diffusion_policy", model.config, None, {}, distribution)
 
 
@@ -82,22 +86,22 @@ def save_diffusion_policy(
         raise InputError(f"distribution={name!r}; expected 'ddpm' or 'ddim', the samplers that LeRobot knows")
     size, clip = model.image_size[0], sampler.get("clip_sample", 1.0)
     folder, given = local_path(folder), model.config
-    horizon, step = given["action_horizon"], 2 ** len(given["down_dims"])
+    horizon, multiple = given["action_horizon"], 2 ** len(given["down_dims"])
     tell_unreadable(
         folder,
         "LeRobot",
         {
             "widths": (tuple(given["widths"]), published_options("diffusion_policy")["widths"]),
             "instruction_dim": (given["instruction_dim"], 0),
-            "action_horizon": (horizon, horizon if horizon % step == 0 else f"a multiple of {step}"),
+            "action_horizon": (horizon, horizon if horizon % multiple == 0 else f"a multiple of {multiple}"),
         },
     )
     norm_map = {kind: given["normalization"][feature].upper() for feature, kind in _FEATURE_TYPES.items()}
     inputs = {
-        _IMAGE: {"type": "VISUAL", "shape": [3, size, size]},
-        _STATE: {"type": "STATE", "shape": [given["state_dim"]]},
+        IMAGE: {"type": "VISUAL", "shape": [3, size, size]},
+        STATE: {"type": "STATE", "shape": [given["state_dim"]]},
     }
-    outputs = {_ACTION: {"type": "ACTION", "shape": [given["action_dim"]]}}
+    outputs = {ACTION: {"type": "ACTION", "shape": [given["action_dim"]]}}
     cropped = model.crop_size != size
     config = {
         "type": "diffusion",
@@ -139,42 +143,24 @@ def save_diffusion_policy(
     }
     statistics = {
         f"{feature}.{moment}": getattr(model, f"{ours}_{moment}")
-        for feature, ours in ((_ACTION, "action"), (_IMAGE, "image"), (_STATE, "state"))
+        for feature, ours in ((ACTION, "action"), (IMAGE, "image"), (STATE, "state"))
         for moment in _MOMENTS
     }
     parts = {key: value for key, value in merged_state(model).items() if key.startswith(_PARTS)}
-    device = {"registry_name": "device_processor", "config": {"device": "cpu", "float_dtype": None}}
-    normalizer = {"eps": 1e-8, "features": {**inputs, **outputs}, "norm_map": norm_map}
-    before = [
-        {"registry_name": "rename_observations_processor", "config": {"rename_map": {}}},
-        {"registry_name": "to_batch_processor", "config": {}},
-        device,
-        {"registry_name": "normalizer_processor", "config": normalizer, "state_file": _NORMALIZER},
-    ]
-    after = [
-        {
-            "registry_name": "unnormalizer_processor",
-            "config": {**normalizer, "features": outputs},
-            "state_file": _UNNORMALIZER,
-        },
-        device,
-    ]
     with whole_checkpoint(folder) as partial:
         write_json(partial / "config.json", config)
-        write_tensors(partial / "model.safetensors", {f"diffusion.{key}": value for key, value in parts.items()})
-        for file in (_NORMALIZER, _UNNORMALIZER):
-            write_tensors(partial / file, statistics)
-        write_json(partial / "policy_preprocessor.json", {"name": "policy_preprocessor", "steps": before})
-        write_json(partial / "policy_postprocessor.json", {"name": "policy_postprocessor", "steps": after})
+        write_weights(partial, {f"diffusion.{key}": value for key, value in parts.items()})
+        steps = [*FIRST_STEPS, DEVICE, step(NORMALIZER)]
+        write_processors(partial, steps, inputs, outputs, norm_map, statistics)
 
 
 def _one_camera(config: Mapping[str, Any], folder: Path) -> str:
     """Name of the picture among the inputs, which must be that, the state and nothing else."""
     kinds = {name: feature["type"] for name, feature in config["input_features"].items()}
     images = [name for name, kind in kinds.items() if kind == "VISUAL"]
-    if len(images) != 1 or kinds.get(_STATE) != "STATE" or len(kinds) != 2:
+    if len(images) != 1 or kinds.get(STATE) != "STATE" or len(kinds) != 2:
         raise InputError(
-            f"{folder} reads {', '.join(kinds)}; expected one camera and {_STATE}, which is what the environment gives"
+            f"{folder} reads {', '.join(kinds)}; expected one camera and {STATE}, which is what the environment gives"
         )
     shape = config["input_features"][images[0]]["shape"]
     if shape[1] != shape[2] and not config.get("resize_shape"):
@@ -211,9 +197,9 @@ def _options(config: Mapping[str, Any], image: str, weights: Mapping[str, Tensor
         if mode not in NORMALIZATIONS:
             raise InputError(f"{folder} normalizes by {mode!r}; expected one of {', '.join(NORMALIZATIONS)}")
     return {
-        "action_dim": config["output_features"][_ACTION]["shape"][0],
+        "action_dim": config["output_features"][ACTION]["shape"][0],
         "action_horizon": config["horizon"],
-        "state_dim": config["input_features"][_STATE]["shape"][0],
+        "state_dim": config["input_features"][STATE]["shape"][0],
         "image_size": size,
         "crop_size": crop[0] if crop else None,
         "n_obs_steps": config["n_obs_steps"],
@@ -243,25 +229,10 @@ def _sampler(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     }
 
 
-def _processor_statistics(folder: Path) -> dict[str, Tensor]:
-    """Statistics by ``<feature>.<moment>`` from the files that the processors name."""
-    found: dict[str, Tensor] = {}
-    for file, step in (
-        ("policy_preprocessor.json", "normalizer_processor"),
-        ("policy_postprocessor.json", "unnormalizer_processor"),
-    ):
-        processor = read_json(folder, file, "how observations and actions are normalized")
-        states = [entry["state_file"] for entry in processor.get("steps", []) if entry.get("registry_name") == step]
-        if len(states) != 1:
-            raise InputError(f"{folder / file} has {len(states)} steps {step!r} with a state_file; expected one")
-        found.update(read_tensors(folder, states[0], "statistics of the training data"))
-    return found
-
-
 def _load_statistics(model: DiffusionPolicy, found: Mapping[str, Tensor], image: str, folder: Path) -> None:
     needed = {"identity": (), "mean_std": ("mean", "std"), "min_max": ("min", "max")}
     taken = {}
-    for ours, feature in (("image", image), ("state", _STATE), ("action", _ACTION)):
+    for ours, feature in (("image", image), ("state", STATE), ("action", ACTION)):
         before = feature.replace(".", "_")  # the older layout
         for moment in _MOMENTS:
             names = (

@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sb3_vla.checkpoints.formats.layout import load_weights, read_json, tell_unreadable, write_json
+from sb3_vla.checkpoints.folders import read_part, tell_unreadable
 from sb3_vla.checkpoints.formats.tokenizer_files import find_tokenizer, write_tokenizer
 from sb3_vla.checkpoints.native import NORMALIZED, LoadedCheckpoint, whole_checkpoint
-from sb3_vla.checkpoints.shards import read_weights, write_weights
+from sb3_vla.checkpoints.weights import load_weights, read_weights, write_weights
 from sb3_vla.common.errors import InputError
+from sb3_vla.common.files import write_json
 from sb3_vla.common.paths import local_path
 from sb3_vla.models.lora import merged_state
 from sb3_vla.models.openvla_oft import OFT_SIZES, SPECIAL_TOKENS, OFTSizes, OpenVLAOFT
@@ -65,7 +66,7 @@ def load_openvla_oft(
         continuous actions instead.
     """
     folder = local_path(folder)
-    config = read_json(folder, "config.json", "the policy's configuration")
+    config = read_part(folder, "config.json", "the policy's configuration")
     if config.get("model_type") != "openvla":
         raise InputError(f"{folder} is a model of type {config.get('model_type')!r}; expected 'openvla'")
     heads = sorted(path.name for path in folder.glob("action_head--*"))
@@ -107,7 +108,7 @@ def load_openvla_oft(
         stop_token=chosen("stop_token", stop_token, False),
         precision=precision,
     )
-    load_weights(model, weights, folder, ours=_STATISTICS)
+    load_weights(model, weights, folder, optional=_STATISTICS)
     model.set_statistics(statistics)
     return LoadedCheckpoint(model, "openvla_oft", model.config, None, {NORMALIZED: not base}, ("tokens", {}))
 
@@ -191,7 +192,7 @@ def _statistics(config: Mapping[str, Any], folder: Path, key: str | None) -> dic
     known = config.get("norm_stats") or {}
     wanted = key or config.get("unnorm_key")
     if not known or (wanted is not None and wanted not in known):
-        known = read_json(folder, "dataset_statistics.json", "the statistics of the actions")
+        known = read_part(folder, "dataset_statistics.json", "the statistics of the actions")
     if wanted is None and len(known) == 1:
         wanted = next(iter(known))
     if wanted is None or wanted not in known:

@@ -6,29 +6,20 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from sb3_vla.checkpoints.folders import (
-    HUB,
-    fit,
-    local_folder,
-    new_folder,
-    read_json,
-    read_weights,
-    weight_files,
-    weight_names,
-    write_json,
-)
+from sb3_vla.checkpoints.folders import HUB, local_folder, new_folder, tell_unreadable
 from sb3_vla.checkpoints.formats import pi0_lerobot
-from sb3_vla.checkpoints.formats.layout import tell_unreadable
 from sb3_vla.checkpoints.native import LoadedCheckpoint
+from sb3_vla.checkpoints.weights import check_weights, read_weights, tensor_names, weight_files, write_weights
 from sb3_vla.common.errors import InputError, NotThereError
+from sb3_vla.common.files import read_json, write_json
 from sb3_vla.common.paths import local_path
 from sb3_vla.models import Pi0, Pi05
 from sb3_vla.models.gemma import GemmaSize
@@ -71,7 +62,7 @@ def load_pi0(source: str | Path, options: Mapping[str, Any] | None = None) -> Lo
     folder = local_folder(source)
     given = dict(options or {})
     norm_stats = given.pop("norm_stats", None)
-    config = read_json(folder / "config.json")
+    config = _config(folder)
     found = _read(folder)
     name = config["type"] if config.get("type") in NAMES else found.name
     statistics: dict[str, Tensor] | None
@@ -94,7 +85,10 @@ def load_pi0(source: str | Path, options: Mapping[str, Any] | None = None) -> Lo
     hint = (
         f"The names look like {found.name}." if found.name != name else "The file is incomplete, or of another model."
     )
-    fit(model, found.weights, folder, hint)
+    check_weights(model, found.weights, folder, tuple(name for name, _ in model.named_buffers()), hint)
+    device = torch.get_default_device()
+    weights = {key: value.to(device, torch.float32) for key, value in found.weights.items()}
+    model.load_state_dict(weights, strict=False, assign=True)
     if statistics:
         _set_statistics(model, statistics, folder)
     view = {"render_size": _RENDER_SIZE, **(_RLINF_VIEW if layout == "rlinf" else {})}
@@ -111,12 +105,18 @@ def is_pi0(source: str | Path) -> bool:
         return True
     folder = local_path(source)
     try:
-        config = read_json(folder / "config.json")
+        config = _config(folder)
     except ValueError:  # whoever wrote it, our own reader says best what is wrong
         return False
     if "format" in config:
         return False
-    return config.get("type") in NAMES or any(_KNOWN_NAMES.match(name) for name in weight_names(weight_files(folder)))
+    if config.get("type") in NAMES:
+        return True
+    names: list[str] = []
+    with suppress(ValueError, OSError):  # of a file that is damaged or not there, which its reader tells
+        for path in weight_files(folder):
+            names += tensor_names(path)
+    return any(_KNOWN_NAMES.match(name) for name in names)
 
 
 def save_lerobot(folder: str | Path, model: Pi0) -> None:
@@ -130,7 +130,7 @@ def save_lerobot(folder: str | Path, model: Pi0) -> None:
     tell_unreadable(folder, "LeRobot", sizes_beside_the_published(model))
     with new_folder(folder) as partial:
         weights = {f"model.{key}": tensor for key, tensor in _openpi_weights(model).items()}
-        save_file(weights, partial / "model.safetensors", metadata={"format": "pt"})
+        write_weights(partial, weights)
         pi0_lerobot.write(partial, name, model, statistics_for(model, "lerobot"), local_path(folder))
 
 
@@ -147,7 +147,7 @@ def save_openpi(folder: str | Path, model: Pi0, asset_id: str = "lerobot/metawor
         )
     tell_unreadable(folder, "openpi", sizes_beside_the_published(model))
     with new_folder(folder) as partial:
-        save_file(_openpi_weights(model), partial / "model.safetensors", metadata={"format": "pt"})
+        write_weights(partial, _openpi_weights(model))
         config = {
             "action_dim": model.latent_dim,
             "action_horizon": model.action_horizon,
@@ -196,12 +196,11 @@ class _Found:
 
 
 def _read(folder: Path) -> _Found:
-    files = weight_files(folder)
-    if not files:
+    if not weight_files(folder):
         jax = (folder / "params").is_dir() or (folder / "_METADATA").is_file()
         advice = "It looks like openpi's JAX layout: convert it with openpi's convert_jax_model_to_pytorch.py. "
         raise NotThereError(f"{folder} has no *.safetensors and no full_weights.pt. {advice if jax else ''}")
-    raw = read_weights(files)
+    raw = read_weights(folder)
     named = {canonical_name(key): tensor for key, tensor in raw.items()}
     heads = {key: tensor for key, tensor in named.items() if key.startswith(_RL_HEADS)}
     weights = {key: tensor for key, tensor in named.items() if key not in heads and key not in UNUSED}
@@ -318,6 +317,11 @@ _SMALL: dict[str, Any] = {
 }
 
 
+def _config(folder: Path) -> dict[str, Any]:
+    """The configuration, of which openpi's older and RLinf's folders have none."""
+    return read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+
+
 def _openpi_options(config: Mapping[str, Any]) -> dict[str, Any]:
     horizon = config.get("action_horizon", config.get("chunk_size"))
     return {} if horizon is None else {"action_horizon": horizon}
@@ -404,9 +408,7 @@ def _openpi_weights(model: Pi0) -> dict[str, Tensor]:
     """All weights under openpi's names. The embedding is tied to PaliGemma's head, whose name alone is written, as
     safetensors does it; openpi and LeRobot also want the expert's head, which they never use."""
     buffers = dict(model.named_buffers())
-    weights = {
-        name: tensor.detach().cpu().contiguous() for name, tensor in merged_state(model).items() if name not in buffers
-    }
+    weights = {name: tensor for name, tensor in merged_state(model).items() if name not in buffers}
     weights[TIED] = weights.pop(EMBEDDING)
     vocabulary, width = model.config["vocabulary"], model.config["expert"]["width"]
     weights[UNUSED[0]] = torch.zeros(vocabulary, width, dtype=torch.bfloat16)

@@ -7,20 +7,32 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 
-from sb3_vla.checkpoints.folders import read_json, read_weights, write_json
+from sb3_vla.checkpoints.formats.lerobot import (
+    ACTION,
+    DEVICE,
+    FIRST_STEPS,
+    IMAGE,
+    NORMALIZER,
+    PREPROCESSOR,
+    STATE,
+    find_step,
+    read_statistics,
+    read_steps,
+    step,
+    write_processors,
+)
 from sb3_vla.checkpoints.formats.tokenizer_files import TOKENIZER, beginning_with, lerobot_step, write_tokenizer
-from sb3_vla.common.errors import InputError, NotThereError
+from sb3_vla.common.errors import InputError
+from sb3_vla.common.files import write_json
 from sb3_vla.models import Pi0, Pi05
 from sb3_vla.models.normalization import STATISTICS
 from sb3_vla.models.pi0 import PALIGEMMA
 from sb3_vla.models.prompts import BOS, is_hub_name, local_tokenizer_file, tokenizer_file
 
 _SCHEMES = {"MEAN_STD": "mean_std", "QUANTILES": "quantiles", "MIN_MAX": "min_max", "IDENTITY": "identity"}
-_FEATURES = {"state": "observation.state", "action": "action"}
-_PREPROCESSOR, _POSTPROCESSOR = "policy_preprocessor", "policy_postprocessor"
+_FEATURES = {"state": STATE, "action": ACTION}
 _STATE_PROMPT = "pi05_prepare_state_tokenizer_processor_step"
 
 
@@ -42,29 +54,34 @@ def read(folder: Path, config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[
         shape = ((features or {}).get(_FEATURES[name]) or {}).get("shape")
         if shape:
             options[f"{name}_dim"] = shape[0]
-    steps = _steps(folder, _PREPROCESSOR)
+    steps = read_steps(folder, PREPROCESSOR)
     if not steps:
         return options, None
     tokenizer = _tokenizer(folder, steps)
     if tokenizer is not None:
         options["tokenizer"] = tokenizer
     if config["type"] == "pi05":
-        written = [step for step in steps if step.get("registry_name") == _STATE_PROMPT]
+        written = [each for each in steps if each.get("registry_name") == _STATE_PROMPT]
         options["discrete_state_input"] = bool(written)
         # Version 0.4 wrote the padded state; what came after it knows relative actions and writes the real numbers.
         if written and "use_relative_actions" not in config:
             options["prompt_state_dim"] = config.get("max_state_dim", 32)
-    normalizer = _step(folder, steps, "normalizer_processor")
+    normalizer = find_step(folder, PREPROCESSOR, NORMALIZER)
     norm_map = normalizer.get("config", {}).get("norm_map", config.get("normalization_mapping", {}))
     for name in _FEATURES:
         scheme = norm_map.get(name.upper(), "IDENTITY")
         if scheme not in _SCHEMES:
             raise InputError(f"{folder} normalizes the {name} by {scheme!r}; known: {', '.join(_SCHEMES)}")
         options[f"{name}_scheme"] = _SCHEMES[scheme]
-    statistics = _statistics(folder, normalizer)
-    unnormalizer = _step(folder, _steps(folder, _POSTPROCESSOR), "unnormalizer_processor")
+    before, after = read_statistics(folder)
     # What comes out is what the environment gets, should the two differ.
-    statistics |= {key: value for key, value in _statistics(folder, unnormalizer).items() if key.startswith("action_")}
+    tensors = {**before, **{key: value for key, value in after.items() if key.startswith(f"{ACTION}.")}}
+    statistics = {
+        f"{ours}_{key}": tensors[f"{feature}.{key}"].float().flatten()
+        for ours, feature in _FEATURES.items()
+        for key in STATISTICS
+        if f"{feature}.{key}" in tensors
+    }
     return options, statistics
 
 
@@ -82,10 +99,10 @@ def write(folder: Path, name: str, model: Pi0, statistics: Mapping[str, Tensor],
         "ACTION": scheme_names[model.action_scheme],
     }
     inputs = {
-        "observation.image": {"type": "VISUAL", "shape": [3, 480, 480]},
-        "observation.state": {"type": "STATE", "shape": [model.config["state_dim"]]},
+        IMAGE: {"type": "VISUAL", "shape": [3, 480, 480]},
+        STATE: {"type": "STATE", "shape": [model.config["state_dim"]]},
     }
-    outputs = {"action": {"type": "ACTION", "shape": [model.action_dim]}}
+    outputs = {ACTION: {"type": "ACTION", "shape": [model.action_dim]}}
     config = {
         "type": name,
         "n_obs_steps": 1,
@@ -106,13 +123,12 @@ def write(folder: Path, name: str, model: Pi0, statistics: Mapping[str, Tensor],
         "tokenizer_max_length": model.config["prompt_tokens"],
         "normalization_mapping": norm_map,
     }
-    prompt: list[dict[str, Any]] = [{"registry_name": "pi0_new_line_processor", "config": {}}]
+    prompt = [step("pi0_new_line_processor")]
     if isinstance(model, Pi05):
         if model.prompt_state_dim is None:
             config["use_relative_actions"] = False
         if model.discrete_state_input:
-            step_config = {"max_state_dim": model.prompt_state_dim or model.latent_dim, "task_key": "task"}
-            prompt = [{"registry_name": _STATE_PROMPT, "config": step_config}]
+            prompt = [step(_STATE_PROMPT, max_state_dim=model.prompt_state_dim or model.latent_dim, task_key="task")]
     write_json(folder / "config.json", config)
     reading = {
         "max_length": model.config["prompt_tokens"],
@@ -122,29 +138,12 @@ def write(folder: Path, name: str, model: Pi0, statistics: Mapping[str, Tensor],
         "truncation": True,
     }
     text = _write_tokenizer(folder, model.tokenize.source, reading, final)
-    device = {"registry_name": "device_processor", "config": {"device": "cpu", "float_dtype": None}}
-    rules = {"eps": 1e-8, "norm_map": norm_map}
-    normalizer = {"registry_name": "normalizer_processor", "config": {**rules, "features": {**inputs, **outputs}}}
-    unnormalizer = {"registry_name": "unnormalizer_processor", "config": {**rules, "features": outputs}}
-    start = [
-        {"registry_name": "rename_observations_processor", "config": {"rename_map": {}}},
-        {"registry_name": "to_batch_processor", "config": {}},
-    ]
     # The prompt of pi0.5 tells the normalized state.
-    steps = (
-        [*start, normalizer, *prompt, text, device] if name == "pi05" else [*start, *prompt, text, device, normalizer]
-    )
-    for kind, listed in ((_PREPROCESSOR, steps), (_POSTPROCESSOR, [unnormalizer, device])):
-        for index, step in enumerate(listed):
-            if step in (normalizer, unnormalizer):
-                step["state_file"] = f"{kind}_step_{index}_{step['registry_name']}.safetensors"
-                tensors = {
-                    f"{feature}.{key}": statistics[f"{ours}_{key}"].clone()
-                    for ours, feature in _FEATURES.items()
-                    for key in STATISTICS
-                }
-                save_file(tensors, folder / step["state_file"])
-        write_json(folder / f"{kind}.json", {"name": kind, "steps": listed})
+    rest = [step(NORMALIZER), *prompt, text, DEVICE] if name == "pi05" else [*prompt, text, DEVICE, step(NORMALIZER)]
+    named = {
+        f"{feature}.{key}": statistics[f"{ours}_{key}"] for ours, feature in _FEATURES.items() for key in STATISTICS
+    }
+    write_processors(folder, [*FIRST_STEPS, *rest], inputs, outputs, norm_map, named)
 
 
 def _write_tokenizer(folder: Path, source: str, reading: Mapping[str, Any], final: Path) -> dict[str, Any]:
@@ -169,41 +168,14 @@ def _write_tokenizer(folder: Path, source: str, reading: Mapping[str, Any], fina
             stacklevel=4,
         )
         repository = PALIGEMMA
-    return {"registry_name": "tokenizer_processor", "config": {**reading, "tokenizer_name": repository}}
-
-
-def _steps(folder: Path, kind: str) -> list[dict[str, Any]]:
-    return list(read_json(folder / f"{kind}.json").get("steps", []))
-
-
-def _step(folder: Path, steps: list[dict[str, Any]], name: str) -> dict[str, Any]:
-    for step in steps:
-        if step.get("registry_name") == name:
-            return step
-    raise InputError(f"{folder} has processors without {name}: {[step.get('registry_name') for step in steps]}")
-
-
-def _statistics(folder: Path, step: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Statistics of a step, from the file that it names, by our names."""
-    if "state_file" not in step:
-        return {}
-    path = folder / step["state_file"]
-    if not path.is_file():
-        raise NotThereError(f"{folder} lacks {step['state_file']}, the statistics of its {step['registry_name']}")
-    tensors = read_weights([path])
-    return {
-        f"{ours}_{key}": tensors[f"{feature}.{key}"].float().flatten()
-        for ours, feature in _FEATURES.items()
-        for key in STATISTICS
-        if f"{feature}.{key}" in tensors
-    }
+    return step("tokenizer_processor", **reading, tokenizer_name=repository)
 
 
 def _tokenizer(folder: Path, steps: list[dict[str, Any]]) -> str | None:
     """The tokenizer that came with the checkpoint, or the one that its processor names."""
-    for step in steps:
-        if step.get("registry_name") == "tokenizer_processor":
-            name = (step.get("artifacts") or {}).get("tokenizer_name") or step.get("config", {}).get("tokenizer_name")
+    for each in steps:
+        if each.get("registry_name") == "tokenizer_processor":
+            name = (each.get("artifacts") or {}).get("tokenizer_name") or each.get("config", {}).get("tokenizer_name")
             if name and (folder / name).is_dir():
                 return str((folder / name).resolve())
             return name or None

@@ -16,18 +16,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sb3_vla.checkpoints.formats.layout import (
-    load_weights,
-    read_json,
-    read_tensors,
-    require_file,
-    write_json,
-    write_tensors,
+from sb3_vla.checkpoints.folders import read_part
+from sb3_vla.checkpoints.formats.lerobot import (
+    ACTION,
+    DEVICE,
+    FIRST_STEPS,
+    IMAGE,
+    NORMALIZER,
+    PREPROCESSOR,
+    STATE,
+    find_step,
+    read_statistics,
+    step,
+    write_processors,
 )
 from sb3_vla.checkpoints.formats.tokenizer_files import TOKENIZER, find_tokenizer, lerobot_step, write_tokenizer
 from sb3_vla.checkpoints.native import ENVIRONMENT_DIM, NORMALIZED, LoadedCheckpoint, whole_checkpoint
-from sb3_vla.checkpoints.shards import read_weights, write_weights
+from sb3_vla.checkpoints.weights import load_weights, read_weights, write_weights
 from sb3_vla.common.errors import InputError
+from sb3_vla.common.files import write_json
 from sb3_vla.common.paths import local_path
 from sb3_vla.models.lora import merged_state
 from sb3_vla.models.smolvla import SPECIAL_TOKENS, SmolVLA
@@ -58,9 +65,6 @@ _PARTS = {
     "": "model.",
 }
 _STATISTICS = ("action_mean", "action_std", "state_mean", "state_std")
-_IMAGE, _STATE, _ACTION = "observation.image", "observation.state", "action"
-_NORMALIZER = "policy_preprocessor_step_5_normalizer_processor.safetensors"
-_UNNORMALIZER = "policy_postprocessor_step_0_unnormalizer_processor.safetensors"
 _NORM_MAP = {"VISUAL": "IDENTITY", "STATE": "MEAN_STD", "ACTION": "MEAN_STD"}
 
 
@@ -85,7 +89,7 @@ def load_smolvla(
         needs what this model has not.
     """
     folder = local_path(folder)
-    config = read_json(folder, "config.json", "the policy's configuration")
+    config = read_part(folder, "config.json", "the policy's configuration")
     if config.get("type") != "smolvla":
         raise InputError(f"{folder} is a policy of type {config.get('type')!r}; expected 'smolvla'")
     _check_supported(config, folder)
@@ -100,7 +104,7 @@ def load_smolvla(
     if base:
         options |= {"action_dim": ENVIRONMENT_DIM, "state_dim": ENVIRONMENT_DIM}
     model = SmolVLA(**options, precision=precision)
-    load_weights(model, {_our_name(key): value for key, value in weights.items()}, folder, ours=_STATISTICS)
+    load_weights(model, {_our_name(key): value for key, value in weights.items()}, folder, optional=_STATISTICS)
     if shifted_positions:
         _shift_positions(model)
     if not base:
@@ -122,12 +126,12 @@ def save_smolvla(
     published = VLM_NAMES.get(given["vlm"]) if isinstance(given["vlm"], str) else None
     size, action_dim, horizon = given["image_size"], given["action_dim"], given["action_horizon"]
     inputs = {
-        _IMAGE: {"type": "VISUAL", "shape": [3, size, size]},
-        _STATE: {"type": "STATE", "shape": [given["state_dim"]]},
+        IMAGE: {"type": "VISUAL", "shape": [3, size, size]},
+        STATE: {"type": "STATE", "shape": [given["state_dim"]]},
     }
     for index in range(given["absent_pictures"]):
         inputs[f"observation.images.empty_camera_{index}"] = {"type": "VISUAL", "shape": [3, 480, 640]}
-    outputs = {_ACTION: {"type": "ACTION", "shape": [action_dim]}}
+    outputs = {ACTION: {"type": "ACTION", "shape": [action_dim]}}
     config = {
         "type": "smolvla",
         "n_obs_steps": 1,
@@ -166,12 +170,10 @@ def save_smolvla(
     }
     statistics = {
         f"{feature}.{moment}": getattr(model, f"{ours}_{moment}")
-        for feature, ours in ((_ACTION, "action"), (_STATE, "state"))
+        for feature, ours in ((ACTION, "action"), (STATE, "state"))
         for moment in ("mean", "std")
     }
     weights = {_their_name(key): value for key, value in merged_state(model).items() if key not in _STATISTICS}
-    device = {"registry_name": "device_processor", "config": {"device": "cpu", "float_dtype": None}}
-    normalizer = {"eps": 1e-8, "features": {**inputs, **outputs}, "norm_map": _NORM_MAP}
     words = {
         "max_length": given["max_tokens"],
         "task_key": "task",
@@ -180,26 +182,17 @@ def save_smolvla(
         "truncation": True,
     }
     text = given["tokenizer"] or byte_tokenizer(SPECIAL_TOKENS)
-    before = [
-        {"registry_name": "rename_observations_processor", "config": {"rename_map": {}}},
-        {"registry_name": "to_batch_processor", "config": {}},
-        {"registry_name": "smolvla_new_line_processor", "config": {}},
+    steps = [
+        *FIRST_STEPS,
+        step("smolvla_new_line_processor"),
         lerobot_step(words, text, folder, VLM_NAMES.values()),
-        device,
-        {"registry_name": "normalizer_processor", "config": normalizer, "state_file": _NORMALIZER},
-    ]
-    unnormalizer = {**normalizer, "features": outputs}
-    after = [
-        {"registry_name": "unnormalizer_processor", "config": unnormalizer, "state_file": _UNNORMALIZER},
-        device,
+        DEVICE,
+        step(NORMALIZER),
     ]
     with whole_checkpoint(folder) as partial:
         write_json(partial / "config.json", config)
         write_weights(partial, weights, max_shard_bytes)
-        for file in (_NORMALIZER, _UNNORMALIZER):
-            write_tensors(partial / file, statistics)
-        write_json(partial / "policy_preprocessor.json", {"name": "policy_preprocessor", "steps": before})
-        write_json(partial / "policy_postprocessor.json", {"name": "policy_postprocessor", "steps": after})
+        write_processors(partial, steps, inputs, outputs, _NORM_MAP, statistics)
         write_tokenizer(partial / TOKENIZER, text)
         if published is None:
             _write_vlm(partial / _VLM, model, text, weights)
@@ -236,16 +229,16 @@ def _options(config: Mapping[str, Any], weights: Mapping[str, Tensor], folder: P
     features = {**config["input_features"], **config["output_features"]}
     kinds = {name: feature["type"] for name, feature in features.items()}
     pictures = [name for name, kind in kinds.items() if kind == "VISUAL" and "empty_camera" not in name]
-    if not pictures or kinds.get(_STATE) != "STATE" or kinds.get(_ACTION) != "ACTION":
-        raise InputError(f"{folder} has the features {', '.join(kinds)}; expected a camera, {_STATE} and {_ACTION}")
+    if not pictures or kinds.get(STATE) != "STATE" or kinds.get(ACTION) != "ACTION":
+        raise InputError(f"{folder} has the features {', '.join(kinds)}; expected a camera, {STATE} and {ACTION}")
     others = sum(kind == "VISUAL" for kind in kinds.values()) - 1
     height, width = features[pictures[0]]["shape"][1:]
     resolution = config.get("resize_imgs_with_padding", (512, 512))
     inner = "model.vlm_with_expert.lm_expert.layers."
     return {
-        "action_dim": features[_ACTION]["shape"][0],
+        "action_dim": features[ACTION]["shape"][0],
         "action_horizon": config["chunk_size"],
-        "state_dim": features[_STATE]["shape"][0],
+        "state_dim": features[STATE]["shape"][0],
         "image_size": max(height, width),
         # LeRobot's order is width, height.
         "resolution": [height, width] if resolution is None else list(resolution)[::-1],
@@ -349,9 +342,9 @@ def _vlm_config(model: SmolVLA) -> dict[str, Any]:
 
 def _tokenizer(config: Mapping[str, Any], folder: Path, given: str | Path | None) -> str:
     places = [config["vlm_model_name"]]
-    if (folder / "policy_preprocessor.json").is_file():
-        step = _step(folder, "policy_preprocessor.json", "tokenizer_processor")
-        named = step.get("artifacts", {}).get("tokenizer_name", step["config"].get("tokenizer_name"))
+    if (folder / f"{PREPROCESSOR}.json").is_file():
+        reads = find_step(folder, PREPROCESSOR, "tokenizer_processor")
+        named = reads.get("artifacts", {}).get("tokenizer_name", reads["config"].get("tokenizer_name"))
         places = list(dict.fromkeys([named, *places])) if named else places
     return find_tokenizer(folder, places, given)
 
@@ -367,14 +360,7 @@ def _statistics(config: Mapping[str, Any], buffers: Mapping[str, Tensor], folder
                 if values and all(torch.equal(value, values[0]) for value in values):
                     found[f"{ours}_{moment}"] = values[0]
     else:
-        for file, kind, feature, ours in (
-            ("policy_preprocessor.json", "normalizer_processor", _STATE, "state"),
-            ("policy_postprocessor.json", "unnormalizer_processor", _ACTION, "action"),
-        ):
-            step = _step(folder, file, kind)
-            if "state_file" not in step:
-                raise InputError(f"{folder / file} names no file with the statistics of {feature}; copy it again")
-            tensors = read_tensors(folder, step["state_file"], f"the statistics of {feature}")
+        for tensors, feature, ours in zip(read_statistics(folder), (STATE, ACTION), ("state", "action"), strict=True):
             for moment in ("mean", "std"):
                 if f"{feature}.{moment}" in tensors:
                     found[f"{ours}_{moment}"] = tensors[f"{feature}.{moment}"]
@@ -386,15 +372,6 @@ def _statistics(config: Mapping[str, Any], buffers: Mapping[str, Tensor], folder
             "or imitate first: a base model has none, and is read with model_kwargs={base: true}"
         )
     return {name: value.float() for name, value in found.items()}
-
-
-def _step(folder: Path, file: str, kind: str) -> dict[str, Any]:
-    """A step of a processor, by its registered name."""
-    require_file(folder, file, "the steps around the policy; LeRobot >= 0.4 writes it")
-    for step in read_json(folder, file, "the steps around the policy").get("steps", []):
-        if step.get("registry_name") == kind:
-            return step
-    raise InputError(f"{folder / file} has no step {kind!r}; copy it again")
 
 
 def _our_name(key: str) -> str:

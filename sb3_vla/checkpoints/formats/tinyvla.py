@@ -23,15 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sb3_vla.checkpoints.folders import read_weights
-from sb3_vla.checkpoints.formats.layout import (
-    load_weights,
-    read_json,
-    read_tensors,
-    tell_unreadable,
-    write_json,
-    write_tensors,
-)
+from sb3_vla.checkpoints.folders import read_part, require_file, tell_unreadable
 from sb3_vla.checkpoints.formats.tokenizer_files import write_tokenizer
 from sb3_vla.checkpoints.native import (
     ADAPTER_CONFIG,
@@ -41,7 +33,9 @@ from sb3_vla.checkpoints.native import (
     place_of_configuration,
     whole_checkpoint,
 )
+from sb3_vla.checkpoints.weights import load_weights, read_tensors, read_weights, write_weights
 from sb3_vla.common.errors import InputError, NotThereError
+from sb3_vla.common.files import write_json
 from sb3_vla.common.paths import local_path
 from sb3_vla.models.lora import merge_adapter, merged_state
 from sb3_vla.models.sizes import published_options
@@ -118,15 +112,15 @@ def load_tinyvla(folder: str | Path, base: bool = False) -> LoadedCheckpoint:
     :raises ValueError: if a file is damaged or holds more than it should, or the weights do not fit.
     """
     folder = local_path(folder)
-    config = read_json(place_of_configuration(folder), "config.json", "the model's configuration")
+    config = read_part(place_of_configuration(folder), "config.json", "the model's configuration")
     if (folder / ADAPTER_CONFIG).is_file():
-        settings = read_json(folder, ADAPTER_CONFIG, "the adapter's settings")
+        settings = read_part(folder, ADAPTER_CONFIG, "the adapter's settings")
         towers = _trained_on(folder, settings)
         theirs = _merged(folder, towers, settings)
     else:
-        towers, theirs = folder, _weights(folder)
+        towers, theirs = folder, read_weights(folder)
     has_tokenizer = folder if (folder / "tokenizer.json").is_file() else towers
-    tokenizer = read_json(has_tokenizer, "tokenizer.json", "the tokenizer; the base language model has it too")
+    tokenizer = read_part(has_tokenizer, "tokenizer.json", "the tokenizer; the base language model has it too")
     weights = {_our_name(key): value for key, value in theirs.items() if not _CONSTANTS.search(key)}
     try:
         options = {**_towers(config, folder), **(_NEW_HEAD if base else _head(config, weights, folder))}
@@ -134,9 +128,9 @@ def load_tinyvla(folder: str | Path, base: bool = False) -> LoadedCheckpoint:
         raise InputError(f"{folder / 'config.json'} is no complete TinyVLA configuration: {error!r}") from error
     model = TinyVLA(tokenizer=tokenizer, **options)
     if base:
-        load_weights(model, _without_head(weights), folder, ours=("state_", "action_", *_HEAD))
+        load_weights(model, _without_head(weights), folder, optional=("state_", "action_", *_HEAD))
     else:
-        load_weights(model, weights, folder, ours=("state_", "action_"))
+        load_weights(model, weights, folder, optional=("state_", "action_"))
         model.set_statistics(_read_statistics(folder))
     return LoadedCheckpoint(
         model, "tinyvla", model.config, None, {NORMALIZED: not base}, ("ddim", {"denoising_steps": 10})
@@ -188,18 +182,8 @@ def save_tinyvla(folder: str | Path, model: TinyVLA) -> None:
     with whole_checkpoint(folder) as partial:
         write_json(partial / "config.json", config)
         write_tokenizer(partial, text, PADDING)
-        write_tensors(partial / "model.safetensors", weights)
+        write_weights(partial, weights)
         (partial / _STATISTICS).write_bytes(pickle.dumps(statistics, protocol=4))
-
-
-def _weights(folder: Path) -> dict[str, Tensor]:
-    if not (folder / "model.safetensors.index.json").is_file():
-        return read_tensors(folder, "model.safetensors", "the merged weights")
-    index = read_json(folder, "model.safetensors.index.json", "which file holds which weight")
-    found: dict[str, Tensor] = {}
-    for name in sorted(set(index.get("weight_map", {}).values())):
-        found.update(read_tensors(folder, name, "a part of the weights"))
-    return found
 
 
 def _trained_on(folder: Path, settings: Mapping[str, Any]) -> Path:
@@ -216,23 +200,21 @@ def _trained_on(folder: Path, settings: Mapping[str, Any]) -> Path:
 
 def _merged(folder: Path, base: Path, settings: Mapping[str, Any]) -> dict[str, Tensor]:
     """Weights of the base under what was trained in full and the adapter, by the authors' names."""
-    weights = _weights(base)
+    weights = read_weights(base)
     weights.pop(_LANGUAGE_HEAD, None)
     others = folder / _IN_FULL
     if others.is_dir():  # as DeepSpeed's converter writes it, with all other weights
         others /= "pytorch_model.bin"
     if not others.is_file():
         raise NotThereError(f"Checkpoint {folder} has no {_IN_FULL} (what was trained in full beside the adapter)")
-    for key, value in read_weights([others]).items():
+    for key, value in read_tensors(others).items():
         name = key.removeprefix("base_model.").removeprefix("model.")
         if ".lora_" not in name:
             weights[name.replace(".base_layer.", ".")] = value
     adapter = folder / "adapter_model.bin"
-    if adapter.is_file():
-        parts = read_weights([adapter])
-    else:
-        parts = read_tensors(folder, "adapter_model.safetensors", "the adapter's weights")
-    return merge_adapter(weights, parts, settings)
+    if not adapter.is_file():
+        adapter = require_file(folder, "adapter_model.safetensors", "the adapter's weights")
+    return merge_adapter(weights, read_tensors(adapter), settings)
 
 
 def _our_name(key: str) -> str:

@@ -6,8 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sb3_vla.checkpoints.formats.layout import write_json
+from sb3_vla.checkpoints.formats.lerobot import step
 from sb3_vla.common.errors import NotThereError
+from sb3_vla.common.files import write_json
 from sb3_vla.common.paths import local_path
 
 #: subfolder of a checkpoint with a copy of its tokenizer
@@ -72,8 +73,8 @@ def lerobot_step(settings: Mapping[str, Any], text: str, folder: Path, published
         if isinstance(cached, str) and Path(cached).read_text(encoding="utf-8") == text:
             name = there
             break
-    config = {**settings, "tokenizer_name": name}
-    return {"registry_name": "tokenizer_processor", "config": config, "artifacts": {"tokenizer_name": TOKENIZER}}
+    reads = step("tokenizer_processor", **settings, tokenizer_name=name)
+    return {**reads, "artifacts": {"tokenizer_name": TOKENIZER}}
 
 
 def find_tokenizer(folder: Path, places: Sequence[str], given: str | Path | None) -> str:

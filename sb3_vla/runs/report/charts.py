@@ -17,9 +17,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
 
 from sb3_vla.common.errors import InputError
+from sb3_vla.common.files import whole_file
 from sb3_vla.evaluation.results import Comparison
 from sb3_vla.evaluation.statistics import Estimate
-from sb3_vla.recording.videos import atomic_path
 
 STEPS, SUCCESS, SECONDS = "time/env_steps", "env/success_once", "time/time_elapsed"
 
@@ -258,5 +258,5 @@ def _short(task: str) -> str:
 
 
 def _save(figure: Figure, path: str | Path) -> None:
-    with atomic_path(path) as temporary, rc_context(_STYLE):
+    with whole_file(path) as temporary, rc_context(_STYLE):
         figure.savefig(temporary, dpi=150, facecolor="white")

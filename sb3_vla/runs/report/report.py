@@ -27,12 +27,12 @@ from markupsafe import Markup
 
 from mw_envs import DIFFICULTIES
 from mw_envs.tasks import suite_tasks
-from sb3_vla.common.errors import InputError, RunError
+from sb3_vla.common.errors import InputError
+from sb3_vla.common.files import write_text
 from sb3_vla.common.paths import local_path
 from sb3_vla.evaluation.published import PUBLISHED
 from sb3_vla.evaluation.results import Comparison, EvaluationResult
 from sb3_vla.evaluation.statistics import Estimate
-from sb3_vla.recording.videos import atomic_path
 from sb3_vla.runs.directory import RunDirectory
 from sb3_vla.runs.report.charts import (
     SECONDS,
@@ -99,12 +99,7 @@ def write_report(run: str | Path, output: str | Path | None = None, *, embed_mb:
             "of them at most (embed_mb); the links work while page and run directory stay where they are."
         )
     page = render(contents, trials, notes)
-    try:
-        with atomic_path(target) as temporary:
-            temporary.write_text(page, encoding="utf-8")
-    except OSError as error:
-        reason = error.strerror or error
-        raise RunError(f"cannot write the report {target}: {reason}; choose a file with output=...") from error
+    write_text(target, page)
     return target
 
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from toy import ToyEnv, tiny_model, toy_observation, toy_ppo
 
 from sb3_vla import PPO
-from sb3_vla.checkpoints import checkpoint_digest, load_checkpoint, native, save_checkpoint
+from sb3_vla.checkpoints import checkpoint_digest, load_checkpoint, native, save_checkpoint, weights
 from sb3_vla.checkpoints.identity import checkpoint_identity
 from sb3_vla.distributions.flow_sde import FlowSDE
 from sb3_vla.policies.loading import load_policy
@@ -91,19 +91,19 @@ def test_an_interrupted_write_keeps_the_old_checkpoint(
     before = load_checkpoint(saved)
     real_replace, calls = native.os.replace, 0
 
-    def replace(*paths: Any) -> None:
+    def replace(source: Path, target: Path) -> None:
         nonlocal calls
-        calls += 1
+        calls += source.is_dir()  # not of the files in it
         if calls == (2 if broken.startswith("second") else 1):
             raise KeyboardInterrupt
-        real_replace(*paths)
+        real_replace(source, target)
 
-    def save(*_: Any) -> None:
+    def save(*_: Any, **__: Any) -> None:
         raise OSError("No space left on device")
 
     with monkeypatch.context() as patch:
         if broken == "save_file":
-            patch.setattr(native, "save_file", save)
+            patch.setattr(weights, "save_file", save)
         else:
             patch.setattr(native.os, "replace", replace)
         with pytest.raises((OSError, KeyboardInterrupt)):
@@ -382,9 +382,9 @@ def test_weights_in_half_the_size_are_read_as_float32(tmp_path: Path) -> None:
     sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("whole", "half")]
     assert 0.45 < sizes[1] / sizes[0] < 0.6
     half = load_checkpoint(tmp_path / "half").model.state_dict()
-    for name, weights in load_checkpoint(tmp_path / "whole").model.state_dict().items():
+    for name, exact in load_checkpoint(tmp_path / "whole").model.state_dict().items():
         assert half[name].dtype == torch.float32
-        torch.testing.assert_close(half[name], weights, rtol=2**-8, atol=1e-30)
+        torch.testing.assert_close(half[name], exact, rtol=2**-8, atol=1e-30)
     assert torch.equal(half["action_mean"], model.action_mean)  # what numbers are normalized by is exact
 
 

@@ -259,7 +259,7 @@ def test_failure_while_completing_leaves_nothing(tmp_path: Path, monkeypatch: py
     def full(*_: Any) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(lerobot_writer, "_write_json", full)
+    monkeypatch.setattr(lerobot_writer, "write_json", full)
     with pytest.raises(OSError, match="No space"):
         write(tmp_path / "set")
     assert list(tmp_path.iterdir()) == []

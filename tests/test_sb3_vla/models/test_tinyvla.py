@@ -532,7 +532,7 @@ def _pop(key: str) -> Callable[[Path], None]:
     [
         (lambda f: (f / "tokenizer.json").unlink(), FileNotFoundError, r"no tokenizer.json \(the tokenizer; the base"),
         (lambda f: (f / "dataset_stats.pkl").unlink(), FileNotFoundError, "no dataset_stats.pkl.*nor has its parent"),
-        (lambda f: (f / "model.safetensors").unlink(), FileNotFoundError, "no model.safetensors.*merged weights"),
+        (lambda f: (f / "model.safetensors").unlink(), FileNotFoundError, r"no model.safetensors \(the weights"),
         (lambda f: (f / "dataset_stats.pkl").write_bytes(b"x"), ValueError, "no file of statistics"),
         (lambda f: (f / "dataset_stats.pkl").write_bytes(pickle.dumps({})), ValueError, "of arrays.*action_mean"),
         (_edit(lambda c: c.pop("model"), "tokenizer.json"), ValueError, "no tokenizer.json"),

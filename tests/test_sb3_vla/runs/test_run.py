@@ -83,7 +83,7 @@ def test_json_round_trip(run: RunDirectory) -> None:
     path = run.write_json("eval/sft.json", value)
     assert path == run.path / "eval" / "sft.json"
     assert run.read_json("eval/sft.json") == {"a": 0.5, "b": [0, 1, 2], "c": "x", "d": {"seed": 2, "folder": "data"}}
-    with pytest.raises(RunError, match=r"cannot read .*missing\.json: No such file"):
+    with pytest.raises(RunError, match=r"There is no .*missing\.json"):
         run.read_json("missing.json")
     path.write_text('{"a": 0.')
     with pytest.raises(RunError, match=r"eval/sft\.json is damaged"):
@@ -465,7 +465,7 @@ def test_checkpoints(run: RunDirectory) -> None:
     with pytest.raises(ZeroDivisionError), run.checkpoint("sft", 200_000_000) as folder:
         (folder / "model").write_text("half")
         raise ZeroDivisionError
-    left_by_a_kill = run.path / "checkpoints" / "sft" / ".step-300000000.tmp"
+    left_by_a_kill = run.path / "checkpoints" / "sft" / ".step-300000000.x.partial"
     left_by_a_kill.mkdir()
     latest = run.latest_checkpoint("sft")
     assert latest is not None and (latest / "nested" / "model").read_text() == "100000000"
@@ -474,7 +474,7 @@ def test_checkpoints(run: RunDirectory) -> None:
         (folder / "model").write_text("again")
     # A kill between taking a checkpoint away and putting the new one in its place.
     last = run.path / "checkpoints" / "sft" / "step-100000000"
-    last.rename(last.with_name(".step-100000000.replaced.tmp"))
+    last.rename(last.with_name(".step-100000000.old"))
     assert run.latest_checkpoint("sft") == last and (last / "nested" / "model").read_text() == "100000000"
     assert names(run.path / "checkpoints" / "sft") == ["step-00000005", "step-100000000", "step-99999999"]
     assert names(run.path / "checkpoints" / "sft" / "step-00000005") == ["model"]
@@ -511,7 +511,7 @@ def test_a_kill_while_an_old_checkpoint_is_deleted(run: RunDirectory, monkeypatc
     with monkeypatch.context() as patch:  # nothing is removed, as by a kill right before
         patch.setattr(shutil, "rmtree", lambda path, **_: removed.append(path))
         write(2)
-    assert [path.name for path in removed if path.exists()] == [".step-00000001.tmp"]
+    assert [path.name for path in removed if path.exists()] == [".step-00000001.partial"]
     assert run.latest_checkpoint("ppo") == run.path / "checkpoints" / "ppo" / "step-00000002"
     write(3)
     assert sorted(os.listdir(run.path / "checkpoints" / "ppo")) == ["step-00000003"]

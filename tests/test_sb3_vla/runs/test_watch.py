@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from test_report import add_evaluations, add_metrics, add_videos
+from toy import write_mp4
 
 from sb3_vla.cli.main import main
-from sb3_vla.recording.videos import write_mp4
 from sb3_vla.runs.directory import RunDirectory
 from sb3_vla.runs.watch import WatchServer, serve
 

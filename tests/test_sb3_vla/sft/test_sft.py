@@ -209,7 +209,7 @@ def test_the_bar_shows_a_validation_that_there_was(
     real = Progress.update
 
     def update(self: Progress, task: Any, **fields: Any) -> None:
-        shown.append(fields["losses"])
+        shown.append(fields["note"])
         real(self, task, **fields)
 
     monkeypatch.setattr(Progress, "update", update)

@@ -1,4 +1,4 @@
-"""Where settings point, and folders that take their place whole, whatever lies there."""
+"""Files and folders that appear complete or not at all, JSON, and the paths that settings name."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from sb3_vla.common import paths
-from sb3_vla.common.errors import ExpectedError, InputError, InTheWayError, StorageError
-from sb3_vla.common.paths import finish_exchange, hidden_beside, local_path, whole_folder, writable_file
+from sb3_vla.common import files
+from sb3_vla.common.errors import DamagedError, ExpectedError, InputError, InTheWayError, NotThereError, StorageError
+from sb3_vla.common.files import finish_exchange, hidden_beside, read_json, whole_file, whole_folder, write_json
+from sb3_vla.common.paths import local_path, writable_file
 
 
 @pytest.fixture
@@ -90,7 +91,7 @@ def test_a_writer_that_was_killed_in_an_exchange_leaves_the_old_or_the_new(
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "." / "x"
     folder.mkdir()
-    monkeypatch.setattr(paths, "_stays", lambda _: True)
+    monkeypatch.setattr(files, "_stays", lambda _: True)
     write(folder, "old")
     replace, found = os.replace, []
     for step in range(100):
@@ -105,7 +106,7 @@ def test_a_writer_that_was_killed_in_an_exchange_leaves_the_old_or_the_new(
 
         with monkeypatch.context() as patch:
             patch.setattr(os, "replace", killing)
-            patch.setattr(paths.shutil, "rmtree", lambda *_, **__: None)
+            patch.setattr(files.shutil, "rmtree", lambda *_, **__: None)
             try:
                 write(folder, "new")
                 killed = False
@@ -175,3 +176,35 @@ def test_a_file_that_cannot_be_written_is_told_before_the_work(tmp_path: Path) -
     (tmp_path / "file").touch()
     with pytest.raises(StorageError, match="cannot write"):
         writable_file(tmp_path / "file" / "result.json", "output")
+
+
+def test_a_file_is_replaced_only_when_complete(tmp_path: Path) -> None:
+    (tmp_path / "file.txt").write_text("old")
+    with pytest.raises(KeyboardInterrupt), whole_file(tmp_path / "file.txt") as temporary:
+        temporary.write_text("half of the n")
+        raise KeyboardInterrupt
+    assert (tmp_path / "file.txt").read_text() == "old"
+    assert os.listdir(tmp_path) == ["file.txt"]
+    with whole_file(tmp_path / "file.txt") as temporary:
+        temporary.write_text("new")
+        assert (tmp_path / "file.txt").read_text() == "old"
+    assert (tmp_path / "file.txt").read_text() == "new"
+    assert os.listdir(tmp_path) == ["file.txt"]
+
+
+def test_json(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "value.json"
+    write_json(path, {"path": Path("x"), "number": 0.1}, default=str)
+    assert read_json(path) == {"path": "x", "number": 0.1} and path.read_text().endswith("\n}\n")
+    write_json(path, [1])
+    assert read_json(path, list) == [1]
+    with pytest.raises(DamagedError, match=r"value\.json is damaged: expected an object, found list"):
+        read_json(path)
+    for text, told in ((b"{", "not JSON"), (b"\xff", "not JSON"), (b"", "not JSON")):
+        path.write_bytes(text)
+        with pytest.raises(DamagedError, match=rf"value\.json is damaged: {told}"):
+            read_json(path)
+    with pytest.raises(NotThereError, match=r"There is no .*other\.json"):
+        read_json(tmp_path / "other.json")
+    with pytest.raises(StorageError, match=r"cannot read .*new: Is a directory"):
+        read_json(tmp_path / "new")
