@@ -29,7 +29,7 @@ from mw_envs import DIFFICULTIES
 from mw_envs.tasks import suite_tasks
 from sb3_vla.common.errors import InputError
 from sb3_vla.common.files import write_text
-from sb3_vla.common.paths import local_path
+from sb3_vla.common.paths import writable_file
 from sb3_vla.evaluation.published import PUBLISHED
 from sb3_vla.evaluation.results import Comparison, EvaluationResult
 from sb3_vla.evaluation.statistics import Estimate
@@ -74,12 +74,12 @@ def write_report(run: str | Path, output: str | Path | None = None, *, embed_mb:
     :param embed_mb: size up to which videos are put into the page, in megabytes of their files; the rest is linked
     :return: the file
     :raises RunError: if there is no such directory, it is not a run's, or the file cannot be written
-    :raises ValueError: if ``embed_mb`` is negative
+    :raises ValueError: if ``embed_mb`` is negative, or ``output`` a folder
     """
     if not embed_mb >= 0:
         raise InputError(f"embed_mb={embed_mb}; expected 0, to link all videos, or more")
     contents = read_contents(RunDirectory(run))
-    target = local_path(output) if output is not None else contents.path / "report.html"
+    target = writable_file(output if output is not None else contents.path / "report.html", "output")
     left, linked = embed_mb * _MEGABYTE, 0
 
     def address(path: Path) -> tuple[str, bool]:

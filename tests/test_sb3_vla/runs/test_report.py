@@ -224,8 +224,8 @@ def test_an_unfinished_run_says_what_is_missing(tmp_path: Path) -> None:
     [
         (["nowhere"], "there is no run directory nowhere"),
         (["run={empty}"], "is not a run directory: it has none of config.yaml"),
-        (["run={run}", "output={run}/config.yaml/page.html"], r"cannot write .*page\.html"),
-        (["run={run}", "output={run}"], "choose a file with output=..."),
+        (["run={run}", "output={run}/config.yaml/page.html"], "config.yaml/page.html: File exists"),
+        (["run={run}", "output={run}"], "is a folder; expected the name of a file"),
         (["{run}", "embed_mb=-1"], "embed_mb=-1.0; expected 0"),
         (["{run}", "outptu=x"], "did you mean 'output'"),
     ],
