@@ -1,4 +1,4 @@
-"""Groups of episodes of one trial: starting them alike, their advantages, and the decisions that a rollout keeps."""
+"""Groups of episodes of one trial: their equal starts, their advantages, and the decisions that a rollout keeps."""
 
 from __future__ import annotations
 
@@ -18,22 +18,24 @@ from sb3_vla.distributions import Trace
 from sb3_vla.rollouts.buffers import DecisionBatch, DecisionBuffer
 
 ADVANTAGE_TYPES = ("standardized", "leave_one_out")
-# What a reset tells of the trial that it placed, beside what can be seen.
+# Keys of a reset's info that identify the trial.
 _TRIAL_INFO = ("task", "goal", "trial_seed")
 _EPSILON = 1e-6
-# More decisions than a group has, so that groups do not overlap where decisions are numbered.
+# Decisions are numbered group by group; no group has more than this.
 _MOST_OF_A_GROUP = 2**32
 
+#: an environment's first observation, and the trial that its reset reports
+#: an environment's first observation, and the trial that its reset reports
 Start = dict[str, Any]
 
 
 def start_episodes(env: VecEnv, seeds: Sequence[int]) -> tuple[dict[str, npt.NDArray[Any]], list[Start]]:
     """Reset every environment with its own seed.
 
-    :param seeds: one for each environment; equal seeds are to place equal trials.
-    :return: the observations, and of each environment what :func:`check_same_start` compares.
+    :param seeds: one for each environment; equal seeds give equal trials.
+    :return: the observations (N, ...), and for each environment its start, for :func:`check_same_start`.
     """
-    innermost = env.unwrapped  # wrappers pass on neither seeds nor infos
+    innermost = env.unwrapped  # wrappers forward neither seeds nor infos
     # VecEnv.seed() can only count upwards, and an automatic reset has no seed at all.
     innermost._seeds = [int(seed) for seed in seeds]
     observations = env.reset()
@@ -47,9 +49,9 @@ def start_episodes(env: VecEnv, seeds: Sequence[int]) -> tuple[dict[str, npt.NDA
 
 
 def check_same_start(expected: Start, found: Start, seed: int) -> None:
-    """A group's episodes begin in the same state, as far as observations and infos tell.
+    """Check that two episodes of a group begin with the same observation and trial.
 
-    :raises RuntimeError: if they do not; the message says in what they differ.
+    :raises RuntimeError: if they do not; the message names what differs.
     """
     different = [key for key in expected if key not in found or not np.array_equal(expected[key], found[key])]
     if different:
@@ -61,12 +63,12 @@ def check_same_start(expected: Start, found: Start, seed: int) -> None:
 
 
 def group_advantages(returns: Sequence[float], advantage_type: str) -> Tensor:
-    """How much better each episode of a group was than the group.
+    """Advantages of a group's episodes: their returns relative to the group.
 
     :param returns: of at least two episodes of one trial.
     :param advantage_type: ``standardized``: (return - mean) / (std + 1e-6) with the unbiased deviation (GRPO, Shao et
         al. 2024, eq. 3); ``leave_one_out``: return - mean of the others (RLOO, Ahmadian et al. 2024, eq. 8).
-    :return: float32, one for each episode, of sum zero.
+    :return: float32, one for each episode; they sum to zero.
     :raises ValueError: for an unknown type.
     """
     values = torch.tensor(returns, dtype=torch.float64)
@@ -82,9 +84,9 @@ class Episode:
     """The decisions of one episode, T of them, and how it ended.
 
     :ivar executed: environment steps run of each decision's chunk.
-    :ivar rewards: of each decision, until the episode ended.
-    :ivar success: whether it succeeded at any time; None while unknown, or if the environment does not tell.
-    :ivar lost: whether it was aborted by a crash of a worker.
+    :ivar rewards: sum of the rewards of each decision.
+    :ivar success: whether it succeeded at any time; None while unknown, or if the environment does not report it.
+    :ivar lost: whether a crash of a worker ended it.
     """
 
     def __init__(self) -> None:
@@ -99,25 +101,30 @@ class Episode:
         return len(self.executed)
 
     def add(self, observation: Mapping[str, Tensor], trace: Trace, reward: float, executed: int) -> None:
-        """Store a decision; tensors without a batch axis."""
-        # Copies, since a row would keep the rows of all the other environments.
+        """Store a decision.
+
+        :param observation: prepared, without a batch axis, like ``trace``.
+        :param reward: sum over the chunk.
+        :param executed: environment steps run of the chunk.
+        """
+        # Copies: a row is a view that would keep the rows of all other environments in memory.
         self._observations.append({key: value.clone() for key, value in observation.items()})
         self._traces.append({key: value.clone() for key, value in trace.items()})
         self.rewards.append(float(reward))
         self.executed.append(int(executed))
 
     def forget(self) -> None:
-        """Let go of what was seen and drawn; how it ended is still known."""
+        """Free observations and traces; rewards and success stay."""
         self._observations.clear()
         self._traces.clear()
 
     def decision(self, step: int) -> tuple[dict[str, Tensor], Trace]:
-        """What one decision saw, and its trace."""
+        """Prepared observation and trace of one decision."""
         return self._observations[step], self._traces[step]
 
 
 class GroupBuffer(DecisionBuffer):
-    """The decisions of whole episodes, which differ in length; nothing is stored but these.
+    """The decisions of whole episodes, which differ in length, stored as the episodes hold them.
 
     :param device: where minibatches go.
     """
@@ -132,7 +139,7 @@ class GroupBuffer(DecisionBuffer):
         return len(self._places)
 
     def reset(self) -> None:
-        """Forget all episodes, whoever else still holds them, such as a callback the last rollout's locals."""
+        """Free all episodes, even if something else, such as a callback, still holds a reference."""
         for episode, _ in self._places:
             episode.forget()
         self._places = []
@@ -143,10 +150,11 @@ class GroupBuffer(DecisionBuffer):
         self.advantages = self.returns = self.values = torch.zeros(0)
 
     def add(self, episodes: Sequence[Episode], returns: Sequence[float], advantages: Tensor, number: int) -> None:
-        """Keep a group.
+        """Store a group.
 
+        :param episodes: of the group.
         :param returns: of each episode.
-        :param advantages: of each episode, for every one of its decisions.
+        :param advantages: float32, of each episode.
         :param number: of the group among those that all ranks have played in this rollout.
         """
         count = sum(map(len, episodes))
@@ -160,9 +168,9 @@ class GroupBuffer(DecisionBuffer):
     def spread_advantages(self, normalize_length: bool, ranks: Ranks = ALONE) -> None:
         """Give every decision its episode's return and advantage.
 
-        :param normalize_length: divide an episode's advantage by its length, so that each episode weighs the same,
-            times the mean length, so that a decision weighs 1 on average. The weight passes through the minimum of the
-            clipped surrogate, because it is not negative.
+        :param normalize_length: weight an episode's advantage by mean length / length, so that all episodes have the
+            same weight and a decision has weight 1 on average. A weight that is not negative commutes with the minimum
+            in the clipped surrogate.
         :param ranks: over whose episodes the mean length is taken.
         """
         lengths = torch.tensor(self._lengths, dtype=torch.int64)
@@ -174,12 +182,14 @@ class GroupBuffer(DecisionBuffer):
         self.values = torch.zeros_like(self.returns)
 
     def decisions(self) -> tuple[Tensor, Tensor]:
-        """Group by group in the order of their numbers, then in the order in which they were added."""
+        """Indices 0 to B - 1, int64 (B,), and the number of each decision among those of all ranks."""
         return torch.arange(len(self)), torch.tensor(self._keys, dtype=torch.int64)
 
     def cut(self, shuffled: Tensor, batch_size: int) -> list[Tensor]:
-        """Minibatches of at most ``batch_size``, as equal as can be: their number is another each time, and a
-        remainder of a few would make a step of noise."""
+        """Minibatches of at most ``batch_size`` decisions, of sizes as equal as possible.
+
+        B differs between rollouts, and a small last minibatch would have a noisy gradient.
+        """
         return list(shuffled.tensor_split(-(-len(shuffled) // batch_size)))
 
     def batch(self, indices: Tensor) -> DecisionBatch:

@@ -1,7 +1,7 @@
 """Group Relative Policy Optimization (Shao et al. 2024) of vision-language-action policies, in chunks.
 
-The same trial is played several times, and an episode's advantage is its return relative to its group: there
-is no critic. A rollout is a number of such groups of whole episodes; the update is that of PPO.
+The same trial is played several times, and the advantage of an episode is its return relative to its group, without a
+critic. A rollout is a number of such groups of whole episodes; the update is that of PPO.
 """
 
 from __future__ import annotations
@@ -19,12 +19,10 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedul
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 
-from mw_envs.tasks import did_you_mean
 from sb3_vla.common.errors import InputError
 from sb3_vla.data.batches import DemonstrationBatches
 from sb3_vla.distributed.ranks import current_ranks, join_for_good
 from sb3_vla.grpo.groups import (
-    ADVANTAGE_TYPES,
     Episode,
     GroupBuffer,
     Start,
@@ -32,30 +30,32 @@ from sb3_vla.grpo.groups import (
     group_advantages,
     start_episodes,
 )
+from sb3_vla.grpo.options import check_groups
 from sb3_vla.policies.vla_policy import VLAPolicy
 from sb3_vla.ppo.ppo import PPO
 from sb3_vla.rollouts.stepping import Clock
 
 SelfGRPO = TypeVar("SelfGRPO", bound="GRPO")
 
-EPISODE_RETURNS = ("reward", "success")
-# Trials of training: seeds from here on are those of evaluations.
+# Training trials have smaller seeds; evaluations have those from here on.
 _END_OF_SEEDS = 2**31
-# Times the wanted number of groups that are played where the option leaves it open.
+# Default of max_groups, as a multiple of n_groups.
 _ATTEMPTS = 4
-# An environment whose episode is not over after so many decisions has none.
+# An episode that is longer than this never ends.
 _MOST_DECISIONS = 10_000
 
 
 def groups_begun(n_groups: int, max_groups: int | None) -> int:
-    """How many groups a rollout plays at most, but for the rest of a turn; see :class:`GRPO`."""
+    """Groups that a rollout plays at most, rounded up to a whole turn by the rollout; see :class:`GRPO`."""
     return _ATTEMPTS * n_groups if max_groups is None else max_groups
 
 
 def groups_held(n_groups: int, max_groups: int | None, group_size: int, num_envs: int, ranks: int = 1) -> int:
-    """How many groups' decisions a rank holds at most: one less than are wanted, and a turn, which may all be kept.
+    """Groups whose decisions a rank holds at most: one less than are wanted, and a whole turn on top.
 
-    :param num_envs: of this rank.
+    :param n_groups: as in :class:`GRPO`, like ``max_groups`` and ``group_size``.
+    :param num_envs: environments of this rank.
+    :param ranks: how many ranks train together.
     """
     at_once = max(1, num_envs // group_size)
     turns = -(-groups_begun(n_groups, max_groups) // (at_once * ranks))
@@ -68,27 +68,29 @@ class GRPO(PPO):
     A group is ``group_size`` episodes of one trial: environments are reset with the same seed, from which they draw
     task, goal and whatever else is random, and the first observations are compared. Episodes run side by side, as many
     as there are environments, and the next begin when all have ended. The environments take a whole number of groups,
-    or a group takes a whole number of turns. Once its episode has ended, an environment is not looked at, nor does the
-    policy decide for it; what it plays after the reset that a vector environment does by itself is thrown away. Wrap
-    environments in :class:`~sb3_vla.envs.hold_at_end.HoldAtEnd`, so that it plays nothing.
+    or a group takes a whole number of turns. An environment whose episode has ended gets zero actions until all others
+    have ended, and what it does after its automatic reset is discarded; in
+    :class:`~sb3_vla.envs.hold_at_end.HoldAtEnd` it waits instead, which saves the simulation.
 
     ``batch_size`` and ``total_timesteps`` count decisions, also those of groups that are dropped. The value head is
-    neither trained nor changed. Under ``torchrun`` the groups, too, are those of all ranks; a group is played on one
-    rank and never shared between several.
+    not trained. Under ``torchrun`` ``n_groups`` and ``max_groups`` count the groups of all ranks; a group is played on
+    one rank.
 
     :param group_size: G, episodes of one trial.
-    :param n_groups: groups for an update, at least: all of a turn are kept. A group is dropped, and another one played,
-        if the returns of its episodes are all the same, which says nothing, or if its success is out of bounds.
-    :param max_groups: groups played for an update, at most (up to the end of the turn); None for four times
-        ``n_groups``. The update then takes those that there are, and is left out if there is none.
-    :param success_bounds: least and greatest share of successes for a group to be kept, inclusive.
-    :param episode_return: ``reward``, the sum of rewards without a discount; or ``success``, 1 for an episode that
+    :param n_groups: least number of groups for an update; all groups of the last turn are kept. A group is dropped, and
+        another one played, if the returns of its episodes are equal, so that all advantages are zero, or if its success
+        rate is out of ``success_bounds``.
+    :param max_groups: groups after which a rollout ends at the latest, rounded up to a whole turn; None for four times
+        ``n_groups``. The update then takes those that were kept, and is skipped if there is none.
+    :param success_bounds: least and greatest success rate of a group that is kept, inclusive. The default drops groups
+        of equal returns alone (dynamic sampling, Yu et al. 2025).
+    :param episode_return: ``reward``, the undiscounted sum of rewards; or ``success``, 1 for an episode that
         succeeded at any time (``info["is_success"]`` at its end) and 0 for another.
-    :param advantage_type: ``standardized`` or ``leave_one_out``, see :func:`~sb3_vla.grpo.groups.group_advantages`. It
-        is that of all decisions of the episode.
-    :param normalize_length: let every episode weigh the same, as Shao et al. do; without it every decision does, which
-        is the unbiased gradient of the expected return (Liu et al. 2025) but makes a failure, which lasts until the
-        time limit, weigh more than a quick success.
+    :param advantage_type: ``standardized`` or ``leave_one_out``, see :func:`~sb3_vla.grpo.groups.group_advantages`; all
+        decisions of an episode have the same advantage.
+    :param normalize_length: weight every episode equally, as Shao et al. do; without it every decision, which is the
+        unbiased gradient of the expected return (Liu et al. 2025) but gives a failure, which lasts until the time
+        limit, more weight than a quick success.
     :raises ValueError: for a value that is not among those above.
     """
 
@@ -190,41 +192,13 @@ class GRPO(PPO):
     def _setup_model(self) -> None:
         if not issubclass(self.policy_class, VLAPolicy):
             raise InputError(f'GRPO trains VLAPolicy alone; got {self.policy_class.__name__}. Use "VLAPolicy"')
-        self._check_groups()
+        check_groups(self)
         self.n_steps = self.batch_size  # means nothing here, but any other number makes Stable-Baselines3 warn
         super()._setup_model()
         self.rollout_buffer = GroupBuffer(self.device)  # type: ignore[assignment]
 
-    def _check_groups(self) -> None:
-        if self.group_size < 2:
-            raise InputError(
-                f"group_size={self.group_size}; expected at least 2: an episode is compared with the others of its "
-                "group. 8 is usual; sb3_vla.PPO needs no groups"
-            )
-        if self.n_groups < 1:
-            raise InputError(f"n_groups={self.n_groups}; expected at least 1")
-        if self.max_groups is not None and self.max_groups < self.n_groups:
-            raise InputError(f"max_groups={self.max_groups}; expected at least n_groups={self.n_groups}")
-        if self.n_envs % self.group_size and self.group_size % self.n_envs:
-            raise InputError(
-                f"{self.n_envs} environments for groups of group_size={self.group_size} episodes; expected a multiple "
-                "of the group's size, or a divisor of it, with which a group takes several turns"
-            )
-        low, high = self.success_bounds
-        if not 0 <= low <= high <= 1:
-            raise InputError(f"success_bounds={self.success_bounds}; expected 0 <= least <= greatest <= 1")
-        if not any(low <= successes / self.group_size <= high for successes in range(self.group_size + 1)):
-            raise InputError(
-                f"success_bounds={self.success_bounds} keep no group of group_size={self.group_size}: no share of its "
-                f"episodes is between them; expected some multiple of 1/{self.group_size} to be"
-            )
-        for name, known in (("episode_return", EPISODE_RETURNS), ("advantage_type", ADVANTAGE_TYPES)):
-            value = getattr(self, name)
-            if value not in known:
-                raise InputError(f"Unknown {name}={value!r}; {did_you_mean(value, known)}")
-
     def collect_rollouts(self, env: VecEnv, callback: BaseCallback, rollout_buffer: Any, n_rollout_steps: int) -> bool:
-        """Play groups until enough of them can teach something; ``n_rollout_steps`` is not looked at."""
+        """Play groups until ``n_groups`` are kept or ``max_groups`` are played; ``n_rollout_steps`` is ignored."""
         buffer: GroupBuffer = rollout_buffer
         self._prepare_rollout(env)
         buffer.reset()
@@ -261,9 +235,10 @@ class GRPO(PPO):
     def _play(
         self, env: VecEnv, seeds: npt.NDArray[np.int64], callback: BaseCallback, clock: Clock, begun: int
     ) -> list[Episode] | None:
-        """One episode for each seed, as many at once as there are environments; None if a callback stops it.
+        """Play one episode for each seed, as many at once as there are environments; None if a callback stops it.
 
-        :param begun: groups of this rollout before these.
+        :param seeds: int64 (n,), n a multiple of the number of environments.
+        :param begun: groups of this rollout before these, which sorts the episodes.
         """
         starts: dict[int, Start] = {}
         episodes: list[Episode] = []
@@ -287,10 +262,11 @@ class GRPO(PPO):
         clock: Clock,
         turn: tuple[int, int],
     ) -> bool:
-        """Play all environments' episodes to their ends; False if a callback stops it.
+        """Play the episodes of all environments until they end; False if a callback stops it.
 
         :param new_obs: first observations.
-        :param turn: what orders the turns of a rollout.
+        :param episodes: one for each environment, to which decisions are added.
+        :param turn: sorts the turns of a rollout.
         """
         running = np.arange(env.num_envs)
         decisions_before, ranks, stopped = self.num_timesteps, self.ranks, False
@@ -324,7 +300,7 @@ class GRPO(PPO):
             running = running[~dones[running]]
             if not len(running):
                 self.num_timesteps = decisions_before + ranks.total(self.num_timesteps - decisions_before)
-                # Where episodes lasted longest most noise was drawn, of everyone's.
+                # The rank with the longest episodes has drawn the noise of all ranks most often.
                 lasted = ranks.gather(count)
                 ranks.take_generators(lasted.index(max(lasted)))
                 return not ranks.any(stopped)
@@ -334,24 +310,26 @@ class GRPO(PPO):
         )
 
     def _keep(self, group: list[Episode], buffer: GroupBuffer, number: int) -> bool:
-        """Store a group that can teach something; of others, and of lost episodes, what was seen is let go.
+        """Store a group, unless its returns are equal or its success rate is out of bounds.
 
-        :param number: its own among the groups of all ranks in this rollout.
+        The observations of a group that is not stored, and of an episode that a crash ended, are freed.
+
+        :param number: of the group among those of all ranks in this rollout.
         """
         whole = [episode for episode in group if not episode.lost]
         if self.ep_success_buffer or any(episode.success is not None for episode in whole):
-            for episode in whole:  # one that a limit cut without a word, where others tell, has not succeeded
+            for episode in whole:  # where episodes report success, one that a time limit cut silently has failed
                 episode.success = bool(episode.success)
         returns = [self._return_of(episode) for episode in whole]
-        taught = self._teaches(whole, returns)
+        kept = self._has_signal(whole, returns)
         for episode in group:
-            if episode.lost or not taught:
+            if episode.lost or not kept:
                 episode.forget()
-        if taught:
+        if kept:
             buffer.add(whole, returns, group_advantages(returns, self.advantage_type), number)
-        return taught
+        return kept
 
-    def _teaches(self, group: list[Episode], returns: list[float]) -> bool:
+    def _has_signal(self, group: list[Episode], returns: list[float]) -> bool:
         if len(set(returns)) < 2:
             return False
         if tuple(self.success_bounds) == (0.0, 1.0):
@@ -419,5 +397,5 @@ class GRPO(PPO):
 
 
 def _trial_entropy(seed: int | None) -> int:
-    """What trials are drawn from: the seed, or, without one, something that no other training has."""
+    """Entropy that training trials are drawn from: the seed, or without one a random number, the same on all ranks."""
     return current_ranks().from_first(int(np.random.SeedSequence().generate_state(1)[0]) if seed is None else seed)

@@ -1,4 +1,4 @@
-"""A policy to act with, from a checkpoint alone."""
+"""A policy from a checkpoint, without an environment."""
 
 from __future__ import annotations
 
@@ -26,14 +26,15 @@ def load_policy(
     view: Mapping[str, Any] | None = None,
     frozen_bf16: bool = False,
 ) -> VLAPolicy:
-    """A policy to act with, from a checkpoint alone; with a warning where the checkpoint does not say its view.
+    """Load a policy that acts, from a checkpoint; it warns where the checkpoint does not note its view.
 
     :param checkpoint: see :class:`VLAPolicy`.
     :param action_chunk: K, actions executed per decision; None for the whole predicted horizon.
-    :param model_kwargs: what a published checkpoint does not say.
-    :param view: ``camera``, ``crop`` or both, where the checkpoint does not say them or they are to be others.
+    :param device: of the policy.
+    :param model_kwargs: options that a published checkpoint does not say.
+    :param view: ``camera``, ``crop`` or both, where the checkpoint does not note them or others are wanted.
     :param frozen_bf16: keep the backbone's weights in bfloat16, see :class:`VLAPolicy`.
-    :raises ValueError: if the model predicts fewer actions than that.
+    :raises ValueError: if the model predicts fewer actions than ``action_chunk``.
     """
     loaded = load_checkpoint(checkpoint, model_kwargs, weights=False)
     model = loaded.model

@@ -1,4 +1,4 @@
-"""What a policy reads of an observation: its keys, the spaces that it takes, and arrays brought to these spaces."""
+"""Observations of a policy: the keys that it reads, checks of spaces, and conversion of arrays to a space."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from mw_envs.tasks import fit_instruction
 from sb3_vla.common.errors import InputError
 
 MODEL_KEYS = ("image", "state", "instruction")
-#: what a model with a hand view reads as well
+#: the key of a hand view, where the model reads one
 HAND_KEY = "hand_image"
 #: observations that only the critic reads, where an environment gives them
 CRITIC_KEYS = ("privileged_state", "elapsed_time")
-#: what helps whoever stacks pictures
+#: advice in errors about stacked images
 STACKED = (
     "A policy decides on one picture: leave VecFrameStack, FrameStackObservation and GrayscaleObservation out. Where "
     "one picture does not tell enough, add numbers to the state"
 )
-#: what helps whoever wrapped the environment by VecNormalize
+#: advice in errors about VecNormalize
 NORMALIZED = 'Where VecNormalize made it that, name what it may change: VecNormalize(env, norm_obs_keys=["state"])'
-# What helps where an observation does not fit.
+# Advice in errors about an observation that does not fit, by key.
 _HINTS = {
     **dict.fromkeys(("image", HAND_KEY), "; its channels may come first or last"),
     "state": "",
@@ -34,15 +34,15 @@ _HINTS = {
 
 
 def fitted(observation: Mapping[str, Any], space: spaces.Dict) -> dict[str, np.ndarray]:
-    """What a policy reads of an observation, in the types of its space and with the space's order of a picture's axes.
+    """Convert an observation to a space: data types, the order of an image's axes, zeros at an instruction's end.
 
-    Other integers and other floats are converted, and integers to floats. An instruction in bytes may have any number
-    of zeros at its end.
+    Integers and floats are converted to those of the space, and integers to floats, but not floats to integers.
 
-    :param observation: arrays of the space's shapes; or batches, which all have the same further axis in front. What
-        only a critic reads may be missing, and what nobody reads is left out.
-    :raises ValueError: for a missing key, for a shape, a type or an integer that the space has not, for a number that
-        is not finite, and for a batch of none.
+    :param observation: arrays of the space's shapes, or batches of them (N, ...). Keys of the critic may be missing;
+        keys that are not read are dropped.
+    :param space: of the policy.
+    :raises ValueError: for a missing key, a shape or type that does not fit, an integer out of bounds, a number that
+        is not finite, batches of different sizes, and an empty batch.
     """
     needed = (*MODEL_KEYS, *(key for key in (HAND_KEY,) if key in space.spaces))
     missing = [key for key in needed if key not in observation]
@@ -77,7 +77,7 @@ def _fitted(key: str, array: np.ndarray, space: spaces.Space) -> np.ndarray:
         raise InputError(f"{where} has values from {array.min()} to {array.max()}; expected those of {space}")
     with np.errstate(over="ignore"):
         fitting = array.astype(space.dtype, copy=False)
-    # Bounds of floats are not looked at: VecNormalize leaves those of what it changes as they were.
+    # Bounds of floats are not checked: VecNormalize does not change those of the keys that it normalizes.
     if not whole and not np.isfinite(fitting).all():
         raise InputError(f"{where} is {array}; expected finite numbers")
     return fitting
@@ -109,7 +109,7 @@ def check_spaces(observation_space: spaces.Space, action_space: spaces.Space) ->
 
 
 def channels_first(image: spaces.Space) -> bool:
-    """Whether a picture's space is (3, H, W) rather than (H, W, 3).
+    """Whether the space of an image is (3, H, W) rather than (H, W, 3).
 
     :raises ValueError: if it is neither.
     """
@@ -120,6 +120,6 @@ def channels_first(image: spaces.Space) -> bool:
 
 
 def height_and_width(image: spaces.Space, channels_first: bool) -> list[int]:
-    """Of a picture's space."""
+    """Height and width of the space of an image."""
     shape = list(image.shape or ())
     return shape[1:] if channels_first else shape[:2]

@@ -7,7 +7,12 @@ from torch import Tensor, nn
 
 
 class ValueHead(nn.Module):
-    """A perceptron from the model's features and what only the critic sees to a value."""
+    """A perceptron with two hidden layers, from the model's features and the critic's own observations to a value.
+
+    :param feature_dim: D, size of the model's features.
+    :param critic_dim: numbers that only the critic reads.
+    :param width: of the hidden layers.
+    """
 
     def __init__(self, feature_dim: int, critic_dim: int, width: int) -> None:
         super().__init__()
@@ -19,9 +24,13 @@ class ValueHead(nn.Module):
             nn.SiLU(),
             nn.Linear(width, 1),
         )
-        for parameter in self.layers[-1].parameters():  # an untrained critic says nothing, rather than noise
+        for parameter in self.layers[-1].parameters():  # untrained values are zero, not noise
             nn.init.zeros_(parameter)
 
     def forward(self, features: Tensor, critic_only: list[Tensor]) -> Tensor:
-        """Values, float32 (N,)."""
+        """Values, float32 (N,).
+
+        :param features: float32 (N, D).
+        :param critic_only: tensors (N, ...) with ``critic_dim`` numbers in all.
+        """
         return self.layers(torch.cat([self.norm(features), *critic_only], dim=1)).float()[:, 0]

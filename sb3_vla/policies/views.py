@@ -1,7 +1,7 @@
-"""What a policy sees: camera, window of its view (``crop``), and the size in which pictures are drawn.
+"""The view of a policy: camera, window of its image (``crop``), and the size in which images are rendered.
 
-A checkpoint notes the view that its model was trained on, an environment of ``mw_envs`` tells the one that it shows. A
-model that is shown another one fails without an error, so whoever brings the two together compares them here.
+A checkpoint notes the view that its model was trained on, and an environment of ``mw_envs`` has the one that it
+renders. With another view a model fails without an error, so the two are compared wherever they are brought together.
 """
 
 from __future__ import annotations
@@ -24,27 +24,28 @@ from sb3_vla.distributed.ranks import current_ranks
 from sb3_vla.models import VLAModel, takes_option
 from sb3_vla.policies.observations import HAND_KEY, channels_first, height_and_width
 
-#: arguments of environments that decide on the hand view, and what :class:`mw_envs.hand_view.HandView` calls them
+#: arguments of environments for the hand view, and their names in :class:`mw_envs.hand_view.HandView`
 HAND_OPTIONS = {"hand_view": "size", "hand_window": "window", "hand_border": "border"}
-#: of environments that are told nothing else
+#: the default view of environments
 FULL_VIEW: dict[str, Any] = {"camera": "corner2", "crop": None}
-#: height, width and channels of the pictures that environments draw which are told nothing else
+#: height, width and channels of the images that environments render by default
 FULL_PICTURE = (480, 480, 3)
 
 
 def known_view(said: Mapping[str, Any]) -> dict[str, Any] | None:
-    """``camera`` and ``crop`` as somebody says them, where one that is left out is the environment's default.
+    """``camera`` and ``crop`` of some options, with the environment's default for one that is missing.
 
     :param said: such as the note ``view`` of a checkpoint, or the arguments of an environment.
-    :return: None where neither is said.
+    :return: None where both are missing.
     """
     return {key: said.get(key, default) for key, default in FULL_VIEW.items()} if FULL_VIEW.keys() & said else None
 
 
 def view_of(notes: Mapping[str, Any]) -> dict[str, Any]:
-    """Camera and crop that a checkpoint's model was trained on; the full default view if it does not say.
+    """Arguments of environments for the view of a checkpoint's model; the full default view if it notes none.
 
-    Where pictures were drawn larger than the model reads them, also the size.
+    :param notes: of the checkpoint.
+    :return: ``camera``, ``crop``, and ``image_size`` where images were rendered larger than the model reads them.
     """
     said = notes.get("view", {})
     drawn = {"image_size": said["render_size"]} if "render_size" in said else {}
@@ -52,20 +53,20 @@ def view_of(notes: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def hand_options(model: VLAModel) -> dict[str, Any]:
-    """Arguments of environments that draw the hand view which a model reads; none for a model that reads none."""
+    """Arguments of environments for the hand view of a model; empty for a model without one."""
     hand = model.hand_view
     return {} if hand is None else {name: getattr(hand, field) for name, field in HAND_OPTIONS.items()}
 
 
 def told_hand_view(said: Mapping[str, Any]) -> HandView | None:
-    """The hand view that environments draw with these arguments, see :data:`HAND_OPTIONS`."""
+    """The hand view of environments with these arguments, see :data:`HAND_OPTIONS`; None without one."""
     if said.get("hand_view") is None:
         return None
     return HandView(**{field: said[name] for name, field in HAND_OPTIONS.items() if name in said})
 
 
 def hand_views_of_envs(env: VecEnv) -> set[HandView]:
-    """The hand views that environments draw; none where they draw none, or do not tell."""
+    """The hand views of environments; empty where they have none."""
     found = env.get_attr("hand_view") if env.has_attr("hand_view") else []
     return {one for one in found if isinstance(one, HandView)}
 
@@ -97,9 +98,9 @@ def check_hand_view(model: VLAModel, env: VecEnv) -> None:
 
 
 def other_hand_view(read: HandView | None, shown: Iterable[HandView | None]) -> HandView | None:
-    """A hand view among those that are shown whose window or border is not that of the one that a model reads.
+    """A hand view of the environments with another window or border than the model's; None if all agree.
 
-    Of the size of its picture the observation's space tells, also where a wrapper has changed it.
+    The size of its image is not compared: the observation space has it, also where a wrapper has changed it.
     """
     if read is None:
         return None
@@ -109,13 +110,13 @@ def other_hand_view(read: HandView | None, shown: Iterable[HandView | None]) -> 
 
 
 def cut_window(pictures: npt.NDArray[np.uint8], crop: Any, size: tuple[int, int]) -> npt.NDArray[np.uint8]:
-    """The window of a crop, cut from pictures of the full view.
+    """Cut the window of a crop from images of the full view.
 
     :param pictures: uint8 (N, height, width, 3).
-    :param crop: a name, or (top, left, height, width) in fractions; None for all of it.
-    :param size: height and width to have.
-    :return: uint8 (N, *size, 3), each pixel the mean of what it covers.
-    :raises ValueError: if the window has other proportions than the size, which shows more than the full view does.
+    :param crop: a name, or (top, left, height, width) in fractions; None for the whole image.
+    :param size: height and width of the result.
+    :return: uint8 (N, *size, 3), each pixel the mean of the area that it covers.
+    :raises ValueError: if window and size have different proportions.
     """
     top, left, height, width = resolve_crop(crop)
     if abs(height / size[0] - width / size[1]) > 1e-6:
@@ -172,7 +173,7 @@ def _shares(before: int, first: float, length: float, after: int) -> npt.NDArray
 
 
 def view_of_envs(env: VecEnv) -> dict[str, Any] | None:
-    """The view that environments show; None where they do not tell, or show several."""
+    """The view of environments; None where it is unknown, or they have several."""
     if not env.has_attr("camera_view"):
         return None
     views = env.get_attr("camera_view")
@@ -180,27 +181,27 @@ def view_of_envs(env: VecEnv) -> dict[str, Any] | None:
 
 
 def same_view(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether two views show the same, whatever the name of their window."""
+    """Whether two views have the same camera and window, by name or in numbers."""
     windows = resolve_crop(one["crop"]), resolve_crop(other["crop"])
     return one["camera"] == other["camera"] and max(abs(a - b) for a, b in zip(*windows, strict=True)) < 1e-6
 
 
 def described(view: Mapping[str, Any]) -> str:
-    """A view in words."""
+    """A view in words, for messages."""
     window = resolve_crop(view["crop"])
     name = next((name for name, known in CROPS.items() if known == window), list(window))
     return f"camera={view['camera']} with crop={name}"
 
 
 def settled_view(source: object, said: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The view to show to a checkpoint's model: as it is given, else as the checkpoint says.
+    """The view for a checkpoint's model: the one given by the user, else the checkpoint's.
 
-    It warns where the two differ, and where neither says anything; the environment's default is shown then.
+    It warns where the two differ, and where there is neither; environments then have their default view.
 
     :param source: the checkpoint, for the message.
     :param said: its note ``view``.
-    :param given: ``camera``, ``crop`` or both, by whoever uses it.
-    :return: None where neither says anything.
+    :param given: ``camera``, ``crop`` or both.
+    :return: None where there is neither.
     """
     known = known_view(said)
     if not given:
@@ -217,12 +218,12 @@ def settled_view(source: object, said: Mapping[str, Any], given: Mapping[str, An
 
 
 def view_of_data(source: object, said: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """What demonstrations say of their view, with what they do not say as it is given.
+    """The view of demonstrations: the one that they note, completed by the one given by the user.
 
     :param source: the dataset, for the message.
     :param said: such as :attr:`sb3_vla.data.Demonstrations.camera`.
     :param given: ``camera``, ``crop`` or both.
-    :raises ValueError: if it is given otherwise than the data say, whose pictures are what they are.
+    :raises ValueError: if the two differ.
     """
     known = known_view(said)
     if given and known is not None and not same_view(known, {**known, **given}):
@@ -236,9 +237,11 @@ def view_of_data(source: object, said: Mapping[str, Any], given: Mapping[str, An
 def warn_of_another_view(
     learned: Mapping[str, Any], shown: Mapping[str, Any], what: str = "The policy was trained on"
 ) -> None:
-    """Warn if a policy is shown another view than that of what it learned from.
+    """Warn if a policy is shown another view than the one that it was trained on.
 
-    :param what: what that was, the beginning of the message.
+    :param learned: the view of the training.
+    :param shown: the present view.
+    :param what: beginning of the message.
     """
     if not same_view(learned, shown):
         warn_once(
@@ -248,6 +251,6 @@ def warn_of_another_view(
 
 
 def warn_once(message: str) -> None:
-    """Warn, of several ranks on the first alone."""
+    """Warn on the first rank alone."""
     if current_ranks().leads:
         warnings.warn(message, stacklevel=3)

@@ -44,7 +44,7 @@ from sb3_vla.policies.value_head import ValueHead
 from sb3_vla.policies.views import cut_from_full_view
 
 RESIZES = ("model", "area")
-#: what helps whoever compiles a policy
+#: advice in errors about a compiled policy
 COMPILING = "in its place give policy_kwargs=dict(compile={}), which compiles the towers of pi0 and pi0.5"
 
 
@@ -52,11 +52,11 @@ COMPILING = "in its place give policy_kwargs=dict(compile={}), which compiles th
 class Evaluation:
     """Stored decisions under the policy's present weights.
 
-    :param values: critic's values, float32 (N,).
-    :param log_prob: of the traces, executed steps only, float32; (N,), or see :meth:`ActionDistribution.log_prob`.
+    :param values: of the critic, float32 (N,).
+    :param log_prob: of the executed part of the traces, float32 (N, ...), see :meth:`ActionDistribution.log_prob`.
     :param mean: of the random transition, see :meth:`ActionDistribution.transition`.
     :param std: its standard deviation.
-    :param entropy: float32 (N,) or None.
+    :param entropy: float32 (N,); None where the weights do not change it.
     """
 
     values: Tensor
@@ -66,7 +66,7 @@ class Evaluation:
     entropy: Tensor | None
 
     def outputs(self, of_actor: bool) -> tuple[Tensor, ...]:
-        """What the loss is made of: values, and log-probabilities where the actor learns."""
+        """The tensors that the loss differentiates: values, and with the actor log-probabilities."""
         return (self.values, self.log_prob) if of_actor else (self.values,)
 
 
@@ -84,32 +84,31 @@ class VLAPolicy(BasePolicy):
     :param use_sde: must be False; every Stable-Baselines3 algorithm passes it.
     :param model: name in :data:`sb3_vla.models.MODELS`; None for the checkpoint's, or ``compact``.
     :param model_kwargs: the model's own options.
-    :param checkpoint: folder written by :func:`sb3_vla.checkpoints.save_checkpoint`, which fixes model and
-        model_kwargs; or a published model, see :func:`sb3_vla.checkpoints.load_checkpoint`; then model_kwargs are what
-        it does not say. A saved algorithm needs it no more, unless the backbone is frozen: it then holds what was
-        trained alone, and where the folder has moved, ``load`` takes
+    :param checkpoint: folder written by :func:`sb3_vla.checkpoints.save_checkpoint`, which fixes ``model`` and
+        ``model_kwargs``; or a published model, see :func:`sb3_vla.checkpoints.load_checkpoint`, of which
+        ``model_kwargs`` say what it does not. A saved algorithm has all weights and no longer needs the folder, unless
+        the backbone is frozen: it then has the trained weights alone, and where the folder has moved, ``load`` takes
         ``custom_objects={"policy_kwargs": ...}``.
     :param distribution: name in :data:`sb3_vla.distributions.DISTRIBUTIONS`.
     :param distribution_kwargs: the distribution's own options.
     :param value_width: width of the critic's two hidden layers.
-    :param trainable: ``all``, ``expert`` to freeze the model's backbone, or ``adaptive`` for what modulates its norms
-        alone (pi0.5), or ``lora`` for adapters alone; None for the model's default, ``expert`` with pi0 and pi0.5, else
-        ``all``.
-    :param lora: options of :class:`sb3_vla.models.lora.LoRA`, for adapters in what ``trainable`` leaves frozen; None
-        for none, or with ``trainable="lora"`` for the defaults.
-    :param frozen_bf16: keep a frozen backbone's weights in bfloat16, which halves their memory; what is trained, and
-        adapters, stay float32. pi0 and pi0.5 alone.
+    :param trainable: ``all``; ``expert``, all but the backbone; ``adaptive``, the layers that modulate norms (pi0.5);
+        or ``lora``, adapters alone. None for the model's default: ``expert`` with pi0 and pi0.5, else ``all``.
+    :param lora: options of :class:`sb3_vla.models.lora.LoRA`, for adapters in the layers that ``trainable`` freezes;
+        None for no adapters, or with ``trainable="lora"`` for the defaults.
+    :param frozen_bf16: keep the weights of a frozen backbone in bfloat16, which halves their memory; trained weights
+        stay float32. pi0 and pi0.5 alone.
     :param gradient_checkpointing: see :meth:`sb3_vla.models.VLAModel.set_gradient_checkpointing`.
-    :param resize: how pictures of another size than the model reads are brought to it: ``model`` for the model's own
-        way, or ``area`` for that of demonstrations that are shrunk while they are loaded; None for the checkpoint's.
+    :param resize: how images are brought to the size that the model reads: ``model`` for the model's own way, or
+        ``area`` for the mean over areas, as demonstrations are shrunk when they are loaded; None for the checkpoint's.
     :param compile: arguments of ``torch.compile``, such as ``{"mode": "reduce-overhead"}``, for the towers of pi0 and
         pi0.5; ``{}`` for its defaults, None to run them as they are.
-    :param cache_perception: whether a rollout keeps what a frozen backbone perceived instead of the picture, so that an
-        update costs the expert alone. A decision takes 114 kB with CompactVLA's default size, and megabytes with pi0.
-        None for the model's default: not with pi0 and pi0.5.
-    :param view: ``camera`` and ``crop`` of the pictures that it is trained on, which
-        :func:`sb3_vla.evaluation.evaluate` shows it; None for those that the checkpoint says. :class:`sb3_vla.PPO`
-        takes them from the environment.
+    :param cache_perception: store the features of a frozen backbone in the rollout instead of the image, so that an
+        update runs the expert alone. A decision takes 114 kB with CompactVLA's default size, and megabytes with pi0.
+        None for the model's default, False with pi0 and pi0.5.
+    :param view: ``camera`` and ``crop`` of the images that it is trained on, which
+        :func:`sb3_vla.evaluation.evaluate` uses; None for the checkpoint's. :class:`sb3_vla.PPO` takes them from the
+        environment.
     :param optimizer_class: optimizer.
     :param optimizer_kwargs: its options besides the learning rate.
     :raises ValueError: if the spaces are not those of a vision-language-action environment, or the checkpoint is of
@@ -238,7 +237,7 @@ class VLAPolicy(BasePolicy):
 
     @property
     def view(self) -> dict[str, Any] | None:
-        """Camera and crop of the pictures that it is trained on; None where nobody said."""
+        """Camera and crop of the images that it is trained on; None where unknown."""
         return self.portable_kwargs["view"]
 
     @view.setter
@@ -247,14 +246,14 @@ class VLAPolicy(BasePolicy):
 
     @property
     def notes(self) -> dict[str, Any]:
-        """What a checkpoint of its model must say of the pictures: the view, and the size in which they are drawn."""
+        """Notes for a checkpoint of its model: the view of its images, and the size in which they are rendered."""
         height, width = height_and_width(self.observation_space["image"], self._channels_first)  # type: ignore[index]
         drawn = {"render_size": height if height == width else [height, width]}
         resized = {} if self._resize == "model" else {"resize": self._resize}
         return {"view": {**(self.view or {}), **drawn, **resized}}
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if hasattr(value, "_orig_mod"):  # its weights have other names, under which no archive is read
+        if hasattr(value, "_orig_mod"):  # torch.compile renames the weights, and archives would not load
             raise InputError(
                 f"policy.{name} is what torch.compile(...) made; {COMPILING}. A part with a forward() of its own can "
                 f"be compiled where it is: policy.{name}.compile()"
@@ -262,7 +261,7 @@ class VLAPolicy(BasePolicy):
         super().__setattr__(name, value)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """Weights by name; without those of a frozen backbone that a checkpoint holds."""
+        """Weights by name, without those of a frozen backbone, which are in its checkpoint."""
         state = super().state_dict(*args, **kwargs)
         if self._frozen is not None:
             self._frozen.take_out(self, state, kwargs.get("prefix", ""))
@@ -286,11 +285,11 @@ class VLAPolicy(BasePolicy):
             return super().load_state_dict(as_shards(self, state_dict), strict, assign)
 
     def set_training_mode(self, mode: bool) -> None:
-        """Dropout is off in updates as in rollouts: a ratio compares weights, not two draws of a mask."""
+        """Keep dropout off in updates, too: a ratio compares two sets of weights, not two dropout masks."""
         super().set_training_mode(False)
 
     def forward(self, obs: dict[str, Tensor], deterministic: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-        """Decide, by Stable-Baselines3's contract; :meth:`decide` is ours.
+        """Decide, for the training loop of Stable-Baselines3; :meth:`decide` is for ours.
 
         :return: actions (N, *action shape) not clipped, values (N, 1), log-probabilities (N,).
         :raises ValueError: for a distribution whose log-probability needs more than the action.
@@ -309,8 +308,10 @@ class VLAPolicy(BasePolicy):
         return action.reshape(-1, *self.action_space.shape), values[:, None], log_prob  # type: ignore[misc]
 
     def decide(self, obs: dict[str, Tensor]) -> tuple[Tensor, Tensor, Trace]:
-        """Actions, values (N,) and traces of prepared observations, for a rollout whose update computes the
-        log-probabilities itself, in its own precision."""
+        """Decide for prepared observations; the update computes log-probabilities itself, in its own precision.
+
+        :return: actions (N, *action shape), not clipped, values (N,), and the trace.
+        """
         context = self.model.encode(obs)
         action, trace = self.distribution.sample(self.model, context)
         return action.reshape(-1, *self.action_space.shape), self._values(context, obs), trace  # type: ignore[misc]
@@ -318,10 +319,10 @@ class VLAPolicy(BasePolicy):
     def evaluate(
         self, obs: dict[str, Tensor], trace: Trace, executed: Tensor, logprob_type: str = "chunk"
     ) -> Evaluation:
-        """Stored decisions under the present weights.
+        """Evaluate stored decisions with the present weights.
 
         :param obs: prepared observations.
-        :param trace: as :meth:`decide` gave it.
+        :param trace: from :meth:`decide`.
         :param executed: environment steps run of each chunk, int64 (N,).
         :param logprob_type: what one log-probability is of, see :meth:`ActionDistribution.log_prob`.
         """
@@ -342,7 +343,7 @@ class VLAPolicy(BasePolicy):
         return self.model.imitation_loss(observation, actions, mask, draws=draws)
 
     def evaluate_actions(self, obs: PyTorchObs, actions: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Stable-Baselines3's contract: values (N, 1), log-probabilities (N,) and entropies of actions.
+        """Values (N, 1), log-probabilities (N,) and entropies (N,) or None, for Stable-Baselines3's training loop.
 
         :raises ValueError: for a distribution whose log-probability needs more than the action.
         """
@@ -353,7 +354,10 @@ class VLAPolicy(BasePolicy):
         return found.values[:, None], found.log_prob, found.entropy
 
     def get_distribution(self, obs: PyTorchObs) -> DiagGaussianDistribution:
-        """The action distribution as Stable-Baselines3 knows it, for algorithms such as sb3-contrib's TRPO."""
+        """The action distribution as one of Stable-Baselines3's, for algorithms such as sb3-contrib's TRPO.
+
+        :raises ValueError: for a distribution that is no diagonal Gaussian, or a frozen backbone.
+        """
         self._check_stock("this algorithm")
         if self._frozen_backbone:
             raise InputError('This algorithm asks every parameter for a gradient; use trainable="all" with it')
@@ -375,10 +379,13 @@ class VLAPolicy(BasePolicy):
         return self._values(self.model.encode(obs), obs)[:, None]
 
     def prepare(self, obs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What model and critic read of an observation: pictures channels first and at the model's size, uint8.
+        """The part of an observation that model and critic read, as a rollout stores it.
 
-        Where perception is cached it is what the backbone perceives. Prepared observations pass unchanged, so a rollout
-        stores them and an update reads them.
+        Images are uint8, channels first, at the size of the model; with ``cache_perception`` the features of the
+        backbone take their place. A prepared observation is returned as it is.
+
+        :param obs: tensors (N, ...) of the environment's observation.
+        :raises ValueError: for an image or instruction that is not uint8.
         """
         if is_perceived(obs):
             return dict(obs)
@@ -408,13 +415,13 @@ class VLAPolicy(BasePolicy):
         episode_start: np.ndarray | None = None,
         deterministic: bool = False,
     ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
-        """As in Stable-Baselines3; of an observation what the policy does not read is left out.
+        """As in Stable-Baselines3; keys that the policy does not read are ignored.
 
-        :param observation: one, or a batch of them in which each array has a further axis in front. Pictures may have
-            their channels first or last, an instruction any number of zeros at its end. Where the policy reads smaller
-            ones, a picture of 480 x 480 pixels is taken for the full view of its camera, as the environment draws it
-            unless told otherwise: the policy's window is cut from it, and its hand view where none is given.
-        :raises ValueError: for what does not fit the observation space, see :func:`fitted`; or for what is no dict.
+        :param observation: a dict of arrays, or of batches of them (N, ...). Images may have their channels first or
+            last, and an instruction any number of zeros at its end. An image of 480 x 480 pixels, where the policy
+            reads smaller ones, is taken for the full view of the camera: the policy's window is cut from it, and its
+            hand view where none is given.
+        :raises ValueError: for an observation that does not fit the space, see :func:`fitted`, or is no dict.
         """
         if isinstance(observation, Mapping):
             space = self.observation_space
@@ -439,7 +446,7 @@ class VLAPolicy(BasePolicy):
 
     def _values(self, context: Context, obs: Mapping[str, Tensor]) -> Tensor:
         critic_only = [obs[key].float() for key in CRITIC_KEYS if key in self.observation_space.spaces]  # type: ignore[attr-defined]
-        # The critic must not bend the features that the actor uses.
+        # The critic's gradient does not reach the features that the actor uses.
         return self.value_head(context.features.detach(), critic_only)
 
     def _all_executed(self, actions: Tensor) -> Tensor:
@@ -459,7 +466,7 @@ class VLAPolicy(BasePolicy):
 
 
 class NoVLAPolicy:
-    """What ``"VLAPolicy"`` means to algorithms that cannot train it."""
+    """The policy registered as ``"VLAPolicy"`` with algorithms that cannot train it; it raises an error."""
 
     def __init__(self, *_: Any, **__: Any) -> None:
         raise InputError(

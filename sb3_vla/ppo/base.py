@@ -44,7 +44,7 @@ _NOT_LOADED = ("env", "device", "_init_setup_model")
 
 
 class VLAAlgorithm(stable_baselines3.PPO):
-    """Base of the algorithms that train VLAPolicy; any other policy is left to ``stable_baselines3.PPO``."""
+    """Base class of the algorithms that train VLAPolicy; with any other policy it is ``stable_baselines3.PPO``."""
 
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {  # type: ignore[assignment]
         **stable_baselines3.PPO.policy_aliases,
@@ -184,7 +184,7 @@ class VLAAlgorithm(stable_baselines3.PPO):
     # --- Rollouts -----------------------------------------------------------------------------------------------------
 
     def _prepare_rollout(self, env: VecEnv) -> None:
-        """Choose the tasks' weights and the size of the exploration noise, and bring replicas up to date."""
+        """Set the sampling weights of tasks, the exploration noise and the weights of replicas."""
         self.ranks.take_generators()
         if self.task_sampling == "signal":
             self.episodes.sample_tasks(env)
@@ -206,10 +206,11 @@ class VLAAlgorithm(stable_baselines3.PPO):
     def _decide(
         self, observations: Mapping[str, np.ndarray], rows: np.ndarray | None = None, among: int | None = None
     ) -> Decision:
-        """Decide for some environments.
+        """Decide for n of this rank's environments, with the noise that one process would draw for them.
 
-        :param rows: their places among those of this rank for which noise is drawn; None for all of them.
-        :param among: how many these are.
+        :param observations: arrays (n, ...).
+        :param rows: int64 (n,), which rows of this rank's noise are theirs; None for all.
+        :param among: rows of noise of each rank; None for n.
         """
         among = len(observations["instruction"]) if among is None else among
         rows = np.arange(among) if rows is None else rows
@@ -226,7 +227,7 @@ class VLAAlgorithm(stable_baselines3.PPO):
         return Decision(prepared, actions, clipped, values, trace)
 
     def _record_episodes(self, infos: list[dict[str, Any]], dones: np.ndarray, *order: int) -> None:
-        """Count the episodes that ended; of several ranks at the end of the rollout.
+        """Add episodes that ended to the statistics; with several ranks at the end of the rollout.
 
         :param order: sorts the steps of a rollout.
         """
@@ -235,13 +236,17 @@ class VLAAlgorithm(stable_baselines3.PPO):
             self.episodes.count(self, self.ranks)
 
     def _share_rollout(self, env_steps_before: int) -> None:
-        """Let every rank know of the environment steps and of the episodes of all, in the order of one process."""
+        """Sum environment steps and gather episodes over ranks, in the order of one process."""
         if self.ranks.count > 1:
             self.env_steps = env_steps_before + self.ranks.total(self.env_steps - env_steps_before)
             self.episodes.count(self, self.ranks)
 
     def _log_rollout(self, decisions: int, env_steps: int, earned: float, clock: Clock) -> None:
-        """Log what :func:`rollout_metrics` makes of these; ``earned`` are the rewards of this rank, the rest of all."""
+        """Log :func:`rollout_metrics`.
+
+        :param decisions: of all ranks, like ``env_steps``.
+        :param earned: sum of this rank's rewards.
+        """
         self._rollout_seconds = clock.elapsed()
         earned = sum(self.ranks.gather(earned))
         self._record(rollout_metrics(decisions, env_steps, earned, self._rollout_seconds, clock.seconds))

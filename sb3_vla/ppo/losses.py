@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# A ratio of e^20 says no more than one of e^10, and the gradient of e^90 is not finite.
+# Such a ratio is clipped anyway, and beyond e^88 its gradient is not finite in float32.
 _LARGEST_LOG_RATIO = 20.0
 
 
@@ -37,12 +37,14 @@ def clipped_surrogate(
     above: float,
     dual_clip: float | None = None,
 ) -> Surrogate:
-    """-min(r A, clip(r, 1 - below, 1 + above) A), summed over what of a decision has a ratio of its own.
+    """-min(r A, clip(r, 1 - below, 1 + above) A) (Schulman et al. 2017, eq. 7), summed over the ratios of a decision.
 
     :param log_prob: of the decisions under the present policy, float32 (N,) or (N, ...).
-    :param old_log_prob: under the policy that took them, as ``log_prob``.
+    :param old_log_prob: under the behavior policy, shape of ``log_prob``.
     :param advantages: float32 (N,).
-    :param counted: weight of each ratio, as ``log_prob``.
+    :param counted: 1 for ratios of executed actions, else 0, shape of ``log_prob``.
+    :param below: clip range below one.
+    :param above: clip range above one (clip-higher, Yu et al. 2025, eq. 10).
     :param dual_clip: with a negative advantage the surrogate is at least this times it (Ye et al. 2020, eq. 5).
     """
     ratio = torch.exp((log_prob - old_log_prob).clamp(max=_LARGEST_LOG_RATIO))

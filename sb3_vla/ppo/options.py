@@ -31,9 +31,9 @@ _RANGES = (
     *((name, 0, math.inf) for name in ("critic_warmup", "actor_warmup")),
     *((name, 1, math.inf) for name in ("batch_size", "n_steps", "n_epochs", "rehearsal_batch_size")),
 )
-# What is on or off; bf16 may be None as well.
+# Switches; bf16 may be None as well.
 _FLAGS = ("normalize_advantage", "bootstrap_truncated", "overlap", "normalize_length", "bf16")
-#: what may be a number or a function of the share of the training that is left.
+#: options that are a number or a function of the remaining progress, 1 to 0
 SCHEDULES = ("learning_rate", "clip_range", "clip_range_vf", "clip_range_high", "noise_scale")
 
 _OWN_OPTIONS = (
@@ -58,9 +58,9 @@ _CHOICES = {"gamma_per": GAMMA_PER, "task_sampling": TASK_SAMPLING, "sharding": 
 
 
 def take_schedules(algorithm: PPO) -> None:
-    """Make what may be a schedule one that Stable-Baselines3 takes.
+    """Turn options that may be schedules into those of Stable-Baselines3.
 
-    :raises ValueError: for what is neither a number nor a function, and for an unknown choice.
+    :raises ValueError: for a value that is neither a number nor a function, and for an unknown choice.
     """
     for name in SCHEDULES:
         setattr(algorithm, name, _number_or_schedule(name, getattr(algorithm, name)))
@@ -104,7 +104,7 @@ def check_before_building(algorithm: PPO) -> None:
 
 
 def _check_flags(algorithm: PPO) -> None:
-    """:raises ValueError: for a switch that is a string, which would be on."""
+    """:raises ValueError: for a switch that is a string, which Python takes for True."""
     for name in _FLAGS:
         value = getattr(algorithm, name, None)
         if isinstance(value, str):
@@ -149,15 +149,15 @@ def check_task_sampling(algorithm: PPO) -> None:
         and not algorithm.env.has_attr("set_task_weights")
     ):
         raise InputError(
-            "task_sampling='signal' draws tasks by the environments' method set_task_weights(weights by task), "
-            "which these have not, such as those of mw_envs; use task_sampling='uniform'"
+            "task_sampling='signal' draws tasks by set_task_weights(weights by task), which these environments do not "
+            "have, unlike those of mw_envs; use task_sampling='uniform'"
         )
 
 
 def check_options(algorithm: PPO) -> None:
     """:raises ValueError: for options that do not fit the policy or one another."""
     stack = None if algorithm.env is None else unwrap_vec_wrapper(algorithm.env, VecFrameStack)
-    if stack is not None:  # of what is stacked along an axis of a picture, its space does not tell
+    if stack is not None:  # the observation space does not show that images are stacked along an axis
         raise InputError(f"{type(stack).__name__} gives VLAPolicy several pictures in one. {STACKED}")
     model, distribution = algorithm.policy.model, algorithm.policy.distribution
     distribution.check_trainable(model)
@@ -188,10 +188,13 @@ def check_options(algorithm: PPO) -> None:
 
 
 def check_batch_size(batch_size: int, n_steps: int, n_envs: int, algorithm: str | None = None) -> None:
-    """Find out whether minibatches divide a rollout.
+    """Check that the batch size divides a rollout.
 
-    :param algorithm: name of the class that may have been loaded with other environments, for the message.
-    :raises ValueError: if they do not; the message names the nearest size that does.
+    :param batch_size: decisions of a minibatch.
+    :param n_steps: decisions of each environment in a rollout.
+    :param n_envs: environments of all ranks.
+    :param algorithm: name of the class, which may have been loaded with other environments, for the message.
+    :raises ValueError: if it does not; the message names the nearest size that does.
     """
     decisions = n_steps * n_envs
     if decisions % batch_size:
@@ -205,7 +208,7 @@ def check_batch_size(batch_size: int, n_steps: int, n_envs: int, algorithm: str 
 
 
 def _number_or_schedule(name: str, value: Any) -> Any:
-    """What Stable-Baselines3 takes for a schedule, which NumPy's numbers are not.
+    """A number as a float, because Stable-Baselines3 takes no NumPy numbers for schedules, or a function as it is.
 
     :raises ValueError: for anything else.
     """

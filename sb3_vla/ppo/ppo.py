@@ -45,54 +45,53 @@ class PPO(VLAAlgorithm):
 
     ``n_steps``, ``batch_size`` and ``total_timesteps`` count decisions; environment steps are logged beside them.
     ``gae_lambda`` is per decision, and so is ``gamma`` unless ``gamma_per`` says otherwise. ``target_kl`` stops an
-    update at the exact divergence of the action distributions, averaged over the epoch so far; what was drawn, and so
-    an outlier among the ratios, has no part in it. ``normalize_advantage`` is over a minibatch. A step whose loss or
-    gradient is not finite is left out and counted in ``train/skipped_steps``.
-    Schedules are functions of the share of a ``learn`` that is left, which is never outside of 0 to 1.
+    update at the exact KL divergence of the action distributions, averaged over the epoch so far, which no single
+    ratio can dominate. ``normalize_advantage`` is over a minibatch. A step whose loss or gradient is not finite is
+    skipped and counted in ``train/skipped_steps``. Schedules are functions of the remaining progress of ``learn``, from
+    1 to 0.
 
-    Under ``torchrun`` (:mod:`sb3_vla.distributed.ranks`), which it joins where it is given an environment, each rank
-    gives its share of the environments, ``batch_size`` and ``total_timesteps`` count what all ranks have, and what is
-    learned is what one process with all the environments would learn, up to rounding. A callback that stops training
-    stops all ranks, at the end of the rollout. The first rank prints and logs.
+    Under ``torchrun`` (:mod:`sb3_vla.distributed.ranks`) it joins the process group when it is given an environment.
+    Each rank then has its share of the environments, ``batch_size`` and ``total_timesteps`` count the decisions of all
+    ranks, and the result is that of one process with all environments, up to rounding. A callback that stops training
+    stops all ranks at the end of the rollout. The first rank prints and logs.
 
-    :param value_lr: the critic's learning rate at the start; it follows the schedule of ``learning_rate``. None: that
+    :param value_lr: initial learning rate of the critic, which follows the schedule of ``learning_rate``; None for that
         of the actor.
-    :param clip_range_high: how far above one the ratio may go before it is clipped, ``clip_range`` being how far below
-        (DAPO, Yu et al. 2025, eq. 10); a number or a schedule. None: as far.
+    :param clip_range_high: clip range of the ratio above one, where ``clip_range`` is that below one (DAPO, Yu et al.
+        2025, eq. 10); a number or a schedule. None for ``clip_range``.
     :param gamma_per: ``decision``, or ``env_step``: a decision of n environment steps is discounted by gamma^n.
-    :param dual_clip: where the advantage A is negative, the surrogate is not below this times A, so that a ratio far
-        above one does not dominate an update (Ye et al. 2020, eq. 5). More than 1; None for no such bound.
-    :param huber_delta: error of a value from which on its loss grows linearly (Huber), half the square below; None for
-        the square.
-    :param logprob_type: what a ratio is of: ``chunk``, ``action``, ``token`` or ``denoising_step``, see
+    :param dual_clip: c > 1; where the advantage A is negative the surrogate is at least c A, so that a ratio far above
+        one does not dominate the update (Ye et al. 2020, eq. 5). None for no bound.
+    :param huber_delta: the critic's loss is half the squared error up to this error and linear beyond it (Huber); None
+        for the squared error.
+    :param logprob_type: what one ratio stands for: ``chunk``, ``action``, ``token`` or ``denoising_step``, see
         :meth:`~sb3_vla.distributions.ActionDistribution.log_prob`. The surrogates of a decision's ratios, which share
-        its advantage, are summed: at ratio one the gradient is the same for all types, then each is clipped for itself.
-    :param micro_batch_size: decisions that are evaluated at a time, where a minibatch does not fit into memory; their
-        gradients add up to the minibatch's. None for all of it.
-    :param kl_coef: weight of KL(policy || reference), where the reference is the policy as it was at the first update:
-        after imitation, the imitation policy. It is not saved with the algorithm, see :meth:`anchor`.
-    :param critic_warmup: rollouts at the start from which the critic alone learns.
-    :param actor_warmup: rollouts after those over which the actor's learning rate rises linearly. Adam's first steps
-        are of full length in every weight, whatever the gradient; from a good policy they lead to a worse one.
-    :param rehearsal: demonstrations whose imitation loss is added to each minibatch, so that what is not practiced now
-        is not forgotten. They are not saved with the algorithm: set them again after ``load``.
+        its advantage, are summed: at ratio one the gradient is the same for all types, beyond it each is clipped alone.
+    :param micro_batch_size: decisions evaluated at a time, where a minibatch does not fit into memory; gradients are
+        accumulated to those of the minibatch. None for all at once.
+    :param kl_coef: weight of KL(policy || reference). The reference is the policy at the first update, such as that of
+        imitation; it is not saved with the algorithm, see :meth:`anchor`.
+    :param critic_warmup: number of first rollouts from which the critic alone learns.
+    :param actor_warmup: number of rollouts after those over which the actor's learning rate rises linearly: Adam's
+        first steps have full length in every weight whatever the gradient, which harms a pretrained policy.
+    :param rehearsal: demonstrations whose imitation loss is added to that of each minibatch, against forgetting. They
+        are not saved with the algorithm; set them again after ``load``.
     :param rehearsal_coef: weight of that loss.
     :param rehearsal_batch_size: demonstration frames per minibatch.
     :param bf16: bfloat16 autocast of the update, and on a GPU of the rollout; None where the machine computes it
         faster. Log-probabilities and weights stay float32.
     :param bootstrap_truncated: add the value of the last observation where a time limit cut an episode, as
-        Stable-Baselines3 does. False takes the limit as a part of the task; let the critic see ``elapsed_time`` then.
-    :param noise_scale: factor of the exploration noise, a number or a schedule. What acts in the end is the policy
-        without noise; where that falls towards the end, the last updates fit it.
-    :param task_sampling: ``uniform`` leaves the environments' own weights; ``signal`` draws a task in proportion to the
-        variance p (1 - p) of its recent success, which is what a success can teach, and not below a tenth of the most.
-    :param overlap: in a rollout, simulate one half of the environments while the policy decides for the other; pays
-        where the policy runs on another device than the simulators. It needs a
-        :class:`~sb3_vla.SharedMemoryVecEnv` without wrappers, and acts on no other environment. The policy then
-        decides for two small batches instead of one: an environment meets other exploration noise than without.
-    :param sharding: ``none``, every rank has a replica; or ``fsdp``, in an update each has a part of the weights that
-        are trained, of their gradients and of the optimizer, see :mod:`sb3_vla.distributed.fsdp`. One rank has all of
-        them.
+        Stable-Baselines3 does. With False the time limit is a part of the task; show the critic ``elapsed_time`` then.
+    :param noise_scale: factor of the exploration noise, a number or a schedule. A falling one brings the last updates
+        near the deterministic policy, which is deployed.
+    :param task_sampling: ``uniform`` leaves the environments' own weights; ``signal`` samples a task in proportion to
+        the variance p (1 - p) of its recent success rate p, see
+        :meth:`~sb3_vla.rollouts.episodes.EpisodeStatistics.task_weights`.
+    :param overlap: simulate one half of the environments while the policy decides for the other, which pays where the
+        policy runs on a GPU. Only a :class:`~sb3_vla.SharedMemoryVecEnv` without wrappers does. The policy then decides
+        for two small batches in the place of one, with other exploration noise.
+    :param sharding: ``none``: every rank has a replica; ``fsdp``: in an update each has a shard of the trained weights,
+        of their gradients and of the optimizer's state, see :mod:`sb3_vla.distributed.fsdp`.
     """
 
     #: whether the value head is trained
@@ -171,7 +170,7 @@ class PPO(VLAAlgorithm):
         self.env_steps = 0
         #: rollouts that have been trained on; ``_n_updates`` counts epochs, which ``target_kl`` may cut short
         self.updates = 0
-        if self.ranks.count > 1:  # it looks at this rank's part of a rollout, check_batch_size at all of it
+        if self.ranks.count > 1:  # stock PPO sees one rank's part of a rollout; check_batch_size sees all of it
             warnings.filterwarnings("ignore", "You have specified a mini-batch size of")
         super().__init__(
             policy,
@@ -232,7 +231,7 @@ class PPO(VLAAlgorithm):
         options.check_task_sampling(self)
 
     def anchor(self) -> None:
-        """Take the present policy as the reference of ``kl_coef``; the first update does so if nobody did."""
+        """Make the present policy the reference of ``kl_coef``, as the first update does by itself."""
         # Frozen weights, most of a large model, are shared; the reference needs no optimizer.
         shared = [self.policy.optimizer, *(p for p in self.policy.parameters() if not p.requires_grad)]
         self._reference = copy.deepcopy(self.policy, {id(each): each for each in shared}).requires_grad_(False)
@@ -266,7 +265,7 @@ class PPO(VLAAlgorithm):
     # --- Rollout ------------------------------------------------------------------------------------------------------
 
     def collect_rollouts(self, env: VecEnv, callback: BaseCallback, rollout_buffer: Any, n_rollout_steps: int) -> bool:
-        """Collect ``n_rollout_steps`` decisions of each environment; see the stock method."""
+        """Collect ``n_rollout_steps`` decisions of each environment, see ``OnPolicyAlgorithm.collect_rollouts``."""
         if not self.trains_vla:
             return super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps)
         assert self._last_obs is not None, "No previous observation was provided"
@@ -313,9 +312,12 @@ class PPO(VLAAlgorithm):
     def _bootstrap(
         self, rewards: np.ndarray, dones: np.ndarray, infos: list[dict[str, Any]], executed: np.ndarray
     ) -> np.ndarray:
-        """Add the discounted value of the last observation to rewards of episodes that a time limit cut.
+        """Add the discounted value of the last observation to the reward of episodes that were cut.
 
-        Where the limit is a part of the task it is not added, but a crash of a worker is never a part of the task.
+        Without ``bootstrap_truncated`` a time limit does not cut an episode but ends it; a crash of a worker always
+        cuts it.
+
+        :return: rewards, (N,).
         """
         reason = "TimeLimit.truncated" if self.bootstrap_truncated else "worker_restarted"
         cut = [i for i, done in enumerate(dones) if done and infos[i].get(reason, False)]
@@ -332,7 +334,7 @@ class PPO(VLAAlgorithm):
     # --- Update -------------------------------------------------------------------------------------------------------
 
     def train(self) -> None:
-        """Update the policy on the rollout, until it is as far from the one that collected it as it may be."""
+        """Update the policy on the rollout, for ``n_epochs`` or until ``target_kl`` stops it."""
         if not self.trains_vla:
             super().train()
             return
@@ -386,10 +388,11 @@ class PPO(VLAAlgorithm):
     ) -> tuple[float, float | None]:
         """Gradient of a minibatch's loss, micro-batch by micro-batch, and summed over ranks.
 
-        Every term is a mean over decisions, so a micro-batch counts by its share of those of all ranks.
+        Every term is a mean over decisions, so a micro-batch is weighted by its share of the minibatch of all ranks.
 
-        :param spare: a decision to evaluate while other ranks of sharded weights have more micro-batches.
-        :return: the loss, and the divergence from the rollout's policy, None while the critic alone learns.
+        :param metrics: gets the terms by name.
+        :param spare: with sharded weights, a decision to evaluate while other ranks have more micro-batches.
+        :return: the loss, and the mean KL divergence from the behavior policy, None while the critic alone learns.
         """
         self.policy.optimizer.zero_grad(set_to_none=True)
         train_actor = self._actor_learns
@@ -408,7 +411,7 @@ class PPO(VLAAlgorithm):
             found = self._evaluate(self.policy, batch)
             loss = self.vf_coef * self._value_loss(found.values, batch, noted)
             if train_actor:
-                if not old.knows(part):  # of the first minibatch, before any step
+                if not old.knows(part):  # the first minibatch, before any optimizer step
                     old.keep(part, found)
                 loss = loss + self._actor_loss(found, batch, old, noted)
                 with torch.no_grad():
@@ -438,7 +441,7 @@ class PPO(VLAAlgorithm):
             sums["total"] += self.rehearsal_coef * sums["rehearsal_loss"]
         whole = self.ranks.sum_gradients(self.policy.parameters(), sums)
         total, divergence = whole.pop("total"), whole.pop("divergence", None)
-        if math.isfinite(total):  # a step that is left out has no metrics
+        if math.isfinite(total):  # a skipped step has no metrics
             metrics["ratio_max"] += ratio_max
             for name, value in whole.items():
                 metrics[name].append(value)
@@ -448,7 +451,7 @@ class PPO(VLAAlgorithm):
         return indices.split(self.micro_batch_size or len(indices)) if len(indices) else ()
 
     def _evaluate(self, policy: VLAPolicy, batch: DecisionBatch) -> Evaluation:
-        """Stored decisions under a policy's present weights, in the precision of the update."""
+        """Evaluate stored decisions with a policy's present weights, in the precision of the update."""
         with autocast(self.bf16, self.device.type):
             return policy.evaluate(batch.observations, batch.trace, batch.executed, self.logprob_type)
 
@@ -497,7 +500,7 @@ class PPO(VLAAlgorithm):
 
     def _optimizer_step(self, loss: float, metrics: defaultdict[str, list[float]]) -> None:
         norm = whole_tensor(torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm))
-        # A clamp gives what is not a number a gradient of zero, so the gradient alone does not tell.
+        # A clamp passes NaN on with a gradient of zero, so the gradient alone is not enough.
         finite = math.isfinite(loss) and bool(torch.isfinite(norm))
         metrics["skipped_steps"].append(float(not finite))
         if finite:
@@ -510,7 +513,7 @@ class PPO(VLAAlgorithm):
         return self.updates >= self.critic_warmup
 
     def _update_learning_rate(self, optimizers: Any) -> None:
-        """The schedule's rate for the actor, after its warm-up; the critic's follows in the proportion at the start."""
+        """Set the scheduled rates: the actor's times its warm-up, the critic's in its initial proportion to it."""
         super()._update_learning_rate(optimizers)
         if not self.trains_vla:
             return
@@ -536,14 +539,14 @@ class PPO(VLAAlgorithm):
     def _behavior_policy(
         self, buffer: DecisionBuffer, minibatches: list[Tensor], known_soon: int = 0
     ) -> BehaviorPolicy:
-        """The rollout under the weights that took it, and under those of the reference.
+        """Evaluate the rollout with the weights that took it, and with those of the reference.
 
-        It is evaluated in the update's precision and in the micro-batches of its first epoch, so that ratios start at
-        exactly one: a row of a matrix product may be rounded otherwise beside other rows.
+        This is done in the precision of the update and in the micro-batches of its first epoch, so that ratios start
+        at exactly one: rounding of a matrix product depends on the rows that are computed together.
 
-        :param minibatches: indices, of the first epoch.
-        :param known_soon: minibatches at the start that are left to the update, because it evaluates them itself before
-            it makes a step.
+        :param minibatches: indices of the first epoch.
+        :param known_soon: number of first minibatches that are left to the update, which evaluates them itself before
+            its first step.
         """
         count = buffer.advantages.numel()
         old = BehaviorPolicy(count)

@@ -1,1 +1,1 @@
-"""What PPO and GRPO collect: one step of all environments, buffers, metrics."""
+"""Rollouts of PPO and GRPO: stepping all environments, buffers, episode statistics, metrics."""

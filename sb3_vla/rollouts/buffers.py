@@ -1,4 +1,4 @@
-"""ChunkRolloutBuffer: decisions, not environment steps, with the trace that their log-probability needs."""
+"""Rollout buffers of decisions, with the traces from which their log-probabilities are computed."""
 
 from __future__ import annotations
 
@@ -17,11 +17,14 @@ from sb3_vla.distributions import Trace
 
 @dataclass
 class DecisionBatch:
-    """Stored decisions; N of them, on the policy's device.
+    """N stored decisions, on the policy's device.
 
-    :param observations: as :meth:`VLAPolicy.prepare` gave them.
-    :param trace: as the distribution gave it.
-    :param executed: environment steps run of the chunk, int64 (N,).
+    :param observations: from :meth:`VLAPolicy.prepare`.
+    :param trace: from the distribution.
+    :param executed: environment steps run of each chunk, int64 (N,).
+    :param values: of the critic when the decisions were taken, float32 (N,).
+    :param advantages: float32 (N,).
+    :param returns: float32 (N,).
     :param indices: their places in the buffer, int64 (N,).
     """
 
@@ -34,15 +37,15 @@ class DecisionBatch:
     indices: Tensor
 
     def to(self, device: torch.device) -> DecisionBatch:
-        """The same decisions elsewhere."""
+        """The same decisions on another device."""
         moved: dict[str, Any] = tree_map(lambda tensor: tensor.to(device), vars(self))
         return DecisionBatch(**moved)
 
 
 class DecisionBuffer(ABC):
-    """What an update asks of a rollout of B decisions.
+    """Interface of a rollout of B decisions to the update.
 
-    :ivar advantages: float32, as ``values`` and ``returns`` in the order of the indices when flattened.
+    :ivar advantages: float32, B numbers in the order of the indices when flattened, like ``values`` and ``returns``.
     """
 
     advantages: Tensor
@@ -51,35 +54,37 @@ class DecisionBuffer(ABC):
 
     @abstractmethod
     def __len__(self) -> int:
-        """B."""
+        """Number of decisions, B."""
 
     @abstractmethod
     def decisions(self) -> tuple[Tensor, Tensor]:
-        """Indices of the decisions to learn from, int64 (n,), and of each a number that is its own among the decisions
-        of all ranks; their order is that of one process with all the ranks' environments."""
+        """Indices of the decisions to learn from, int64 (n,), and their numbers among the decisions of all ranks.
+
+        Sorted by these numbers, decisions are in the order of one process with the environments of all ranks.
+        """
 
     @abstractmethod
     def cut(self, shuffled: Tensor, batch_size: int) -> list[Tensor]:
-        """Shuffled indices in minibatches."""
+        """Split shuffled indices into minibatches."""
 
     def minibatches(self, batch_size: int, generator: torch.Generator | None = None) -> list[Tensor]:
-        """Indices of this buffer's decisions once, shuffled, in minibatches, int64."""
+        """One epoch: the indices of all decisions to learn from, shuffled, int64, in minibatches."""
         indices, _ = self.decisions()
         return self.cut(indices[torch.randperm(len(indices), generator=generator)], batch_size)
 
     @abstractmethod
     def batch(self, indices: Tensor) -> DecisionBatch:
-        """The decisions of these indices."""
+        """The decisions of these indices, int64 (N,)."""
 
 
 @dataclass(frozen=True)
 class Minibatch:
-    """Decisions of all ranks that make one step of the optimizer, M of them.
+    """M decisions of all ranks, for one step of the optimizer.
 
-    :param indices: of those that this rank holds, in its buffer, int64 (m,).
-    :param advantages: of all of them, float32 (M,).
-    :param mine: which of them this rank holds, in the order of ``indices``, bool (M,).
-    :param most: how many of them the rank holds that holds most.
+    :param indices: places in this rank's buffer of the m decisions that it holds, int64 (m,).
+    :param advantages: of all M decisions, float32 (M,).
+    :param mine: which of the M this rank holds, in the order of ``indices``, bool (M,).
+    :param most: the largest m among the ranks.
     """
 
     indices: Tensor
@@ -92,11 +97,12 @@ class Minibatch:
 
 
 class SharedRollout:
-    """The decisions of all ranks' buffers as one rollout, in the order in which one process would have them.
+    """The decisions of all ranks' buffers as one rollout, in the order of one process; all ranks make it together.
 
-    :ivar advantages: of all ranks, as ``values`` and ``returns`` float32 in that order.
+    :ivar advantages: of all ranks in that order, float32, like ``values`` and ``returns``.
 
     :param buffer: this rank's.
+    :param ranks: the ranks that train together.
     """
 
     def __init__(self, buffer: DecisionBuffer, ranks: Ranks) -> None:
@@ -117,7 +123,7 @@ class SharedRollout:
         return len(self._indices)
 
     def minibatches(self, batch_size: int) -> list[Minibatch]:
-        """All decisions once, shuffled, the same on all ranks whose generators are the same."""
+        """One epoch of all decisions, shuffled, the same on all ranks, whose torch generators must be equal."""
         return [self._minibatch(places) for places in self.buffer.cut(torch.randperm(len(self)), batch_size)]
 
     def any_decision(self, device: torch.device) -> DecisionBatch:
@@ -139,9 +145,9 @@ class SharedRollout:
 
 
 class ChunkRolloutBuffer(DecisionBuffer):
-    """Rollout storage of ``n_steps`` decisions of ``n_envs`` environments, allocated once, in one piece per key.
+    """Rollout storage of ``n_steps`` decisions of ``n_envs`` environments, one tensor per key, allocated once.
 
-    Everything is laid out (environment, step), so that a flat index needs no copy of the images.
+    Tensors are laid out (environment, step), so that flat indices select rows without a copy of all images.
 
     :param n_steps: T decisions per environment.
     :param n_envs: N environments.
@@ -151,7 +157,7 @@ class ChunkRolloutBuffer(DecisionBuffer):
     :param gamma_per: ``decision`` or ``env_step``, what ``gamma`` is for.
     """
 
-    #: of a decision, besides what was seen and drawn
+    #: bytes of a decision besides observation and trace
     bytes_of_numbers: ClassVar[int] = torch.int64.itemsize + 5 * torch.float32.itemsize
 
     def __init__(
@@ -189,7 +195,7 @@ class ChunkRolloutBuffer(DecisionBuffer):
         return self._position == self.n_steps
 
     def reset(self) -> None:
-        """Start a new rollout in the same memory."""
+        """Begin a new rollout in the same memory."""
         self._position = 0
 
     def add(
@@ -201,7 +207,16 @@ class ChunkRolloutBuffer(DecisionBuffer):
         executed: np.ndarray,
         episode_starts: np.ndarray,
     ) -> None:
-        """Store one decision of every environment."""
+        """Store one decision of each of the N environments.
+
+        :param observations: prepared, (N, ...).
+        :param trace: (N, ...).
+        :param values: (N,).
+        :param rewards: sums over the chunks, (N,).
+        :param executed: environment steps run of each chunk, (N,); 0 where a worker crashed.
+        :param episode_starts: whether an episode begins with the decision, (N,).
+        :raises RuntimeError: if the buffer is full.
+        """
         if self.full:
             raise RuntimeError(f"The rollout buffer holds its {self.n_steps} decisions already; call reset() first")
         for stored, new in ((self.observations, observations), (self.traces, trace)):
@@ -216,17 +231,17 @@ class ChunkRolloutBuffer(DecisionBuffer):
         self._position += 1
 
     def discounts(self, executed: np.ndarray) -> np.ndarray:
-        """What the value after a decision counts before it, float64, shape of ``executed``.
+        """Discount of the value after each decision, float64, shape of ``executed``.
 
-        ``gamma``, or with ``gamma_per="env_step"`` gamma to the power of the environment steps that were run, as in a
-        semi-Markov decision process (Sutton et al. 1999); rewards within a chunk are summed, not discounted. Of a
-        decision that was not run it is one: no time has passed.
+        It is ``gamma``, or with ``gamma_per="env_step"`` gamma^executed, as in a semi-Markov decision process (Sutton
+        et al. 1999). Rewards within a chunk are summed, not discounted. A decision of which nothing was executed has
+        discount one.
         """
         steps = executed if self.gamma_per == "env_step" else np.minimum(executed, 1)
         return np.power(self.gamma, steps, dtype=np.float64)
 
     def compute_returns_and_advantage(self, last_values: Tensor, dones: np.ndarray) -> None:
-        """Generalized advantage estimation over decisions.
+        """Generalized advantage estimation over decisions (Schulman et al. 2016, eq. 16).
 
         :param last_values: values of the observations after the last decision, (N,).
         :param dones: whether an episode ended with the last decision, (N,).
@@ -245,13 +260,12 @@ class ChunkRolloutBuffer(DecisionBuffer):
         self.returns = self.advantages + self.values
 
     def decisions(self) -> tuple[Tensor, Tensor]:
-        """Flat indices, environment by environment; without decisions of which nothing was run, because their worker
-        died."""
+        """Flat indices, environment by environment, without decisions that a crashed worker did not execute."""
         indices = self.executed.flatten().nonzero()[:, 0]
         return indices, indices + current_ranks().rank * len(self)
 
     def cut(self, shuffled: Tensor, batch_size: int) -> list[Tensor]:
-        """Minibatches of one size; a remainder makes a smaller last one."""
+        """Minibatches of ``batch_size`` decisions; the last one may be smaller."""
         return list(shuffled.split(batch_size))
 
     def batch(self, indices: Tensor) -> DecisionBatch:

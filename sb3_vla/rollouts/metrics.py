@@ -1,8 +1,8 @@
-"""What a training tells its logger: our names and Stable-Baselines3's, and beside them all of RLinf's.
+"""Metrics of a training under the names of this package, of Stable-Baselines3 and of RLinf.
 
-RLinf's names are those of its embodied runner (``train/actor/...``, ``train/critic/...``, ``rollout/...``, ``env/...``,
-``time/...``), so that curves can be laid over one another. A value is what the name says of our training: a success
-rate is that of the latest episodes, averaged over tasks, and KL is exact where RLinf's is estimated from samples.
+RLinf's are those of its embodied runner (``train/actor/...``, ``train/critic/...``, ``rollout/...``, ``env/...``,
+``time/...``), so that curves can be compared. Two are computed in another way: a success rate is that of the latest
+episodes, averaged over tasks, and the KL divergence is exact, where RLinf estimates it from samples.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sb3_vla.rollouts.buffers import SharedRollout
 
-# First letters of names that the table in the terminal leaves out.
+# Prefixes of the metrics that the table in the terminal leaves out: second names, and values of single tasks.
 _NOT_IN_TERMINAL = (
     "train/actor/",
     "train/critic/",
@@ -29,7 +29,7 @@ _NOT_IN_TERMINAL = (
 
 
 class EpisodeRecord(NamedTuple):
-    """What is remembered of an episode: success (0 or 1), environment steps, sum of rewards; None where not known."""
+    """Success (0 or 1), environment steps and sum of rewards of an episode; None where unknown."""
 
     success: float | None
     length: int | None
@@ -58,12 +58,12 @@ def rollout_metrics(
 
 
 def ratio_metrics(ratio: Tensor, clipped: Tensor, bounded: Tensor, counted: Tensor) -> dict[str, float]:
-    """How far the policy is from the rollout's, over all ratios of a minibatch that count.
+    """Statistics of a minibatch's probability ratios.
 
-    :param ratio: of probabilities, any shape.
-    :param clipped: to the range of PPO.
-    :param bounded: whether the dual clip acts, bool.
-    :param counted: 1 for what counts, else 0.
+    :param ratio: pi / pi_old, any shape.
+    :param clipped: the ratio within the clip range.
+    :param bounded: where the dual clip acts, bool.
+    :param counted: 1 for ratios of executed actions, else 0.
     """
     chosen = counted > 0
     ratio, clipped, bounded = ratio.detach()[chosen], clipped.detach()[chosen], bounded[chosen]
@@ -80,10 +80,10 @@ def ratio_metrics(ratio: Tensor, clipped: Tensor, bounded: Tensor, counted: Tens
 def update_metrics(
     found: Mapping[str, Sequence[float]], rollout: SharedRollout, learning_rates: tuple[float, float]
 ) -> dict[str, float]:
-    """What an update did.
+    """Metrics of an update: means over its minibatches, and statistics of its rollout.
 
-    :param found: values of the update's minibatches by name.
-    :param rollout: what it learned from.
+    :param found: values of the minibatches by name.
+    :param rollout: that the update learned from.
     :param learning_rates: the actor's and the critic's.
     """
 
@@ -136,13 +136,11 @@ def update_metrics(
 def episode_metrics(
     episodes: Mapping[str, Iterable[EpisodeRecord]], ended: int, group: str = "env"
 ) -> dict[str, float]:
-    """How the latest episodes went.
+    """Success, length and return of the latest episodes; without metrics that no episode reports.
 
-    What no episode tells has no metric.
-
-    :param episodes: by task.
+    :param episodes: records by task.
     :param ended: how many ended in this rollout.
-    :param group: what names begin with: ``env``, or ``eval`` for those of an evaluation.
+    :param group: prefix of the names: ``env``, or ``eval`` for those of an evaluation.
     """
     success = success_rates(episodes)
     known = [each for window in episodes.values() for each in window]
@@ -163,9 +161,9 @@ def episode_metrics(
 
 
 def success_rates(episodes: Mapping[str, Iterable[EpisodeRecord]]) -> dict[str, float]:
-    """Share of successes of each task, 0..1; empty where no episode told of success.
+    """Share of successes of each task, 0..1; empty where no episode reports success.
 
-    One that ended without a word, where others tell, was cut before its end: it has not succeeded.
+    Where others do, an episode that does not was cut by a time limit and has failed.
     """
     told = any(each.success is not None for window in episodes.values() for each in window)
     return {
@@ -176,7 +174,7 @@ def success_rates(episodes: Mapping[str, Iterable[EpisodeRecord]]) -> dict[str, 
 
 
 def in_terminal(name: str) -> bool:
-    """Whether the table in the terminal shows a value: not what has a second name, nor the values of each task."""
+    """Whether the table in the terminal shows a metric."""
     return not name.startswith(_NOT_IN_TERMINAL)
 
 

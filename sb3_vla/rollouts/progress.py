@@ -1,4 +1,4 @@
-"""The progress bar of ``learn``, with the share of successes among the last episodes."""
+"""The progress bar of ``learn``, with the present success rate."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from stable_baselines3.common.utils import safe_mean
 
 
 class SuccessBar(ProgressBarCallback):
-    """Stable-Baselines3's progress bar, which counts decisions, and before it the present success rate."""
+    """Stable-Baselines3's progress bar, which counts decisions, with the success rate of the latest episodes."""
 
     def _on_rollout_end(self) -> None:
         if self.model.ep_success_buffer:

@@ -1,4 +1,4 @@
-"""Decisions and steps of a rollout: of all environments together, or by halves that overlap."""
+"""Decisions and steps of a rollout: all environments together, or in two halves that overlap."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ Observations = dict[str, npt.NDArray[Any]]
 
 @dataclass
 class Decision:
-    """What a policy decided for N environments.
+    """A policy's decisions for N environments.
 
-    :param observation: as :meth:`VLAPolicy.prepare` gave it.
-    :param actions: (N, *action shape).
-    :param clipped: to the bounds of the action space, for the environments.
-    :param values: (N,).
-    :param trace: as the distribution gave it.
+    :param observation: from :meth:`VLAPolicy.prepare`.
+    :param actions: float32 (N, *action shape).
+    :param clipped: actions clipped to the bounds of the action space, which the environments execute.
+    :param values: of the critic, float32 (N,).
+    :param trace: from the distribution.
     """
 
     observation: dict[str, Tensor]
@@ -42,7 +42,7 @@ class Decision:
 
 @dataclass
 class Outcome:
-    """What a step of N environments gave; see ``VecEnv.step``."""
+    """Result of a step of N environments, see ``VecEnv.step``."""
 
     new_obs: Observations
     rewards: npt.NDArray[np.float32]
@@ -54,11 +54,11 @@ Decide = Callable[[Observations], Decision]
 
 
 def check_decision(actions: npt.NDArray[Any], values: Tensor, observations: Mapping[str, npt.NDArray[Any]]) -> None:
-    """Refuse what is not finite before a simulator gets it; the message says where it came from.
+    """Check actions and values before the environments step.
 
-    :param actions: of N environments, the first axis.
+    :param actions: of N environments, (N, ...).
     :param values: (N,).
-    :param observations: from which the policy computed both.
+    :param observations: from which the policy computed both, for the message.
     :raises ValueError: if an action or a value is infinite or not a number.
     """
     if np.isfinite(actions).all() and bool(torch.isfinite(values).all()):
@@ -79,10 +79,10 @@ def check_decision(actions: npt.NDArray[Any], values: Tensor, observations: Mapp
 
 
 def check_rewards(rewards: npt.NDArray[Any], infos: list[dict[str, Any]]) -> None:
-    """Refuse a reward that would spoil the advantages of the whole rollout.
+    """Check rewards, one of which would spoil the advantages of the whole rollout.
 
     :param rewards: (N,).
-    :param infos: of the same environments; where they name a task the message does too.
+    :param infos: of the same environments; the message names the task, if they do.
     :raises ValueError: if one is infinite or not a number.
     """
     for i in np.flatnonzero(~np.isfinite(rewards)):
@@ -90,7 +90,7 @@ def check_rewards(rewards: npt.NDArray[Any], infos: list[dict[str, Any]]) -> Non
         raise InputError(f"Environment {i}{task} gave the reward {rewards[i]}; expected a finite number")
 
 
-#: prepared observation, chunk, values and trace, as the methods of VLAPolicy give them
+#: prepared observation, chunk, values and trace, from :meth:`VLAPolicy.prepare` and :meth:`VLAPolicy.decide`
 Decided = tuple[dict[str, Tensor], Tensor, Tensor, Trace]
 
 
@@ -98,14 +98,16 @@ class Replicas(Protocol):
     """Copies of the policy that decide in its place, on other accelerators."""
 
     def take_weights(self) -> None:
-        """Bring all copies to the learner's present weights and noise scale."""
+        """Copy the learner's weights and noise scale to all replicas."""
 
     def decide(
         self, observations: Mapping[str, npt.NDArray[Any]], places: npt.NDArray[np.int64], total: int
     ) -> Decided:
-        """Decide for observations.
+        """Decide for N observations.
 
-        :param places: of each observation among the ``total`` for which noise is drawn.
+        :param observations: arrays (N, ...).
+        :param places: int64 (N,), the row of each among the ``total`` rows of noise.
+        :param total: observations of all ranks.
         """
 
 
@@ -129,7 +131,10 @@ class Clock:
 
 
 def halved(env: VecEnv) -> SharedMemoryVecEnv | None:
-    """What steps by halves inside an environment, or None: other wrappers than SB3's own would not see its steps."""
+    """The vectorized environment that can step its halves one after another, or None.
+
+    None where it is inside another wrapper than Stable-Baselines3's own, which would not see these steps.
+    """
     inner = env.venv if isinstance(env, VecTransposeImage) else env
     return inner if isinstance(inner, SharedMemoryVecEnv) and inner.num_envs > 1 else None
 
@@ -139,8 +144,12 @@ def step_together(
 ) -> Iterator[tuple[Decision, Outcome]]:
     """Decide for all environments, then step them, ``count`` times.
 
-    :param observations: present ones.
-    :param clock: counts ``inference``, and ``simulation`` as far as it is waited for.
+    :param env: N environments.
+    :param decide: the policy.
+    :param observations: the present ones.
+    :param count: steps.
+    :param clock: measures ``inference``, and ``simulation`` as far as it is waited for.
+    :return: iterator of decisions and their outcomes.
     """
     for _ in range(count):
         with clock("inference"):
@@ -154,9 +163,9 @@ def step_together(
 def step_by_halves(
     env: VecEnv, decide: Decide, observations: Observations, count: int, clock: Clock
 ) -> Iterator[tuple[Decision, Outcome]]:
-    """As :func:`step_together`, but one half of the environments simulates while ``decide`` works for the other.
+    """As :func:`step_together`, but one half of the environments simulates while the policy decides for the other.
 
-    When a step is handed out, both halves have begun the next one, if there is a next.
+    When a step is yielded, both halves have begun the next one, if there is a next.
 
     :param env: one of which :func:`halved` is not None.
     """
