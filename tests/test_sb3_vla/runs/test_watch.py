@@ -93,8 +93,10 @@ def test_nothing_is_written_to_a_run_that_is_watched(run: RunDirectory, server: 
 
     # What a writer leaves for an instant while it replaces a checkpoint.
     (run.path / "checkpoints" / "ppo" / ".step-00000035.replaced.tmp").mkdir(parents=True)
+    first = page(server)
+    run.append_metrics({"stage": "ppo", "time/env_steps": 9000, "env/success_once": 0.91})
     before = everything()
-    page(server)
+    assert page(server) != first, "all of it was read again"
     assert everything() == before
     RunDirectory(run.path, {"suite": "MT10"}).close()  # and whoever has the run, still has it
 
