@@ -22,7 +22,7 @@ from sb3_vla.models import CompactVLA, Context, VLAModel
 from sb3_vla.models.base import PERCEPTION
 from sb3_vla.policies.vla_policy import VLAPolicy
 from sb3_vla.recording.videos import Mp4Writer
-from sb3_vla.rollouts.buffers import DecisionBuffer, Minibatch
+from sb3_vla.rollouts.buffers import ChunkRolloutBuffer, DecisionBuffer, Minibatch
 
 TINY: dict[str, Any] = {"width": 64, "depth": 1, "channels": (8, 8, 16)}
 SENTENCES = ("Go to the left", "Go to the right")
@@ -288,6 +288,26 @@ def whole_minibatch(buffer: DecisionBuffer, indices: Tensor) -> Minibatch:
     """A minibatch that no other rank has a part in."""
     everywhere = torch.ones(len(indices), dtype=torch.bool)
     return Minibatch(indices, buffer.advantages.flatten()[indices], everywhere, len(indices))
+
+
+def metrics(algorithm: BaseAlgorithm) -> dict[str, Any]:
+    """What the last update logged; Stable-Baselines3 writes it out with the next rollout."""
+    return dict(algorithm.logger.name_to_value)
+
+
+def weights(module: torch.nn.Module) -> dict[str, Tensor]:
+    return {key: value.clone() for key, value in module.state_dict().items()}
+
+
+def decisions(algorithm: PPO) -> ChunkRolloutBuffer:
+    buffer: Any = algorithm.rollout_buffer
+    assert isinstance(buffer, ChunkRolloutBuffer)
+    return buffer
+
+
+def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+    assert first.keys() == second.keys()
+    return all(torch.equal(value, second[key]) for key, value in first.items())
 
 
 def stir(module: nn.Module, size: float = 0.05, seed: int = 0) -> None:

@@ -16,7 +16,19 @@ from allocated import alive
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 from torch import Tensor
-from toy import EVERY_DISTRIBUTION, TINY, ToyEnv, mean_reward, stir, toy_demonstrations, toy_model_kwargs, toy_vec
+from toy import (
+    EVERY_DISTRIBUTION,
+    TINY,
+    ToyEnv,
+    mean_reward,
+    metrics,
+    same,
+    stir,
+    toy_demonstrations,
+    toy_model_kwargs,
+    toy_vec,
+    weights,
+)
 
 from sb3_vla import GRPO, HoldAtEnd, SharedMemoryVecEnv
 from sb3_vla.data.batches import DemonstrationBatches
@@ -67,22 +79,9 @@ def kept(algorithm: GRPO) -> GroupBuffer:
     return buffer
 
 
-def metrics(algorithm: GRPO) -> dict[str, Any]:
-    return dict(algorithm.logger.name_to_value)
-
-
 def learn(algorithm: GRPO, decisions: int) -> None:
     """Learn without writing the metrics out, which would forget them."""
     algorithm.learn(decisions, log_interval=1000)
-
-
-def weights(module: torch.nn.Module) -> dict[str, Tensor]:
-    return {key: value.clone() for key, value in module.state_dict().items()}
-
-
-def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
-    assert first.keys() == second.keys()
-    return all(torch.equal(value, second[key]) for key, value in first.items())
 
 
 class ScriptedEnv(ToyEnv):

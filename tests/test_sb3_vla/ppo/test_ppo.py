@@ -2,35 +2,37 @@
 
 from __future__ import annotations
 
-import copy
-import functools
 import math
-import re
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 import pytest
-import stable_baselines3
 import torch
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.monitor import Monitor
-from stable_baselines3.common.utils import FloatSchedule
 from stable_baselines3.common.vec_env import DummyVecEnv, VecMonitor
-from torch import Tensor, nn
-from toy import TINY, ToyEnv, mean_reward, stir, toy_demonstrations, toy_ppo, toy_vec, whole_minibatch
+from torch import Tensor
+from toy import (
+    TINY,
+    ToyEnv,
+    decisions,
+    mean_reward,
+    metrics,
+    same,
+    toy_demonstrations,
+    toy_ppo,
+    toy_vec,
+    weights,
+    whole_minibatch,
+)
 
-from sb3_vla import GRPO, PPO
+from sb3_vla import PPO
 from sb3_vla.data.batches import DemonstrationBatches
 from sb3_vla.policies.vla_policy import Evaluation, VLAPolicy
-from sb3_vla.ppo.behavior_policy import BehaviorPolicy
-from sb3_vla.rollouts.buffers import ChunkRolloutBuffer, DecisionBatch
-from sb3_vla.rollouts.metrics import EpisodeRecord, episode_metrics
 
 DISTRIBUTIONS: list[tuple[str, dict[str, Any]]] = [
     ("gaussian", {}),
@@ -41,26 +43,6 @@ DISTRIBUTIONS: list[tuple[str, dict[str, Any]]] = [
     ("flow_cps", {}),
     ("flow_noise", {}),
 ]
-
-
-def metrics(algorithm: stable_baselines3.PPO) -> dict[str, Any]:
-    """What the last update logged; Stable-Baselines3 writes it out with the next rollout."""
-    return dict(algorithm.logger.name_to_value)
-
-
-def weights(module: torch.nn.Module) -> dict[str, Tensor]:
-    return {key: value.clone() for key, value in module.state_dict().items()}
-
-
-def decisions(algorithm: PPO) -> ChunkRolloutBuffer:
-    buffer: Any = algorithm.rollout_buffer
-    assert isinstance(buffer, ChunkRolloutBuffer)
-    return buffer
-
-
-def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
-    assert first.keys() == second.keys()
-    return all(torch.equal(value, second[key]) for key, value in first.items())
 
 
 def actor(policy: VLAPolicy) -> dict[str, Tensor]:
@@ -112,255 +94,6 @@ def test_the_gradient_of_the_first_step_is_reinforce(distribution: str, options:
             bias[i] += 2e-3
         slope = -(above - below).item() / 4e-3
         assert gradient[i].item() == pytest.approx(slope, rel=0.02, abs=2e-3)
-
-
-# --- Terms of the loss ------------------------------------------------------------------------------------------------
-
-
-def batch_of(values: list[float], advantages: list[float], returns: list[float]) -> DecisionBatch:
-    count = len(values)
-    return DecisionBatch(
-        observations={},
-        trace={},
-        executed=torch.full((count,), 2),
-        values=torch.tensor(values),
-        advantages=torch.tensor(advantages),
-        returns=torch.tensor(returns),
-        indices=torch.arange(count),
-    )
-
-
-def evaluation(log_prob: list[float], **options: Any) -> Evaluation:
-    mean = torch.zeros(len(log_prob), 2, 2)
-    return Evaluation(
-        **{
-            "values": torch.zeros(len(log_prob)),
-            "log_prob": torch.tensor(log_prob),
-            "mean": mean,
-            "std": torch.full_like(mean, 0.5),
-            "entropy": None,
-            **options,
-        }
-    )
-
-
-def old_policy(log_prob: list[float], reference_mean: Tensor | None = None) -> BehaviorPolicy:
-    mean, std = torch.zeros(len(log_prob), 2, 2), torch.full((len(log_prob), 2, 2), 0.5)
-    old = known(Evaluation(mean[:, 0, 0], torch.tensor(log_prob), mean, std, None))
-    if reference_mean is not None:
-        old.reference = known(Evaluation(mean[:, 0, 0], torch.tensor(log_prob), reference_mean, std, None))
-    return old
-
-
-def known(found: Evaluation) -> BehaviorPolicy:
-    old = BehaviorPolicy(len(found.mean))
-    old.keep(torch.arange(len(found.mean)), found)
-    return old
-
-
-def test_clipped_surrogate_by_hand() -> None:
-    algorithm = toy_ppo(normalize_advantage=False)
-    # ratios 1.5, 0.5, 1.1, 0.5
-    new = evaluation([math.log(r) for r in (1.5, 0.5, 1.1, 0.5)])
-    noted: dict[str, float] = {}
-    batch = batch_of([0.0] * 4, [1.0, -1.0, 2.0, 3.0], [0.0] * 4)
-    loss = algorithm._actor_loss(new, batch, old_policy([0.0] * 4), noted)
-    # min(1.5, 1.2) + min(-0.5, -0.8) + 2.2 + min(1.5, 2.4)
-    assert loss.item() == pytest.approx(-(1.2 - 0.8 + 2.2 + 1.5) / 4, abs=1e-6)
-    assert noted["clip_fraction"] == 0.75
-    assert noted["ratio_max"] == pytest.approx(1.5)
-
-
-@pytest.mark.parametrize("micro_batch_size", [None, 3])
-def test_advantages_are_normalized_over_the_minibatch(micro_batch_size: int | None) -> None:
-    algorithm = toy_ppo(batch_size=8, micro_batch_size=micro_batch_size, learning_rate=0.0)
-    given: list[DecisionBatch] = []
-    real = algorithm._actor_loss
-
-    def actor_loss(found: Evaluation, batch: DecisionBatch, *rest: Any) -> Tensor:
-        given.append(batch)
-        return real(found, batch, *rest)
-
-    algorithm._actor_loss = actor_loss  # type: ignore[method-assign,assignment]
-    algorithm.learn(16)
-    per_minibatch = 1 if micro_batch_size is None else 3
-    assert len(given) == 2 * per_minibatch
-    for batches in (given[:per_minibatch], given[per_minibatch:]):
-        indices = torch.cat([batch.indices for batch in batches])
-        raw = decisions(algorithm).advantages.flatten()[indices].double()
-        expected = (raw - raw.mean()) / raw.std()
-        found = torch.cat([batch.advantages for batch in batches]).double()
-        assert len(found) == 8
-        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
-
-
-def test_asymmetric_clip_and_dual_clip_by_hand() -> None:
-    algorithm = toy_ppo(normalize_advantage=False, clip_range_high=0.5, dual_clip=3.0)
-    # ratio, advantage, surrogate: the rise is clipped at 1.5, the fall at 0.8, and what is negative at 3 A.
-    table = [(1.4, 1.0, 1.4), (2.0, 1.0, 1.5), (0.5, -1.0, -0.8), (2.0, -1.0, -2.0), (8.0, -0.5, -1.5), (8.0, 0.0, 0.0)]
-    ratios, advantages, surrogates = (list(column) for column in zip(*table, strict=True))
-    new = evaluation([math.log(ratio) for ratio in ratios])
-    noted: dict[str, float] = {}
-    batch = batch_of([0.0] * 6, advantages, [0.0] * 6)
-    loss = algorithm._actor_loss(new, batch, old_policy([0.0] * 6), noted)
-    assert loss.item() == pytest.approx(-sum(surrogates) / 6, abs=1e-6)
-    assert noted["clip_fraction"] == pytest.approx(5 / 6)
-
-
-@pytest.mark.parametrize("advantage", [1.0, -1.0])
-def test_a_ratio_out_of_range_gives_a_finite_gradient(advantage: float) -> None:
-    algorithm = toy_ppo(normalize_advantage=False)
-    log_prob = torch.tensor([200.0, 0.0], requires_grad=True)
-    batch = batch_of([0.0] * 2, [advantage] * 2, [0.0] * 2)
-    new = replace(evaluation([0.0, 0.0]), log_prob=log_prob)
-    algorithm._actor_loss(new, batch, old_policy([0.0, 0.0]), {}).backward()
-    assert log_prob.grad is not None
-    assert log_prob.grad.tolist() == [0.0, -advantage / 2]
-
-
-def test_ratios_of_actions_and_tokens_by_hand() -> None:
-    """Two decisions of two actions of two dimensions; of the second decision one action was run."""
-    ratios = torch.tensor([[[1.1, 1.5], [0.5, 1.0]], [[0.9, 1.3], [1.0, 1.0]]])
-    batch = batch_of([0.0] * 2, [2.0, -1.0], [0.0] * 2)
-    batch.executed = torch.tensor([2, 1])
-    # clipped at 0.8 and 1.2
-    expected = {
-        "token": (2 * (1.1 + 1.2 + 0.5 + 1.0) - (0.9 + 1.3)) / 2,
-        "action": (2 * (1.2 + 0.5) - 1.17) / 2,  # ratios 1.65, 0.5; 1.17
-        "chunk": (2 * 0.825 - 1.17) / 2,
-    }
-    fractions = {"token": 3 / 6, "action": 2 / 3, "chunk": 0.0}
-    for logprob_type, surrogate in expected.items():
-        algorithm = toy_ppo(normalize_advantage=False, logprob_type=logprob_type)
-        log_prob = ratios.log()
-        log_prob = {"token": log_prob, "action": log_prob.sum(2), "chunk": log_prob.sum((1, 2))}[logprob_type]
-        old = old_policy([0.0, 0.0])
-        old.log_prob = torch.zeros_like(log_prob)
-        noted: dict[str, float] = {}
-        loss = algorithm._actor_loss(replace(evaluation([0.0] * 2), log_prob=log_prob), batch, old, noted)
-        assert loss.item() == pytest.approx(-surrogate, abs=1e-6), logprob_type
-        assert noted["clip_fraction"] == pytest.approx(fractions[logprob_type]), logprob_type
-
-
-def gradient(algorithm: PPO, count: int = 16) -> dict[str, Tensor]:
-    """Of the loss of a whole rollout, in the order of the buffer, against its own weights."""
-    indices = torch.arange(count)
-    algorithm.clip_range_vf = FloatSchedule(0.05)
-    old = algorithm._behavior_policy(decisions(algorithm), [indices])
-    algorithm._accumulate_gradient(
-        decisions(algorithm), whole_minibatch(decisions(algorithm), indices), old, defaultdict(list)
-    )
-    return {name: p.grad.clone() for name, p in algorithm.policy.named_parameters() if p.grad is not None}
-
-
-@pytest.mark.parametrize(
-    ("model", "distribution", "types"),
-    [
-        ("compact", "gaussian", ("action", "token")),
-        ("compact", "flow_sde", ("action", "token", "denoising_step")),
-        ("toy_tokens", "tokens", ("action", "token")),
-    ],
-)
-def test_every_type_of_ratio_starts_with_the_same_gradient(
-    toy_models: None, model: str, distribution: str, types: tuple[str, ...]
-) -> None:
-    options: dict[str, Any] = {"model": model, "distribution": distribution}
-    options["model_kwargs"] = {} if model == "toy_tokens" else TINY
-    algorithm = toy_ppo(toy_vec(2, horizon=2, executed=1), **options)
-    algorithm.learn(16)
-    expected = gradient(algorithm)
-    assert max(g.abs().max().item() for g in expected.values()) > 1e-3
-    for logprob_type in types:
-        algorithm.logprob_type = logprob_type
-        found = gradient(algorithm)
-        for name, value in expected.items():
-            torch.testing.assert_close(found[name], value, atol=1e-6, rtol=1e-4)
-    # And they are different algorithms from the second step on.
-    ends = []
-    for logprob_type in ("chunk", *types):
-        algorithm = toy_ppo(logprob_type=logprob_type, n_epochs=4, learning_rate=1e-3, **options)
-        algorithm.learn(16)
-        assert metrics(algorithm)["train/skipped_steps"] == 0
-        ends.append(weights(algorithm.policy))
-    same_step = distribution == "flow_sde"  # one random step: its ratio is the chunk's
-    assert sum(same(ends[0], other) for other in ends[1:]) == same_step
-
-
-@pytest.mark.parametrize("logprob_type", ["action", "token"])
-def test_ratios_of_parts_are_one_before_the_first_step(logprob_type: str) -> None:
-    algorithm = toy_ppo(logprob_type=logprob_type, micro_batch_size=5)
-    algorithm.learn(16)
-    found = metrics(algorithm)
-    assert found["train/ratio_max"] == 1.0 and found["actor/pg_clipfrac"] == 0 and found["actor/approx_kl"] == 0
-
-
-@pytest.mark.parametrize("size", [1, 5, 8])
-def test_micro_batches_add_up_to_the_minibatch(size: int) -> None:
-    """With every term of the loss, ratios and values that have moved, and a last micro-batch that is smaller."""
-    options: dict[str, Any] = {"learn_std": True}
-    rehearsal = DemonstrationBatches(toy_demonstrations(), None, 2, 0, 0)
-    algorithm = toy_ppo(
-        toy_vec(2, horizon=3, truncates=True, action_dim=4),
-        distribution_kwargs=options,
-        logprob_type="action",
-        kl_coef=0.1,
-        ent_coef=0.1,
-        huber_delta=0.1,
-        dual_clip=2.0,
-        rehearsal=rehearsal,
-        n_epochs=2,
-    )
-    algorithm.learn(16)
-    indices = torch.randperm(16)
-    old = algorithm._behavior_policy(decisions(algorithm), [indices])
-    stir(algorithm.policy, 0.01, seed=3)
-    algorithm.clip_range_vf = FloatSchedule(0.05)
-    found = {}
-    for micro_batch_size in (None, size):
-        algorithm.micro_batch_size = micro_batch_size
-        rehearsal.generator = np.random.default_rng(0)
-        torch.manual_seed(0)
-        record: defaultdict[str, list[float]] = defaultdict(list)
-        loss, kl = algorithm._accumulate_gradient(
-            decisions(algorithm), whole_minibatch(decisions(algorithm), indices), old, record
-        )
-        assert len(record["ratio_max"]) == (1 if micro_batch_size is None else math.ceil(16 / size))
-        assert 0 < np.mean(record["clip_fraction"]) < 1 and len(record["rehearsal_loss"]) == 1
-        found[micro_batch_size] = loss, kl, {n: p.grad.clone() for n, p in algorithm.policy.named_parameters()}
-    whole, parts = found[None], found[size]
-    assert parts[0] == pytest.approx(whole[0], rel=1e-5)
-    assert whole[1] is not None and parts[1] == pytest.approx(whole[1], rel=1e-4)
-    summed, at_once = (torch.cat([g.flatten() for g in gradients.values()]) for gradients in (parts[2], whole[2]))
-    assert (summed - at_once).norm() < 1e-5 * at_once.norm()
-
-
-def test_entropy_and_reference_terms_by_hand() -> None:
-    learned = {"distribution_kwargs": {"learn_std": True}}
-    algorithm = toy_ppo(normalize_advantage=False, ent_coef=0.3, kl_coef=0.7, policy_kwargs=learned)
-    new = evaluation([0.0, 0.0], entropy=torch.tensor([2.0, 4.0]))
-    batch = batch_of([0.0] * 2, [0.0] * 2, [0.0] * 2)
-    batch.executed = torch.tensor([2, 1])
-    noted: dict[str, float] = {}
-    reference = torch.full((2, 2, 2), 0.5)  # one deviation away in each of 4 and 2 executed numbers
-    loss = algorithm._actor_loss(new, batch, old_policy([0.0, 0.0], reference), noted)
-    kl = (4 * 0.5 + 2 * 0.5) / 2
-    assert loss.item() == pytest.approx(-0.3 * 3.0 + 0.7 * kl, abs=1e-6)
-    assert noted["reference_kl"] == pytest.approx(kl) and noted["entropy_loss"] == pytest.approx(-3.0)
-
-
-def test_value_loss_by_hand() -> None:
-    algorithm = toy_ppo()
-    batch = batch_of([0.0, 1.0, 2.0], [0.0] * 3, [1.0, 1.0, 1.0])
-    values = torch.tensor([0.5, 0.9, 1.0])
-    noted: dict[str, float] = {}
-    assert algorithm._value_loss(values, batch, noted).item() == pytest.approx((0.25 + 0.01 + 0) / 3)
-    algorithm.huber_delta = 0.3  # 0.3 (0.5 - 0.15), and half the square of 0.1
-    assert algorithm._value_loss(values, batch, noted).item() == pytest.approx((0.105 + 0.005 + 0) / 3)
-    algorithm.huber_delta = None
-    # Clipped to 0.2 around the old values: 0.2, 0.9, 1.8.
-    algorithm.clip_range_vf = FloatSchedule(0.2)
-    assert algorithm._value_loss(values, batch, noted).item() == pytest.approx((0.64 + 0.01 + 0.64) / 3)
-    assert noted["value_clip_ratio"] == pytest.approx(2 / 3)
 
 
 # --- What is updated --------------------------------------------------------------------------------------------------
@@ -922,255 +655,11 @@ def test_diffusion_and_tokens_learn_it_too(
     assert mean_reward(algorithm) > -0.3
 
 
-def ended(*told: tuple[str, bool | None], **more: Any) -> list[dict[str, Any]]:
-    """Infos of episodes that ended, of which some say nothing of success."""
-    return [{"task": task, **({} if success is None else {"is_success": success}), **more} for task, success in told]
-
-
-def test_an_episode_that_ends_without_a_word_has_not_succeeded() -> None:
-    """As where a time limit outside cuts an environment that tells of success at its own end only."""
-    algorithm = toy_ppo()
-    algorithm._setup_learn(1)
-    infos = ended(("a", True), ("a", None), ("a", None), ("a", False), ("b", None), elapsed_steps=4, episode_return=2.0)
-    algorithm._record_episodes(infos, np.ones(5, dtype=bool))
-    assert algorithm.task_success() == {"a": 0.25, "b": 0.0}
-    found = episode_metrics(algorithm.episodes.by_task, 5)
-    assert (found["env/success_once"], found["env/success_once/a"], found["env/success_once/b"]) == (0.125, 0.25, 0.0)
-    assert (found["env/episode_len"], found["env/return"]) == (4.0, 2.0)
-    assert list(algorithm.ep_success_buffer) == [True, False, False, False, False]  # type: ignore[arg-type]
-    weights = algorithm.episodes.task_weights()
-    assert weights["a"] == pytest.approx(4 * 2 / 6 * 4 / 6) and weights["b"] == pytest.approx(4 * 1 / 3 * 2 / 3)
-
-
-def test_success_that_nothing_tells_of_is_unknown() -> None:
-    algorithm = toy_ppo()
-    algorithm._setup_learn(1)
-    algorithm._record_episodes(ended(("a", None), ("b", None)), np.ones(2, dtype=bool))
-    assert algorithm.task_success() == {} and episode_metrics(algorithm.episodes.by_task, 2) == {}
-    assert not algorithm.ep_success_buffer
-    # Monitor tells the rest.
-    algorithm._record_episodes(ended(("a", None), episode={"r": 3.0, "l": 2}), np.ones(1, dtype=bool))
-    expected = {"env/return": 3.0, "env/episode_len": 2.0, "env/reward": 1.5, "env/num_trajectories": 3.0}
-    assert episode_metrics(algorithm.episodes.by_task, 3) == expected
-
-
-def test_the_death_of_a_worker_says_nothing_about_the_policy() -> None:
-    algorithm = toy_ppo()
-    algorithm._setup_learn(1)
-    infos = ended(("a", True)) + ended(("a", False), ("b", False), worker_restarted=True, episode={"r": 1.0, "l": 2})
-    algorithm._record_episodes(infos, np.ones(3, dtype=bool))
-    assert algorithm.task_success() == {"a": 1.0} and list(algorithm.ep_success_buffer) == [True]  # type: ignore[arg-type]
-    assert len(algorithm.ep_info_buffer) == 2  # type: ignore[arg-type]
-
-
-def test_episodes_that_a_limit_outside_cuts_count() -> None:
-    """Of four episodes each one that is cut failed; the others succeed, or not, by themselves."""
-    from gymnasium.wrappers import TimeLimit
-    from stable_baselines3.common.vec_env import DummyVecEnv
-
-    makers = [partial(ToyEnv, horizon=1)] * 2 + [lambda: TimeLimit(ToyEnv(horizon=3), 1)] * 2
-    algorithm = toy_ppo(DummyVecEnv(makers), n_steps=6, batch_size=24)
-    told: list[float] = []
-
-    class Count(BaseCallback):
-        def _on_step(self) -> bool:
-            told.extend(float(info.get("is_success", 0.0)) for info in self.locals["infos"])
-            return True
-
-    algorithm.learn(24, callback=Count())
-    assert len(told) == 24  # each step ends an episode
-    assert sum(len(episodes) for episodes in algorithm.episodes.by_task.values()) == 24
-    successes = sum(each.success or 0.0 for episodes in algorithm.episodes.by_task.values() for each in episodes)
-    assert successes == sum(told)
-
-
-def test_tasks_are_drawn_by_the_signal_they_give() -> None:
-    algorithm = toy_ppo(task_sampling="signal")
-    failed, solved = EpisodeRecord(0.0, 9, 0.0), EpisodeRecord(1.0, 9, 1.0)
-    # Only the last 30 episodes count: what came before lags behind the policy.
-    algorithm.episodes.by_task["solved"].extend([failed] * 70 + [solved] * 30)
-    algorithm.episodes.by_task["open"].extend([solved] * 49 + [failed] * 15 + [solved] * 15)
-    algorithm.episodes.by_task["rare"].extend([solved] * 3 + [failed] * 25)
-    weights = algorithm.episodes.task_weights()
-    assert weights == {
-        "solved": pytest.approx(4 * 31 / 32 / 32),
-        "open": 1.0,
-        "rare": pytest.approx(4 * 4 / 30 * 26 / 30),
-    }
-    told: list[Any] = []
-    assert algorithm.env is not None
-    algorithm.env.env_method = lambda name, *args: told.append((name, *args))  # type: ignore[assignment]
-    algorithm.learn(16)
-    assert told == [("set_task_weights", weights)]
-    with pytest.raises(ValueError, match="did you mean 'signal'"):
-        toy_ppo(task_sampling="signals")
-
-
-class Unweighted(gym.Wrapper):
-    """An environment whose tasks have no weights."""
-
-    def get_wrapper_attr(self, name: str) -> Any:
-        if name == "set_task_weights":
-            raise AttributeError(name)
-        return super().get_wrapper_attr(name)
-
-
-class Silent(gym.Wrapper):
-    """An environment whose info lacks something, or all of it until an episode."""
-
-    def __init__(self, env: gym.Env, lacks: str, until: float = math.inf) -> None:
-        super().__init__(env)
-        self.lacks, self.until, self.ended = lacks, until, 0
-
-    def step(self, action: Any) -> Any:
-        *outcome, info = self.env.step(action)
-        if self.ended < self.until:
-            del info[self.lacks]
-        self.ended += outcome[2] or outcome[3]
-        return *outcome, info
-
-
-def test_episodes_before_the_first_that_tells_of_success_have_failed() -> None:
-    def silent() -> gym.Env:
-        return Silent(ToyEnv(), "is_success", until=3)
-
-    algorithm = toy_ppo(DummyVecEnv([silent] * 2))
-    algorithm.learn(16)
-    assert list(algorithm.ep_success_buffer or ())[:6] == [False] * 6
-    assert len(algorithm.ep_success_buffer or ()) == 16
-
-
-@pytest.mark.parametrize("lacks", ["task", "is_success"])
-def test_tasks_that_nobody_tells_cannot_be_drawn_by_their_signal(lacks: str) -> None:
-    def silent() -> gym.Env:
-        return Silent(ToyEnv(), lacks)
-
-    algorithm = toy_ppo(DummyVecEnv([silent] * 2), task_sampling="signal")
-    with pytest.warns(UserWarning, match=r'"signal" is without effect: no episode has ended with both info\["task"\]'):
-        algorithm.learn(32)
-
-
-@pytest.mark.parametrize("algorithm", [PPO, GRPO])
-def test_environments_that_cannot_draw_tasks_are_found_before_a_rollout(algorithm: type[PPO], tmp_path: Path) -> None:
-    def unweighted() -> DummyVecEnv:
-        return DummyVecEnv([lambda: Unweighted(ToyEnv())] * 2)  # type: ignore[list-item]
-
-    options: dict[str, Any] = {"device": "cpu", "policy_kwargs": {"model_kwargs": TINY}, "batch_size": 16}
-    options |= {"group_size": 2} if algorithm is GRPO else {"n_steps": 8}
-    told = pytest.raises(ValueError, match=r"task_sampling='signal' draws tasks by .* use task_sampling='uniform'")
-    with told:
-        algorithm("VLAPolicy", unweighted(), task_sampling="signal", **options)
-    able = algorithm("VLAPolicy", toy_vec(2), task_sampling="signal", **options)
-    with told:
-        able.set_env(unweighted())
-    able.save(tmp_path / "saved")
-    with told:
-        algorithm.load(tmp_path / "saved", unweighted(), device="cpu")
-    assert algorithm.load(tmp_path / "saved", unweighted(), device="cpu", task_sampling="uniform").env is not None
-    assert algorithm.load(tmp_path / "saved", device="cpu").env is None  # to act with
-    plain = algorithm("VLAPolicy", unweighted(), **options)
-    plain.task_sampling = "signal"
-    with told:
-        plain.learn(16)
-    assert plain.num_timesteps == 0
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"kl_coef": 0.1},
-        {"critic_warmup": 2},
-        {"bootstrap_truncated": False},
-        {"value_lr": 1e-3},
-        {"bf16": True},
-        {"noise_scale": 0.5},
-        {"overlap": True},
-        {"gamma_per": "env_step"},
-        {"clip_range_high": 0.3},
-        {"dual_clip": 3.0},
-        {"huber_delta": 1.0},
-        {"logprob_type": "action"},
-        {"micro_batch_size": 8},
-    ],
-)
-def test_options_that_a_stock_policy_would_ignore_are_refused(options: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=f"{next(iter(options))}.* acts on VLAPolicy alone"):
-        PPO("MlpPolicy", "CartPole-v1", device="cpu", **options)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"gamma_per": "env_steps"}, "'env_steps'; did you mean 'env_step'"),
-        ({"clip_range_high": -0.1}, r"clip_range_high is -0\.1; expected at least 0"),
-        ({"dual_clip": 1.0}, r"dual_clip=1\.0; expected more than 1, or None"),
-        ({"huber_delta": 0.0}, r"huber_delta=0\.0; expected more than 0, or None"),
-        ({"micro_batch_size": 0}, "micro_batch_size=0; expected more than 0, or None"),
-        ({"logprob_type": "step"}, "logprob_type='step'; known: chunk"),
-        ({"logprob_type": "action", "distribution_kwargs": {"coherence": "offset"}}, "use 'chunk', or coherence"),
-    ],
-)
-def test_options_without_a_meaning_are_refused(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        toy_ppo(**options)
-
-
-@pytest.mark.parametrize("scale", [0.0, -1.0, math.nan, lambda left: left])
-def test_noise_must_not_vanish(scale: Any) -> None:
-    with pytest.raises(ValueError, match=r"noise_scale is .* expected above 0"):
-        toy_ppo(noise_scale=scale)
-
-
 def test_a_stopped_update_counts_as_one_rollout() -> None:
     algorithm = toy_ppo(learning_rate=0.1, target_kl=1e-4, n_epochs=4, actor_warmup=4)
     algorithm.learn(3 * algorithm.n_steps * algorithm.n_envs)
     assert algorithm._n_updates < 12 and algorithm.updates == 3
     assert metrics(algorithm)["train/actor_learning_rate"] == pytest.approx(0.1 * 3 / 5)
-
-
-@pytest.mark.parametrize(
-    ("option", "value", "expected"),
-    [
-        ("gamma", math.nan, "gamma=nan; expected 0 to 1"),
-        ("gae_lambda", 1.5, "gae_lambda=1.5; expected 0 to 1"),
-        ("ent_coef", -0.1, "ent_coef=-0.1; expected at least 0"),
-        ("max_grad_norm", math.nan, "max_grad_norm=nan; expected at least 0"),
-        ("learning_rate", math.inf, "learning_rate is inf at one end of training"),
-        ("clip_range", math.nan, "clip_range is nan at one end of training"),
-    ],
-)
-def test_numbers_out_of_range_are_told(option: str, value: float, expected: str) -> None:
-    with pytest.raises(ValueError, match=re.escape(expected)):
-        toy_ppo(**{option: value})  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("option", ["learning_rate", "clip_range", "clip_range_high", "clip_range_vf", "noise_scale"])
-def test_a_schedule_is_any_number_or_function(option: str) -> None:
-    algorithm = toy_ppo(**{option: np.float32(0.25)})  # type: ignore[arg-type]
-    algorithm.learn(16)
-    with pytest.raises(ValueError, match=f"{option}='0.3'; expected a number"):
-        toy_ppo(**{option: "0.3"})  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("wrap", [functools.partial(torch.compile, backend="eager"), nn.DataParallel])
-def test_a_wrapped_policy_is_refused_where_it_is_set(wrap: Callable[[nn.Module], Any]) -> None:
-    algorithm = toy_ppo()
-    with pytest.raises(ValueError, match=r"policy is now of class \w+; expected the VLAPolicy .*dict\(compile={}\)"):
-        algorithm.policy = wrap(algorithm.policy)
-    algorithm.learn(16)
-    algorithm.policy = copy.deepcopy(algorithm.policy)
-
-
-@pytest.mark.parametrize("part", ["model", "value_head", "distribution"])
-def test_a_compiled_part_is_refused_where_it_is_set(part: str, tmp_path: Path) -> None:
-    """Its weights would be saved under names that nothing reads."""
-    algorithm = toy_ppo()
-    with pytest.raises(ValueError, match=rf"policy\.{part} is what torch.compile.* made; .*policy\.{part}\.compile"):
-        setattr(algorithm.policy, part, torch.compile(getattr(algorithm.policy, part), backend="eager"))
-    algorithm.policy.value_head.compile(backend="eager")
-    algorithm.learn(16)
-    algorithm.save(tmp_path / "saved")
-    assert PPO.load(tmp_path / "saved", device="cpu").num_timesteps == 16
 
 
 def test_adam_steps_by_one_kernel(tmp_path: Path) -> None:
