@@ -29,7 +29,7 @@ DISTRIBUTIONS: dict[str, type[ActionDistribution]] = {
 
 
 def default_distribution(model: VLAModel) -> str:
-    """Name of the distribution by which a model acts that was never trained with one."""
+    """Name of the distribution of a model whose checkpoint does not note one."""
     return {"velocity": "gaussian", "tokens": "tokens"}.get(model.prediction, "ddim")
 
 
@@ -37,10 +37,10 @@ def make_distribution(name: str, model: VLAModel, action_chunk: int, **options: 
     """Build a distribution by name.
 
     :param name: a name in :data:`DISTRIBUTIONS`.
-    :param model: the model that it will be given.
+    :param model: the model whose actions it distributes.
     :param action_chunk: K, executed actions per decision.
     :param options: see the classes.
-    :raises ValueError: for an unknown name or option, or a distribution that does not fit the model.
+    :raises ValueError: for an unknown name or option, or a distribution for models with another prediction.
     """
     if name not in DISTRIBUTIONS:
         names = f"known: {', '.join(DISTRIBUTIONS)}"

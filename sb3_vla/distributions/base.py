@@ -1,8 +1,8 @@
-"""What an action distribution offers to an algorithm: samples, and their log-probability under later weights.
+"""Interface of action distributions: samples, and their log-probabilities under later weights.
 
-A *trace* is what must be stored to compute the log-probability of a sample again: the action itself, the tokens, or the
-ends of stochastic denoising steps. Letters as in :mod:`sb3_vla.models.base`; K is the executed chunk, S the number of
-random denoising steps in a trace (1 where nothing is denoised at random).
+A *trace* is what must be stored to compute the log-probability of a sample again: the action, the tokens, or the
+states before and after stochastic denoising steps. Letters as in :mod:`sb3_vla.models.base`; K is the executed chunk, S
+the number of random denoising steps in a trace (1 where nothing is denoised at random).
 Log-probabilities are float32, whatever the model's precision, and those of denoised or tokenized actions are in the
 model's normalized units, whose constant Jacobian cancels in every ratio.
 """
@@ -23,7 +23,7 @@ from sb3_vla.common.errors import InputError
 from sb3_vla.models.base import Context, VLAModel
 
 Trace = dict[str, Tensor]
-#: what a log-probability may be of, see :meth:`ActionDistribution.log_prob`
+#: what one log-probability may stand for, see :meth:`ActionDistribution.log_prob`
 LOGPROB_TYPES = ("chunk", "action", "token", "denoising_step")
 
 
@@ -33,13 +33,13 @@ class ActionDistribution(nn.Module, ABC):
     :param action_chunk: K, executed actions per decision.
     """
 
-    #: predictions, among :data:`sb3_vla.models.base.PREDICTIONS`, of the models that it fits
+    #: predictions, among :data:`sb3_vla.models.base.PREDICTIONS`, of the models that it takes
     predictions: ClassVar[tuple[str, ...]] = ("velocity",)
     #: False where the log-probability follows from observation and action alone, as stock Stable-Baselines3 needs
     needs_trace = True
     #: whether the entropy depends on the weights, so that a bonus on it has an effect
     has_entropy = False
-    #: factor of the exploration noise, which an algorithm may lower as it learns
+    #: factor of the exploration noise, which an algorithm may schedule
     noise_scale = 1.0
     #: the model's own, see :class:`sb3_vla.models.VLAModel`
     first_action = 0
@@ -50,16 +50,21 @@ class ActionDistribution(nn.Module, ABC):
 
     @classmethod
     def for_model(cls, model: VLAModel, action_chunk: int, **options: Any) -> ActionDistribution:
-        """Build the distribution with what it takes from the model, such as sizes."""
+        """Build the distribution with the sizes and other options that come from the model.
+
+        :param model: the model whose actions it distributes.
+        :param action_chunk: K.
+        :param options: the distribution's own.
+        """
         return cls(action_chunk, **options)
 
     @property
     def denoisings(self) -> int:
-        """Denoisings of a decision of which an update needs the gradient."""
+        """Runs of the denoiser per decision that an update differentiates."""
         return 1
 
     def check_trainable(self, model: VLAModel) -> None:
-        """Whether an algorithm can improve the model through this distribution; for before the first rollout.
+        """Check, before the first rollout, that a model can be trained through this distribution.
 
         :raises ValueError: if it cannot.
         """
@@ -76,21 +81,28 @@ class ActionDistribution(nn.Module, ABC):
 
     @abstractmethod
     def transition(self, model: VLAModel, context: Context, trace: Trace) -> tuple[Tensor, Tensor]:
-        """Location and scale of what is random in the trace, under the model's present weights, float32.
+        """Parameters of the distribution of the trace under the model's present weights, float32.
 
-        Mean and standard deviation of normal distributions, (N, K, A) or (N, S, K, A); for tokens their logits
-        (N, K, A, V) and temperature. Two of these give the Kullback-Leibler divergence of two sets of weights.
+        Mean and standard deviation of normal distributions, (N, K, A) or (N, S, K, A); for tokens logits (N, K, A, V)
+        and temperature (N, 1, 1, 1).
+
+        :param trace: from :meth:`sample`.
         """
 
     @abstractmethod
     def log_prob_terms(self, mean: Tensor, std: Tensor, trace: Trace, executed: Tensor) -> Tensor:
-        """Log-density of each number that was drawn, float32 (N, S, K, A), zero where it was not executed."""
+        """Log-density of each random number of the trace, float32 (N, S, K, A), zero where it was not executed.
+
+        :param mean: from :meth:`transition`, like ``std``.
+        :param trace: from :meth:`sample`.
+        :param executed: environment steps run of each chunk, int64 (N,).
+        """
 
     @abstractmethod
     def kl_terms(
         self, mean: Tensor, std: Tensor, reference_mean: Tensor, reference_std: Tensor, executed: Tensor
     ) -> Tensor:
-        """KL divergence of each number's distribution from the reference, as :meth:`log_prob_terms`."""
+        """KL(transition || reference transition) of each random number, see :meth:`log_prob_terms`."""
 
     @abstractmethod
     def mode(self, model: VLAModel, context: Context) -> Tensor:
@@ -104,10 +116,10 @@ class ActionDistribution(nn.Module, ABC):
         :param mean: from :meth:`transition`.
         :param std: from :meth:`transition`.
         :param executed: environment steps of the chunk that were run, int64 (N,); the others had no effect.
-        :param logprob_type: what one number, hence one ratio, stands for: ``chunk``, the whole decision, (N,);
+        :param logprob_type: what one log-probability, hence one ratio, stands for: ``chunk``, the decision, (N,);
             ``action``, an environment step, (N, K); ``token``, a dimension of one, (N, K, A); ``denoising_step``,
-            (N, S), as in DPPO (Ren et al. 2024). What was not executed has log-density zero, a ratio of one.
-        :raises ValueError: for an unknown type, or one that the distribution has not.
+            (N, S), as in DPPO (Ren et al. 2024). Steps that were not executed have log-density zero.
+        :raises ValueError: for an unknown type, or one that the distribution does not have.
         """
         self.check_logprob_type(logprob_type)
         terms = self.log_prob_terms(mean, std, trace, executed)
@@ -116,7 +128,7 @@ class ActionDistribution(nn.Module, ABC):
         return terms.sum({"chunk": (1, 2, 3), "action": (1, 3), "denoising_step": (2, 3)}[logprob_type])
 
     def check_logprob_type(self, logprob_type: str) -> None:
-        """:raises ValueError: for what :meth:`log_prob` does not give."""
+        """:raises ValueError: for a type that :meth:`log_prob` does not have."""
         if logprob_type not in LOGPROB_TYPES:
             raise InputError(f"Unknown logprob_type={logprob_type!r}; {did_you_mean(logprob_type, LOGPROB_TYPES)}")
         self._check_logprob_type(logprob_type)
@@ -128,7 +140,7 @@ class ActionDistribution(nn.Module, ABC):
         return self.kl_terms(mean, std, reference_mean, reference_std, executed).sum((1, 2, 3))
 
     def entropy(self, mean: Tensor, std: Tensor, executed: Tensor) -> Tensor | None:
-        """Entropy of what was drawn for the executed steps, float32 (N,); None where the weights do not change it."""
+        """Entropy of the executed steps, float32 (N,); None where the weights do not change it."""
         return None
 
     def executed_actions(self, model: VLAModel, x: Tensor) -> Tensor:
@@ -140,7 +152,7 @@ class ActionDistribution(nn.Module, ABC):
         return x[..., self.first_action : self.first_action + self.action_chunk, :action_dim]
 
     def _check_logprob_type(self, logprob_type: str) -> None:
-        """Refuse a known type that has no meaning here."""
+        """Refuse a known type that this distribution does not have."""
         return None
 
     def _mask(self, terms: Tensor, executed: Tensor) -> Tensor:
@@ -155,7 +167,7 @@ def check_denoising_steps(steps: int) -> None:
 
 
 def start_of_mode(model: VLAModel, context: Context) -> Tensor:
-    """Zero noise, float32 (N, H, L)."""
+    """Zero noise, float32 (N, H, L), from which :meth:`ActionDistribution.mode` denoises."""
     features = context.features
     return torch.zeros(len(features), model.action_horizon, model.latent_dim, device=features.device)
 
@@ -173,7 +185,11 @@ def time_grid(steps: int, device: torch.device | None = None) -> Tensor:
 
 
 def integrate(model: VLAModel, context: Context, x: Tensor, steps: int) -> Tensor:
-    """Follow the flow from x at time 1 to time 0 in Euler steps (the ODE sampler of pi0), in float32."""
+    """Follow the flow from x at time 1 to time 0 in Euler steps (the ODE sampler of pi0), float32 (N, H, L).
+
+    :param x: noise, float32 (N, H, L).
+    :param steps: Euler steps of equal length.
+    """
     grid = time_grid(steps, x.device)
     for now, then in pairwise(grid):
         x = x - (now - then) * model.denoise(context, x, now.expand(len(x))).float()
@@ -181,7 +197,7 @@ def integrate(model: VLAModel, context: Context, x: Tensor, steps: int) -> Tenso
 
 
 def logprob_mask(logprob_type: str, executed: Tensor, log_prob: Tensor) -> Tensor:
-    """Which log-probabilities of a type are of something that was executed, float32, broadcastable to them.
+    """1 for log-probabilities of executed actions, else 0, float32, broadcastable to them.
 
     :param executed: environment steps run, int64 (N,).
     :param log_prob: from :meth:`ActionDistribution.log_prob`.

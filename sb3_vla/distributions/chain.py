@@ -34,8 +34,8 @@ class DenoisingChain(ActionDistribution):
     :param action_chunk: K.
     :param denoising_steps: N.
     :param joint: whether all steps are stochastic.
-    :param fixed_start: start chains at zero noise, as :meth:`mode` does, and not at random noise. What a random start
-        changes in the actions is in no log-probability; to reinforcement learning it is disturbance.
+    :param fixed_start: start chains at zero noise, as :meth:`mode` does, instead of random noise. The log-probability
+        does not account for a random start, whose effect on the actions is noise in the policy gradient.
     """
 
     def __init__(self, action_chunk: int, denoising_steps: int, joint: bool, fixed_start: bool = False) -> None:
@@ -58,7 +58,7 @@ class DenoisingChain(ActionDistribution):
         """
 
     def takers(self, model: VLAModel, context: Context) -> list[tuple[VLAModel, Context]]:
-        """The model that takes each step, and what it reads."""
+        """The model of each step, and its context."""
         return [(model, context)] * self.denoising_steps
 
     @property
@@ -69,6 +69,11 @@ class DenoisingChain(ActionDistribution):
     def sample(
         self, model: VLAModel, context: Context, generator: torch.Generator | None = None
     ) -> tuple[Tensor, Trace]:
+        """Run the chain; the trace holds its random steps, see :meth:`ActionDistribution.sample`.
+
+        The trace has ``chain``, float32 (N, S + 1, H, L), the states before and after each random step, and unless
+        ``joint`` the number of that step, ``denoising_index``, int64 (N,).
+        """
         x = start_of_mode(model, context) if self.fixed_start else random_start(model, context, generator)
         count, device, random = len(x), x.device, self.random_steps
         drawn = noise.integers(random.start, random.stop, (count,), generator, device)
@@ -87,6 +92,7 @@ class DenoisingChain(ActionDistribution):
         return action, {"chain": stacked[rows[:, None], torch.stack([drawn, drawn + 1], 1)], "denoising_index": drawn}
 
     def transition(self, model: VLAModel, context: Context, trace: Trace) -> tuple[Tensor, Tensor]:
+        """Mean and deviation of the random steps, (N, S, K, A), see :meth:`ActionDistribution.transition`."""
         chain = trace["chain"]  # (N, S + 1, H, L)
         transitions = chain.shape[1] - 1
         # All transitions of a sample at once: row r * N + n is transition r of sample n.
@@ -102,12 +108,14 @@ class DenoisingChain(ActionDistribution):
         return mean.reshape(shape).transpose(0, 1), std.reshape(shape).transpose(0, 1)
 
     def log_prob_terms(self, mean: Tensor, std: Tensor, trace: Trace, executed: Tensor) -> Tensor:
+        """See :meth:`ActionDistribution.log_prob_terms`."""
         reached = self._executed_part(trace["chain"][:, 1:], mean.shape[3])
         return self._mask(gaussian_log_prob(reached, mean, std), executed)
 
     def kl_terms(
         self, mean: Tensor, std: Tensor, reference_mean: Tensor, reference_std: Tensor, executed: Tensor
     ) -> Tensor:
+        """See :meth:`ActionDistribution.kl_terms`."""
         return self._mask(gaussian_kl(mean, std, reference_mean, reference_std), executed)
 
     def mode(self, model: VLAModel, context: Context) -> Tensor:
@@ -154,6 +162,7 @@ class FlowChain(DenoisingChain):
         self.noise_level = noise_level
 
     def kernel(self, model: VLAModel, context: Context, x: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """See :meth:`DenoisingChain.kernel`."""
         grid = time_grid(self.denoising_steps, x.device)
         t, s = grid[index], grid[index + 1]
         velocity = model.denoise(context, x, t).float()

@@ -20,14 +20,14 @@ class DDIM(DenoisingChain):
     From timestep t to the next, u, with abar of the model's schedule (1 after the last step): x0 and eps from the
     model's prediction, x0 clipped (eps is not recomputed), sigma^2 = eta^2 (1 - abar_u) / (1 - abar_t)
     (1 - abar_t / abar_u), mean = sqrt(abar_u) x0 + sqrt(1 - abar_u - sigma^2) eps. The deviation is sigma, but at least
-    ``min_std``, as in DPPO: without noise a step has no likelihood, and the last has none of its own. DPPO also cuts
-    the noise at three deviations and clips log-densities; these make a ratio that of no density, and are left out.
+    ``min_std``, as in DPPO: without noise a step has no likelihood, and the last step has no noise of its own. DPPO
+    also cuts the noise at three deviations and clips log-densities, after which a ratio is no longer one of densities;
+    this is left out.
     Deterministic steps are those of eta = 0 without a floor.
 
-    With ``trained_steps`` K' < N a copy of the model as it is now takes the first N - K' steps for ever, as in DPPO,
-    so the distribution of states that training starts from stays. The copy has all but the backbone, what makes a
-    context of perceptions included; it reads what the model's own backbone perceives, which must therefore be frozen
-    (``trainable="expert"``).
+    With ``trained_steps`` K' < N a frozen copy of the initial model makes the first N - K' steps, as in DPPO, and only
+    the last K' are trained. The copy has all of the model but the backbone, whose features it shares; the backbone must
+    therefore be frozen (``trainable="expert"``).
 
     :param action_chunk: K.
     :param eta: 0 for the deterministic sampler with the floor's noise alone, 1 for as much noise as DDPM has.
@@ -63,7 +63,7 @@ class DDIM(DenoisingChain):
         self.min_std = min_std
         self.clip_sample = clip_sample
         self.trained_steps = trained_steps or denoising_steps
-        #: takes the steps that are not trained; a model without its backbone
+        #: the model, without its backbone, of the steps that are not trained
         self.pretrained: VLAModel | None = None
 
     @classmethod

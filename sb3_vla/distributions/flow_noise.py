@@ -17,11 +17,11 @@ from sb3_vla.models.base import Context, VLAModel
 
 
 class FlowNoise(DenoisingChain):
-    """x_s ~ N(x - d v, std^2), where a perceptron reads std from the features of which the model made v.
+    """x_s ~ N(x - d v, std^2), where a perceptron computes std from the features from which the model computes v.
 
-    The logarithm of the variance lies between those of ``noise_range``, at the middle before training. The noise does
-    not follow from a flow, so the marginals are not the flow's; it is learned away where it does harm. The entropy is
-    that of the chain given its start: the sum over its stochastic steps.
+    The logarithm of the variance lies within ``noise_range``, in the middle of it before training. The noise is not
+    that of an SDE of the flow, so the marginals are not the flow's; training reduces it where it does harm. The entropy
+    is that of the chain given its start: the sum over its stochastic steps.
 
     :param action_chunk: K.
     :param feature_dim: the model's ``action_feature_dim``.

@@ -38,6 +38,7 @@ class FlowODE(ActionDistribution):
     def sample(
         self, model: VLAModel, context: Context, generator: torch.Generator | None = None
     ) -> tuple[Tensor, Trace]:
+        """Follow the flow from random noise; the trace is empty."""
         x = random_start(model, context, generator)
         return self.executed_actions(model, integrate(model, context, x, self.denoising_steps)), {}
 
@@ -47,14 +48,17 @@ class FlowODE(ActionDistribution):
         return self.executed_actions(model, integrate(model, context, x, self.denoising_steps))
 
     def transition(self, model: VLAModel, context: Context, trace: Trace) -> NoReturn:
+        """:raises ValueError: always, as :meth:`log_prob_terms` and :meth:`kl_terms`: there is no density."""
         self._refuse()
 
     def log_prob_terms(self, mean: Tensor, std: Tensor, trace: Trace, executed: Tensor) -> NoReturn:
+        """See :meth:`transition`."""
         self._refuse()
 
     def kl_terms(
         self, mean: Tensor, std: Tensor, reference_mean: Tensor, reference_std: Tensor, executed: Tensor
     ) -> NoReturn:
+        """See :meth:`transition`."""
         self._refuse()
 
     @staticmethod

@@ -26,21 +26,21 @@ from sb3_vla.models.base import Context, VLAModel
 
 
 class GaussianChunk(ActionDistribution):
-    """Actions mu + std * noise, where the noise of a chunk's K steps is independent or common.
+    """Actions mu + std * noise, with independent or common noise of a chunk's K steps.
 
     ``coherence="independent"``: K x A independent normals. ``coherence="offset"``: one A-dimensional offset moves the
-    whole chunk, so exploration persists over the chunk instead of averaging out. The offset is then all that is random:
-    the log-probability is that of the executed actions' mean under N(mean of their mu, std^2), and the chunk's shape
-    around its mean follows the network without being explored.
+    whole chunk, so exploration persists over the chunk instead of averaging out. Only the offset is random then: the
+    log-probability is that of the mean of the executed actions under N(mean of their mu, std^2), and the shape of the
+    chunk around its mean is not explored.
 
     :param action_chunk: K.
     :param action_dim: A.
     :param std: standard deviation in environment units (the box is -1..1), one or A numbers.
     :param coherence: ``independent`` or ``offset``.
     :param learn_std: whether the deviation is trained; only then does it have an entropy worth a bonus.
-    :param denoising_steps: Euler steps to the mean. From zero noise the first one alone leads to the mean of all
-        actions that were imitated in such a situation (the velocity there is minus that mean), which between two ways
-        to act is neither: it dithers at a grasp. The second one decides.
+    :param denoising_steps: Euler steps to mu. One step from zero noise gives the conditional mean of the demonstrated
+        actions (the velocity there is minus that mean), which is no good action where two different ones were
+        demonstrated, as at a grasp; the second step moves towards one of them.
     """
 
     needs_trace = False
@@ -83,6 +83,7 @@ class GaussianChunk(ActionDistribution):
     def sample(
         self, model: VLAModel, context: Context, generator: torch.Generator | None = None
     ) -> tuple[Tensor, Trace]:
+        """See :meth:`ActionDistribution.sample`; the trace is ``action``, float32 (N, K, A)."""
         mean = self.mode(model, context)
         steps = 1 if self.coherent else self.action_chunk
         drawn = noise.normal((len(mean), steps, mean.shape[2]), generator, mean.device)
@@ -95,6 +96,7 @@ class GaussianChunk(ActionDistribution):
         return self.executed_actions(model, x)
 
     def transition(self, model: VLAModel, context: Context, trace: Trace) -> tuple[Tensor, Tensor]:
+        """Mean and deviation of the actions, (N, K, A), see :meth:`ActionDistribution.transition`."""
         mean = self.mode(model, context)
         return mean, self._std().expand_as(mean)
 
@@ -107,6 +109,7 @@ class GaussianChunk(ActionDistribution):
     def kl_terms(
         self, mean: Tensor, std: Tensor, reference_mean: Tensor, reference_std: Tensor, executed: Tensor
     ) -> Tensor:
+        """See :meth:`ActionDistribution.kl_terms`; of a common offset (N, 1, 1, A)."""
         own = self._drawn(mean, executed), self._drawn_std(std)
         reference = self._drawn(reference_mean, executed), self._drawn_std(reference_std)
         return self._mask(gaussian_kl(*own, *reference), executed)

@@ -35,6 +35,7 @@ class ActionTokens(ActionDistribution):
     def sample(
         self, model: VLAModel, context: Context, generator: torch.Generator | None = None
     ) -> tuple[Tensor, Trace]:
+        """See :meth:`ActionDistribution.sample`; the trace is ``tokens``, int64 (N, K, A)."""
         logits, temperature = self.transition(model, context, {})
         probabilities = _log_probabilities(logits, temperature).exp()
         tokens = noise.categories(probabilities, generator)
@@ -47,6 +48,7 @@ class ActionTokens(ActionDistribution):
         return logits, temperature.expand(len(logits), 1, 1, 1)
 
     def log_prob_terms(self, mean: Tensor, std: Tensor, trace: Trace, executed: Tensor) -> Tensor:
+        """See :meth:`ActionDistribution.log_prob_terms`; S is 1."""
         tokens = trace["tokens"].reshape(mean.shape[:3])
         chosen = _log_probabilities(mean, std).gather(3, tokens[..., None])[..., 0]
         return self._mask(chosen[:, None], executed)
@@ -54,6 +56,7 @@ class ActionTokens(ActionDistribution):
     def kl_terms(
         self, mean: Tensor, std: Tensor, reference_mean: Tensor, reference_std: Tensor, executed: Tensor
     ) -> Tensor:
+        """See :meth:`ActionDistribution.kl_terms`; S is 1."""
         own, reference = _log_probabilities(mean, std), _log_probabilities(reference_mean, reference_std)
         return self._mask((own.exp() * (own - reference)).sum(3)[:, None], executed)
 
