@@ -1,9 +1,9 @@
 """Parameters, gradients and optimizer in shards, where a replica on every rank does not fit (FSDP2, Zhao et al. 2023).
 
-What is trained is sharded; frozen weights, which have neither gradient nor optimizer state, stay whole. In an update
-(:func:`in_shards`) weights are gathered block by block when they run. Between updates they are whole on every rank, so
-that rollouts and evaluations, in which ranks decide differently often, need no other. What is written or read is whole
-too (:func:`whole_weights`): a checkpoint fits any number of ranks.
+Trained weights are sharded; frozen weights, which have neither gradient nor optimizer state, stay whole. In an update
+(:func:`in_shards`) the weights of a block are gathered while it runs. Between updates all weights are whole on every
+rank, so that rollouts and evaluations, in which ranks run the model different numbers of times, need no communication.
+Checkpoints have whole weights (:func:`whole_weights`) and fit any number of ranks.
 """
 
 from __future__ import annotations
@@ -30,13 +30,15 @@ def shard(
 ) -> None:
     """Shard the trainable parameters of a module, the same on all ranks, in place.
 
-    Gradients are then summed over ranks, not averaged, in the backward pass, which all must run equally often.
+    The backward pass then sums gradients over ranks; all ranks must run it the same number of times.
 
-    :param blocks: parts that are always run by calling them; each is gathered for itself, the rest together.
-    :param methods: of the module, those that an update runs; none of them calls another one of them.
-    :param optimizer: one without a state yet; it gets the shards.
-    :param device: where the module is.
-    :param ranks: how many there are.
+    :param module: to shard, with whole weights on ``device``.
+    :param blocks: submodules that are gathered one by one, which is done when they are called; the rest is gathered
+        together.
+    :param methods: names of the module's methods that an update calls; none of them calls another one.
+    :param optimizer: of the module's parameters, without a state yet; it gets the shards.
+    :param device: of the module.
+    :param ranks: number of ranks.
     """
     # torch imports its compiler for these, for seconds.
     from torch.distributed.device_mesh import init_device_mesh
@@ -68,7 +70,10 @@ def is_sharded(module: nn.Module) -> bool:
 
 @contextmanager
 def in_shards(module: nn.Module) -> Iterator[None]:
-    """For an update; all ranks must come and leave together. Does nothing to a module that is not sharded."""
+    """Keep weights in shards, for an update; a module that is not sharded stays as it is.
+
+    All ranks must enter and leave the context together.
+    """
     _reshard(module)
     try:
         yield
@@ -77,10 +82,10 @@ def in_shards(module: nn.Module) -> Iterator[None]:
 
 
 def keep_in_step(passes: int, outputs: Callable[[], Iterable[Tensor]]) -> None:
-    """Forward and backward passes of zero gradient, while other ranks, with which weights are gathered, have more.
+    """Run passes of zero gradient while other ranks, which gather the same shards, have more micro-batches.
 
-    :param passes: how many.
-    :param outputs: makes a forward pass, and gives the tensors from which the backward pass begins.
+    :param passes: number of forward and backward passes.
+    :param outputs: runs a forward pass and returns the tensors that are differentiated.
     """
     for _ in range(passes):
         torch.stack([0.0 * output.sum() for output in outputs()]).sum().backward()  # type: ignore[no-untyped-call]
@@ -88,11 +93,12 @@ def keep_in_step(passes: int, outputs: Callable[[], Iterable[Tensor]]) -> None:
 
 @contextmanager
 def whole_weights(module: nn.Module, everywhere: bool = False) -> Iterator[None]:
-    """Plain weights on the CPU in the place of shards, for saving.
+    """Replace shards by whole weights on the CPU, for saving; a module that is not sharded stays as it is.
 
-    All ranks must come and leave together. Does nothing to a module that is not sharded.
+    All ranks must enter and leave the context together.
 
-    :param everywhere: whether each rank gets them; else the first one, and the others get sizes alone (meta device).
+    :param everywhere: whether every rank gets them; otherwise the first one does, and the others get empty tensors of
+        the same shapes (meta device).
     """
     device = "cpu" if everywhere or current_ranks().leads else "meta"
     with in_shards(module):
@@ -112,7 +118,11 @@ def whole_weights(module: nn.Module, everywhere: bool = False) -> Iterator[None]
 
 
 def as_shards(module: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights by name, in shards where the module's are; it must be in shards, and all ranks must call it."""
+    """Shard those of some weights whose parameter in the module is sharded; all ranks must call it in
+    :func:`in_shards`.
+
+    :param state: whole weights by name.
+    """
     own = dict(module.named_parameters())
     return {
         name: _distributed(tensor, own[name]) if name in own and is_shard(own[name]) else tensor
@@ -121,9 +131,9 @@ def as_shards(module: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tenso
 
 
 def whole_optimizer_state(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[int, dict[str, Any]]:
-    """The optimizer's state by number of the parameter, without shards; all ranks must call it.
+    """The whole state of an optimizer by the number of the parameter; all ranks must call it.
 
-    Of shards it is gathered tensor by tensor to the CPU of the first rank; the others get nothing.
+    Shards are gathered tensor by tensor to the CPU of the first rank; the others get an empty state.
 
     :param module: whose parameters are optimized.
     """
@@ -141,8 +151,9 @@ def whole_optimizer_state(optimizer: torch.optim.Optimizer, module: nn.Module) -
 def load_optimizer_state(
     optimizer: torch.optim.Optimizer, module: nn.Module, state: Mapping[int, Mapping[str, Any]]
 ) -> None:
-    """Take a state of :func:`whole_optimizer_state`; all ranks must call it. Where there are shards, it is the first
-    rank's, which is sent tensor by tensor.
+    """Load a state of :func:`whole_optimizer_state`; all ranks must call it.
+
+    For a sharded module the first rank sends its state tensor by tensor, and those of the others are ignored.
 
     :param module: whose parameters are optimized.
     """
@@ -170,13 +181,13 @@ def _whole(**options: Any) -> Any:
 
 
 def _names(optimizer: torch.optim.Optimizer, module: nn.Module) -> list[str]:
-    """Of the optimizer's parameters, in their order; the module must be in shards."""
+    """Names of the optimizer's parameters in their order; to be called in :func:`in_shards`."""
     names = {parameter: name for name, parameter in module.named_parameters()}
     return [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def whole_tensor(tensor: Tensor) -> Tensor:
-    """A tensor without shards; all ranks must ask for it."""
+    """The whole of a tensor that may be a shard; all ranks must call it."""
     return tensor.full_tensor() if is_shard(tensor) else tensor  # type: ignore[attr-defined]
 
 
