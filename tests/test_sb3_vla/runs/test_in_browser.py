@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from test_report import add_evaluations, add_metrics
+from toy import write_mp4
 
-from sb3_vla.recording.videos import write_mp4
 from sb3_vla.runs.directory import RunDirectory
 from sb3_vla.runs.report.report import write_report
 from sb3_vla.runs.watch import serve
