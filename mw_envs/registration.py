@@ -16,4 +16,9 @@ def register_envs() -> None:
     for env_id in ENV_IDS:
         if env_id not in gym.registry:
             suite = env_id.removeprefix("MetaWorld").removesuffix("-v0")
-            gym.register(env_id, entry_point="mw_envs.env:MetaWorldEnv", kwargs={"suite": suite})
+            gym.register(
+                env_id,
+                entry_point="mw_envs.env:MetaWorldEnv",
+                vector_entry_point="mw_envs.vector:make_vector_env",
+                kwargs={"suite": suite},
+            )

@@ -139,7 +139,7 @@ def check_packages() -> Iterator[Finding]:
 
 def check_machine() -> Iterator[Finding]:
     """Cores, memory, disk, and the shared memory through which workers send pictures."""
-    from sb3_vla.common.machine import memory, usable_cores
+    from mw_envs.machine import memory, usable_cores
 
     cores = usable_cores()
     workers = min(cores, MOST_WORKERS)
@@ -263,7 +263,7 @@ def check_recipes() -> Iterator[Finding]:
     if "error" in answer:
         yield Finding("Recipes that fit", "recipes", "note", f"unknown: {answer['error']}")
         return
-    from sb3_vla.common.machine import available_memory
+    from mw_envs.machine import available_memory
 
     apart, free, _ = _where_the_learner_is()
     main = available_memory()
@@ -282,7 +282,7 @@ def check_recipes() -> Iterator[Finding]:
 
 def _where_the_learner_is() -> tuple[bool, int, str]:
     """Whether it has memory of its own, how many bytes of it are free, and whose they are."""
-    from sb3_vla.common.machine import available_memory
+    from mw_envs.machine import available_memory
 
     devices = _probe("torch").get("devices") or []
     if devices:

@@ -1,1 +1,1 @@
-"""What knows nothing of models and algorithms: errors, paths, processor and memory, precision, signals."""
+"""What knows nothing of models and algorithms: errors, paths, precision, signals."""

@@ -25,9 +25,9 @@ import numpy as np
 
 from mw_envs.experts import ScriptedExpert
 from mw_envs.hand_view import DEFAULT_WINDOW, HandView
+from mw_envs.machine import usable_cores
 from mw_envs.tasks import GOALS_PER_TASK, Trial, get_task, select_tasks
 from sb3_vla.common.errors import FailedError, InputError, file_errors
-from sb3_vla.common.machine import usable_cores
 from sb3_vla.common.paths import local_path
 from sb3_vla.common.progress import progress_bar
 from sb3_vla.data.lerobot_writer import DemonstrationWriter, Episode, ImageStorage, encode_png

@@ -26,10 +26,10 @@ from typing import Any
 import numpy as np
 
 from mw_envs.hand_view import HandView
+from mw_envs.machine import available_memory
 from mw_envs.rendering import FULL_VIEW
 from mw_envs.tasks import INSTRUCTION_BYTES, TASKS, Trial, did_you_mean, encode_instruction
 from sb3_vla.common.errors import InputError
-from sb3_vla.common.machine import available_memory
 from sb3_vla.data.collecting import CollectReport, TaskReport, collect
 from sb3_vla.data.lerobot_reader import ACTION, HAND_IMAGE, IMAGE, STATE, LeRobotReader
 from sb3_vla.data.lerobot_writer import DemonstrationWriter, Episode

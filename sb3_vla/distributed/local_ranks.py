@@ -19,8 +19,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from mw_envs.machine import available_memory, usable_cores
 from sb3_vla.common.errors import InputError, RankLostError
-from sb3_vla.common.machine import available_memory, usable_cores
 from sb3_vla.distributed.ranks import Ranks, torchrun
 
 #: environment variable with the greatest number of ranks of a command; 1 starts no others

@@ -1,28 +1,18 @@
-"""A Stable-Baselines3 vector environment with several environments in each worker process and observations in shared
-memory.
-
-``SubprocVecEnv`` starts a process for each environment. A simulator's meshes, its OpenGL context and the Python of a
-process are then paid for as often; with as many workers as cores and many environments in each they are paid for once
-a core, and a worker answers with one message. Pictures do not go through that message but through shared memory, out
-of which they are copied once.
-"""
+"""Environments in worker processes as a Stable-Baselines3 vector environment."""
 
 from __future__ import annotations
 
-import itertools
-import multiprocessing as mp
-import pickle
-import time
+import functools
+import operator
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Sequence
 from multiprocessing.process import BaseProcess
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 import numpy.typing as npt
-from gymnasium import spaces
+from stable_baselines3.common.env_util import is_wrapped
 from stable_baselines3.common.vec_env import SubprocVecEnv
 from stable_baselines3.common.vec_env.base_vec_env import (
     VecEnv,
@@ -30,20 +20,17 @@ from stable_baselines3.common.vec_env.base_vec_env import (
     VecEnvObs,
     VecEnvStepReturn,
 )
+from stable_baselines3.common.vec_env.patch_gym import _patch_env
 from stable_baselines3.common.vec_env.util import dict_to_obs
 
+from mw_envs.machine import usable_cores
+from mw_envs.vector.pool import WorkerPool, numbers_of
+from mw_envs.vector.worker import Arrays, StepResult, call_method, get_attr
 from sb3_vla.common.errors import InputError
-from sb3_vla.common.machine import usable_cores
 from sb3_vla.distributed.ranks import ranks_on_this_machine
-from sb3_vla.envs.worker import Arrays, Worker, WorkerDiedError, layout_of
 
-_CLOSE_SECONDS = 5.0  # how long workers may take to finish a step and close their environments
-_TERMINATE_SECONDS = 2.0
-#: consecutive crashes of a worker, without a step between them, after which we give up
-MAX_CONSECUTIVE_CRASHES = 3
 _STEP = "step"
 _HALF_STEPS = ("step of half 0", "step of half 1")
-_CALL = "call"
 
 
 class SharedMemoryVecEnv(SubprocVecEnv):
@@ -64,10 +51,9 @@ class SharedMemoryVecEnv(SubprocVecEnv):
     observation that the caller got, and the info holds ``worker_restarted=True``, ``TimeLimit.truncated=True`` and
     ``env_steps=0``: nothing is known to have been executed. All else in it is as the caller last got it, and None where
     that is known of an episode's end only (``is_success`` is False). ``dropped_episodes`` counts them. The new
-    environments start with a reset without options; where the last reset had seeds, with seeds made from those and the
-    number of crashes, so that no trial is repeated. What :meth:`set_attr` set, and the last call of each method whose
-    name begins with ``set_``, are applied before; any other state of an environment is lost. A request other than a
-    step, also a ``reset``, is made again in the new process.
+    environments start with a reset without seed and options. What :meth:`set_attr` set, and the last call of each
+    method whose name begins with ``set_``, are applied before; any other state of an environment is lost. A request
+    other than a step, also a ``reset``, is made again in the new process.
 
     :ivar shares: numbers of the environments of each worker.
     :ivar dropped_episodes: episodes that ended because their worker died.
@@ -90,56 +76,51 @@ class SharedMemoryVecEnv(SubprocVecEnv):
         num_workers: int | None = None,
         restart_workers: bool = False,
     ) -> None:
-        if num_workers is not None and num_workers < 1:
-            raise InputError(f"num_workers={num_workers}; expected at least 1")
-        if len(env_fns) == 0:
-            raise InputError("env_fns is empty; expected at least one environment")
-        workers = min(num_workers or available_cores(), len(env_fns))
-        if start_method is None:
-            start_method = "forkserver" if "forkserver" in mp.get_all_start_methods() else "spawn"
-        ends = [len(env_fns) * worker // workers for worker in range(workers + 1)]
-        self.shares = [range(start, stop) for start, stop in itertools.pairwise(ends)]
-        self.dropped_episodes = 0
-        self.closed = False
+        self._use(
+            WorkerPool(
+                [functools.partial(_made_by, env_fn) for env_fn in env_fns],
+                available_cores() if num_workers is None else num_workers,
+                start_method,
+                preload=[__name__],
+                restart_workers=restart_workers,
+            )
+        )
+
+    def _use(self, pool: WorkerPool) -> None:
+        self._pool = pool
         # What each kind of step runs: of each worker some environments.
-        self._parts = {_STEP: self.shares, **dict(zip(_HALF_STEPS, _halve(self.shares), strict=True))}
-        self._under_way: set[str] = set()  # kinds of steps
-        self._env_fns = env_fns
-        self._context: Any = mp.get_context(start_method)
-        if start_method == "forkserver":  # every worker would import for itself, for seconds and 170 MB
-            self._context.set_forkserver_preload(["__main__", "sb3_vla.envs.worker"])
-        self._workers: list[Worker] = []
-        # By worker: crashes since its last step, replacements, and the requests to make of a replacement.
-        self._crashes, self._replaced = [0] * workers, [0] * workers
-        self._settings: list[dict[Any, bytes]] = [{} for _ in range(workers)]
-        # By environment: the last reset's seed, and the last observation that the caller got, with its row.
-        self._seeded: list[int | None] = [None] * len(env_fns)
-        self._seen: list[tuple[Arrays, int]] = [({}, 0)] * len(env_fns)
-        # By environment the last info of its present episode; and what an episode's end tells, once one has ended.
-        self._told: list[dict[str, Any]] = [{}] * len(env_fns)
+        self._parts = {_STEP: pool.shares, **dict(zip(_HALF_STEPS, _halve(pool.shares), strict=True))}
+        self.dropped_episodes = 0
+        # By environment the last observation that the caller got, with its row; the last info of its present episode;
+        # and what an episode's end tells, once one has ended.
+        self._seen: list[tuple[Arrays, int]] = [({}, 0)] * pool.num_envs
+        self._told: list[dict[str, Any]] = [{}] * pool.num_envs
         self._told_at_end: dict[str, None] = {"is_success": None}
-        self._lost: set[int] = set()  # environments that were replaced, of which the caller does not know yet
-        self.restart_workers = False  # what dies at the start would die again
         try:
-            for number in range(workers):
-                self._workers.append(self._start(number))
-            started = self._answers("start", dict.fromkeys(range(workers)))
-            self._share_memory([observation_space for observation_space, _ in started.values()])
-            VecEnv.__init__(self, len(env_fns), *started[0])
+            VecEnv.__init__(self, pool.num_envs, pool.observation_space, pool.action_space)
         except BaseException:
-            self.close()
+            pool.close()
             raise
-        self.restart_workers = restart_workers
+
+    @property
+    def shares(self) -> list[range]:
+        """Numbers of the environments of each worker."""
+        return self._pool.shares
 
     @property
     def processes(self) -> list[BaseProcess]:  # type: ignore[override]
         """The workers' processes."""
-        return [worker.process for worker in self._workers]
+        return [worker.process for worker in self._pool.workers]
+
+    @property
+    def closed(self) -> bool:  # type: ignore[override]
+        """Whether :meth:`close` was called."""
+        return self._pool.closed
 
     @property
     def waiting(self) -> bool:  # type: ignore[override]
         """Whether a step of all environments is under way."""
-        return _STEP in self._under_way
+        return self._pool.is_under_way(_STEP)
 
     @property
     def halves(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
@@ -147,12 +128,12 @@ class SharedMemoryVecEnv(SubprocVecEnv):
 
         They are the even and the odd numbers, worker after worker; with a single environment the second is empty.
         """
-        first, second = (np.array(_numbers(self._parts[kind]), np.int64) for kind in _HALF_STEPS)
+        first, second = (np.array(numbers_of(self._parts[kind]), np.int64) for kind in _HALF_STEPS)
         return first, second
 
     def step_async(self, actions: np.ndarray) -> None:
-        self._give_up_steps(_STEP, *_HALF_STEPS)
-        self._begin_step(_STEP, actions)
+        self._pool.give_up_steps(_STEP, *_HALF_STEPS)
+        self._pool.begin_step(_STEP, self._parts[_STEP], actions)
 
     def step_wait(self) -> VecEnvStepReturn:
         if not self.waiting:
@@ -167,8 +148,8 @@ class SharedMemoryVecEnv(SubprocVecEnv):
         :raises ValueError: if there is no such half, or the number of actions is wrong.
         """
         kind = _half_step(half)
-        self._give_up_steps(_STEP, kind)
-        self._begin_step(kind, actions)
+        self._pool.give_up_steps(_STEP, kind)
+        self._pool.begin_step(kind, self._parts[kind], actions)
 
     def step_half_wait(self, half: int) -> VecEnvStepReturn:
         """Observations, rewards, dones and infos of the environments ``halves[half]``; see :meth:`step_half_async`.
@@ -176,50 +157,22 @@ class SharedMemoryVecEnv(SubprocVecEnv):
         :raises RuntimeError: if no step of this half is under way.
         """
         kind = _half_step(half)
-        if kind not in self._under_way:
+        if not self._pool.is_under_way(kind):
             raise RuntimeError(f"No step of half {half} is under way: call step_half_async({half}, actions) first")
         return self._end_step(kind)
 
     def reset(self) -> VecEnvObs:
-        self._give_up_steps(_STEP, *_HALF_STEPS)
-        pairs = list(zip(self._seeds, self._options, strict=True))
-        answers = self._ask(
-            {
-                number: _request("reset", pairs[share.start : share.stop], range(len(share)))
-                for number, share in enumerate(self.shares)
-            }
-        )
-        self.reset_infos = [info for infos in answers.values() for info in infos]
+        self._pool.give_up_steps(_STEP, *_HALF_STEPS)
+        pairs = zip(self._seeds, self._options, strict=True)
+        infos = self._pool.reset({i: (seed, options or None) for i, (seed, options) in enumerate(pairs)})
+        self.reset_infos = list(infos.values())
         self._told = list(self.reset_infos)
-        self._seeded = list(self._seeds)
         self._reset_seeds()
         self._reset_options()
-        self._lost.clear()
         return self._observe(self.shares)
 
     def close(self) -> None:
-        if self.closed:
-            return
-        self.closed = True
-        for worker in self._workers:
-            try:
-                worker.remote.send_bytes(_request("close", None, ()))
-            except OSError:  # the worker is gone already
-                pass
-            worker.remote.close()  # frees a worker that is about to send a result nobody will read
-        deadline = time.monotonic() + _CLOSE_SECONDS
-        for process in self.processes:
-            process.join(timeout=max(0.0, deadline - time.monotonic()))
-        hanging = [process for process in self.processes if process.is_alive()]
-        for process in hanging:
-            process.terminate()
-        for process in hanging:
-            process.join(timeout=_TERMINATE_SECONDS)
-            if process.is_alive():
-                process.kill()
-                process.join()
-        for worker in self._workers:
-            worker.arrays = {}  # unmaps the memory
+        self._pool.close()
 
     def get_images(self) -> Sequence[np.ndarray | None]:
         if self.render_mode != "rgb_array":
@@ -230,138 +183,46 @@ class SharedMemoryVecEnv(SubprocVecEnv):
         return self.env_method("render")
 
     def has_attr(self, attr_name: str) -> bool:
-        return all(self._call("has_attr", attr_name, None))
+        return all(self._pool.call(operator.methodcaller("has_wrapper_attr", attr_name)))
 
     def get_attr(self, attr_name: str, indices: VecEnvIndices = None) -> list[Any]:
-        return self._call("get_attr", attr_name, indices)
+        return self._pool.call(get_attr, attr_name, indices=self._numbers(indices))
 
     def set_attr(self, attr_name: str, value: Any, indices: VecEnvIndices = None) -> None:
-        self._call("set_attr", (attr_name, value), indices, setting=("attribute", attr_name))
+        self._pool.call(setattr, attr_name, value, indices=self._numbers(indices), setting=("attribute", attr_name))
 
     def env_method(
         self, method_name: str, *method_args: Any, indices: VecEnvIndices = None, **method_kwargs: Any
     ) -> list[Any]:
         setting = ("method", method_name) if method_name.startswith("set_") else None
-        return self._call("env_method", (method_name, method_args, method_kwargs), indices, setting)
+        arguments = (method_name, method_args, method_kwargs)
+        return self._pool.call(call_method, *arguments, indices=self._numbers(indices), setting=setting)
 
     def env_is_wrapped(self, wrapper_class: type[gym.Wrapper], indices: VecEnvIndices = None) -> list[bool]:
-        return self._call("env_is_wrapped", wrapper_class, indices)
+        return self._pool.call(is_wrapped, wrapper_class, indices=self._numbers(indices))
 
-    def _call(
-        self, command: str, argument: Any, indices: VecEnvIndices, setting: tuple[str, str] | None = None
-    ) -> list[Any]:
-        """Ask the environments of some indices something, answers in the order of the indices.
-
-        :param setting: kind and name of what this sets in an environment.
-        """
+    def _numbers(self, indices: VecEnvIndices) -> list[int]:
         try:  # a range counts negative indices from the end, as a list of environments does
-            wanted = [range(self.num_envs)[i] for i in self._get_indices(indices)]
+            return [range(self.num_envs)[i] for i in self._get_indices(indices)]
         except IndexError:
             raise IndexError(f"indices={indices} for {self.num_envs} environments") from None
-        places = {
-            number: [place for place, i in enumerate(wanted) if i in share]
-            for number, share in enumerate(self.shares)
-            if any(i in share for i in wanted)
-        }
-        local = {
-            number: tuple(wanted[place] - self.shares[number].start for place in of_worker)
-            for number, of_worker in places.items()
-        }
-        requests = {number: _request(command, argument, local[number]) for number in places}
-        received = self._ask(requests)
-        if setting is not None and self.restart_workers:
-            for number, request in requests.items():
-                settings, key = self._settings[number], (*setting, local[number])
-                settings.pop(key, None)  # what was set last is also set again last
-                settings[key] = request
-        answers: list[Any] = [None] * len(wanted)
-        for number, of_worker in places.items():
-            for place, answer in zip(of_worker, received[number], strict=True):
-                answers[place] = answer
-        return answers
-
-    def _ask(self, requests: Mapping[int, bytes]) -> dict[int, Any]:
-        """Answers of some workers to a request each, in their order."""
-        self._check_open()
-        for number, request in requests.items():
-            with suppress(WorkerDiedError):  # found again when the answer is wanted
-                self._workers[number].post(_CALL, request)
-        return self._answers(_CALL, requests)
-
-    def _answers(self, kind: str, requests: Mapping[int, bytes | None]) -> dict[int, Any]:
-        """Wait for some workers' answers; a failure is raised when all have answered.
-
-        :param requests: what to ask a worker that does not owe this answer, None to leave it out.
-        """
-        answers: dict[int, Any] = {}
-        failure: Exception | None = None
-        for number, request in requests.items():
-            try:
-                while number not in answers:
-                    try:
-                        if not self._workers[number].owes(kind):
-                            if request is None:
-                                break
-                            self._workers[number].post(kind, request)
-                        answers[number] = self._workers[number].answer(kind)
-                    except WorkerDiedError:
-                        self._replace(number)
-            except (RuntimeError, AttributeError) as error:
-                failure = failure or error
-        if failure is not None:
-            raise failure
-        return answers
-
-    def _begin_step(self, kind: str, actions: np.ndarray) -> None:
-        parts = self._parts[kind]
-        count = len(_numbers(parts))
-        if len(actions) != count:
-            raise InputError(f"Got {len(actions)} actions for {count} environments")
-        self._check_open()
-        actions, stop = np.asarray(actions), 0
-        for number, part in enumerate(parts):
-            start, stop = stop, stop + len(part)
-            asked = self._asked(part)
-            if asked:
-                chosen = actions[start:stop][[part.index(i) for i in asked]]
-                request = _request("step", chosen, [i - self.shares[number].start for i in asked])
-                try:
-                    self._workers[number].post(kind, request)
-                except WorkerDiedError:
-                    self._replace(number)
-        self._under_way.add(kind)
 
     def _end_step(self, kind: str) -> VecEnvStepReturn:
         parts = self._parts[kind]
-        try:
-            answers = self._answers(kind, dict.fromkeys(range(len(parts))))
-        except Exception:
-            self._under_way.discard(kind)
-            raise
-        self._under_way.discard(kind)
-        # Reward, done, info, and the info of a reset.
-        results: dict[int, tuple[Any, bool, Any, Any]] = {}
-        for number, answer in answers.items():
-            self._crashes[number] = 0
-            results.update(zip(self._asked(parts[number]), answer, strict=True))
-        numbers = _numbers(parts)
-        for i in numbers:
-            if i not in results:
-                results[i] = self._dropped(i)
-            _, done, info, reset_info = results[i]
+        found = self._pool.end_step(kind, parts)
+        rewards, dones, infos = [], [], []
+        for i in numbers_of(parts):
+            reward, done, info, reset_info = _as_in_sb3(found[i]) if i in found else self._dropped(i)
             if done:
                 self.reset_infos[i], self._told_at_end = reset_info, dict.fromkeys(info)
             self._told[i] = reset_info if done else info
-        rewards, dones, infos, _ = zip(*(results[i] for i in numbers), strict=True)
-        return self._observe(parts), np.array(rewards, np.float32), np.array(dones, bool), list(infos)
-
-    def _asked(self, part: range) -> list[int]:
-        """Which of some environments of one worker the present step runs in."""
-        return [i for i in part if i not in self._lost]
+            rewards.append(reward)
+            dones.append(done)
+            infos.append(info)
+        return self._observe(parts), np.array(rewards, np.float32), np.array(dones, bool), infos
 
     def _dropped(self, i: int) -> tuple[float, bool, dict[str, Any], dict[str, Any]]:
-        """The result of a step that ends the episode of an environment which was replaced."""
-        self._lost.remove(i)
+        """The result of a step that ends the episode of an environment whose worker was replaced."""
         self.dropped_episodes += 1
         arrays, row = self._seen[i]
         last = {**self._told_at_end, **self._told[i]}
@@ -376,85 +237,14 @@ class SharedMemoryVecEnv(SubprocVecEnv):
                 self.observation_space, {key: array[row].copy() for key, array in arrays.items()}
             ),
         }
-        return 0.0, True, info, self.reset_infos[i]
+        return 0.0, True, info, self._pool.started_anew.pop(i)
 
     def _observe(self, parts: Sequence[range]) -> VecEnvObs:
-        """The caller's own copy of the last observations of a part of each worker's environments."""
-        found: dict[Any, list[np.ndarray]] = {key: [] for key in self._layout}
-        for worker, part in zip(self._workers, parts, strict=True):
-            for key, array in worker.arrays.items():
-                found[key].append(array[part.start - worker.share.start : part.stop - worker.share.start : part.step])
-        arrays = {key: np.concatenate(pieces) for key, pieces in found.items()}
-        if self.restart_workers:
-            for row, i in enumerate(_numbers(parts)):
+        arrays = self._pool.observations(parts)
+        if self._pool.restart_workers:
+            for row, i in enumerate(numbers_of(parts)):
                 self._seen[i] = (arrays, row)
         return dict_to_obs(self.observation_space, dict(arrays))
-
-    def _give_up_steps(self, *kinds: str) -> None:
-        for kind in self._under_way.intersection(kinds):
-            for worker in self._workers:
-                with suppress(WorkerDiedError):  # reported by the request that is coming
-                    worker.give_up(kind)
-            self._under_way.remove(kind)
-
-    def _check_open(self) -> None:
-        if self.closed:
-            raise RuntimeError("This SharedMemoryVecEnv is closed")
-
-    def _start(self, number: int) -> Worker:
-        share = self.shares[number]
-        others = [worker.remote for worker in self._workers if not worker.remote.closed]
-        return Worker(self._context, number, share, self._env_fns[share.start : share.stop], others)
-
-    def _share_memory(self, observation_spaces: Sequence[spaces.Space[Any]]) -> None:
-        self._layout = layout_of(observation_spaces[0])
-        for worker, space in zip(self._workers, observation_spaces, strict=True):
-            if layout_of(space) != self._layout:
-                raise InputError(
-                    "The environments' observations must have the same shapes and types, but "
-                    f"{self._workers[0].name} gives {observation_spaces[0]} and {worker.name} {space}"
-                )
-            worker.share_memory(self._layout)
-
-    def _replace(self, number: int) -> None:
-        """Put a new worker in the place of one that died; its environments have begun new episodes.
-
-        :raises RuntimeError: if workers are not replaced, or this one dies again and again.
-        """
-        while True:
-            dead = self._workers[number]
-            if not self.restart_workers:
-                raise RuntimeError(dead.crash_report())
-            self._crashes[number] = min(self._crashes[number] + 1, MAX_CONSECUTIVE_CRASHES)
-            if self._crashes[number] == MAX_CONSECUTIVE_CRASHES:
-                raise RuntimeError(
-                    f"{dead.crash_report()} It died {MAX_CONSECUTIVE_CRASHES} times without a step between, so it is "
-                    "not replaced again."
-                )
-            dead.reap()
-            self._replaced[number] += 1
-            self._workers[number] = self._start(number)
-            try:
-                self._revive(number)
-                return
-            except WorkerDiedError:
-                pass
-            except BaseException:
-                self._workers[number].reap()  # it waits for something else than the next request
-                raise
-
-    def _revive(self, number: int) -> None:
-        """Bring a new worker's environments to where they can be stepped."""
-        worker = self._workers[number]
-        worker.answer("start")
-        worker.share_memory(self._layout)
-        seeds = [_seed_after_crashes(self._seeded[i], self._replaced[number]) for i in worker.share]
-        reset = _request("reset", [(seed, {}) for seed in seeds], range(len(seeds)))
-        for request in (*self._settings[number].values(), reset):
-            worker.post(_CALL, request)
-            answer = worker.answer(_CALL)
-        self.reset_infos[worker.share.start : worker.share.stop] = answer
-        self._lost.update(worker.share)
 
 
 def available_cores() -> int:
@@ -462,16 +252,21 @@ def available_cores() -> int:
     return max(1, usable_cores() // ranks_on_this_machine())
 
 
-def _request(command: str, argument: Any, indices: Sequence[int]) -> bytes:
-    return pickle.dumps((command, argument, indices))
+def _made_by(env_fn: Callable[[], gym.Env]) -> gym.Env:
+    """An environment, in Gymnasium's interface where it has that of OpenAI's Gym."""
+    return _patch_env(env_fn())
 
 
-def _seed_after_crashes(seed: int | None, crashes: int) -> int | None:
-    return None if seed is None else int(np.random.SeedSequence([seed, crashes]).generate_state(1)[0])
-
-
-def _numbers(parts: Sequence[range]) -> list[int]:
-    return [i for part in parts for i in part]
+def _as_in_sb3(result: StepResult) -> tuple[Any, bool, dict[str, Any], Any]:
+    """Reward, whether the episode ended, info and, if so, the info of the reset; as ``DummyVecEnv`` has them."""
+    reward, terminated, truncated, info, final = result
+    reset_info = None
+    if final is not None:
+        reset_info, (last_observation, info) = info, final
+    info["TimeLimit.truncated"] = truncated and not terminated
+    if final is not None:
+        info["terminal_observation"] = last_observation
+    return reward, final is not None, info, reset_info
 
 
 def _half_step(half: int) -> str:

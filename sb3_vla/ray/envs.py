@@ -10,10 +10,12 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
-from stable_baselines3.common.vec_env import CloudpickleWrapper
+from gymnasium.vector import AutoresetMode
+from gymnasium.vector.utils import CloudpickleWrapper
 
+from mw_envs.vector.pool import WorkerPool
+from mw_envs.vector.worker import AnyEnv, Arrays, EnvFn, Layout, Worker, WorkerDiedError, make_envs
 from sb3_vla.envs.shared_memory import SharedMemoryVecEnv
-from sb3_vla.envs.worker import Arrays, Layout, Worker, WorkerDiedError, make_share
 from sb3_vla.ray.connection import Cluster, settle
 from sb3_vla.ray.placement import PlacementError, Slot
 
@@ -27,29 +29,29 @@ class EnvActor:
     :param env_fns: callables that make the environments.
     """
 
-    def __init__(self, slot: Slot, env_fns: Sequence[CloudpickleWrapper]) -> None:
+    def __init__(self, slot: Slot, env_fns: Sequence[CloudpickleWrapper[AnyEnv]]) -> None:
         settle(slot)
-        self._share, self._first = make_share(env_fns)
+        self._envs, self._first = make_envs(env_fns, AutoresetMode.SAME_STEP)
 
     def start(self) -> tuple[bytes, list[int], Arrays]:
         """The environments' spaces, or why there are none."""
         return self._first, [], {}
 
     def answer(self, request: bytes) -> tuple[bytes, list[int], Arrays]:
-        """The answer to a request of :class:`~sb3_vla.envs.worker.Worker`, and the observations that it changed.
+        """The answer to a request of :class:`~mw_envs.vector.worker.Worker`, and the observations that it changed.
 
         :return: answer, numbers of the environments that were observed anew, and their observations.
         """
-        assert self._share is not None
-        reply = self._share.reply(request)
+        assert self._envs is not None
+        reply = self._envs.reply(request)
         command, _, indices = pickle.loads(request)
         rows = list(indices) if command in ("step", "reset") else []
-        return reply, rows, {key: array[rows] for key, array in self._share.buf_obs.items()} if rows else {}
+        return reply, rows, {key: array[rows] for key, array in self._envs.arrays.items()} if rows else {}
 
     def close(self) -> None:
         """Close the environments."""
-        if self._share is not None:
-            self._share.close()
+        if self._envs is not None:
+            self._envs.close()
 
 
 class RayWorker(Worker):
@@ -63,7 +65,7 @@ class RayWorker(Worker):
         cluster: Cluster,
         number: int,
         share: range,
-        env_fns: Sequence[Callable[[], gym.Env]],
+        env_fns: Sequence[EnvFn],
         slot: Slot,
         again: bool,
     ) -> None:
@@ -101,6 +103,37 @@ class RayWorker(Worker):
         return reply
 
 
+class RayWorkerPool(WorkerPool):
+    """A pool whose workers are Ray actors, one per slot.
+
+    :param cluster: the connection.
+    :param env_fns: callables that make the environments, run in the actors.
+    :param slots: where the actors run.
+    """
+
+    def __init__(self, cluster: Cluster, env_fns: Sequence[EnvFn], slots: Sequence[Slot]) -> None:
+        self._cluster = cluster
+        self._slots = list(slots)
+        super().__init__(env_fns, len(slots), "spawn", restart_workers=True)
+
+    def _start(self, number: int, again: bool) -> Worker:
+        share = self.shares[number]
+        env_fns = self._env_fns[share.start : share.stop]
+        return RayWorker(self._cluster, number, share, env_fns, self._slots[number], again)
+
+    def close(self) -> None:
+        """End the actors."""
+        if self.closed:
+            return
+        self.closed = True
+        closing = [worker.actor.close.remote() for worker in self.workers if isinstance(worker, RayWorker)]
+        if closing:
+            self._cluster.ray.wait(closing, num_returns=len(closing), timeout=_CLOSE_SECONDS)
+        for worker in self.workers:
+            worker.reap()
+            worker.arrays = {}
+
+
 class RayVecEnv(SharedMemoryVecEnv):
     """``n`` environments in one Ray actor per slot, contiguous shares; otherwise as ``SharedMemoryVecEnv``.
 
@@ -120,26 +153,9 @@ class RayVecEnv(SharedMemoryVecEnv):
                 f"cluster.component_placement places {len(slots)} env processes, but there are {len(env_fns)} "
                 f"environments; expected at least one for each: more environments, or at most {len(env_fns)} processes"
             )
-        self._cluster = cluster
-        self._slots = list(slots)
-        super().__init__(env_fns, "spawn", num_workers=len(slots), restart_workers=True)
+        self._use(RayWorkerPool(cluster, env_fns, slots))
 
     @property
     def processes(self) -> list[BaseProcess]:  # type: ignore[override]
         """None of this machine's own."""
         return []
-
-    def close(self) -> None:
-        if self.closed:
-            return
-        self.closed = True
-        closing = [worker.actor.close.remote() for worker in self._workers if isinstance(worker, RayWorker)]
-        self._cluster.ray.wait(closing, num_returns=len(closing), timeout=_CLOSE_SECONDS) if closing else None
-        for worker in self._workers:
-            worker.reap()
-            worker.arrays = {}
-
-    def _start(self, number: int) -> Worker:
-        share = self.shares[number]
-        env_fns = self._env_fns[share.start : share.stop]
-        return RayWorker(self._cluster, number, share, env_fns, self._slots[number], again=self._replaced[number] > 0)

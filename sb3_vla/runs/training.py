@@ -14,13 +14,13 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.vec_env import VecEnv
 
+from mw_envs.machine import available_memory
 from mw_envs.rendering import get_renderer
 from mw_envs.tasks import select_tasks
 from sb3_vla.checkpoints import LoadedCheckpoint, load_checkpoint, save_checkpoint
 from sb3_vla.checkpoints.native import refuse_other_files
 from sb3_vla.checkpoints.training_state import check_training_state
 from sb3_vla.common.errors import InputError
-from sb3_vla.common.machine import available_memory
 from sb3_vla.common.paths import local_path
 from sb3_vla.common.precision import get_device, uses_bf16
 from sb3_vla.common.signals import stop_request

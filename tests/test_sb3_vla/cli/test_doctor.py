@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
+from mw_envs import machine
 from sb3_vla.cli import doctor
 from sb3_vla.cli.doctor import GIB, Finding, examine
 from sb3_vla.cli.main import main
-from sb3_vla.common import machine
 
 ANSWERS: dict[str, dict[str, Any]] = {
     "package": {

@@ -1,4 +1,4 @@
-"""A worker process of :class:`~sb3_vla.SharedMemoryVecEnv`, from both ends.
+"""A worker process that runs several environments, from both ends.
 
 Requests and answers go through a pipe, pickled. Observations lie in memory that both processes map; it has no name in
 any file system, so the kernel frees it when the last of them ends, in whatever way.
@@ -6,7 +6,6 @@ any file system, so the kernel frees it when the last of them ends, in whatever 
 
 from __future__ import annotations
 
-import functools
 import gc
 import math
 import mmap
@@ -27,13 +26,18 @@ import gymnasium as gym
 import numpy as np
 import numpy.typing as npt
 from gymnasium import spaces
-from stable_baselines3.common.vec_env import CloudpickleWrapper, DummyVecEnv
-from stable_baselines3.common.vec_env.util import obs_space_info
+from gymnasium.vector import AutoresetMode
+from gymnasium.vector.utils import CloudpickleWrapper
 
-from sb3_vla.common.errors import InputError
+from mw_envs.errors import InputError
 
+AnyEnv = gym.Env[Any, Any]
+EnvFn = Callable[[], AnyEnv]
 Layout = dict[Any, tuple[tuple[int, ...], np.dtype[Any]]]
 Arrays = dict[Any, npt.NDArray[Any]]
+#: Reward, terminated, truncated, the info of the observation in memory, and with same-step autoreset, where the episode
+#: ended, its last observation and info.
+StepResult = tuple[Any, bool, bool, dict[str, Any], tuple[Any, dict[str, Any]] | None]
 
 # A pipe takes this much beside a message of the same size that nobody has read yet, so that sending does not wait.
 _SURELY_BUFFERED_BYTES = 32 * 1024
@@ -54,6 +58,7 @@ class Worker:
     :param number: the worker's number, for messages.
     :param share: numbers of its environments.
     :param env_fns: callables that make them.
+    :param autoreset_mode: when an environment whose episode has ended is reset.
     :param inherited: ends of other pipes that a forked process inherits and must close: left open, they would keep
         workers alive after the parent's death.
     """
@@ -63,13 +68,15 @@ class Worker:
         context: Any,
         number: int,
         share: range,
-        env_fns: Sequence[Callable[[], gym.Env]],
+        env_fns: Sequence[EnvFn],
+        autoreset_mode: AutoresetMode,
         inherited: Sequence[Connection],
     ) -> None:
         self._expect_start(number, share)
         self.remote, worker_remote = context.Pipe()
         inherited = [*inherited, self.remote] if context.get_start_method() == "fork" else []
-        arguments = (worker_remote, inherited, [CloudpickleWrapper(env_fn) for env_fn in env_fns])
+        wrapped = [CloudpickleWrapper(env_fn) for env_fn in env_fns]
+        arguments = (worker_remote, inherited, wrapped, autoreset_mode)
         self.process: BaseProcess = context.Process(target=work, args=arguments, daemon=True)
         try:
             self.process.start()
@@ -175,15 +182,21 @@ def layout_of(space: spaces.Space[Any]) -> Layout:
 
     :raises ValueError: if a part of the space has no fixed shape.
     """
-    keys, shapes, dtypes = obs_space_info(space)
-    for key in keys:
-        if shapes[key] is None or dtypes[key] is None:
-            part = space if key is None else space[key]  # type: ignore[index]
+    if isinstance(space, spaces.Dict):
+        parts: dict[Any, spaces.Space[Any]] = dict(space.spaces)
+    elif isinstance(space, spaces.Tuple):
+        parts = dict(enumerate(space.spaces))
+    else:
+        parts = {None: space}
+    layout: Layout = {}
+    for key, part in parts.items():
+        if part.shape is None or part.dtype is None:
             raise InputError(
                 f"The observation space's part {key!r} is {part}; expected a Box, Discrete, MultiDiscrete or "
                 "MultiBinary, which have a fixed shape. Text fits as bytes: Box(0, 255, (length,), np.uint8)"
             )
-    return {key: (tuple(shapes[key]), np.dtype(dtypes[key])) for key in keys}
+        layout[key] = (tuple(part.shape), np.dtype(part.dtype))
+    return layout
 
 
 def _allocate(layout: Layout, count: int) -> int:
@@ -212,7 +225,12 @@ def _sizes(layout: Layout, count: int) -> list[int]:
     return [-(-size // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES for size in sizes]
 
 
-def work(remote: Connection, inherited: Sequence[Connection], env_fns: Sequence[CloudpickleWrapper]) -> None:
+def work(
+    remote: Connection,
+    inherited: Sequence[Connection],
+    env_fns: Sequence[CloudpickleWrapper[AnyEnv]],
+    autoreset_mode: AutoresetMode,
+) -> None:
     """The process itself. An answer is ``(None, what was asked for)`` or ``(type of the error, its traceback)``."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the parent, which closes its workers
     for connection in inherited:
@@ -220,9 +238,9 @@ def work(remote: Connection, inherited: Sequence[Connection], env_fns: Sequence[
     # What a forking parent left uncollected is not this process's: the end of a process group, for one, waits for
     # threads that a fork lacks.
     gc.freeze()
-    envs: Share | None = None
+    envs: WorkerEnvs | None = None
     try:
-        envs, reply = make_share(env_fns)
+        envs, reply = make_envs(env_fns, autoreset_mode)
         remote.send_bytes(reply)
         if envs is not None:
             envs.share_memory(recv_handle(remote))
@@ -236,96 +254,113 @@ def work(remote: Connection, inherited: Sequence[Connection], env_fns: Sequence[
         remote.close()
 
 
-def make_share(env_fns: Sequence[CloudpickleWrapper]) -> tuple[Share | None, bytes]:
-    """A worker's environments, and its first answer: their spaces. If one cannot be made, nothing and why."""
+def make_envs(env_fns: Sequence[EnvFn], autoreset_mode: AutoresetMode) -> tuple[WorkerEnvs | None, bytes]:
+    """A worker's environments, and its first answer: their spaces. If one cannot be made, None and why."""
     try:
-        envs = Share([fn.var for fn in env_fns])
-        return envs, pickle.dumps((None, (envs.observation_space, envs.action_space)))
+        envs = WorkerEnvs([env_fn() for env_fn in env_fns], autoreset_mode)
+        return envs, pickle.dumps((None, (envs.envs[0].observation_space, envs.envs[0].action_space)))
     except Exception:
         return None, pickle.dumps((RuntimeError, traceback.format_exc()))
 
 
-class Share(DummyVecEnv):
-    """A worker's environments, of which each can be reset and stepped without the others."""
+class WorkerEnvs:
+    """A worker's environments, of which each can be reset and stepped without the others.
 
-    def __init__(self, env_fns: Sequence[Callable[[], gym.Env]]) -> None:
-        super().__init__([functools.partial(_checked, env_fn) for env_fn in env_fns])
-        self.layout = layout_of(self.observation_space)
-        for number, env in enumerate(self.envs):
-            if layout_of(env.observation_space) != self.layout:
+    :ivar arrays: the last observation of each environment, by part of the observation, (environments, *shape).
+
+    :param envs: the environments.
+    :param autoreset_mode: when an environment whose episode has ended is reset.
+    :raises ValueError: if observations have no fixed shape, or not the same; or one environment is there twice.
+    """
+
+    def __init__(self, envs: Sequence[AnyEnv], autoreset_mode: AutoresetMode) -> None:
+        self.envs = envs
+        self._autoreset_mode = autoreset_mode
+        self._ended = [False] * len(envs)
+        self._layout = layout_of(envs[0].observation_space)
+        for number, env in enumerate(envs):
+            if layout_of(env.observation_space) != self._layout:
                 raise InputError(
                     f"The environments' observations must have the same shapes and types, but number {number} of this "
-                    f"worker gives {env.observation_space} and number 0 {self.observation_space}"
+                    f"worker gives {env.observation_space} and number 0 {envs[0].observation_space}"
                 )
+        if len({id(env.unwrapped) for env in envs}) < len(envs):
+            raise InputError(
+                "Two of env_fns returned the same instance of an environment; expected a new one at each call, "
+                "such as lambda: gym.make(...) in place of lambda: env"
+            )
+        self.arrays = {key: np.zeros((len(envs), *shape), dtype) for key, (shape, dtype) in self._layout.items()}
 
     def share_memory(self, memory: int) -> None:
-        """Write observations into this memory from now on."""
-        self.buf_obs = _map_arrays(memory, self.layout, self.num_envs)  # type: ignore[assignment]
+        """Write observations into this memory from now on.
+
+        :param memory: its file descriptor, which is closed.
+        """
+        self.arrays = _map_arrays(memory, self._layout, len(self.envs))
         os.close(memory)
 
-    def _save_obs(self, env_idx: int, obs: Any) -> None:
-        """As in Stable-Baselines3, but what the space cannot hold is told: a picture in 0..1 would be black."""
-        for key, stored in self.buf_obs.items():
-            given = np.asarray(obs if key is None else obs[key])
+    def close(self) -> None:
+        """Close the environments."""
+        for env in self.envs:
+            env.close()
+
+    def reply(self, request: bytes) -> bytes:
+        """The pickled answer to a pickled request; nothing to the request to close."""
+        command, argument = "", (None,)
+        try:
+            command, argument, indices = pickle.loads(request)
+            return b"" if command == "close" else pickle.dumps((None, self._answer(command, argument, indices)))
+        except Exception as error:
+            # Callers ask for attributes that there may not be, and catch this.
+            missing = command == "call" and argument[0] is get_attr and isinstance(error, AttributeError)
+            return pickle.dumps((AttributeError if missing else RuntimeError, traceback.format_exc()))
+
+    def _answer(self, command: str, argument: Any, indices: Sequence[int]) -> list[Any]:
+        if command == "step":
+            return [self._step(i, action) for i, action in zip(indices, argument, strict=True)]
+        if command == "reset":
+            return [self._reset(i, *pair) for i, pair in zip(indices, argument, strict=True)]
+        function, arguments = argument
+        return [function(self.envs[i], *arguments) for i in indices]
+
+    def _step(self, i: int, action: Any) -> StepResult:
+        if self._ended[i] and self._autoreset_mode is AutoresetMode.NEXT_STEP:
+            return 0.0, False, False, self._reset(i), None
+        if self._ended[i] and self._autoreset_mode is AutoresetMode.DISABLED:
+            raise gym.error.ResetNeeded("The episode has ended: reset(options={'reset_mask': mask}) begins a new one")
+        observation, reward, terminated, truncated, info = self.envs[i].step(action)
+        if (terminated or truncated) and self._autoreset_mode is AutoresetMode.SAME_STEP:
+            return reward, terminated, truncated, self._reset(i), (observation, info)
+        self._ended[i] = bool(terminated or truncated)
+        self._observe(i, observation)
+        return reward, terminated, truncated, info, None
+
+    def _reset(self, i: int, seed: int | None = None, options: dict[str, Any] | None = None) -> dict[str, Any]:
+        maybe_options = {} if options is None else {"options": options}
+        observation, info = self.envs[i].reset(seed=seed, **maybe_options)
+        self._ended[i] = False
+        self._observe(i, observation)
+        return info
+
+    def _observe(self, i: int, observation: Any) -> None:
+        """Store an observation; what the space cannot hold is told, since an image in 0..1 would become black."""
+        for key, stored in self.arrays.items():
+            given = np.asarray(observation if key is None else observation[key])
             if given.dtype.kind == "f" and stored.dtype.kind in "iu" and (given % 1 != 0).any():
                 named = "The observation" if key is None else f"The observation's {key}"
                 raise InputError(
                     f"{named} has type {given.dtype} with numbers that are not whole, but its space has "
                     f"{stored.dtype}; give it as the space says, such as (255 * image).round().astype(np.uint8)"
                 )
-        super()._save_obs(env_idx, obs)
-
-    def reply(self, request: bytes) -> bytes:
-        """The pickled answer to a pickled request; nothing to the request to close."""
-        command = ""
-        try:
-            command, argument, indices = pickle.loads(request)
-            return b"" if command == "close" else pickle.dumps((None, self._answer(command, argument, indices)))
-        except Exception as error:
-            # Stable-Baselines3 asks for attributes that there may not be, and catches this.
-            missing = command == "get_attr" and isinstance(error, AttributeError)
-            return pickle.dumps((AttributeError if missing else RuntimeError, traceback.format_exc()))
-
-    def _answer(self, command: str, argument: Any, indices: Sequence[int]) -> Any:
-        if command == "step":
-            return self._step(indices, argument)
-        if command == "reset":
-            return [self._reset(i, *pair) for i, pair in zip(indices, argument, strict=True)]
-        if command == "has_attr":
-            return [self.has_attr(argument)] * len(indices)
-        if command == "get_attr":
-            return self.get_attr(argument, indices)
-        if command == "set_attr":
-            name, value = argument
-            self.set_attr(name, value, indices)
-            return [None] * len(indices)
-        if command == "env_is_wrapped":
-            return self.env_is_wrapped(argument, indices)
-        name, args, kwargs = argument
-        return self.env_method(name, *args, indices=indices, **kwargs)
-
-    def _step(self, indices: Sequence[int], actions: Sequence[Any]) -> list[tuple[Any, bool, Any, Any]]:
-        """Step as ``DummyVecEnv`` does: reward, whether the episode ended, info and, if so, the info of the reset."""
-        results = []
-        for i, action in zip(indices, actions, strict=True):
-            observation, reward, terminated, truncated, info = self.envs[i].step(action)
-            done, reset_info = bool(terminated or truncated), None
-            info["TimeLimit.truncated"] = truncated and not terminated
-            if done:
-                info["terminal_observation"] = observation
-                observation, reset_info = self.envs[i].reset()
-            self._save_obs(i, observation)
-            results.append((reward, done, info, reset_info))
-        return results
-
-    def _reset(self, i: int, seed: int | None, options: dict[str, Any]) -> dict[str, Any]:
-        maybe_options = {"options": options} if options else {}
-        observation, info = self.envs[i].reset(seed=seed, **maybe_options)
-        self._save_obs(i, observation)
-        return info
+            stored[i] = given
 
 
-def _checked(env_fn: Callable[[], gym.Env]) -> gym.Env:
-    env = env_fn()
-    layout_of(env.observation_space)  # DummyVecEnv's message would not name what is wrong
-    return env
+def get_attr(env: AnyEnv, name: str) -> Any:
+    """An attribute of an environment or of one of its wrappers."""
+    return env.get_wrapper_attr(name)
+
+
+def call_method(env: AnyEnv, name: str, arguments: Sequence[Any], keywords: dict[str, Any]) -> Any:
+    """What a method of an environment or of one of its wrappers returns; as in Gymnasium, else the attribute itself."""
+    found = env.get_wrapper_attr(name)
+    return found(*arguments, **keywords) if callable(found) else found

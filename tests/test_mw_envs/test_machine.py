@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from sb3_vla.common import machine
+from mw_envs import machine
 from sb3_vla.data import collecting
 from sb3_vla.envs import shared_memory as vec_env
 from sb3_vla.evaluation import trial_envs
