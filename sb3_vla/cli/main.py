@@ -1,7 +1,7 @@
 """The ``sb3-vla`` command: collect, sft, train, eval, compare, report, watch, doctor.
 
 Each command takes its settings as ``key=value``, a YAML file by ``--config``, and prints all of them with ``--help``.
-``train`` takes the name of a recipe instead, see :mod:`sb3_vla.recipes.schema`.
+``train`` takes the name of a recipe, or a file, and ``key=value``, see :mod:`sb3_vla.recipes.schema`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from rich.console import Console
 
@@ -29,7 +29,6 @@ from sb3_vla.distributed.ranks import current_ranks, is_first_rank, torchrun
 from sb3_vla.evaluation.results import TRIAL_SEED
 from sb3_vla.policies.views import view_of_data
 from sb3_vla.runs.directory import fingerprint_of
-from sb3_vla.runs.settings import GRPOConfig, PPOConfig
 from sb3_vla.runs.shared import SharedRun
 from sb3_vla.runs.watch import WatchCommand, run_watch
 from sb3_vla.sft.imitation import SFTConfig
@@ -98,39 +97,6 @@ class SFTCommand:
     instruction_bytes: int = INSTRUCTION_BYTES
     sft: SFTConfig = field(default_factory=SFTConfig)
     overwrite: bool = False
-
-
-@dataclass
-class TrainCommand:
-    """Run a recipe, or improve a checkpoint by PPO or GRPO.
-
-    ``sb3-vla train RECIPE [key=value ...]`` runs a recipe, of those that ``--list`` names or a YAML file; its settings
-    are what ``--dry-run`` prints. Without a name, the settings are those below.
-
-    :param algorithm: ``ppo`` or ``grpo``, whose settings are in the section of that name.
-    :param checkpoint: where to start.
-    :param model_kwargs: what a published checkpoint does not say, such as ``{tokenizer: FOLDER}``.
-    :param crop: window of the view that the model sees: ``workspace``, ``full`` or ``[top, left, height, width]`` in
-        fractions; None for the one that the checkpoint says.
-    :param camera: whose view it sees; None for the one that the checkpoint says.
-    :param run: run directory; the result is its folder ``ppo`` or ``grpo``.
-    :param tasks: which of the suite's tasks to practice.
-    :param data: demonstrations for rehearsal, with ``ppo.rehearsal_coef`` or ``grpo.rehearsal_coef``.
-    """
-
-    algorithm: Literal["ppo", "grpo"] = "ppo"
-    checkpoint: str = "checkpoints/sft"
-    model_kwargs: dict[str, Any] = field(default_factory=dict)
-    crop: Any = None
-    camera: str | None = None
-    run: str = "runs/${algorithm}"
-    suite: str = "MT10"
-    split: str = "train"
-    tasks: list[str] | None = None
-    data: str | None = None
-    renderer: str = "auto"
-    ppo: PPOConfig = field(default_factory=PPOConfig)
-    grpo: GRPOConfig = field(default_factory=GRPOConfig)
 
 
 @dataclass
@@ -270,61 +236,7 @@ def run_sft(command: SFTCommand, console: Console) -> None:
         console.print(f"{output}: {result.seconds:.0f} s, loss {result.history[-1]['train_loss']:.3f}", highlight=False)
 
 
-def run_train(command: TrainCommand, console: Console) -> None:
-    """``sb3-vla train``."""
-    from sb3_vla.checkpoints import load_checkpoint
-    from sb3_vla.checkpoints.identity import checkpoint_identity, data_identity, deciding_options
-    from sb3_vla.data.demonstrations import Demonstrations
-    from sb3_vla.runs.training import train
-
-    name, view = command.algorithm, given_view(command.crop, command.camera)
-    config = command.grpo if name == "grpo" else command.ppo
-    if command.data is not None and config.rehearsal_coef == 0:
-        raise ConfigError(f"data={command.data} is for rehearsal; set {name}.rehearsal_coef as well")
-    # The same folder may hold another checkpoint by now; where there is none, no run is begun.
-    inputs = {
-        "config": deciding_settings(config),
-        "suite": command.suite,
-        "split": command.split,
-        "tasks": command.tasks,
-        "options": deciding_options(command.model_kwargs),
-        "checkpoint": checkpoint_identity(command.checkpoint),
-        "data": data_identity(command.data),
-        "view": view,
-    }
-    with (
-        SharedRun(command.run, command) as run,
-        run.stage(name, inputs, length=config.total_decisions, outputs=[name]) as stage,
-    ):
-        if not stage.done:
-            data = None
-            if command.data is not None:
-                start = load_checkpoint(command.checkpoint, command.model_kwargs, weights=False)
-                data = Demonstrations.load(
-                    command.data,
-                    image_size=start.model.image_size[0],
-                    hand_view=start.model.hand_view,
-                    instruction_bytes=start.notes.get("view", {}).get("instruction_bytes", INSTRUCTION_BYTES),
-                )
-            train(
-                run,
-                name,
-                config,
-                checkpoint=command.checkpoint,
-                model_kwargs=command.model_kwargs,
-                output=run.path / name,
-                suite=command.suite,
-                split=command.split,
-                tasks=command.tasks,
-                demonstrations=data,
-                resume=stage.resumed,
-                renderer=command.renderer,
-                env_kwargs=view,
-            )
-    console.print(f"checkpoint {run.path / name}, TensorBoard {run.path / 'tensorboard'}", highlight=False)
-
-
-def run_recipe(parsed: argparse.Namespace, settings: list[str], starts_ranks: bool) -> None:
+def run_train(parsed: argparse.Namespace, settings: list[str], starts_ranks: bool) -> None:
     """``sb3-vla train RECIPE``, ``--list`` and ``--dry-run``.
 
     :param starts_ranks: whether it may start a rank for each core.
@@ -339,9 +251,10 @@ def run_recipe(parsed: argparse.Namespace, settings: list[str], starts_ranks: bo
         return
     name, overrides = settings[0] if settings else "", settings[1:]
     if name == "" or "=" in name:
-        raise ConfigError("--dry-run is for a recipe: sb3-vla train RECIPE --dry-run. sb3-vla train --list")
-    if parsed.config is not None:
-        raise ConfigError(f"--config {parsed.config} beside the recipe {name}: give one of the two")
+        raise ConfigError(
+            f"{name or 'nothing'} where a recipe is expected, such as sb3-vla train quickstart, or sb3-vla train ppo "
+            "checkpoint=FOLDER; sb3-vla train --list names them all"
+        )
     recipe = load_recipe(name, overrides)
     plan = make_plan(recipe, given_keys(name, overrides))
     if parsed.dry_run:
@@ -422,7 +335,6 @@ def run_report(command: ReportCommand, console: Console) -> None:
 COMMANDS: dict[str, tuple[type[Any], Callable[[Any, Console], None]]] = {
     "collect": (CollectCommand, run_collect),
     "sft": (SFTCommand, run_sft),
-    "train": (TrainCommand, run_train),
     "eval": (EvalCommand, run_eval),
     "compare": (CompareCommand, run_compare),
     "report": (ReportCommand, run_report),
@@ -431,7 +343,38 @@ COMMANDS: dict[str, tuple[type[Any], Callable[[Any, Console], None]]] = {
 
 
 # Those that the ranks of torchrun do together; others are done by the first of them.
-_SHARED_COMMANDS = ("sft", "train", "eval")
+_SHARED_COMMANDS = ("sft", "eval")
+
+_TRAIN_HELP = """Run a recipe: one that --list names, or a YAML file.
+
+    sb3-vla train quickstart                                  demonstrations, imitation, PPO on MT10, from nothing
+    sb3-vla train ppo checkpoint=compact-mt50 "tasks=[pick-place-v3]" run=runs/mine
+    sb3-vla train metaworld_50_ppo_openpi checkpoint=FOLDER --dry-run
+
+Any key of a recipe can be given as key=value; --dry-run prints all of them. Short names: checkpoint, tasks, suite, run,
+seed, iterations, learning_rate, num_envs, trials, renderer."""
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="sb3-vla", description="Reinforcement learning of VLA policies in MetaWorld.")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    def add(name: str, description: str, settings: str) -> argparse.ArgumentParser:
+        raw = argparse.RawDescriptionHelpFormatter
+        told = description.splitlines()[0]
+        command = commands.add_parser(name, help=told, description=description, formatter_class=raw)
+        command.add_argument("--traceback", action="store_true", help="print the traceback of an error")
+        command.add_argument("settings", nargs="*", metavar=settings)
+        return command
+
+    for name, (kind, _) in COMMANDS.items():
+        command = add(name, f"{kind.__doc__}\nSettings and their defaults:\n\n{to_yaml(kind())}", "key=value")
+        command.add_argument("--config", type=Path, help="YAML file with settings")
+    train = add("train", _TRAIN_HELP, "RECIPE | key=value")
+    train.add_argument("--list", action="store_true", help="print the recipes")
+    train.add_argument("--dry-run", action="store_true", help="print a recipe's settings, and what they need")
+    commands.add_parser("doctor", help="Say what this machine can do, and what is missing.", add_help=False)
+    return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -443,39 +386,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     ``doctor`` returns 1 if the quickstart cannot run here.
     """
-    parser = argparse.ArgumentParser(prog="sb3-vla", description="Reinforcement learning of VLA policies in MetaWorld.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name, (kind, _) in COMMANDS.items():
-        description = f"{kind.__doc__}\nSettings and their defaults:\n\n{to_yaml(kind())}"
-        sub = commands.add_parser(
-            name,
-            help=(kind.__doc__ or "").splitlines()[0],
-            description=description,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        sub.add_argument("--config", type=Path, help="YAML file with settings")
-        sub.add_argument("--traceback", action="store_true", help="print the traceback of an error")
-        if name == "train":
-            sub.add_argument("--list", action="store_true", help="print the recipes")
-            sub.add_argument("--dry-run", action="store_true", help="print a recipe's settings, and what they need")
-        sub.add_argument("settings", nargs="*", metavar="RECIPE | key=value" if name == "train" else "key=value")
-    commands.add_parser("doctor", help="Say what this machine can do, and what is missing.", add_help=False)
-    is_this_command = arguments is None
+    parser, is_this_command = _parser(), arguments is None
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments[:1] == ["doctor"]:
         return doctor.main(arguments[1:])
     parsed, rest = parser.parse_known_args(arguments)
     if any(argument.startswith("-") for argument in rest):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    kind, run = COMMANDS[parsed.command]
     settings = [*parsed.settings, *rest]  # argparse takes no settings after an option
     if parsed.command in ("report", "watch") and settings and "=" not in settings[0]:
         settings = [f"run={settings[0]}", *settings[1:]]
 
     def work() -> None:
-        if parsed.command == "train" and (parsed.list or parsed.dry_run or (settings and "=" not in settings[0])):
-            run_recipe(parsed, settings, starts_ranks=is_this_command)
+        if parsed.command == "train":
+            run_train(parsed, settings, starts_ranks=is_this_command)
             return
+        kind, run = COMMANDS[parsed.command]
         with torchrun() as ranks:
             if ranks.leads or parsed.command in _SHARED_COMMANDS:
                 run(load_config(kind, parsed.config, settings), Console(quiet=not ranks.leads))

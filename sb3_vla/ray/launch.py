@@ -16,7 +16,7 @@ from sb3_vla.ray.learners import lost_learners, run_learners
 from sb3_vla.ray.placement import ClusterOptions, PlacementError, place
 from sb3_vla.ray.resources import ClusterResources
 from sb3_vla.runs.directory import RunDirectory
-from sb3_vla.runs.settings import GRPOConfig, PPOConfig
+from sb3_vla.runs.settings import Training
 from sb3_vla.runs.shared import SharedRun
 from sb3_vla.runs.training import train
 
@@ -31,7 +31,7 @@ def train_on_cluster(
     options: ClusterOptions,
     run: RunDirectory,
     stage: str,
-    config: PPOConfig | GRPOConfig,
+    training: Training,
     **arguments: Any,
 ) -> None:
     """:func:`~sb3_vla.runs.training.train` with environments, copies of the policy and learners placed on a Ray
@@ -55,7 +55,7 @@ def train_on_cluster(
         crashes, latest = 0, run.latest_checkpoint(stage)
         while True:
             try:
-                run_learners(cluster, options, functools.partial(_train, run.path, stage, config, arguments))
+                run_learners(cluster, options, functools.partial(_train, run.path, stage, training, arguments))
                 return
             except lost_learners(cluster) as error:
                 crashes = crashes + 1 if run.latest_checkpoint(stage) == latest else 1
@@ -73,12 +73,12 @@ def train_on_cluster(
 def _train(
     folder: Path,
     stage: str,
-    config: PPOConfig | GRPOConfig,
+    training: Training,
     arguments: Mapping[str, Any],
     resources: ClusterResources,
 ) -> None:
     """What each learner does."""
-    train(SharedRun(folder), stage, config, resources=resources, **arguments)
+    train(SharedRun(folder), stage, training, resources=resources, **arguments)
 
 
 def _wait_for_nodes(cluster: Cluster, options: ClusterOptions) -> None:

@@ -32,8 +32,8 @@ from sb3_vla.ray.launch import train_on_cluster
 from sb3_vla.recipes.resolve import Plan
 from sb3_vla.recipes.schema import Recipe
 from sb3_vla.recording.episodes import TrainingFilms
+from sb3_vla.runs.report.figures import before_after_bars, learning_curve
 from sb3_vla.runs.report.report import write_report
-from sb3_vla.runs.settings import GRPOConfig
 from sb3_vla.runs.shared import SharedRun
 from sb3_vla.runs.training import train
 from sb3_vla.sft.imitation import sft
@@ -68,10 +68,10 @@ def _run_stages(run: SharedRun, plan: Plan, console: Console) -> None:
         stages.append(_imitate(run, plan, places, stages, console))
     start = str(run.path / "sft") if plan.sft is not None else str(plan.checkpoint)
     options = {} if plan.sft is not None else plan.model_kwargs
-    trained = plan.config is not None
+    trained = plan.training is not None
     if plan.evaluate is not None:
         _measure(run, plan, places, "before" if trained else "after", start, options, stages, console)
-    if plan.config is not None:
+    if plan.training is not None:
         after = [_practise(run, plan, places, start, options, stages, console)]
         if plan.evaluate is not None:
             _measure(run, plan, places, "after", str(run.path / after[0]), {}, after, console)
@@ -144,25 +144,25 @@ def _practise(
     after: list[str],
     console: Console,
 ) -> str:
-    assert plan.config is not None and plan.algorithm is not None
-    name = plan.algorithm
-    rehearses = plan.config.rehearsal_coef > 0
+    assert plan.training is not None
+    name = plan.training.name
+    rehearses = plan.training.arguments["rehearsal_coef"] > 0
     inputs = {
-        "config": deciding_settings(plan.config),
-        "train": without(plan.train, "renderer"),
+        "training": plan.training.deciding(),
+        "where": without(plan.where, "renderer"),
         "load": without(plan.load, "root") if rehearses else None,
         "options": deciding_options(options),
         **places,
     }
-    length = plan.config.total_decisions
+    length = plan.training.total_decisions
     with run.stage(name, inputs, length=length, after=after, outputs=[name]) as stage:
         if not stage.done:
-            console.rule("GRPO" if isinstance(plan.config, GRPOConfig) else "PPO")
+            console.rule(name.upper())
             begin = train if plan.cluster is None else functools.partial(train_on_cluster, plan.cluster)
             begin(
                 run,
                 name,
-                plan.config,
+                plan.training,
                 checkpoint=start,
                 output=run.path / name,
                 demonstrations=_demonstrations(run, plan) if rehearses else None,
@@ -171,7 +171,7 @@ def _practise(
                 loggers=plan.loggers,
                 evaluation=_with_films(plan.periodic, _into(plan.videos, run, "during")),
                 films=_into(plan.films, run, "train"),
-                **plan.train,
+                **plan.where,
             )
             gc.collect()  # callbacks and algorithm hold each other, and the next stage needs the memory of both
     return name
@@ -189,7 +189,7 @@ def _measure(
 ) -> None:
     assert plan.evaluate is not None
     output, videos = f"evaluation_{name}.json", _into(plan.videos, run, name)
-    view = {key: value for key, value in plan.train.get("env_kwargs", {}).items() if key in FULL_VIEW}
+    view = {key: value for key, value in (plan.training.env if plan.training else {}).items() if key in FULL_VIEW}
     inputs = {
         "evaluate": without(plan.evaluate, "num_envs", "num_workers", "renderer"),
         "acting": plan.acting,
@@ -213,6 +213,8 @@ def _measure(
                 result = evaluate(policy, env_kwargs={"renderer": plan.evaluate["renderer"]}, videos=videos, **how)
             if run.ranks.leads:
                 result.to_json(run.path / output)
+            if name == "before" and not result.mean_over_tasks().value:
+                console.print("No trial was solved, so there may be no success to learn from; sft.steps could be more")
 
 
 def _into(options: Films, run: SharedRun, name: str) -> Films:
@@ -239,16 +241,37 @@ def _tell(run: SharedRun, plan: Plan, console: Console) -> None:
     if plan.evaluate is not None:
         after = EvaluationResult.from_json(run.path / "evaluation_after.json")
         after.to_markdown(run.path / "evaluation_after.md")
-        if plan.algorithm is None:
+        if plan.training is None:
             after.print_table(console)
         else:
             before = EvaluationResult.from_json(run.path / "evaluation_before.json")
-            comparison = compare(before, after, names=("before", plan.algorithm.upper()))
+            comparison = compare(before, after, names=("before", plan.training.name.upper()))
             comparison.to_json(run.path / "comparison.json")
             comparison.to_markdown(run.path / "comparison.md")
             comparison.print_table(console)
+            gain = comparison.mean_over_tasks().difference
+            console.print(
+                f"mean over tasks, same trials, paired: {100 * gain.value:+.1f} points, "
+                f"95 % interval {100 * gain.low:+.1f} to {100 * gain.high:+.1f}",
+                highlight=False,
+            )
+            before_after_bars(comparison, run.path / "before_after.png")
+    if plan.training is not None:
+        rows = [row for row in run.metrics() if row.get("stage") == plan.training.name]
+        if any("env/success_once" in row for row in rows):
+            learning_curve(
+                rows, run.path / "learning_curve.png", title=f"{plan.training.name.upper()} while practicing"
+            )
     page = write_report(run.path)
-    checkpoint = run.path / (plan.algorithm or "sft")
-    for what, where in {"report": page, "TensorBoard": run.path / "tensorboard", "checkpoint": checkpoint}.items():
+    checkpoint = run.path / ("sft" if plan.training is None else plan.training.name)
+    for what, where in {
+        "report": page,
+        "tables": run.path / "comparison.md",
+        "learning curve": run.path / "learning_curve.png",
+        "before and after": run.path / "before_after.png",
+        "videos": run.path / "videos",
+        "TensorBoard": run.path / "tensorboard",
+        "checkpoint": checkpoint,
+    }.items():
         if where.exists():
-            console.print(f"{what:>12}  {where}", highlight=False, soft_wrap=True)
+            console.print(f"{what:>16}  {where}", highlight=False, soft_wrap=True)

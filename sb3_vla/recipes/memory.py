@@ -56,9 +56,9 @@ def footprint(plan: Plan, sizes: Mapping[str, Any] | None = None) -> dict[str, M
     found = {}
     if plan.sft is not None:
         found["sft"] = _imitation(_on_meta(plan, sizes), plan.sft, ranks)
-    if plan.config is not None and plan.algorithm is not None:
+    if plan.training is not None:
         model = _on_meta(plan, sizes)
-        found[plan.algorithm] = plan_training(model, plan.config, action_chunk=plan.action_chunk, ranks=ranks)
+        found[plan.training.name] = plan_training(model, plan.training, action_chunk=plan.action_chunk, ranks=ranks)
     return found
 
 

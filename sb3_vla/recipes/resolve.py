@@ -10,27 +10,30 @@ from typing import Any, cast
 
 from mw_envs.hand_view import HandView
 from mw_envs.tasks import INSTRUCTION_BYTES, did_you_mean, select_tasks
+from sb3_vla.checkpoints import load_checkpoint
 from sb3_vla.common.config import ConfigError, given_view
 from sb3_vla.common.paths import local_path
 from sb3_vla.distributed.local_ranks import local_rank_count
 from sb3_vla.evaluation.callback import PeriodicEvaluation
 from sb3_vla.evaluation.results import PROTOCOLS, TRIAL_SEED, Protocol
 from sb3_vla.evaluation.trial_envs import VideoOptions
+from sb3_vla.grpo.grpo import GRPO
 from sb3_vla.models import MODELS
+from sb3_vla.ppo.options import check_batch_size
+from sb3_vla.ppo.ppo import PPO
 from sb3_vla.ray import ClusterOptions
 from sb3_vla.recipes.schema import (
     ClusterSection,
     EvalEnvSection,
     LoggerSection,
     Recipe,
-    SFTSection,
     TrainEnvSection,
     VideoSection,
 )
 from sb3_vla.recording.episodes import TrainingFilms
 from sb3_vla.runs.loggers import LoggerOptions
-from sb3_vla.runs.settings import GRPOConfig, PPOConfig
-from sb3_vla.sft.imitation import SFTConfig
+from sb3_vla.runs.settings import Annealed, Training
+from sb3_vla.sft.imitation import SFTConfig, SFTSettings
 
 #: names of RLinf's for suite and split
 SUITES = {
@@ -58,8 +61,8 @@ class Plan:
         or none is needed.
     :param load: arguments of :meth:`sb3_vla.data.Demonstrations.load`; None where none is needed.
     :param sft: settings of imitation; None for none.
-    :param config: settings of the algorithm; None for imitation alone.
-    :param train: further arguments of :func:`sb3_vla.runs.training.train`.
+    :param training: by PPO or GRPO; None for imitation alone.
+    :param where: the suite, its tasks and the renderer, further arguments of :func:`sb3_vla.runs.training.train`.
     :param loggers: where metrics go; None for imitation alone.
     :param cluster: where training runs; None for this machine alone.
     :param action_chunk: actions executed per decision.
@@ -79,8 +82,8 @@ class Plan:
     collect: dict[str, Any] | None
     load: dict[str, Any] | None
     sft: SFTConfig | None
-    config: PPOConfig | GRPOConfig | None
-    train: dict[str, Any]
+    training: Training | None
+    where: dict[str, Any]
     loggers: LoggerOptions | None
     cluster: ClusterOptions | None
     action_chunk: int
@@ -102,19 +105,15 @@ class Plan:
         if self.model not in FROM_SCRATCH or self.cluster is not None:
             return 1
         shared, at_most = [], [] if self.sft is None else [self.sft.batch_size]
-        if self.config is not None:
-            shared.append(self.config.num_envs)
-            at_most += [self.config.batch_size, self.config.rehearsal_batch_size]
-        if isinstance(self.config, GRPOConfig):  # a group is played on one rank
-            groups = self.config.num_envs // self.config.group_size
-            shared.append(groups)
-            at_most.append(max(1, groups))
+        if self.training is not None:
+            arguments = self.training.arguments
+            shared.append(self.training.num_envs)
+            at_most += [arguments[name] for name in ("batch_size", "rehearsal_batch_size") if name in arguments]
+            if "group_size" in arguments:  # a group is played on one rank
+                groups = self.training.num_envs // arguments["group_size"]
+                shared.append(groups)
+                at_most.append(max(1, groups))
         return local_rank_count(shared, at_most)
-
-    @property
-    def algorithm(self) -> str | None:
-        """``ppo``, ``grpo``, or None."""
-        return None if self.config is None else type(self.config).__name__.removesuffix("Config").lower()
 
 
 def make_plan(recipe: Recipe, given: Iterable[str] = ()) -> Plan:
@@ -154,12 +153,9 @@ def _value(recipe: Recipe, key: str) -> Any:
 
 
 def _resolve(recipe: Recipe) -> Plan:
-    model = recipe.actor.model
-    if model.model_type not in MODELS:
-        hint = "pi0 or pi05" if model.model_type == "openpi" else did_you_mean(model.model_type, MODELS)
-        raise ConfigError(f"Unknown actor.model.model_type={model.model_type!r}; {hint}")
+    model, name = recipe.actor.model, _model_name(recipe)
     trains = recipe.runner.task_type == "embodied"
-    begins = model.model_path is None and can_begin(model.model_type, model.model_kwargs)
+    begins = model.model_path is None and can_begin(name, model.model_kwargs)
     imitates = not trains or begins
     shows = imitates or recipe.algorithm.rehearsal_coef > 0
     evaluates = recipe.env.eval.trials_per_task > 0
@@ -168,14 +164,14 @@ def _resolve(recipe: Recipe) -> Plan:
     suite, split = _suite("train", recipe.env.train)
     return Plan(
         run=local_path(recipe.runner.logger.log_path) / (recipe.runner.logger.experiment_name or ""),
-        model=model.model_type,
+        model=name,
         checkpoint=model.model_path,
         model_kwargs=dict(model.model_kwargs),
         collect=_collect(recipe, suite, split) if shows and recipe.data.path is None else None,
         load=_load(recipe, suite, split) if shows else None,
-        sft=_sft(recipe) if imitates else None,
-        config=_algorithm(recipe) if trains else None,
-        train=_train(recipe, suite, split) if trains else {},
+        sft=_sft(recipe, name) if imitates else None,
+        training=_training(recipe) if trains else None,
+        where=_where(recipe, suite, split) if trains else {},
         loggers=_loggers(recipe.runner.logger) if trains else None,
         cluster=ClusterSection.options(recipe.cluster) if trains else None,  # notes which keys it reads
         action_chunk=model.num_action_chunks,
@@ -185,6 +181,21 @@ def _resolve(recipe: Recipe) -> Plan:
         periodic=_periodic(recipe.runner.val_check_interval, evaluate, videos) if trains else None,
         films=_films(recipe.env.train) if trains else None,
     )
+
+
+def _model_name(recipe: Recipe) -> str:
+    model = recipe.actor.model
+    if model.model_type is None:
+        if model.model_path is None:
+            raise ConfigError(
+                "Nothing says where to start; give checkpoint=FOLDER, or checkpoint=compact-mt50, which comes with the "
+                "package"
+            )
+        return load_checkpoint(model.model_path, dict(model.model_kwargs), weights=False).model_name
+    if model.model_type not in MODELS:
+        hint = "pi0 or pi05" if model.model_type == "openpi" else did_you_mean(model.model_type, MODELS)
+        raise ConfigError(f"Unknown actor.model.model_type={model.model_type!r}; {hint}")
+    return model.model_type
 
 
 def can_begin(model: str, model_kwargs: Mapping[str, Any]) -> bool:
@@ -250,43 +261,30 @@ def _lora(recipe: Recipe) -> dict[str, Any] | None:
     return None if lora is None else dict(lora)
 
 
-def _sft(recipe: Recipe) -> SFTConfig:
+def _sft(recipe: Recipe, model_name: str) -> SFTConfig:
     model = recipe.actor.model
-    shared = {field.name: getattr(recipe.sft, field.name) for field in fields(SFTSection)}
+    shared = {field.name: getattr(recipe.sft, field.name) for field in fields(SFTSettings)}
     return SFTConfig(
-        model=model.model_type,
+        model=model_name,
         model_kwargs=dict(model.model_kwargs),
         checkpoint=model.model_path,
         action_horizon=model.num_action_chunks,
         lora=_lora(recipe),
         gradient_checkpointing=model.gradient_checkpointing,
-        bf16=_bf16(recipe),
         seed=recipe.actor.seed,
         **shared,
     )
 
 
-def _algorithm(recipe: Recipe) -> PPOConfig | GRPOConfig:
+def _training(recipe: Recipe) -> Training:
+    _check_counts(recipe)
     algorithm, env, actor = recipe.algorithm, recipe.env.train, recipe.actor
-    model, optim, runner = actor.model, actor.optim, recipe.runner
-    if recipe.rollout.pipeline_stage_num not in (1, 2):
-        raise ConfigError(
-            f"rollout.pipeline_stage_num={recipe.rollout.pipeline_stage_num}; expected 1, or 2 for simulating one half "
-            "of the environments while the policy decides for the other"
-        )
-    if recipe.rollout.pipeline_stage_num == 2 and algorithm.adv_type == "grpo":
-        raise ConfigError("rollout.pipeline_stage_num=2 is for algorithm.adv_type=gae; GRPO's groups play together")
-    decisions = algorithm.rollout_epoch * -(-env.max_episode_steps // model.num_action_chunks)
-    options = {"denoising_steps": model.num_steps, "noise_level": model.noise_level, "joint": model.joint_logprob}
-    shared: dict[str, Any] = {
-        "num_envs": env.total_num_envs,
-        "num_workers": env.num_workers,
-        "horizon": env.max_episode_steps,
+    optim, runner = actor.optim, recipe.runner
+    falls = optim.lr_scheduler != "constant"
+    arguments: dict[str, Any] = {
+        "learning_rate": Annealed(optim.lr, optim.final_lr, optim.lr_scheduler) if falls else optim.lr,
         "batch_size": actor.global_batch_size,
-        "epochs": algorithm.update_epoch,
-        "learning_rate": optim.lr,
-        "lr_scheduler": optim.lr_scheduler,
-        "final_learning_rate": optim.lr if optim.lr_scheduler == "constant" else optim.final_lr,
+        "n_epochs": algorithm.update_epoch,
         "clip_range": algorithm.clip_ratio_low,
         "clip_range_high": algorithm.clip_ratio_high,
         "dual_clip": algorithm.clip_ratio_c,
@@ -296,58 +294,106 @@ def _algorithm(recipe: Recipe) -> PPOConfig | GRPOConfig:
         "kl_coef": algorithm.kl_beta,
         "max_grad_norm": optim.clip_grad,
         "actor_warmup": algorithm.actor_warmup,
-        "trainable": model.trainable,
-        "lora": _lora(recipe),
-        "frozen_bf16": model.frozen_bf16,
-        "gradient_checkpointing": model.gradient_checkpointing,
-        "compile": model.compile,
-        "cache_perception": model.cache_perception,
-        "distribution": model.noise_method,
-        "distribution_kwargs": {
-            **{name: value for name, value in options.items() if value is not None},
-            **model.noise_kwargs,
-        },
-        "final_noise_scale": model.final_noise_scale,
+        "noise_scale": Annealed(1.0, actor.model.final_noise_scale),
         "task_sampling": algorithm.task_sampling,
         "rehearsal_coef": algorithm.rehearsal_coef,
         "micro_batch_size": actor.micro_batch_size,
         "bf16": _bf16(recipe),
         "sharding": actor.sharding,
-        "checkpoint_interval": runner.max_epochs if runner.save_interval == -1 else runner.save_interval,
-        "keep_checkpoints": runner.keep_checkpoints,
         "seed": actor.seed,
     }
     if algorithm.rehearsal_coef > 0:
-        shared["rehearsal_batch_size"] = algorithm.rehearsal_batch_size
-    if algorithm.adv_type == "gae":
-        return PPOConfig(
-            iterations=runner.max_epochs,
-            decisions=decisions,
-            value_lr=optim.value_lr,
-            gamma=algorithm.gamma,
-            gae_lambda=algorithm.gae_lambda,
-            clip_range_vf=algorithm.value_clip,
-            huber_delta=algorithm.huber_delta,
-            normalize_advantage=algorithm.normalize_advantages,
-            critic_warmup=algorithm.critic_warmup,
-            privileged_critic=model.privileged_critic,
-            overlap=recipe.rollout.pipeline_stage_num == 2,
-            **shared,
+        arguments["rehearsal_batch_size"] = algorithm.rehearsal_batch_size
+    own, total_decisions = (_grpo if algorithm.adv_type == "grpo" else _ppo)(recipe)
+    return Training(
+        algorithm=GRPO if algorithm.adv_type == "grpo" else PPO,
+        arguments={**arguments, **own},
+        policy=_policy(recipe),
+        env=_env(recipe),
+        num_envs=env.total_num_envs,
+        num_workers=env.num_workers,
+        total_decisions=total_decisions,
+        checkpoint_interval=runner.max_epochs if runner.save_interval == -1 else runner.save_interval,
+        keep_checkpoints=runner.keep_checkpoints,
+    )
+
+
+def _check_counts(recipe: Recipe) -> None:
+    """Before a run begins, and by the keys that were written."""
+    counts = {
+        "runner.max_epochs": recipe.runner.max_epochs,
+        "env.train.total_num_envs": recipe.env.train.total_num_envs,
+        "env.train.max_episode_steps": recipe.env.train.max_episode_steps,
+        "algorithm.rollout_epoch": recipe.algorithm.rollout_epoch,
+        "algorithm.update_epoch": recipe.algorithm.update_epoch,
+        "actor.global_batch_size": recipe.actor.global_batch_size,
+    }
+    for key, count in counts.items():
+        if count < 1:
+            raise ConfigError(f"{key}={count}; expected at least 1")
+    if recipe.runner.save_interval < 1 and recipe.runner.save_interval != -1:
+        raise ConfigError(
+            f"runner.save_interval={recipe.runner.save_interval}; expected at least 1, or -1 for the end alone"
         )
-    episodes = env.total_num_envs * algorithm.rollout_epoch
+    if recipe.runner.keep_checkpoints is not None and recipe.runner.keep_checkpoints < 1:
+        raise ConfigError(
+            f"runner.keep_checkpoints={recipe.runner.keep_checkpoints}; expected at least 1, or null for all"
+        )
+
+
+def _decisions(recipe: Recipe) -> int:
+    """Of an environment in an iteration whose episodes all have their full length."""
+    episode = -(-recipe.env.train.max_episode_steps // recipe.actor.model.num_action_chunks)
+    return recipe.algorithm.rollout_epoch * episode
+
+
+def _ppo(recipe: Recipe) -> tuple[dict[str, Any], int]:
+    """Arguments that PPO alone has, and the decisions of all its rollouts."""
+    algorithm, num_envs, decisions = recipe.algorithm, recipe.env.train.total_num_envs, _decisions(recipe)
+    stages = recipe.rollout.pipeline_stage_num
+    if stages not in (1, 2):
+        raise ConfigError(
+            f"rollout.pipeline_stage_num={stages}; expected 1, or 2 for simulating one half of the environments while "
+            "the policy decides for the other"
+        )
+    check_batch_size(recipe.actor.global_batch_size, decisions, num_envs)
+    arguments = {
+        "n_steps": decisions,
+        "value_lr": recipe.actor.optim.value_lr,
+        "vf_coef": 1.0,
+        "gamma": algorithm.gamma,
+        "gae_lambda": algorithm.gae_lambda,
+        "clip_range_vf": algorithm.value_clip,
+        "huber_delta": algorithm.huber_delta,
+        "normalize_advantage": algorithm.normalize_advantages,
+        "critic_warmup": algorithm.critic_warmup,
+        "bootstrap_truncated": False,  # the time limit is a part of the task, and the critic sees the time left
+        "overlap": stages == 2,
+    }
+    return arguments, recipe.runner.max_epochs * num_envs * decisions
+
+
+def _grpo(recipe: Recipe) -> tuple[dict[str, Any], int]:
+    """Arguments that GRPO alone has, and the decisions of all its rollouts if no episode ended early."""
+    algorithm, num_envs = recipe.algorithm, recipe.env.train.total_num_envs
+    if recipe.rollout.pipeline_stage_num != 1:
+        raise ConfigError(
+            f"rollout.pipeline_stage_num={recipe.rollout.pipeline_stage_num} is for algorithm.adv_type=gae; GRPO's "
+            "groups play together"
+        )
+    episodes = num_envs * algorithm.rollout_epoch
     if episodes % algorithm.group_size:
         raise ConfigError(
             f"algorithm.group_size={algorithm.group_size} does not divide the {episodes} episodes of an iteration, "
-            f"env.train.total_num_envs={env.total_num_envs} times algorithm.rollout_epoch={algorithm.rollout_epoch}"
+            f"env.train.total_num_envs={num_envs} times algorithm.rollout_epoch={algorithm.rollout_epoch}"
         )
-    return GRPOConfig(
-        success_bounds=_success_bounds(recipe),
-        total_decisions=runner.max_epochs * env.total_num_envs * decisions,
-        group_size=algorithm.group_size,
-        groups=episodes // algorithm.group_size,
-        normalize_length=algorithm.normalize_length,
-        **shared,
-    )
+    arguments = {
+        "success_bounds": _success_bounds(recipe),
+        "group_size": algorithm.group_size,
+        "n_groups": episodes // algorithm.group_size,
+        "normalize_length": algorithm.normalize_length,
+    }
+    return arguments, recipe.runner.max_epochs * num_envs * _decisions(recipe)
 
 
 def _success_bounds(recipe: Recipe) -> tuple[float, float]:
@@ -369,29 +415,49 @@ def _success_bounds(recipe: Recipe) -> tuple[float, float]:
     return low, min(high, 1.0)
 
 
-def _train(recipe: Recipe, suite: str, split: str) -> dict[str, Any]:
-    env, optim, model = recipe.env.train, recipe.actor.optim, recipe.actor.model
-    env_kwargs: dict[str, Any] = {
-        "reward": "dense" if env.dense_reward else "difference" if env.use_rel_reward else "sparse",
-        "terminate_on_success": not env.ignore_terminations,
-        "action_chunk": model.num_action_chunks,
-    }
-    if env_kwargs["reward"] == "difference":
-        env_kwargs["reward_coef"] = env.reward_coef
-    if model.model_path is not None:
-        env_kwargs.update(given_view(model.crop, model.camera))
+def _where(recipe: Recipe, suite: str, split: str) -> dict[str, Any]:
+    env = recipe.env.train
+    return {"suite": suite, "split": split, "tasks": env.tasks, "renderer": env.renderer}
+
+
+def _policy(recipe: Recipe) -> dict[str, Any]:
+    model, optim = recipe.actor.model, recipe.actor.optim
+    options = {"denoising_steps": model.num_steps, "noise_level": model.noise_level, "joint": model.joint_logprob}
     return {
-        "suite": suite,
-        "split": split,
-        "tasks": env.tasks,
-        "renderer": env.renderer,
-        "env_kwargs": env_kwargs,
+        "trainable": model.trainable,
+        "lora": _lora(recipe),
+        "frozen_bf16": model.frozen_bf16,
+        "gradient_checkpointing": model.gradient_checkpointing,
+        "compile": model.compile,
+        "cache_perception": model.cache_perception,
+        "distribution": model.noise_method,
+        "distribution_kwargs": {
+            **{name: value for name, value in options.items() if value is not None},
+            **model.noise_kwargs,
+        },
         "optimizer_kwargs": {
             "betas": (optim.adam_beta1, optim.adam_beta2),
             "eps": optim.adam_eps,
             "weight_decay": optim.weight_decay,
         },
     }
+
+
+def _env(recipe: Recipe) -> dict[str, Any]:
+    env, model = recipe.env.train, recipe.actor.model
+    options: dict[str, Any] = {
+        "horizon": env.max_episode_steps,
+        "reward": "dense" if env.dense_reward else "difference" if env.use_rel_reward else "sparse",
+        "terminate_on_success": not env.ignore_terminations,
+        "action_chunk": model.num_action_chunks,
+    }
+    if options["reward"] == "difference":
+        options["reward_coef"] = env.reward_coef
+    if recipe.algorithm.adv_type == "gae":
+        options["privileged_state"] = model.privileged_critic
+    if model.model_path is not None:
+        options.update(given_view(model.crop, model.camera))
+    return options
 
 
 def _loggers(section: LoggerSection) -> LoggerOptions:

@@ -8,6 +8,7 @@ that are not taken are refused with the reason.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,8 +18,15 @@ from mw_envs.tasks import INSTRUCTION_BYTES, did_you_mean
 from sb3_vla.common.config import ConfigError, leaves, load_config, read_layers
 from sb3_vla.common.paths import local_path
 from sb3_vla.ray import ClusterOptions, PlacementError
+from sb3_vla.sft.imitation import SFTSettings
 
 RECIPES = Path(__file__).parent / "yaml"
+#: short names of what stands in two places
+_OF_BOTH = {
+    "tasks": ("env.train.tasks", "env.eval.tasks"),
+    "suite": ("env.train.task_suite_name", "env.eval.task_suite_name"),
+    "renderer": ("env.train.renderer", "env.eval.renderer"),
+}
 
 
 @dataclass
@@ -247,7 +255,7 @@ class RolloutSection:
 class ModelSection:
     """The policy.
 
-    :param model_type: name in :data:`sb3_vla.models.MODELS`.
+    :param model_type: name in :data:`sb3_vla.models.MODELS`; None for that of the checkpoint.
     :param model_path: checkpoint to start from, a folder or ``hf://owner/name`` on the Hugging Face hub. None for a new
         model, which imitates the demonstrations of ``data`` first; only models that train from scratch can do without.
     :param model_kwargs: the model's own options: of a new one, or what a published checkpoint does not say.
@@ -274,7 +282,7 @@ class ModelSection:
         the machine computes faster.
     """
 
-    model_type: str = "pi0"
+    model_type: str | None = "pi0"
     model_path: str | None = None
     model_kwargs: dict[str, Any] = field(default_factory=dict)
     crop: Any = None
@@ -368,40 +376,6 @@ class DataSection:
 
 
 @dataclass
-class SFTSection:
-    """Imitation, see :class:`sb3_vla.sft.SFTConfig`.
-
-    :param steps: optimizer steps.
-    :param batch_size: frames a step.
-    :param draws: noise draws per frame.
-    :param trainable: see ``actor.model.trainable``.
-    :param learning_rate: peak of a cosine with linear warm-up.
-    :param warmup_steps: steps of the warm-up.
-    :param weight_decay: AdamW's.
-    :param max_grad_norm: clip of the gradient's norm.
-    :param ema_decay: of the averaged weights that are kept.
-    :param shift: pictures are shifted by up to this many pixels.
-    :param validation_fraction: share of episodes kept out, for the validation loss.
-    :param validation_interval: steps between validations.
-    :param checkpoint_interval: steps between the states from which an interrupted imitation goes on.
-    """
-
-    steps: int = 20_000
-    batch_size: int = 64
-    draws: int = 1
-    trainable: str = "all"
-    learning_rate: float = 2.5e-5
-    warmup_steps: int = 1000
-    weight_decay: float = 1e-4
-    max_grad_norm: float = 1.0
-    ema_decay: float = 0.998
-    shift: int = 2
-    validation_fraction: float = 0.05
-    validation_interval: int = 250
-    checkpoint_interval: int = 250
-
-
-@dataclass
 class Recipe:
     """Everything about a run."""
 
@@ -412,12 +386,18 @@ class Recipe:
     cluster: ClusterSection = field(default_factory=ClusterSection)
     actor: ActorSection = field(default_factory=ActorSection)
     data: DataSection = field(default_factory=DataSection)
-    sft: SFTSection = field(default_factory=SFTSection)
+    sft: SFTSettings = field(default_factory=SFTSettings)
 
     #: what a recipe of one's own can build on
     BASES: ClassVar[Path] = RECIPES
-    #: RLinf's names of the same things
+    #: short names of everyday settings, and RLinf's names of the same things
     ALIASES: ClassVar[dict[str, str]] = {
+        "checkpoint": "actor.model.model_path",
+        "seed": "actor.seed",
+        "iterations": "runner.max_epochs",
+        "learning_rate": "actor.optim.lr",
+        "num_envs": "env.train.total_num_envs",
+        "trials": "env.eval.trials_per_task",
         "actor.model.openpi.noise_level": "actor.model.noise_level",
         "actor.model.openpi.noise_method": "actor.model.noise_method",
         "actor.model.openpi.joint_logprob": "actor.model.joint_logprob",
@@ -502,25 +482,43 @@ def load_recipe(name: str, overrides: Iterable[str] = ()) -> Recipe:
     :param overrides: ``key=value`` strings.
     :raises ConfigError: for a recipe that is not there or does not fit :class:`Recipe`.
     """
-    overrides = list(overrides)
     path = find_recipe(name)
-    recipe = load_config(Recipe, path, overrides)
+    recipe = load_config(Recipe, path, in_full(overrides))
     if recipe.runner.logger.experiment_name is None:
         recipe.runner.logger.experiment_name = path.stem
     return recipe
 
 
+def in_full(overrides: Iterable[str]) -> list[str]:
+    """``key=value`` strings without the short names that stand for two keys: ``tasks``, ``suite``, ``renderer``, and
+    ``run`` for the run's directory."""
+    full: list[str] = []
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if key == "run" and equals:
+            place = local_path(value)
+            full += [
+                f"runner.logger.log_path={json.dumps(str(place.parent))}",
+                f"runner.logger.experiment_name={json.dumps(place.name)}",
+            ]
+        else:
+            full += [name + equals + value for name in _OF_BOTH.get(key, (key,))]
+    return full
+
+
 def given_keys(name: str, overrides: Iterable[str] = ()) -> list[str]:
-    """Keys that the command line and the recipe's own file set, and not the files that it builds on.
+    """Keys that somebody set on purpose: on the command line and in a recipe file of their own, and not those of the
+    package's recipes or of the files that a recipe builds on.
 
     Of a section that the command line changes, the file's keys do not count: what it says may turn them off.
 
     :param name: see :func:`find_recipe`.
     """
-    _, own = read_layers(find_recipe(name), RECIPES)[-1]
-    said = [override.partition("=")[0].strip() for override in overrides]
+    file = find_recipe(name)
+    _, own = read_layers(file, RECIPES)[-1]
+    said = [override.partition("=")[0].strip() for override in in_full(overrides)]
     changed = {path.rpartition(".")[0] for path in said}
-    paths = [path for path in leaves(own) if path.rpartition(".")[0] not in changed]
+    paths = [] if file.parent == RECIPES else [path for path in leaves(own) if path.rpartition(".")[0] not in changed]
     return [Recipe.ALIASES.get(path, path) for path in [*paths, *said]]
 
 

@@ -14,7 +14,7 @@ from sb3_vla.common.signals import Stopped, StopRequest
 from sb3_vla.ppo.ppo import PPO
 from sb3_vla.runs.directory import RunDirectory
 from sb3_vla.runs.resume import save_algorithm
-from sb3_vla.runs.settings import GRPOConfig, PPOConfig
+from sb3_vla.runs.settings import Training
 
 # Of progress where it is not drawn as a bar.
 _SECONDS_BETWEEN_LINES = 30.0
@@ -42,17 +42,16 @@ class RunProgress(BaseCallback):
     """A progress bar with success rate, pace and time left, and a checkpoint every few iterations."""
 
     def __init__(
-        self, run: RunDirectory, stage: str, config: PPOConfig | GRPOConfig, model: PPO, stop: StopRequest, shown: bool
+        self, run: RunDirectory, stage: str, training: Training, model: PPO, stop: StopRequest, shown: bool
     ) -> None:
         super().__init__()
-        self.run, self.stage, self.config, self.algorithm, self.stop = run, stage, config, model, stop
-        # A rollout of GRPO has as many decisions as its episodes happen to need.
-        self.unit = config.num_envs * config.decisions if isinstance(config, PPOConfig) else 1
+        self.run, self.stage, self.settings, self.algorithm, self.stop = run, stage, training, model, stop
+        self.unit = training.decisions_per_unit
         self.saved = model.updates
         self.started = self.printed = time.monotonic()
         self.env_steps_before, self.done_before = model.env_steps, self._done()
         self.bar = progress_bar(shown)
-        self.task = self.bar.add_task(type(model).__name__, total=config.total_decisions // self.unit, note="")
+        self.task = self.bar.add_task(type(model).__name__, total=training.total_decisions // self.unit, note="")
 
     def __enter__(self) -> RunProgress:
         self.bar.start()
@@ -76,7 +75,7 @@ class RunProgress(BaseCallback):
         updates = self.algorithm.updates
         stopped_by = self.stop.common(self.algorithm.ranks.gather)
         # At the first rollout after an interrupt there is a checkpoint already.
-        due = updates % self.config.checkpoint_interval == 0 or stopped_by is not None
+        due = updates % self.settings.checkpoint_interval == 0 or stopped_by is not None
         if updates > self.saved and due:
             self.save()
         if stopped_by is not None:
@@ -93,7 +92,7 @@ class RunProgress(BaseCallback):
         if self.bar.disable or self.bar.console.is_terminal or moment - self.printed < _SECONDS_BETWEEN_LINES:
             return
         self.printed = moment
-        done, total = self._done(), self.config.total_decisions // self.unit
+        done, total = self._done(), self.settings.total_decisions // self.unit
         new = done - self.done_before
         left = f"  {timedelta(seconds=round((total - done) * (moment - self.started) / new))} left" if new else ""
         line = f"{type(self.algorithm).__name__} {done}/{total}  {now}{left}"
@@ -108,7 +107,7 @@ class RunProgress(BaseCallback):
         """Checkpoint everything that a training needs to go on."""
         self.saved = self.algorithm.updates
         self.bar.update(self.task, completed=self._done())
-        with self.run.checkpoint(self.stage, self._done(), self.config.keep_checkpoints) as folder:
+        with self.run.checkpoint(self.stage, self._done(), self.settings.keep_checkpoints) as folder:
             save_algorithm(folder, self.algorithm)
 
     def _done(self) -> int:

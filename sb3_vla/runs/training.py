@@ -55,12 +55,14 @@ from sb3_vla.runs.directory import RunDirectory
 from sb3_vla.runs.loggers import LoggerOptions, Loggers
 from sb3_vla.runs.memory_plan import MemoryPlan, plan_memory
 from sb3_vla.runs.resume import load_algorithm
-from sb3_vla.runs.settings import GRPOConfig, PPOConfig
+from sb3_vla.runs.settings import Training
 from sb3_vla.runs.shared import SharedRun
 from sb3_vla.sft.imitation import SFTConfig
 
 # What the environments show to the critic alone, in numbers; and the width of that critic.
 _PRIVILEGED, _ELAPSED, _VALUE_WIDTH = 39, 1, 256
+# The critic sees the simulator's state; to GRPO it tells that a group's episodes begin alike.
+_ENV_DEFAULTS: dict[str, Any] = {"horizon": 160, "privileged_state": True}
 
 
 class LearnerResources(Protocol):
@@ -79,7 +81,7 @@ class LearnerResources(Protocol):
 def train(
     run: RunDirectory,
     stage: str,
-    config: PPOConfig | GRPOConfig,
+    training: Training,
     *,
     checkpoint: str | Path,
     output: str | Path,
@@ -90,9 +92,7 @@ def train(
     resume: bool = False,
     progress: bool = True,
     renderer: str = "auto",
-    env_kwargs: Mapping[str, Any] | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
-    optimizer_kwargs: Mapping[str, Any] | None = None,
     loggers: LoggerOptions | None = None,
     evaluation: PeriodicEvaluation | None = None,
     films: TrainingFilms | None = None,
@@ -106,19 +106,16 @@ def train(
 
     :param run: the run directory.
     :param stage: name under which the run keeps the training's own checkpoints.
-    :param config: settings, and by their type the algorithm.
+    :param training: the algorithm, the arguments of the constructors, and how long it goes on.
     :param checkpoint: where to start; its notes tell the view that the model was trained on, and where they do not,
-        ``env_kwargs`` should have ``camera`` and ``crop``.
+        ``training.env`` should have ``camera`` and ``crop``.
     :param output: folder of the resulting checkpoint.
     :param tasks: which of the suite's tasks to practice; None for all.
     :param demonstrations: for rehearsal; their pictures are shifted as far as the checkpoint's notes say that imitation
         did, or by the default of :class:`~sb3_vla.sft.SFTConfig`.
     :param resume: go on from the stage's last checkpoint, if there is one, to the same weights and the same metrics
         that a training without an interrupt gives, bit for bit.
-    :param env_kwargs: options of the environments that differ, such as ``reward``, or ``action_chunk`` where fewer
-        actions are executed than the model predicts.
     :param model_kwargs: what a published checkpoint does not say, see :func:`sb3_vla.checkpoints.load_checkpoint`.
-    :param optimizer_kwargs: options of AdamW; None for Adam with betas (0.9, 0.95).
     :param loggers: None for TensorBoard alone, under the run's ``tensorboard/``.
     :param evaluation: measures the policy now and then, and keeps the best as a checkpoint in the run's
         ``checkpoints/STAGE/best``; what is learned stays the same. None for no evaluation.
@@ -132,57 +129,63 @@ def train(
         raise InputError(f"{run.path} is written by {ranks.count} ranks; give them a sb3_vla.runs.shared.SharedRun")
     refuse_other_files(local_path(output).resolve())  # before the work
     start = load_checkpoint(checkpoint, model_kwargs, weights=False)  # the policy reads them
-    said, given = start.notes.get("view", {}), dict(env_kwargs or {})
+    said, given = start.notes.get("view", {}), training.env
     view = settled_view(checkpoint, said, {key: given[key] for key in FULL_VIEW if key in given}) or FULL_VIEW
-    options = _env_options(start, config, suite, split, tasks, {"renderer": renderer, **given, **view})
+    options = _env_options(start, suite, split, tasks, {"renderer": renderer, **given, **view})
     # What imitation did to the pictures: others would teach what the model has not seen.
     shift = start.notes.get("sft", {}).get("shift", SFTConfig.shift)
-    rehearsal = _rehearsal(config, demonstrations, start.model.action_horizon, shift, view)
+    rehearsal = _rehearsal(training, demonstrations, start.model.action_horizon, shift, view)
     make = functools.partial(gym.make, f"mw_envs:MetaWorld{suite}-v0", **options)
     if resources is None:
         _refuse_early(make, options["renderer"])
-    policy_kwargs = {**_policy_kwargs(config, checkpoint, model_kwargs, optimizer_kwargs), "view": view}
-    if isinstance(config, GRPOConfig):
+    policy_kwargs = {
+        "optimizer_class": torch.optim.AdamW,
+        **training.policy,
+        "checkpoint": str(checkpoint),
+        "model_kwargs": dict(model_kwargs or {}) or None,
+        "view": view,
+    }
+    if not training.algorithm.has_critic:
         make = functools.partial(_holding, make)
-    device = get_device(config.device)
+    device = get_device(training.arguments.get("device", "auto"))
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
-        plan = plan_training(start.model, config, action_chunk=options["action_chunk"], ranks=ranks.count)
+        plan = plan_training(start.model, training, action_chunk=options["action_chunk"], ranks=ranks.count)
         plan.check(free, available_memory() // ranks_on_this_machine())
     notes = start.notes
     del start  # of its model the sizes are known now, and the plan has changed it
-    own = ranks.share(config.num_envs, "num_envs")
+    own = ranks.share(training.num_envs, "num_envs")
     makers: list[Callable[[], gym.Env]] = [make] * len(own)
     if ranks.leads:
         makers = _with_films(makers, films, evaluation)
     if resources is None:
-        env: VecEnv = SharedMemoryVecEnv(makers, num_workers=config.num_workers)
+        env: VecEnv = SharedMemoryVecEnv(makers, num_workers=training.num_workers)
     else:
-        env = resources.envs(makers, config.num_workers)
+        env = resources.envs(makers, training.num_workers)
     try:
-        model = config.algorithm(
-            "VLAPolicy", env, rehearsal=rehearsal, policy_kwargs=policy_kwargs, **config.arguments()
+        model = training.algorithm(
+            "VLAPolicy", env, rehearsal=rehearsal, policy_kwargs=policy_kwargs, **training.arguments
         )
         if resources is not None:
             model.replicas = resources.replicas(model.policy)
-        if config.kl_coef > 0:  # also after an interrupt it is the policy at the start
+        if model.kl_coef > 0:  # also after an interrupt it is the policy at the start
             model.anchor()
         seen = {**said, **model.policy.notes["view"]}
-        save = functools.partial(_save_policy, model, config, {**notes, "view": seen}, tasks)
+        save = functools.partial(_save_policy, model, training, {**notes, "view": seen}, tasks)
         logger = Logger(str(run.path), [])
         model.set_logger(logger)
-        env.seed(1000 * (config.seed + 1) + own.start)
+        env.seed(1000 * (training.arguments["seed"] + 1) + own.start)
         latest = run.latest_checkpoint(stage, check_training_state) if resume else None
         if latest is not None:
             load_algorithm(latest, model)
         done = model.num_timesteps
         run.rewind_metrics(lambda row: row.get("stage") != stage or row["time/total_timesteps"] <= done)
-        remaining = config.total_decisions - done
+        remaining = training.total_decisions - done
         if remaining > 0:
             with (
                 ExitStack() as tracked,
                 stop_request() as stop,
-                RunProgress(run, stage, config, model, stop, progress and ranks.leads) as callback,
+                RunProgress(run, stage, training, model, stop, progress and ranks.leads) as callback,
             ):
                 callbacks: list[BaseCallback] = [callback]
                 if ranks.leads:
@@ -206,7 +209,7 @@ def train(
 
 
 def _rehearsal(
-    config: PPOConfig | GRPOConfig,
+    training: Training,
     demonstrations: Demonstrations | None,
     horizon: int,
     shift: int,
@@ -216,19 +219,20 @@ def _rehearsal(
 
     :param view: of what is practiced.
     """
-    if config.rehearsal_coef <= 0:
+    coefficient = training.arguments.get("rehearsal_coef", 0.0)
+    if coefficient <= 0:
         return None
     if demonstrations is None:
-        raise InputError(f"rehearsal_coef={config.rehearsal_coef} needs demonstrations; give data, or set it to 0")
+        raise InputError(f"rehearsal_coef={coefficient} needs demonstrations; give data, or set it to 0")
     rehearsed = known_view(demonstrations.camera)
     if rehearsed is not None:
         warn_of_another_view(rehearsed, view, "The demonstrations for rehearsal show")
-    return DemonstrationBatches(demonstrations, None, horizon, shift, config.seed)
+    return DemonstrationBatches(demonstrations, None, horizon, shift, training.arguments["seed"])
 
 
 def _save_policy(
     algorithm: PPO,
-    config: PPOConfig | GRPOConfig,
+    training: Training,
     notes: Mapping[str, Any],
     tasks: list[str] | None,
     folder: Path,
@@ -241,67 +245,67 @@ def _save_policy(
     """
     practice = {"decisions": algorithm.num_timesteps, "env_steps": algorithm.env_steps, "tasks": tasks}
     notes = {**notes, type(algorithm).__name__.lower(): practice, **further}
-    distribution = (config.distribution, config.distribution_kwargs)
+    distribution = (training.policy["distribution"], training.policy["distribution_kwargs"])
     policy = algorithm.policy
-    critic = None if isinstance(config, GRPOConfig) else policy.value_head  # GRPO leaves it behind the actor
+    critic = policy.value_head if algorithm.has_critic else None  # GRPO leaves it behind the actor
     with whole_weights(policy):
         if algorithm.ranks.leads:
             save_checkpoint(folder, policy.model, critic, notes, distribution, policy.distribution)
 
 
 def plan_training(
-    model: VLAModel, config: PPOConfig | GRPOConfig, *, action_chunk: int | None = None, ranks: int = 1
+    model: VLAModel, training: Training, *, action_chunk: int | None = None, ranks: int = 1
 ) -> MemoryPlan:
     """What a training will take of each rank's memory, see :func:`sb3_vla.runs.memory_plan.plan_memory`.
 
-    It is planned for a GPU, also on a machine without one, unless ``config.device`` is ``cpu``.
+    It is planned for a GPU, also on a machine without one, unless its ``device`` is ``cpu``.
 
     :param model: the checkpoint's, or one of the same sizes on the meta device; it gets the adapters and the types of
         the training, and is not to be trained afterwards.
     :param action_chunk: actions executed per decision; None for all that the model predicts.
     :param ranks: which share environments and minibatches, and with ``sharding=fsdp`` what is trained.
     """
-    lora = {} if config.lora is None and config.trainable == "lora" else config.lora
-    prepare_training(model, config.trainable, lora=lora, frozen_bf16=config.frozen_bf16)
+    arguments, policy, env = training.arguments, training.policy, {**_ENV_DEFAULTS, **training.env}
+    trainable, lora = policy["trainable"], policy.get("lora")
+    adapters = {} if lora is None and trainable == "lora" else lora
+    prepare_training(model, trainable, lora=adapters, frozen_bf16=policy.get("frozen_bf16", False))
     chunk = action_chunk or model.action_horizon - model.first_action
-    envs = -(-config.num_envs // ranks)
+    envs = -(-training.num_envs // ranks)
     with torch.device("meta"):
-        distribution = make_distribution(config.distribution, model, chunk, **config.distribution_kwargs)
-        critic_only = _ELAPSED + (_PRIVILEGED if _sees_state(config) else 0)
-        critic = ValueHead(model.feature_dim, critic_only, _VALUE_WIDTH).requires_grad_(config.algorithm.has_critic)
+        distribution = make_distribution(policy["distribution"], model, chunk, **policy["distribution_kwargs"])
+        critic_only = _ELAPSED + (_PRIVILEGED if env["privileged_state"] else 0)
+        has_critic = training.algorithm.has_critic
+        critic = ValueHead(model.feature_dim, critic_only, _VALUE_WIDTH).requires_grad_(has_critic)
     noted = critic_only * torch.float32.itemsize
-    if isinstance(config, GRPOConfig):
-        held = groups_held(config.groups, config.max_groups, config.group_size, envs, ranks)
-        decisions = -(-held * config.group_size * -(-config.horizon // chunk) // envs)
-    else:
-        decisions = config.decisions
+    if has_critic:
+        decisions = arguments["n_steps"]
         noted += ChunkRolloutBuffer.bytes_of_numbers
-    cached = model.caches_perception if config.cache_perception is None else config.cache_perception
+    else:
+        size = arguments["group_size"]
+        held = groups_held(arguments["n_groups"], arguments.get("max_groups"), size, envs, ranks)
+        decisions = -(-held * size * -(-env["horizon"] // chunk) // envs)
+    asked = policy.get("cache_perception")
+    cached = model.caches_perception if asked is None else asked
     return plan_memory(
         model,
-        trainable=config.trainable,
-        batch_size=config.micro_batch_size or -(-config.batch_size // ranks),
-        bf16=uses_bf16(config.bf16, "cpu" if config.device == "cpu" else "cuda"),
-        gradient_checkpointing=config.gradient_checkpointing,
-        world_size=ranks if config.sharding == "fsdp" else 1,
+        trainable=trainable,
+        batch_size=arguments.get("micro_batch_size") or -(-arguments["batch_size"] // ranks),
+        bf16=uses_bf16(arguments.get("bf16", False), "cpu" if arguments.get("device") == "cpu" else "cuda"),
+        gradient_checkpointing=policy.get("gradient_checkpointing", False),
+        world_size=ranks if arguments.get("sharding") == "fsdp" else 1,
         num_envs=envs,
         decisions=decisions,
-        cache_perception=cached and config.trainable != "all" and lora is None,
+        cache_perception=cached and trainable != "all" and lora is None,
         denoisings=distribution.denoisings,
         distribution=distribution,
         critic=critic,
         noted=noted,
-        copies=int(config.kl_coef > 0),
+        copies=int(arguments.get("kl_coef", 0.0) > 0),
     )
-
-
-def _sees_state(config: PPOConfig | GRPOConfig) -> bool:
-    return isinstance(config, GRPOConfig) or config.privileged_critic
 
 
 def _env_options(
     start: LoadedCheckpoint,
-    config: PPOConfig | GRPOConfig,
     suite: str,
     split: str,
     tasks: list[str] | None,
@@ -311,11 +315,9 @@ def _env_options(
     options: dict[str, Any] = {
         "image_size": start.model.image_size[0],
         "action_chunk": start.model.action_horizon - start.model.first_action,
-        "horizon": config.horizon,
         "tasks": tasks,
-        # With GRPO it tells that a group's episodes begin alike.
-        "privileged_state": _sees_state(config),
         "elapsed_time": True,
+        **_ENV_DEFAULTS,
         **hand_options(start.model),
         **view_of(start.notes),
         **further,
@@ -361,30 +363,6 @@ def _filmed(make: Callable[[], gym.Env], films: TrainingFilms) -> gym.Env:
 
 def _holding(make: Callable[[], gym.Env]) -> gym.Env:
     return HoldAtEnd(make())
-
-
-def _policy_kwargs(
-    config: PPOConfig | GRPOConfig,
-    checkpoint: str | Path,
-    model_kwargs: Mapping[str, Any] | None,
-    optimizer_kwargs: Mapping[str, Any] | None,
-) -> dict[str, Any]:
-    optimizer: dict[str, Any] = {"optimizer_kwargs": {"betas": (0.9, 0.95)}}
-    if optimizer_kwargs is not None:
-        optimizer = {"optimizer_class": torch.optim.AdamW, "optimizer_kwargs": dict(optimizer_kwargs)}
-    return {
-        "checkpoint": str(checkpoint),
-        "model_kwargs": dict(model_kwargs or {}) or None,
-        "trainable": config.trainable,
-        "lora": config.lora,
-        "frozen_bf16": config.frozen_bf16,
-        "gradient_checkpointing": config.gradient_checkpointing,
-        "compile": config.compile,
-        "cache_perception": config.cache_perception,
-        "distribution": config.distribution,
-        "distribution_kwargs": config.distribution_kwargs,
-        **optimizer,
-    }
 
 
 def _seconds_so_far(run: RunDirectory, stage: str) -> float:

@@ -9,6 +9,7 @@ import json
 import typing
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -22,7 +23,7 @@ from sb3_vla.checkpoints.formats.openvla_oft import save_openvla_oft
 from sb3_vla.checkpoints.formats.pi0 import save_openpi
 from sb3_vla.checkpoints.formats.smolvla import save_smolvla
 from sb3_vla.cli.main import main
-from sb3_vla.common.config import ConfigError, leaf_keys
+from sb3_vla.common.config import ConfigError, leaf_keys, leaves, read_layers
 from sb3_vla.distributions import make_distribution
 from sb3_vla.models import VLAModel, make_model
 from sb3_vla.models.lora import adapted_layers
@@ -30,6 +31,7 @@ from sb3_vla.models.sizes import PUBLISHED_SIZES, published_options
 from sb3_vla.recipes.memory import footprint
 from sb3_vla.recipes.resolve import Plan, make_plan
 from sb3_vla.recipes.schema import RECIPES, Recipe, find_recipe, given_keys, load_recipe, recipe_names, summary
+from sb3_vla.runs.settings import Annealed
 from sb3_vla.runs.training import plan_training
 
 NAMES = recipe_names()
@@ -79,6 +81,18 @@ REFUSALS = ("without effect", "is for algorithm.adv_type=gae", "bounds a reward 
 
 def plan_of(name: str, overrides: list[str]) -> Plan:
     return make_plan(load_recipe(name, overrides), given_keys(name, overrides))
+
+
+def start_of(name: str) -> str:
+    """The override that says where a recipe starts; what takes any model's checkpoint must find one there."""
+    return f"checkpoint={'compact-mt50' if load_recipe(name).actor.model.model_type is None else 'somewhere'}"
+
+
+def settings(plan: Plan) -> Any:
+    """All arguments of a training side by side."""
+    training = plan.training
+    assert training is not None
+    return SimpleNamespace(**{**vars(training), **training.env, **training.policy, **training.arguments})
 
 
 def another(key: str, hint: Any, value: Any) -> Any:
@@ -189,16 +203,22 @@ def expected_keys(context: str) -> set[str]:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_recipe_resolves_and_says_what_it_is_for(name: str) -> None:
-    overrides = ["actor.model.model_path=somewhere"]
-    plan = plan_of(name, overrides)
+    start = start_of(name)
+    plan = plan_of(name, [start])
+    if name != "quickstart":  # which imitates first where it is not told a start
+        _, own = read_layers(find_recipe(name), RECIPES)[-1]
+        make_plan(load_recipe(name, [start]), leaves(own))  # without a key that has no effect
     assert plan.run == Path("runs") / name
-    assert plan.checkpoint == "somewhere"
-    assert plan.algorithm == {"ppo": "ppo", "grpo": "grpo", "sft": None}[name.split("_")[2]]
+    assert plan.checkpoint == start.removeprefix("checkpoint=")
+    kind = {"quickstart": "ppo"}.get(name) or name.removeprefix("metaworld_50_").removeprefix("metaworld_45_").split(
+        "_"
+    )[0]
+    assert ("sft" if plan.training is None else plan.training.name) == kind
     assert len(summary(name)) > 20
     if name.startswith("metaworld_45"):
-        assert (plan.train["suite"], plan.train["split"]) == ("ML45", "train")
+        assert (plan.where["suite"], plan.where["split"]) == ("ML45", "train")
         assert plan.evaluate is not None and len(plan.evaluate["tasks"]) == 5
-        assert not set(plan.evaluate["tasks"]) & set(plan.train["tasks"] or [])
+        assert not set(plan.evaluate["tasks"]) & set(plan.where["tasks"] or [])
 
 
 def test_the_names_are_those_of_the_reference_and_their_counterparts() -> None:
@@ -210,7 +230,7 @@ def test_the_names_are_those_of_the_reference_and_their_counterparts() -> None:
     every = ("ppo", "grpo", "sft")
     ours |= {f"metaworld_50_{kind}_{model}{size}" for kind in every for model in others for size in ("", "_laptop")}
     ours |= {f"metaworld_50_sft_{model}" for model in ("compact", "openpi", "openpi_pi05")}
-    ours |= {"metaworld_50_grpo_openvlaoft_lora"}
+    ours |= {"metaworld_50_grpo_openvlaoft_lora", "quickstart", "ppo", "grpo"}
     assert set(NAMES) == reference | ours
 
 
@@ -218,55 +238,58 @@ def test_a_checkpoint_that_does_not_say_its_view_is_told_it() -> None:
     view = ["actor.model.crop=workspace", "actor.model.camera=corner"]
     for name in ("metaworld_50_ppo_openpi", "metaworld_50_grpo_compact"):
         plan = plan_of(name, ["actor.model.model_path=somewhere", *view])
-        assert plan.train["env_kwargs"].items() >= {"crop": "workspace", "camera": "corner"}.items()
+        assert settings(plan).env.items() >= {"crop": "workspace", "camera": "corner"}.items()
 
 
 def test_the_settings_of_the_reference() -> None:
     """RLinf's metaworld_50_ppo_openpi.yaml: 64 x 8 episodes of 20 decisions, 20 optimizer steps."""
     plan = plan_of("metaworld_50_ppo_openpi", ["actor.model.model_path=somewhere"])
-    config: Any = plan.config
-    assert config.num_envs * config.decisions == 10_240
-    assert config.num_envs * config.decisions // config.batch_size * config.epochs == 20
-    assert (config.learning_rate, config.final_learning_rate, config.value_lr) == (1e-5, 1e-5, 1e-4)
+    config = settings(plan)
+    assert config.num_envs * config.n_steps == 10_240
+    assert config.num_envs * config.n_steps // config.batch_size * config.n_epochs == 20
+    assert (config.learning_rate, config.value_lr) == (1e-5, 1e-4)
     assert (config.clip_range, config.clip_range_high, config.clip_range_vf, config.huber_delta) == (0.2, 0.2, 0.2, 10)
     assert (config.gamma, config.gae_lambda, config.max_grad_norm, config.seed) == (0.99, 0.95, 1.0, 42)
     assert config.distribution == "flow_sde"
     assert config.distribution_kwargs == {"denoising_steps": 5, "noise_level": 0.5}
     assert config.frozen_bf16 and config.bf16 is None  # on a GPU all is in bfloat16
-    assert plan.train["env_kwargs"] == {
+    assert config.env == {
+        "horizon": 100,
         "reward": "difference",
         "reward_coef": 1.0,
         "terminate_on_success": True,
         "action_chunk": 5,
+        "privileged_state": False,
     }
-    assert plan.train["optimizer_kwargs"] == {"betas": (0.9, 0.95), "eps": 1e-5, "weight_decay": 0.01}
+    assert config.optimizer_kwargs == {"betas": (0.9, 0.95), "eps": 1e-5, "weight_decay": 0.01}
     assert plan.evaluate is not None and plan.evaluate["protocol"].name == "rlinf-100"
     assert plan_of("metaworld_45_ppo_openpi", []).evaluate["protocol"].name == "rlinf-160"  # type: ignore[index]
 
 
 def test_the_learning_rate_of_the_reference_s_pi05() -> None:
     """RLinf's metaworld_50_ppo_openpi_pi05.yaml: half a cosine from 5e-6 to 0 over max_epochs, without a warm-up."""
-    config: Any = plan_of("metaworld_50_ppo_openpi_pi05", []).config
+    plan = plan_of("metaworld_50_ppo_openpi_pi05", [])
+    config, iterations = settings(plan), load_recipe("metaworld_50_ppo_openpi_pi05").runner.max_epochs
     parameters = [torch.nn.Parameter(torch.zeros(1)) for _ in range(2)]
     groups = [{"params": parameters[:1], "lr": 5e-6}, {"params": parameters[1:], "lr": 1e-4}]
     optimizer = torch.optim.SGD(groups)  # type: ignore[arg-type]
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.iterations)
-    rate = config.arguments()["learning_rate"]
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations)
+    rate = config.learning_rate
     assert config.actor_warmup == 0
-    for number in range(config.iterations):
+    for number in range(iterations):
         # Ours is read after the rollout, so an update's is what the reference's falls to at its end.
         optimizer.step()
         scheduler.step()
         actor, critic = (group["lr"] for group in optimizer.param_groups)
-        found = rate(1 - (number + 1) / config.iterations)
+        found = rate(1 - (number + 1) / iterations)
         assert found == pytest.approx(actor, rel=1e-3, abs=1e-12)
         assert found * config.value_lr / rate(1.0) == pytest.approx(critic, rel=1e-3, abs=1e-12)
 
 
 def test_older_names_of_a_schedule() -> None:
     overrides = ["actor.optim.warmup_style=cosine", "actor.optim.min_lr=1e-7"]
-    config: Any = plan_of("metaworld_50_ppo_openpi", overrides).config
-    assert (config.lr_scheduler, config.final_learning_rate) == ("cosine", 1e-7)
+    rate = settings(plan_of("metaworld_50_ppo_openpi", overrides)).learning_rate
+    assert rate == Annealed(1e-5, 1e-7, "cosine")
     with pytest.raises(ConfigError, match=r"final_lr would be without effect"):
         plan_of("metaworld_50_ppo_openpi", ["actor.optim.min_lr=1e-7"])
 
@@ -287,18 +310,18 @@ def test_names_of_the_reference_are_understood_or_refused_with_a_reason() -> Non
 def test_the_settings_of_the_reference_for_openvla_oft() -> None:
     """RLinf's metaworld_50_grpo_openvlaoft.yaml: 64 x 16 episodes of 100 decisions, 8 optimizer steps."""
     plan = plan_of("metaworld_50_grpo_openvlaoft", ["actor.model.model_path=somewhere"])
-    config: Any = plan.config
-    episodes = config.groups * config.group_size
+    config = settings(plan)
+    episodes = config.n_groups * config.group_size
     assert (config.group_size, episodes, config.horizon, plan.action_chunk) == (8, 64 * 16, 100, 1)
     assert config.total_decisions == 1000 * 102_400
-    assert (episodes * config.horizon / config.batch_size * config.epochs, config.micro_batch_size) == (8, 32)
+    assert (episodes * config.horizon / config.batch_size * config.n_epochs, config.micro_batch_size) == (8, 32)
     assert (config.clip_range, config.clip_range_high, config.dual_clip) == (0.2, 0.28, 3.0)
     assert (config.kl_coef, config.ent_coef, config.max_grad_norm) == (0.0, 0.0, 1.0)
     assert (config.logprob_type, config.normalize_length, config.gradient_checkpointing) == ("token", False, True)
     assert (config.distribution, config.distribution_kwargs) == ("tokens", {"temperature": 1.6})
-    assert (config.learning_rate, config.final_learning_rate) == (2e-5, 2e-5)
-    assert plan.train["optimizer_kwargs"]["betas"] == (0.9, 0.999)
-    assert plan.train["env_kwargs"]["reward_coef"] == 5.0
+    assert config.learning_rate == 2e-5
+    assert config.optimizer_kwargs["betas"] == (0.9, 0.999)
+    assert config.reward_coef == 5.0
 
 
 @functools.cache
@@ -306,11 +329,14 @@ def _laptop_model(kind: str) -> VLAModel:
     return make_model(kind, plan_of(f"metaworld_50_sft_{kind.replace('_oft', 'oft')}_laptop", []).model_kwargs)
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if "_sft_" not in n and "openpi" not in n and "compact" not in n])
+@pytest.mark.parametrize(
+    "name",
+    [n for n in NAMES if n.startswith("metaworld") and not any(kind in n for kind in ("_sft_", "openpi", "compact"))],
+)
 def test_what_a_recipe_explores_by_can_train_what_it_trains(name: str) -> None:
     """Found before demonstrations, imitation and hours of it: here on a model of laptop size."""
     plan = plan_of(name, ["actor.model.model_path=somewhere"])
-    config: Any = plan.config
+    config = settings(plan)
     model = _laptop_model(plan.model)
     model.set_trainable(config.trainable)
     chunk = min(plan.action_chunk, model.action_horizon)
@@ -328,8 +354,8 @@ def test_how_a_checkpoint_is_read_makes_no_new_model(kind: str) -> None:
 
 def test_group_bounds_are_of_the_reward() -> None:
     plan = plan_of("metaworld_50_grpo_openvlaoft", [])
-    assert isinstance(plan.config.success_bounds, tuple)  # type: ignore[union-attr]
-    assert plan.config.success_bounds == pytest.approx((0.1, 0.9))  # type: ignore[union-attr]
+    assert isinstance(settings(plan).success_bounds, tuple)
+    assert settings(plan).success_bounds == pytest.approx((0.1, 0.9))
     told = r"keep no group of algorithm\.group_size=8 .* a success earns 5, .* 0\.5 and 4\.5"
     with pytest.raises(ConfigError, match=told):
         plan_of("metaworld_50_grpo_openvlaoft", ["algorithm.rewards_upper_bound=0.5"])
@@ -339,7 +365,7 @@ def test_group_bounds_are_of_the_reward() -> None:
 
 @pytest.mark.parametrize("name", [name for name in NAMES if "_grpo_" in name])
 def test_a_group_in_which_some_succeed_and_some_fail_counts(name: str) -> None:
-    config: Any = plan_of(name, ["actor.model.model_path=somewhere"]).config
+    config = settings(plan_of(name, ["actor.model.model_path=somewhere"]))
     low, high = config.success_bounds
     counted = [successes for successes in range(1, config.group_size) if low <= successes / config.group_size <= high]
     assert counted == list(range(1, config.group_size))
@@ -348,8 +374,8 @@ def test_a_group_in_which_some_succeed_and_some_fail_counts(name: str) -> None:
 @pytest.mark.parametrize("name", [name for name in NAMES if "_ppo_" in name])
 def test_the_clip_of_values_is_of_the_size_of_returns(name: str) -> None:
     plan = plan_of(name, ["actor.model.model_path=somewhere"])
-    config: Any = plan.config
-    greatest = plan.train["env_kwargs"].get("reward_coef", 1.0)
+    config = settings(plan)
+    greatest = config.env.get("reward_coef", 1.0)
     assert config.clip_range_vf is None or config.clip_range_vf >= 0.2 * greatest
 
 
@@ -405,6 +431,36 @@ def test_a_base_may_lie_in_a_home_directory(tmp_path: Path, monkeypatch: pytest.
     assert run == tmp_path / "runs" / "metaworld_50_ppo_compact"
 
 
+def test_short_names_of_everyday_settings(tmp_path: Path) -> None:
+    run = tmp_path / "my runs" / "2024"
+    short = ["tasks=[reach-v3]", "suite=metaworld_50", f"run={run}", "seed=3", "iterations=7", "learning_rate=0.5"]
+    short += ["num_envs=4", "trials=2", "renderer=software", "checkpoint=somewhere"]
+    recipe = load_recipe("metaworld_50_ppo_compact", short)
+    assert (recipe.env.train.tasks, recipe.env.eval.tasks) == (["reach-v3"], ["reach-v3"])
+    assert (recipe.env.train.task_suite_name, recipe.env.eval.task_suite_name) == ("metaworld_50", "metaworld_50")
+    assert (recipe.env.train.renderer, recipe.env.eval.renderer) == ("software", "software")
+    assert (recipe.actor.seed, recipe.runner.max_epochs, recipe.actor.optim.lr) == (3, 7, 0.5)
+    assert (recipe.env.train.total_num_envs, recipe.env.eval.trials_per_task) == (4, 2)
+    assert make_plan(recipe, given_keys("metaworld_50_ppo_compact", short)).run == run
+
+
+def test_the_quickstart_is_what_was_measured() -> None:
+    """docs/results/ablations.md: the row of MT10 after PPO."""
+    plan = plan_of("quickstart", [])
+    config = settings(plan)
+    assert plan.collect is not None and plan.sft is not None and plan.evaluate is not None
+    assert (plan.collect["episodes_per_task"], plan.collect["horizon"], plan.collect["seed"]) == (30, 160, 0)
+    assert (plan.sft.steps, plan.sft.batch_size, plan.sft.learning_rate, plan.sft.bf16) == (1000, 128, 1e-3, None)
+    assert (config.num_envs, config.n_steps, config.batch_size, config.n_epochs) == (16, 128, 512, 4)
+    assert config.total_decisions == 50 * 16 * 128
+    assert (config.learning_rate, config.value_lr) == (Annealed(5e-5, 2e-5), 5e-4)
+    assert config.distribution_kwargs == {"std": [0.12, 0.12, 0.12, 0.15], "coherence": "offset"}
+    assert (config.noise_scale, config.rehearsal_coef) == (Annealed(1.0, 0.4), 0.5)
+    assert (config.reward, config.privileged_state, config.bf16) == ("sparse", True, False)
+    assert (plan.evaluate["trials_per_task"], plan.evaluate["protocol"].name) == (30, "rlinf-160")
+    assert len(plan.evaluate["tasks"]) == 10
+
+
 def test_a_dry_run_prints_settings_that_read_back(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     name = "metaworld_50_ppo_openpi_pi05"
     assert main(["train", name, "--dry-run", "actor.seed=7"]) == 0
@@ -439,13 +495,19 @@ def test_the_list_names_every_recipe(capsys: pytest.CaptureFixture[str]) -> None
         (["metaworld_50_ppo_compact", "runner.max_epochs=0"], "expected at least 1"),
         (["metaworld_50_grpo_compact", "algorithm.group_size=7"], "does not divide the 96 episodes"),
         (["metaworld_50_grpo_openpi", "env.train.dense_reward=true"], "bounds a reward of success"),
-        (["metaworld_50_ppo_compact", "--config", "x.yaml"], "give one of the two"),
+        (["ppo"], "give checkpoint=FOLDER"),
+        (["ppo", "checkpoint=nowhere"], "nowhere does not exist"),
+        (["ppo", "checkpoint=compact-mt50", "data.path=nowhere"], "data.path would be without effect"),
+        (["quickstart", "tasks=[hammer-v3]"], "env.eval.tasks: Task 'hammer-v3' is not in"),
+        (["quickstart", "actor.global_batch_size=60"], "batch_size=60 does not divide a rollout of"),
+        (["checkpoint=compact-mt50"], "checkpoint=compact-mt50 where a recipe is expected"),
+        ([], "nothing where a recipe is expected"),
         (["metaworld_50_ppo_compact", "runner.logger.logger_backends=[tensorbord]"], "did you mean 'tensorboard'"),
         (["metaworld_50_ppo_compact", "runner.val_check_interval=0"], "expected at least 1, or -1"),
         (["metaworld_50_ppo_compact", "runner.val_check_interval=5", "env.eval.trials_per_task=0"], "has no trials"),
         (["metaworld_50_ppo_compact", "env.train.video_cfg.max_mb=0"], "video_cfg.max_mb=0.0; expected more than 0"),
         (["metaworld_50_ppo_compact", "env.train.video_interval=0"], "video_interval=0; expected at least 1"),
-        (["--dry-run"], "--dry-run is for a recipe"),
+        (["--dry-run"], "nothing where a recipe is expected"),
     ],
 )
 def test_what_is_wrong_is_told_in_one_message(
@@ -486,8 +548,8 @@ def test_the_command_line_may_turn_off_what_the_recipe_says() -> None:
     """The recipe's bounds of rewards have no effect then; nobody could leave them out."""
     somewhere = "actor.model.model_path=somewhere"
     assert (
-        plan_of("metaworld_50_grpo_openpi", [somewhere]).config
-        != plan_of("metaworld_50_grpo_openpi", [somewhere, "algorithm.filter_rewards=false"]).config
+        plan_of("metaworld_50_grpo_openpi", [somewhere]).training
+        != plan_of("metaworld_50_grpo_openpi", [somewhere, "algorithm.filter_rewards=false"]).training
     )
     with pytest.raises(ConfigError, match=r"^algorithm\.rewards_lower_bound would be without effect"):
         plan_of(
@@ -496,8 +558,12 @@ def test_the_command_line_may_turn_off_what_the_recipe_says() -> None:
         )
 
 
-def test_only_keys_of_the_own_file_and_the_command_line_must_be_used() -> None:
+def test_only_keys_of_the_own_file_and_the_command_line_must_be_used(tmp_path: Path) -> None:
     name = "metaworld_50_ppo_compact"
+    (tmp_path / "mine.yaml").write_text(f"base: {name}.yaml\nsft: {{steps: 3}}\n")
+    with pytest.raises(ConfigError, match=r"sft.steps would be without effect"):
+        plan_of(str(tmp_path / "mine.yaml"), ["checkpoint=somewhere"])
+    assert plan_of("quickstart", ["checkpoint=compact-mt50"]).sft is None
     # Imitation's settings stand in the file that the recipe builds on.
     assert plan_of(name, ["actor.model.model_path=somewhere"]).sft is None
     with pytest.raises(ConfigError, match=r"sft.steps would be without effect.*model_path=somewhere"):
@@ -615,8 +681,8 @@ def test_a_plan_of_a_folder_is_of_the_size_that_it_tells(
     assert f"of {sum(p.numel() for p in made.parameters()):,} parameters" in found.settings
     with torch.device("meta"):
         alike = make_model(model, made.config)
-    assert plan.config is not None
-    assert found == plan_training(alike, plan.config, action_chunk=plan.action_chunk)
+    assert plan.training is not None
+    assert found == plan_training(alike, plan.training, action_chunk=plan.action_chunk)
     assert not [warning for warning in recwarn if "no-op" in str(warning.message)]
 
 
@@ -634,7 +700,8 @@ def test_a_plan_of_a_folder_that_is_yet_to_come_is_of_the_size_of_the_recipe() -
 @pytest.mark.timeout(600)
 def test_memory_of_every_recipe_is_planned() -> None:
     for name in NAMES:
-        stages = footprint(plan_of(name, [])).values()
+        start = [start_of(name)] if name in ("ppo", "grpo") else []
+        stages = footprint(plan_of(name, start)).values()
         assert all(stage.device > stage.weights > 0 for stage in stages), name
 
 
