@@ -32,7 +32,7 @@ from sb3_vla.ray.launch import train_on_cluster
 from sb3_vla.recipes.resolve import Plan
 from sb3_vla.recipes.schema import Recipe
 from sb3_vla.recording.episodes import TrainingFilms
-from sb3_vla.runs.report.figures import before_after_bars, learning_curve
+from sb3_vla.runs.report.charts import before_after_bars, learning_curve
 from sb3_vla.runs.report.report import write_report
 from sb3_vla.runs.shared import SharedRun
 from sb3_vla.runs.training import train
