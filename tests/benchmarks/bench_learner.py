@@ -269,19 +269,21 @@ def _update(epochs: int = 4) -> Any:
 
 def _iteration() -> Any:
     from sb3_vla.envs.shared_memory import SharedMemoryVecEnv
-    from sb3_vla.runs.settings import PPOConfig
 
-    config = PPOConfig()
+    num_envs, n_steps = 16, 128
     make = functools.partial(
         gym.make, "mw_envs:MetaWorldMT10-v0", image_size=96, crop="workspace", action_chunk=5, horizon=160,
         privileged_state=True, elapsed_time=True,
     )  # fmt: skip
-    env = SharedMemoryVecEnv([make] * config.num_envs)
-    algorithm = PPO("VLAPolicy", env, policy_kwargs={"trainable": "expert"}, **config.arguments())
+    env = SharedMemoryVecEnv([make] * num_envs)
+    algorithm = PPO(
+        "VLAPolicy", env, 5e-5, n_steps, 512, 4, target_kl=0.03, vf_coef=1.0, seed=0, value_lr=5e-4, critic_warmup=2,
+        bootstrap_truncated=False, policy_kwargs={"trainable": "expert"},
+    )  # fmt: skip
 
     def step() -> float:
         started = time.perf_counter()
-        algorithm.learn(config.num_envs * config.decisions, reset_num_timesteps=False)
+        algorithm.learn(num_envs * n_steps, reset_num_timesteps=False)
         return time.perf_counter() - started
 
     return step

@@ -20,6 +20,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 from test_evaluation import EASY, EXPERT_PROTOCOL, ExpertPolicy, expert_env
 from test_grpo import toy_grpo
 from toy import TINY, ToyEnv, tiny_model, toy_demonstrations, toy_ppo, toy_vec
+from trainings import ppo
 
 from sb3_vla import PPO, HoldAtEnd
 from sb3_vla.common.errors import RankLostError
@@ -31,7 +32,6 @@ from sb3_vla.evaluation.evaluation import evaluate
 from sb3_vla.runs.directory import RunDirectory
 from sb3_vla.runs.memory_plan import MemoryPlan, plan_memory
 from sb3_vla.runs.resume import load_algorithm, save_algorithm
-from sb3_vla.runs.settings import PPOConfig
 from sb3_vla.runs.training import train
 from sb3_vla.sft.imitation import SFTConfig, sft
 
@@ -408,7 +408,7 @@ def test_several_ranks_do_not_write_one_run_side_by_side(tmp_path: Path) -> None
             train(
                 RunDirectory(tmp_path / f"{rank}" / "run", {}),
                 "rl",
-                PPOConfig(),
+                ppo(),
                 checkpoint=tmp_path / "nowhere",
                 output=tmp_path / "rl",
                 suite="MT10",

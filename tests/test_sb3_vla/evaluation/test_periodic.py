@@ -14,6 +14,7 @@ import pytest
 import torch
 from stable_baselines3.common.vec_env import DummyVecEnv
 from toy import tiny_model, toy_vec
+from trainings import ppo
 
 from mw_envs import Trial
 from sb3_vla.checkpoints import load_checkpoint, save_checkpoint
@@ -22,7 +23,6 @@ from sb3_vla.evaluation.callback import PeriodicEvaluation
 from sb3_vla.evaluation.results import TRIAL_SEED, EvaluationResult, TrialResult, find_protocol
 from sb3_vla.runs import training
 from sb3_vla.runs.directory import RunDirectory
-from sb3_vla.runs.settings import PPOConfig
 
 TASKS = ("drawer-close-v3", "reach-v3")
 #: successes of eight trials, evaluation by evaluation: the third is the best, and the fourth as good
@@ -53,13 +53,13 @@ def result(successes: int) -> EvaluationResult:
 
 
 def train(folder: Path, evaluation: PeriodicEvaluation | None, **changes: Any) -> None:
-    config = PPOConfig(
-        iterations=7, num_envs=2, decisions=4, batch_size=8, epochs=1, checkpoint_interval=3, critic_warmup=0, **changes
+    config = ppo(
+        iterations=7, num_envs=2, n_steps=4, batch_size=8, n_epochs=1, checkpoint_interval=3, critic_warmup=0, **changes
     )
     if not (folder.parent / "start").exists():
         torch.manual_seed(0)
         save_checkpoint(folder.parent / "start", tiny_model(action_horizon=5))
-    run = RunDirectory(folder, config)
+    run = RunDirectory(folder, {})
     places = {"checkpoint": folder.parent / "start", "output": folder / "ppo"}
     training.train(run, "ppo", config, **places, suite="MT10", resume=True, progress=False, evaluation=evaluation)
 

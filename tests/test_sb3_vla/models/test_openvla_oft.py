@@ -48,7 +48,6 @@ from sb3_vla.models.tokenizing import byte_tokenizer
 from sb3_vla.recipes.resolve import make_plan
 from sb3_vla.recipes.schema import load_recipe
 from sb3_vla.runs.memory_plan import GIB
-from sb3_vla.runs.settings import GRPOConfig
 from sb3_vla.runs.training import plan_training
 from sb3_vla.sft.imitation import SFTConfig, sft
 
@@ -465,11 +464,11 @@ def test_an_adapter_of_the_output_layer_acts_and_is_merged(tmp_path: Path) -> No
 def test_seven_billion_parameters_train_on_one_gpu_of_80_gb() -> None:
     """By the recipe for it, as it stands, on the meta device."""
     recipe = load_recipe("metaworld_50_grpo_openvlaoft_lora", ["actor.model.model_path=somewhere"])
-    config = make_plan(recipe).config
-    assert isinstance(config, GRPOConfig)
+    training = make_plan(recipe).training
+    assert training is not None and not training.algorithm.has_critic
     with torch.device("meta"):
         model = OpenVLAOFT(acting=(0, 1, 2, 6), numbers=7, precision="bfloat16")
-    plan = plan_training(model, config, action_chunk=1)
+    plan = plan_training(model, training, action_chunk=1)
     plan.check(int(79.6 * GIB))  # of an H100 with 80 GB
     assert plan.weights > 2 * 7.54e9 and plan.gradients < 1 * GIB
 

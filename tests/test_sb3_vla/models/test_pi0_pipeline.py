@@ -10,6 +10,8 @@ import pytest
 import torch
 from toy import toy_observation
 from toy_pi0 import HEADS, LAYOUTS, TRANSFORMERS, P, X, tiny_tokenizer, write_layout
+from trainings import grpo as make_grpo
+from trainings import ppo as make_ppo
 
 from sb3_vla.checkpoints import load_checkpoint
 from sb3_vla.checkpoints.formats.pi0 import save_lerobot
@@ -21,7 +23,6 @@ from sb3_vla.evaluation.results import Protocol
 from sb3_vla.models import VLAModel
 from sb3_vla.policies.loading import load_policy
 from sb3_vla.runs.directory import RunDirectory
-from sb3_vla.runs.settings import GRPOConfig, PPOConfig
 from sb3_vla.runs.training import train
 from sb3_vla.sft.imitation import SFTConfig, sft
 
@@ -33,9 +34,8 @@ SHARED: dict[str, Any] = {
     "num_workers": 1,
     "horizon": 10,
     "batch_size": 4,
-    "epochs": 1,
+    "n_epochs": 1,
     "learning_rate": 1e-3,
-    "final_learning_rate": 1e-3,
     "actor_warmup": 0,
     "target_kl": None,
     "trainable": "expert",
@@ -93,8 +93,8 @@ def test_from_a_published_checkpoint_to_one(
     assert f"{X}model.layers.0.mlp.up_proj.weight" in moved and not any(key.startswith(P) for key in moved)
 
     before = weights(imitated)
-    ppo = PPOConfig(iterations=1, decisions=2, critic_warmup=0, **SHARED)
-    run = RunDirectory(tmp_path / "run", ppo)
+    ppo = make_ppo(iterations=1, n_steps=2, critic_warmup=0, **SHARED)
+    run = RunDirectory(tmp_path / "run", {})
     train(
         run,
         "ppo",
@@ -111,7 +111,7 @@ def test_from_a_published_checkpoint_to_one(
     assert "action_out_proj.weight" in moved and not any(key.startswith(P) for key in moved)
 
     before = weights(after_ppo.model)
-    grpo = GRPOConfig(total_decisions=4, group_size=2, groups=1, max_groups=1, **SHARED)
+    grpo = make_grpo(total_decisions=4, group_size=2, n_groups=1, max_groups=1, **SHARED)
     train(
         run,
         "grpo",

@@ -25,6 +25,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stand_in_ray import StandInRay
 from test_launch import EVERY, LEARNING
 from toy import TINY, ToyEnv, tiny_model, toy_ppo
+from trainings import ppo
 
 from sb3_vla import GRPO, PPO
 from sb3_vla.checkpoints import save_checkpoint
@@ -40,7 +41,6 @@ from sb3_vla.ray.resources import ClusterResources
 from sb3_vla.ray.rollout import Replicas
 from sb3_vla.rollouts.stepping import Clock, step_by_halves, step_together
 from sb3_vla.runs.directory import RunDirectory
-from sb3_vla.runs.settings import PPOConfig
 from sb3_vla.runs.training import train
 
 #: on two nodes of four slots
@@ -387,12 +387,12 @@ def test_failures_reach_the_learner(ray: Any) -> None:
 
 def metaworld(tmp_path: Path, name: str, layout: dict[str, str] | None) -> dict[str, torch.Tensor]:
     """Weights after two iterations of PPO in MetaWorld."""
-    config = PPOConfig(
-        iterations=2, num_envs=2, decisions=2, horizon=15, batch_size=4, epochs=1, critic_warmup=0, actor_warmup=0
+    config = ppo(
+        iterations=2, num_envs=2, n_steps=2, horizon=15, batch_size=4, n_epochs=1, critic_warmup=0, actor_warmup=0
     )
     if not (tmp_path / "start").exists():  # the same for all layouts
         save_checkpoint(tmp_path / "start", tiny_model(action_horizon=5))
-    run = RunDirectory(tmp_path / name, config)
+    run = RunDirectory(tmp_path / name, {})
     arguments: dict[str, Any] = {
         "checkpoint": tmp_path / "start",
         "output": tmp_path / name / "rl",
@@ -511,11 +511,11 @@ def test_a_learner_that_dies_is_begun_again(
     ray: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, actor: str, deaths: int
 ) -> None:
     monkeypatch.setattr(launch, "_train", dying_train)
-    run = RunDirectory(tmp_path / "run", PPOConfig())
+    run = RunDirectory(tmp_path / "run", {})
 
     def begin() -> None:
         placement = {"actor": actor, "env,rollout": "0"}
-        train_on_cluster(ClusterOptions(2, placement), run, "rl", PPOConfig(), deaths=deaths)
+        train_on_cluster(ClusterOptions(2, placement), run, "rl", ppo(), deaths=deaths)
 
     with pytest.warns(UserWarning, match="goes on from its last checkpoint"):
         if deaths == 2:

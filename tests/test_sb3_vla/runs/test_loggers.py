@@ -12,14 +12,14 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_training import start
+from trainings import grpo, ppo
 
 from sb3_vla.common.config import ConfigError
 from sb3_vla.rollouts.metrics import ratio_metrics
 from sb3_vla.runs.directory import RunDirectory
 from sb3_vla.runs.loggers import LoggerOptions
-from sb3_vla.runs.settings import GRPOConfig, PPOConfig
 
-SMALL = dict(num_envs=2, num_workers=1, horizon=10, epochs=2, batch_size=4)
+SMALL = dict(num_envs=2, num_workers=1, horizon=10, n_epochs=2, batch_size=4)
 #: of RLinf's embodied runner with its PPO recipes
 REFERENCE_NAMES = {
     *(
@@ -57,8 +57,8 @@ def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def test_the_references_names_in_tensorboard(tmp_path: Path) -> None:
-    config = PPOConfig(iterations=2, decisions=4, critic_warmup=0, clip_range_vf=0.2, **SMALL)
-    start(tmp_path, config, suite="MT10", tasks=["reach-v3"], env_kwargs={"reward": "dense"})
+    config = ppo(iterations=2, n_steps=4, critic_warmup=0, clip_range_vf=0.2, env={"reward": "dense"}, **SMALL)
+    start(tmp_path, config, suite="MT10", tasks=["reach-v3"])
     found = scalars(tmp_path / "run" / "tensorboard" / "rl")
     assert set(found) >= REFERENCE_NAMES
     value = {name: found[name][-1][1] for name in REFERENCE_NAMES}
@@ -100,8 +100,8 @@ def everywhere(tmp_path_factory: pytest.TempPathFactory) -> Path:
     options = LoggerOptions(
         ["tensorboard", "csv", "json", "wandb", "swanlab"], "project", experiment="name", mode="offline"
     )
-    config = GRPOConfig(total_decisions=16, group_size=2, groups=1, max_groups=1, **SMALL)
-    start(folder, config, suite="MT10", tasks=["drawer-close-v3"], env_kwargs={"reward": "dense"}, loggers=options)
+    config = grpo(total_decisions=16, group_size=2, n_groups=1, max_groups=1, env={"reward": "dense"}, **SMALL)
+    start(folder, config, suite="MT10", tasks=["drawer-close-v3"], loggers=options)
     return folder / "run"
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from toy import TINY, ToyEnv, toy_observation, toy_vec
 from toy_pi0 import TINY_PI0, tiny_tokenizer
+from trainings import grpo, ppo
 
 from sb3_vla import GRPO, PPO, HoldAtEnd
 from sb3_vla.checkpoints import load_checkpoint, save_checkpoint
@@ -33,7 +34,7 @@ from sb3_vla.recipes.schema import load_recipe
 from sb3_vla.runs import training
 from sb3_vla.runs.directory import RunDirectory
 from sb3_vla.runs.memory_plan import _SENTENCE, GIB, HEADROOM, MemoryPlan, plan_memory
-from sb3_vla.runs.settings import GRPOConfig, PPOConfig
+from sb3_vla.runs.settings import Training
 from sb3_vla.runs.training import plan_training, train
 
 #: large enough that activations are far more than what is allocated beside them
@@ -121,9 +122,9 @@ def test_other_models(name: str, options: dict[str, Any]) -> None:
 @pytest.mark.parametrize("name", ["tinyvla", "diffusion_policy"])
 def test_the_copy_that_takes_the_first_steps_is_planned(name: str) -> None:
     def planned(**options: Any) -> MemoryPlan:
-        config = PPOConfig(
+        config = ppo(
             batch_size=8,
-            decisions=4,
+            n_steps=4,
             num_envs=4,
             device="cpu",
             distribution="ddim",
@@ -307,8 +308,8 @@ def test_a_training_that_does_not_fit_is_refused_before_it_starts(
     save_checkpoint(tmp_path / "model", make_model("pi0", {**TINY_PI0, "tokenizer": str(tiny_tokenizer(tmp_path))}))
     monkeypatch.setattr("sb3_vla.runs.training.get_device", lambda _: torch.device("cuda"))
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda _: (2**20, 2**20))
-    config = PPOConfig(iterations=1, decisions=2, num_envs=2, horizon=10, batch_size=4)
-    run = RunDirectory(tmp_path / "run", config)
+    config = ppo(iterations=1, n_steps=2, num_envs=2, horizon=10, batch_size=4)
+    run = RunDirectory(tmp_path / "run", {})
     options: dict[str, Any] = {"suite": "MT1", "tasks": ["reach-v3"], "progress": False}
     with pytest.raises(ValueError, match=r"This training needs .* GiB on the device"):
         train(run, "ppo", config, checkpoint=tmp_path / "model", output=tmp_path / "ppo", **options)
@@ -318,13 +319,13 @@ def test_a_training_that_does_not_fit_is_refused_before_it_starts(
 def test_ranks_of_a_machine_have_its_memory_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each has a rollout of its own: what is free for one of them is too little for four."""
     save_checkpoint(tmp_path / "model", make_model("compact", {"action_horizon": 5, **TINY}))
-    config = PPOConfig(iterations=1, decisions=2, num_envs=2, horizon=10, batch_size=4)
+    config = ppo(iterations=1, n_steps=2, num_envs=2, horizon=10, batch_size=4)
     planned = plan_training(load_checkpoint(tmp_path / "model", weights=False).model, config)
     monkeypatch.setattr("sb3_vla.runs.training.get_device", lambda _: torch.device("cuda"))
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda _: (2**40, 2**40))
     monkeypatch.setattr("sb3_vla.runs.training.available_memory", lambda: 2 * (planned.buffer + planned.compared))
     monkeypatch.setattr("sb3_vla.runs.training.ranks_on_this_machine", lambda: 4)
-    run = RunDirectory(tmp_path / "run", config)
+    run = RunDirectory(tmp_path / "run", {})
     with pytest.raises(ValueError, match="The rollout buffer needs"):
         train(run, "ppo", config, checkpoint=tmp_path / "model", output=tmp_path / "ppo", suite="MT10", progress=False)
 
@@ -343,9 +344,10 @@ def test_a_plan_for_a_gpu_does_not_depend_on_the_processor(stage: str, monkeypat
     def planned(device: str, supported: bool) -> MemoryPlan:
         monkeypatch.setattr("sb3_vla.common.precision.bf16_supported", lambda: supported)
         plan = make_plan(load_recipe(name, given))
-        for config in (plan.sft, plan.config):
-            if config is not None:
-                config.device = device
+        if plan.sft is not None:
+            plan.sft.device = device
+        if plan.training is not None:
+            plan.training.arguments["device"] = device
         return footprint(plan)[stage]
 
     assert planned("auto", False) == planned("cuda", True) and "bf16=True" in planned("auto", False).settings
@@ -365,53 +367,64 @@ def held(tensors: Iterable[Tensor]) -> int:
     return sum(storages.values())
 
 
-TRAININGS: dict[str, tuple[str, dict[str, Any], PPOConfig | GRPOConfig]] = {
-    "gaussian": ("compact", TINY, PPOConfig(trainable="all", kl_coef=0.1)),
+TRAININGS: dict[str, tuple[str, dict[str, Any], partial[Training]]] = {
+    "gaussian": ("compact", TINY, partial(ppo, trainable="all", kl_coef=0.1)),
     "learned deviation, frozen backbone": (
         "compact",
         TINY,
-        PPOConfig(kl_coef=0.1, distribution_kwargs={"std": 0.2, "learn_std": True}, cache_perception=False),
+        partial(ppo, kl_coef=0.1, distribution_kwargs={"std": 0.2, "learn_std": True}, cache_perception=False),
     ),
     "kept perception, one random step": (
         "compact",
         TINY,
-        PPOConfig(distribution="flow_sde", distribution_kwargs={"denoising_steps": 6}, privileged_critic=False),
+        partial(
+            ppo, distribution="flow_sde", distribution_kwargs={"denoising_steps": 6}, env={"privileged_state": False}
+        ),
     ),
-    "learned noise": ("compact", TINY, PPOConfig(trainable="all", distribution="flow_noise", distribution_kwargs={})),
+    "learned noise": (
+        "compact",
+        TINY,
+        partial(ppo, trainable="all", distribution="flow_noise", distribution_kwargs={}),
+    ),
     "steps that stay": (
         "diffusion_policy",
         {"image_size": 64, "crop_size": 56, "down_dims": (16, 32), "step_dim": 16, "action_horizon": 8},
-        PPOConfig(distribution="ddim", distribution_kwargs={"denoising_steps": 4, "trained_steps": 2}),
+        partial(ppo, distribution="ddim", distribution_kwargs={"denoising_steps": 4, "trained_steps": 2}),
     ),
     "tokens": (
         "openvla_oft",
         {**TINY_OFT, "image_size": 32, "action_horizon": 5},
-        PPOConfig(trainable="all", distribution="tokens", distribution_kwargs={}),
+        partial(ppo, trainable="all", distribution="tokens", distribution_kwargs={}),
     ),
     "groups": (
         "compact",
         TINY,
-        GRPOConfig(
-            trainable="all", group_size=4, distribution="flow_cps", distribution_kwargs={"joint": True}, kl_coef=0.1
+        partial(
+            grpo,
+            trainable="all",
+            group_size=4,
+            distribution="flow_cps",
+            distribution_kwargs={"joint": True},
+            kl_coef=0.1,
         ),
     ),
-    "groups in turns": ("compact", TINY, GRPOConfig(group_size=8, cache_perception=False)),
+    "groups in turns": ("compact", TINY, partial(grpo, group_size=8, cache_perception=False)),
 }
 
 
 @pytest.mark.parametrize("case", TRAININGS)
 def test_a_plan_is_what_a_training_holds(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All but what is gone after an update, within a tenth of what tensors take."""
-    name, options, config = TRAININGS[case]
-    grouped = isinstance(config, GRPOConfig)
-    shared: dict[str, Any] = {"num_envs": 4, "horizon": 15, "batch_size": 12, "epochs": 1, "actor_warmup": 0}
-    own_sizes = {"total_decisions": 1, "groups": 3} if grouped else {"decisions": 6, "critic_warmup": 0}
-    config = dataclasses.replace(config, device="cpu", **shared, **own_sizes)
+    name, options, make = TRAININGS[case]
+    grouped = make.func is grpo
+    shared: dict[str, Any] = {"num_envs": 4, "horizon": 15, "batch_size": 12, "n_epochs": 1, "actor_warmup": 0}
+    own_sizes = {"total_decisions": 1, "n_groups": 3} if grouped else {"n_steps": 6, "critic_warmup": 0}
+    config = make(device="cpu", **shared, **own_sizes)
     save_checkpoint(tmp_path / "start", make_model(name, {"action_horizon": 5, **options}))
     start = load_checkpoint(tmp_path / "start", weights=False).model
     plan = plan_training(start, config, action_chunk=5)
 
-    privileged = grouped or config.privileged_critic
+    privileged = config.env.get("privileged_state", True)
     env: dict[str, Any] = {"chunk": 5, "action_dim": 4, "horizon": 3, "privileged": privileged}
     env["image_size"] = start.image_size[0]
 
@@ -439,7 +452,7 @@ def test_a_plan_is_what_a_training_holds(case: str, tmp_path: Path, monkeypatch:
     monkeypatch.setattr(training, "SharedMemoryVecEnv", environments)
     monkeypatch.setattr(PPO, "learn", learn)
     monkeypatch.setattr(GRPO, "learn", learn)
-    run = RunDirectory(tmp_path / "run", config)
+    run = RunDirectory(tmp_path / "run", {})
     with pytest.raises(Captured):
         train(run, "rl", config, checkpoint=tmp_path / "start", output=tmp_path / "rl", suite="MT10", progress=False)
 
@@ -452,13 +465,13 @@ def test_a_plan_is_what_a_training_holds(case: str, tmp_path: Path, monkeypatch:
     weights = held([*own, *learned])
     assert plan.weights == pytest.approx(weights, rel=0.1)
     assert plan.copies == pytest.approx(everything - weights, rel=0.1, abs=64)
-    assert (plan.copies > 64) == (config.kl_coef > 0 or case == "steps that stay")
+    assert (plan.copies > 64) == ("kl_coef" in config.arguments or case == "steps that stay")
     assert plan.gradients == pytest.approx(held(learned), rel=0.1)
     moments = [value for state in policy.optimizer.state.values() for value in state.values()]
     assert plan.optimizer == pytest.approx(held(moments), rel=0.1)
     stored: list[Tensor] = []
-    if isinstance(config, GRPOConfig):
-        assert len(buffer) == 3 * config.group_size * 3  # all groups were kept
+    if not config.algorithm.has_critic:
+        assert len(buffer) == 3 * config.arguments["group_size"] * 3  # all groups were kept
         stored = [t for e, step in buffer._places for part in e.decision(step) for t in part.values()]
     else:
         stored = [*buffer.observations.values(), *buffer.traces.values()]

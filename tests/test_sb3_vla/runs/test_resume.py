@@ -24,6 +24,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecMonitor
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.summary.writer import event_file_writer
 from toy import TINY, ToyEnv, stir, tiny_model, toy_demonstrations, toy_ppo, toy_vec
+from trainings import grpo, ppo
 
 from sb3_vla import GRPO, HoldAtEnd
 from sb3_vla.checkpoints import save_checkpoint, training_state
@@ -33,15 +34,16 @@ from sb3_vla.common.signals import Stopped
 from sb3_vla.envs.shared_memory import SharedMemoryVecEnv
 from sb3_vla.policies.value_head import ValueHead
 from sb3_vla.ppo.ppo import PPO
+from sb3_vla.recipes import resolve
 from sb3_vla.runs import callbacks, training
 from sb3_vla.runs.directory import RunDirectory, RunError
 from sb3_vla.runs.resume import load_algorithm, save_algorithm
-from sb3_vla.runs.settings import GRPOConfig, PPOConfig, TrainingConfig
+from sb3_vla.runs.settings import Training
 
 # Everything that a training carries from one iteration to the next: schedules, warm-ups, a reference, rehearsal,
 # sampling by signal, a learned deviation, a rate that rises and falls.
 COMMON: dict[str, Any] = {
-    "epochs": 2,
+    "n_epochs": 2,
     "learning_rate": 1e-3,
     "actor_warmup": 2,
     "kl_coef": 0.1,
@@ -52,11 +54,11 @@ COMMON: dict[str, Any] = {
     "rehearsal_batch_size": 4,
     "checkpoint_interval": 2,
 }
-CONFIGS: dict[str, tuple[type[TrainingConfig], dict[str, Any]]] = {
+CONFIGS: dict[str, tuple[Callable[..., Training], dict[str, Any]]] = {
     # Episodes of 4 decisions in rollouts of 6.
-    "ppo": (PPOConfig, {"iterations": 6, "num_envs": 3, "decisions": 6, "batch_size": 9, "critic_warmup": 1}),
+    "ppo": (ppo, {"iterations": 6, "num_envs": 3, "n_steps": 6, "batch_size": 9, "critic_warmup": 1}),
     # Groups of 4 episodes of 3 decisions, in two turns; so a rollout takes 6 steps, too, and there are 6 rollouts.
-    "grpo": (GRPOConfig, {"total_decisions": 72, "num_envs": 2, "group_size": 4, "groups": 1, "batch_size": 6}),
+    "grpo": (grpo, {"total_decisions": 72, "num_envs": 2, "group_size": 4, "n_groups": 1, "batch_size": 6}),
 }
 UPDATES = 6 * 2 * 2  # optimizer steps: iterations, epochs, minibatches
 
@@ -83,9 +85,9 @@ def toys() -> Iterator[None]:
 
 
 def train(folder: Path, algorithm: str = "ppo", *, progress: bool = False, **changes: Any) -> None:
-    config_class, settings = CONFIGS[algorithm]
-    config: Any = config_class(**{**COMMON, **settings, **changes})
-    run = RunDirectory(folder, config)
+    make, settings = CONFIGS[algorithm]
+    config = make(**{**COMMON, **settings, **changes})
+    run = RunDirectory(folder, {})
     if not (folder.parent / "start").exists():
         torch.manual_seed(0)
         save_checkpoint(folder.parent / "start", tiny_model(action_horizon=5))
@@ -404,7 +406,9 @@ KILLED_WHILE_WRITING = """
 import os, signal, sys
 from sb3_vla.checkpoints import training_state
 from sb3_vla.cli.main import main
+from sb3_vla.recipes import resolve
 
+resolve._decisions = lambda _: 6
 real, written = training_state.write_tensors, []
 
 def write_tensors(*arguments):
@@ -422,6 +426,7 @@ main(sys.argv[1:])
 @pytest.mark.timeout(900)
 def test_a_killed_command_goes_on_in_metaworld(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(training, "SharedMemoryVecEnv", SharedMemoryVecEnv)
+    monkeypatch.setattr(resolve, "_decisions", lambda _: 6)
     torch.manual_seed(0)
     model = tiny_model(action_horizon=5)
     critic = ValueHead(model.feature_dim, 39 + 1, 256)  # with opinions, for there is no success to learn from
@@ -430,11 +435,11 @@ def test_a_killed_command_goes_on_in_metaworld(monkeypatch: pytest.MonkeyPatch, 
 
     def command(run: str) -> list[str]:
         # Episodes of eight decisions, rollouts of six.
-        options = {"iterations": 3, "num_envs": 4, "num_workers": 2, "decisions": 6, "horizon": 40}
-        options |= {"batch_size": 12, "epochs": 1, "checkpoint_interval": 1, "critic_warmup": 0, "overlap": "true"}
-        settings = [f"ppo.{key}={value}" for key, value in options.items()]
+        settings = ["iterations=3", "num_envs=4", "env.train.num_workers=2", "env.train.max_episode_steps=40"]
+        settings += ["algorithm.rollout_epoch=1", "algorithm.update_epoch=1", "actor.global_batch_size=12"]
+        settings += ["runner.save_interval=1", "algorithm.critic_warmup=0", "rollout.pipeline_stage_num=2", "trials=0"]
         tasks = "tasks=[door-open-v3, reach-v3]"
-        return ["train", f"checkpoint={tmp_path / 'start'}", f"run={tmp_path / run}", tasks, *settings]
+        return ["train", "ppo", f"checkpoint={tmp_path / 'start'}", f"run={tmp_path / run}", tasks, *settings]
 
     killed = subprocess.run([sys.executable, "-c", KILLED_WHILE_WRITING, *command("killed")])
     assert killed.returncode == -signal.SIGKILL
@@ -454,6 +459,7 @@ def test_a_killed_command_goes_on_in_metaworld(monkeypatch: pytest.MonkeyPatch, 
 
 GROUPS_KILLED_WHILE_WRITING = """
 import os, signal, sys
+from trainings import grpo
 from sb3_vla.runs import training
 from sb3_vla.checkpoints import training_state
 from sb3_vla.runs.directory import RunDirectory
@@ -469,14 +475,14 @@ def train(folder, kill):
 
     training_state.write_tensors = write_tensors
     # Two groups in a rollout of one turn, and three rollouts; a dense reward, for no episode will succeed.
-    config = training.GRPOConfig(
-        total_decisions=96, num_envs=4, num_workers=2, horizon=40, group_size=2, groups=2, batch_size=16, epochs=1,
-        checkpoint_interval=1,
+    config = grpo(
+        total_decisions=96, num_envs=4, num_workers=2, horizon=40, group_size=2, n_groups=2, batch_size=16, n_epochs=1,
+        checkpoint_interval=1, env={"reward": "dense"},
     )
     training.train(
-        RunDirectory(folder + "/run", config), "grpo", config, checkpoint=folder + "/../start",
+        RunDirectory(folder + "/run", {}), "grpo", config, checkpoint=folder + "/../start",
         output=folder + "/run/grpo", suite="MT10", tasks=["door-open-v3", "reach-v3"],
-        env_kwargs={"reward": "dense"}, resume=True, progress=False,
+        resume=True, progress=False,
     )
 
 if __name__ == "__main__":
