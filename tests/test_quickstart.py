@@ -16,31 +16,33 @@ from safetensors.torch import load_file
 
 from sb3_vla.evaluation.evaluation import EvaluationResult
 
-QUICKSTART = Path(__file__).parents[1] / "examples" / "quickstart.py"
 SMALL = [
-    "collect.tasks=[drawer-close-v3, handle-press-v3]",
-    "collect.suite=MT50",
-    "collect.episodes_per_task=2",
-    "collect.image_size=64",
+    "tasks=[drawer-close-v3, handle-press-v3]",
+    "suite=metaworld_50",
+    "data.episodes_per_task=2",
+    "data.image_size=64",
     "sft.steps=30",
     "sft.batch_size=16",
     "sft.validation_fraction=0.0",
-    "sft.model_kwargs={width: 64, depth: 1, channels: [8, 8, 16]}",
-    "evaluation.trials=2",
-    "ppo.iterations=2",
-    "ppo.num_envs=2",
-    "ppo.decisions=8",
-    "ppo.batch_size=8",
-    "ppo.horizon=40",
-    "ppo.checkpoint_interval=1",
-    "ppo.critic_warmup=0",
+    "actor.model.model_kwargs={width: 64, depth: 1, channels: [8, 8, 16]}",
+    "trials=2",
+    "num_envs=2",
+    "algorithm.rollout_epoch=1",
+    "env.train.max_episode_steps=40",  # eight decisions
+    "actor.global_batch_size=8",
+    "runner.save_interval=1",
+    "algorithm.critic_warmup=0",
 ]
 pytestmark = pytest.mark.timeout(300)
 
 
+def command(run: Path, *settings: str) -> list[str]:
+    return [sys.executable, "-m", "sb3_vla", "train", "quickstart", f"run={run}", *SMALL, *settings]
+
+
 def quickstart(run: Path, *settings: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, str(QUICKSTART), "--run", str(run), *SMALL, *settings],
+        command(run, *settings),
         capture_output=True,
         text=True,
         timeout=280,
@@ -58,7 +60,7 @@ def group_is_alive(group: int) -> bool:
 
 def test_from_nothing_to_a_table_and_again(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    first = quickstart(run)
+    first = quickstart(run, "iterations=2")
     assert first.returncode == 0, first.stdout + first.stderr
     for name in (
         "demonstrations/meta/info.json",
@@ -85,7 +87,7 @@ def test_from_nothing_to_a_table_and_again(tmp_path: Path) -> None:
 
     weights = (run / "ppo/model.safetensors").read_bytes()
     started = time.monotonic()
-    again = quickstart(run)
+    again = quickstart(run, "iterations=2")
     assert again.returncode == 0, again.stdout + again.stderr
     assert time.monotonic() - started < 60
     assert (run / "ppo/model.safetensors").read_bytes() == weights
@@ -98,8 +100,9 @@ def test_an_interrupt_leaves_no_process_and_the_next_start_goes_on(
     sent: signal.Signals, status: int, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    command = [sys.executable, str(QUICKSTART), "--run", str(run), *SMALL, "ppo.iterations=400"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+    process = subprocess.Popen(
+        command(run, "iterations=400"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+    )
     try:
         deadline = time.monotonic() + 240
         while len(list((run / "checkpoints" / "ppo").glob("step-*"))) < 2:
@@ -124,7 +127,7 @@ def test_an_interrupt_leaves_no_process_and_the_next_start_goes_on(
     if sent == signal.SIGTERM:
         return  # what is left is the same
     done = len(list((run / "checkpoints" / "ppo").glob("step-*")))
-    resumed = quickstart(run, f"ppo.iterations={done + 1}")
+    resumed = quickstart(run, f"iterations={done + 1}")
     # Fewer iterations are other settings, so PPO starts afresh; what came before it is kept.
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
     assert (run / "checkpoints" / "ppo.replaced-1").is_dir()
@@ -133,4 +136,4 @@ def test_an_interrupt_leaves_no_process_and_the_next_start_goes_on(
 def test_bad_settings_are_told_in_one_line(tmp_path: Path) -> None:
     result = quickstart(tmp_path / "run", "sft.setps=3")
     assert result.returncode == 2
-    assert "sft.steps" in result.stdout and "Traceback" not in result.stdout + result.stderr
+    assert "sft.steps" in result.stderr and "Traceback" not in result.stdout + result.stderr

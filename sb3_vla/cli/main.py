@@ -351,8 +351,8 @@ _TRAIN_HELP = """Run a recipe: one that --list names, or a YAML file.
     sb3-vla train ppo checkpoint=compact-mt50 "tasks=[pick-place-v3]" run=runs/mine
     sb3-vla train metaworld_50_ppo_openpi checkpoint=FOLDER --dry-run
 
-Any key of a recipe can be given as key=value; --dry-run prints all of them. Short names: checkpoint, tasks, suite, run,
-seed, iterations, learning_rate, num_envs, trials, renderer."""
+Any key of a recipe can be given as key=value; --dry-run prints all of them. Short names: checkpoint, crop, camera,
+tasks, suite, run, seed, iterations, learning_rate, num_envs, trials, renderer."""
 
 
 def _parser() -> argparse.ArgumentParser:

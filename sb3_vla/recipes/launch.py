@@ -113,6 +113,15 @@ def _demonstrations(run: SharedRun, plan: Plan) -> Demonstrations:
     return Demonstrations.load(**{**plan.load, "root": root})
 
 
+def _to_rehearse(run: SharedRun, plan: Plan, start: str, options: dict[str, Any]) -> Demonstrations:
+    """As the model at the start reads them."""
+    assert plan.load is not None
+    found = load_checkpoint(start, options, weights=False)
+    sentence = found.notes.get("view", {}).get("instruction_bytes", plan.load["instruction_bytes"])
+    read = {"image_size": found.model.image_size[0], "hand_view": found.model.hand_view, "instruction_bytes": sentence}
+    return _demonstrations(run, dataclasses.replace(plan, load={**plan.load, **read}))
+
+
 def _imitate(run: SharedRun, plan: Plan, places: Places, after: list[str], console: Console) -> str:
     assert plan.sft is not None
     inputs = {
@@ -165,7 +174,7 @@ def _practise(
                 plan.training,
                 checkpoint=start,
                 output=run.path / name,
-                demonstrations=_demonstrations(run, plan) if rehearses else None,
+                demonstrations=_to_rehearse(run, plan, start, options) if rehearses else None,
                 resume=stage.resumed,
                 model_kwargs=options,
                 loggers=plan.loggers,

@@ -393,6 +393,8 @@ class Recipe:
     #: short names of everyday settings, and RLinf's names of the same things
     ALIASES: ClassVar[dict[str, str]] = {
         "checkpoint": "actor.model.model_path",
+        "crop": "actor.model.crop",
+        "camera": "actor.model.camera",
         "seed": "actor.seed",
         "iterations": "runner.max_epochs",
         "learning_rate": "actor.optim.lr",

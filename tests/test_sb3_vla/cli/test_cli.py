@@ -26,6 +26,7 @@ from sb3_vla.checkpoints import load_checkpoint, save_checkpoint
 from sb3_vla.cli.main import COMMANDS, main
 from sb3_vla.common.signals import stop_request
 from sb3_vla.evaluation.evaluation import check_fit
+from sb3_vla.recipes import launch
 from sb3_vla.runs.directory import RunDirectory, RunError
 
 SFT = [
@@ -102,10 +103,12 @@ def test_what_a_checkpoint_is_shown(
     view = {"camera": "corner2", "crop": "workspace"}
     save_checkpoint("said", tiny_model(action_horizon=5), notes={"view": view})
     save_checkpoint("unsaid", tiny_model(action_horizon=5))
-    where = ["output=result.json", "suite=MT10"] if command == "eval" else ["run=run"]
+    begin = (
+        ["eval", "output=result.json", "suite=MT10"] if command == "eval" else ["train", "ppo", "run=run", "trials=0"]
+    )
     with warnings.catch_warnings(record=True) as told, pytest.raises(Captured):
         warnings.simplefilter("always")
-        main([command, "checkpoint=said", *where, *settings])
+        main([*begin, "checkpoint=said", *settings])
     assert shown["image_size"] == 32
     if command == "train":  # environments are told what evaluations leave to their default
         expected = {"camera": "corner2", "crop": None, **expected}
@@ -150,12 +153,10 @@ def test_imitation_notes_the_view_of_the_data(
         ("eval", ["checkpoint=lerobot/smolvla_base"], "write hf://lerobot/smolvla_base"),
         ("train", ["checkpoint=lerobot/smolvla_base"], "write hf://lerobot/smolvla_base"),
         ("eval", ["output=result.md"], "output=result.md; expected the name of a JSON file"),
-        ("train", ["ppo.batch_size=60"], "batch_size=60 does not divide a rollout of"),
-        ("train", ["data=demonstrations"], "set ppo.rehearsal_coef as well"),
-        ("train", ["algorithm=grpo", "data=demonstrations"], "set grpo.rehearsal_coef as well"),
-        ("train", ["algorithm=trpo"], "'trpo'"),
-        ("train", ["ppo.iteratoins=3"], "ppo.iterations"),
-        ("train", ["grpo.group_sise=3"], "grpo.group_size"),
+        ("train", ["actor.global_batch_size=60"], "batch_size=60 does not divide a rollout of"),
+        ("train", ["algorithm.adv_type=trpo"], "'trpo'"),
+        ("train", ["iteratoins=3"], "unknown key 'iteratoins'"),
+        ("train", ["algorithm.group_sise=3"], "algorithm.group_size"),
         ("sft", ["data=nowhere"], "nowhere"),
     ],
 )
@@ -170,7 +171,7 @@ def test_bad_settings_are_told_in_one_message(
     if command != "sft":
         settings = [f"checkpoint={checkpoint}", *settings]
     if command == "train":
-        settings = [f"run={tmp_path / 'run'}", *settings]
+        settings = ["ppo", f"run={tmp_path / 'run'}", *settings]
     assert main([command, *settings]) == 2
     told = capsys.readouterr().err
     assert "error:" in told and message in " ".join(told.split()), told
@@ -273,25 +274,26 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, bool]]:
     """In place of each training: whether it goes on. Its result tells how many there were before."""
     calls: list[tuple[str, bool]] = []
 
-    def train(run: RunDirectory, name: str, config: Any, *, output: Path, resume: bool, **_: Any) -> None:
-        with run.checkpoint(name, config.total_decisions) as folder:
+    def train(run: RunDirectory, name: str, training: Any, *, output: Path, resume: bool, **_: Any) -> None:
+        with run.checkpoint(name, training.total_decisions) as folder:
             (folder / "state").write_text("")
         run.append_metrics({"stage": name, "start": len(calls)})
         output.mkdir(exist_ok=True)
         (output / "result").write_text(f"{len(calls)}")
         calls.append((name, resume))
 
-    monkeypatch.setattr(sb3_vla.runs.training, "train", train)
+    monkeypatch.setattr(launch, "train", train)
     return calls
 
 
-CIRCUMSTANCES = {
-    "ppo": ["num_workers=2", "keep_checkpoints=null", "checkpoint_interval=7", "device=cpu", "micro_batch_size=8"],
-    "grpo": ["num_workers=2", "keep_checkpoints=1", "checkpoint_interval=7", "gradient_checkpointing=true"],
-}
+REHEARSING = ["algorithm.rehearsal_coef=1", "trials=0"]
+CIRCUMSTANCES = [
+    *("env.train.num_workers=2", "runner.keep_checkpoints=null", "runner.save_interval=7", "renderer=software"),
+    *("actor.micro_batch_size=8", "actor.model.gradient_checkpointing=true"),
+]
 
 
-@pytest.mark.parametrize("algorithm", CIRCUMSTANCES)
+@pytest.mark.parametrize("algorithm", ["ppo", "grpo"])
 def test_what_does_not_decide_the_result_begins_nothing_anew(
     algorithm: str,
     checkpoint: Path,
@@ -306,10 +308,9 @@ def test_what_does_not_decide_the_result_begins_nothing_anew(
     shutil.copytree(demonstrations, tmp_path / "data")
 
     def train(*settings: str, run: str = "r", start: str = "checkpoint", data: str = "data") -> int:
-        given = [f"run={run}", f"checkpoint={start}", f"data={data}", f"{algorithm}.rehearsal_coef=1", *settings]
-        return main(["train", f"algorithm={algorithm}", *given])
+        given = [f"run={run}", f"checkpoint={start}", f"data.path={data}", *REHEARSING]
+        return main(["train", algorithm, *given, *settings])
 
-    other = {"ppo": "grpo", "grpo": "ppo"}[algorithm]
     assert train() == 0
     for path in ("./r", str(tmp_path / "r"), "~/r", "r/../r/"):
         assert train(run=path) == 0
@@ -318,13 +319,11 @@ def test_what_does_not_decide_the_result_begins_nothing_anew(
     shutil.copytree(checkpoint, tmp_path / "copy")
     shutil.copytree(tmp_path / "data", tmp_path / "moved data")
     assert train(start="copy", data="./moved data") == 0
-    for setting in CIRCUMSTANCES[algorithm]:
-        assert train(f"{algorithm}.{setting}") == 0
-    assert train(f"{other}.seed=5", "renderer=software") == 0
+    for setting in CIRCUMSTANCES:
+        assert train(setting) == 0
     assert trained == [(algorithm, False)]
     assert RunDirectory("r").metrics() == [{"stage": algorithm, "start": 0}] and not (tmp_path / "~").exists()
-    length = "ppo.iterations=61" if algorithm == "ppo" else "grpo.total_decisions=120001"
-    assert train(length) == 0 and trained[-1] == (algorithm, True)
+    assert train("iterations=61") == 0 and trained[-1] == (algorithm, True)
     assert not (tmp_path / "r" / "replaced").exists()
 
 
@@ -333,7 +332,8 @@ def test_what_decides_the_result_moves_the_earlier_one_aside(
     changed: str, checkpoint: Path, demonstrations: Path, trained: list[tuple[str, bool]], tmp_path: Path
 ) -> None:
     data = shutil.copytree(demonstrations, tmp_path / "data")
-    command = ["train", f"run={tmp_path / 'r'}", f"checkpoint={checkpoint}", f"data={data}", "ppo.rehearsal_coef=1"]
+    command = ["train", "ppo", f"run={tmp_path / 'r'}", f"checkpoint={checkpoint}", f"data.path={data}"]
+    command += REHEARSING
     assert main(command) == 0
     if changed == "checkpoint":
         save_checkpoint(checkpoint, tiny_model(action_horizon=4))
@@ -341,9 +341,9 @@ def test_what_decides_the_result_moves_the_earlier_one_aside(
         stats = data / "meta" / "stats.json"
         stats.write_text(stats.read_text().replace("0", "1", 1))
     settings = {
-        "seed": "ppo.seed=1",
+        "seed": "seed=1",
         "tasks": "tasks=[reach-v3]",
-        "length": "ppo.iterations=59",
+        "length": "iterations=59",
         "view": "crop=workspace",
     }.get(changed)
     with pytest.warns(UserWarning, match="ppo has other settings than before"):
@@ -440,7 +440,14 @@ def test_a_home_directory_is_expanded_in_every_setting(
     settings = {
         "collect": ["output=~/new", *short, "episodes_per_task=1", "image_size=32"],
         "sft": ["data=~/data", "output=~/new", *SFT, "sft.steps=1"],
-        "train": ["checkpoint=~/start", "run=~/new", "data=~/data", "ppo.rehearsal_coef=1"],
+        "train": [
+            "ppo",
+            "checkpoint=~/start",
+            "run=~/new",
+            "data.path=~/data",
+            "algorithm.rehearsal_coef=1",
+            "trials=0",
+        ],
         "eval": ["checkpoint=~/start", "output=~/new/r.json", "videos=~/films", "trials_per_task=1", *short],
     }[command]
     assert main([command, *settings]) == 0
@@ -462,8 +469,8 @@ def test_a_fault_of_ours_keeps_its_traceback(
     def mistaken(*_: Any, **__: Any) -> None:
         raise error("a [mistake]")
 
-    monkeypatch.setattr(sb3_vla.runs.training, "train", mistaken)
-    command = ["train", f"checkpoint={checkpoint}", f"run={tmp_path / 'run'}"]
+    monkeypatch.setattr(launch, "train", mistaken)
+    command = ["train", "ppo", "trials=0", f"checkpoint={checkpoint}", f"run={tmp_path / 'run'}"]
     assert main(command) == 2
     told = capsys.readouterr().err
     kept = tmp_path / "run" / "traceback.txt"
@@ -499,8 +506,8 @@ def test_what_follows_a_signal_is_told(
             os.kill(os.getpid(), signal.SIGTERM)
             raise next(faults)
 
-    monkeypatch.setattr(sb3_vla.runs.training, "train", train)
-    command = ["train", f"checkpoint={checkpoint}", f"run={tmp_path / 'run'}"]
+    monkeypatch.setattr(launch, "train", train)
+    command = ["train", "ppo", "trials=0", f"checkpoint={checkpoint}", f"run={tmp_path / 'run'}"]
     assert main(command) == 143
     told = capsys.readouterr().out.strip()
     assert told.startswith("interrupted by SIGTERM, after which this happened: RuntimeError: a worker [died]; the same")

@@ -21,15 +21,16 @@ from sb3_vla.runs.directory import RunDirectory
 
 SCRIPT = Path(__file__).parents[2] / "toy_train.py"
 SETTINGS = (
-    "suite=MT10",
-    "ppo.iterations=6",
-    "ppo.num_envs=4",
-    "ppo.decisions=6",
-    "ppo.batch_size=12",
-    "ppo.epochs=2",
-    "ppo.critic_warmup=0",
-    "ppo.actor_warmup=0",
-    "ppo.checkpoint_interval=2",
+    "trials=0",
+    "iterations=6",
+    "num_envs=4",
+    "algorithm.rollout_epoch=1",
+    "env.train.max_episode_steps=30",  # six decisions
+    "actor.global_batch_size=12",
+    "algorithm.update_epoch=2",
+    "algorithm.critic_warmup=0",
+    "algorithm.actor_warmup=0",
+    "runner.save_interval=2",
 )
 
 
@@ -47,7 +48,17 @@ def save_model(folder: Path) -> Path:
 def launch(ranks: int, run: Path, start: Path, *settings: str, **variables: str) -> subprocess.Popen[str]:
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
     return subprocess.Popen(
-        [sys.executable, *launcher, str(SCRIPT), "train", f"checkpoint={start}", f"run={run}", *SETTINGS, *settings],
+        [
+            sys.executable,
+            *launcher,
+            str(SCRIPT),
+            "train",
+            "ppo",
+            f"checkpoint={start}",
+            f"run={run}",
+            *SETTINGS,
+            *settings,
+        ],
         env={**os.environ, "PYTHONWARNINGS": "ignore", **variables},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -109,7 +120,7 @@ def test_the_death_of_a_rank_ends_all_and_the_run_goes_on(tmp_path: Path, start:
 
 
 def test_what_cannot_be_shared_is_told(tmp_path: Path, start: Path) -> None:
-    code, output = finish(launch(2, tmp_path / "run", start, "ppo.num_envs=3", "ppo.batch_size=9"))
+    code, output = finish(launch(2, tmp_path / "run", start, "num_envs=3", "actor.global_batch_size=9"))
     assert code != 0
     assert "num_envs=3 cannot be shared by 2 ranks; expected a multiple of 2, such as 4" in output.replace("\n", " ")
     assert "sb3_vla/runs/training.py" not in output  # no traceback but torchrun's own

@@ -315,8 +315,9 @@ def test_train_cuts_it_from_full_views(tmp_path: Path, monkeypatch: pytest.Monke
     full = write(tmp_path / "full", episode(48, hand=False), camera="corner2", crop=None)
     save_checkpoint(tmp_path / "start", make_model("compact", {**TINY, "image_size": 32, "hand_view": asdict(SMALL)}))
     given: dict[str, Any] = {}
-    monkeypatch.setattr("sb3_vla.runs.training.train", lambda *_, **options: given.update(options))
-    options = [f"checkpoint={tmp_path / 'start'}", f"data={full}", f"run={tmp_path / 'run'}", "ppo.rehearsal_coef=1"]
+    monkeypatch.setattr("sb3_vla.recipes.launch.train", lambda *_, **options: given.update(options))
+    options = ["ppo", f"checkpoint={tmp_path / 'start'}", f"data.path={full}", f"run={tmp_path / 'run'}", "trials=0"]
+    options += ["algorithm.rehearsal_coef=1"]
     main(["train", *options])
     assert given["demonstrations"].camera["hand_view"] == asdict(SMALL)
     assert given["demonstrations"].hand_images.shape == (12, 32, 32, 3)

@@ -432,7 +432,10 @@ def test_how_a_recipe_runs_begins_nothing_anew(
             done.append(name)
             for output in outputs:
                 (tmp_path / "runs" / "r" / output).mkdir(parents=True)
-            return SimpleNamespace(history=[], to_json=lambda path: path.write_text("{}"))
+            solved = SimpleNamespace(value=0.5)
+            return SimpleNamespace(
+                history=[], to_json=lambda path: path.write_text("{}"), mean_over_tasks=lambda: solved
+            )
 
         return make
 

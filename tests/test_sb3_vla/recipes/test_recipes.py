@@ -434,12 +434,13 @@ def test_a_base_may_lie_in_a_home_directory(tmp_path: Path, monkeypatch: pytest.
 def test_short_names_of_everyday_settings(tmp_path: Path) -> None:
     run = tmp_path / "my runs" / "2024"
     short = ["tasks=[reach-v3]", "suite=metaworld_50", f"run={run}", "seed=3", "iterations=7", "learning_rate=0.5"]
-    short += ["num_envs=4", "trials=2", "renderer=software", "checkpoint=somewhere"]
+    short += ["num_envs=4", "trials=2", "renderer=software", "checkpoint=somewhere", "crop=full", "camera=corner"]
     recipe = load_recipe("metaworld_50_ppo_compact", short)
     assert (recipe.env.train.tasks, recipe.env.eval.tasks) == (["reach-v3"], ["reach-v3"])
     assert (recipe.env.train.task_suite_name, recipe.env.eval.task_suite_name) == ("metaworld_50", "metaworld_50")
     assert (recipe.env.train.renderer, recipe.env.eval.renderer) == ("software", "software")
     assert (recipe.actor.seed, recipe.runner.max_epochs, recipe.actor.optim.lr) == (3, 7, 0.5)
+    assert (recipe.actor.model.crop, recipe.actor.model.camera) == ("full", "corner")
     assert (recipe.env.train.total_num_envs, recipe.env.eval.trials_per_task) == (4, 2)
     assert make_plan(recipe, given_keys("metaworld_50_ppo_compact", short)).run == run
 
