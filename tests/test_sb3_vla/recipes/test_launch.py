@@ -442,8 +442,9 @@ def test_how_a_recipe_runs_begins_nothing_anew(
     for name, outputs in {"collect": ["demonstrations"], "sft": ["sft"], "train": ["ppo"], "evaluate": []}.items():
         monkeypatch.setattr(launch, name, making(name, *outputs))
     loaded = SimpleNamespace(model=SimpleNamespace(image_size=(32, 32)), notes={}, model_name="compact")
-    for name, found in {"load_checkpoint": loaded, "load_policy": None, "_tell": None, "_demonstrations": None}.items():
-        monkeypatch.setattr(launch, name, lambda *_, found=found, **__: found)
+    monkeypatch.setattr(launch, "load_checkpoint", lambda *_, **__: loaded)
+    for name in ("load_policy", "_tell", "_demonstrations", "_to_rehearse"):
+        monkeypatch.setattr(launch, name, lambda *_, **__: None)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
 
