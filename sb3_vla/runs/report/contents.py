@@ -198,8 +198,10 @@ def _note_missing(run: Contents) -> None:
     trained = next((name for name in ("ppo", "grpo") if (run.path / name).is_dir()), "ppo")
     for name, checkpoint in (("before", _start(run)), ("after", run.path / trained)):
         if name not in run.evaluations and not (run.path / f"evaluation_{name}.json").exists():
-            made_by = f": {_evaluation_command(run, name, checkpoint)}" if Path(checkpoint).is_dir() else "."
-            run.missing.append(f"The evaluation {name} training, evaluation_{name}.json{made_by}")
+            command = _evaluation_command(run, name, checkpoint) if Path(checkpoint).is_dir() else None
+            run.missing.append(
+                f"The evaluation {name} training, evaluation_{name}.json" + (f": {command}" if command else ".")
+            )
     if not run.videos:
         run.missing.append("Videos: sb3-vla eval writes them with videos=FOLDER, here into the folder videos.")
 
@@ -210,13 +212,15 @@ def _start(run: Contents) -> str:
     return str(run.config.get("checkpoint") or model.get("model_path") or run.path / "sft")
 
 
-def _evaluation_command(run: Contents, name: str, checkpoint: str | Path) -> str:
-    """What measures a checkpoint on the tasks that the run is about."""
-    inputs = [marker.get("inputs") or {} for marker in run.stages.values()]
-    places = [*(given.get("train") or given for given in inputs), run.config.get("collect") or {}, run.config]
-    where = next((place for place in places if "suite" in place), {})
-    settings = {"checkpoint": checkpoint, "suite": where.get("suite", "MT10"), "split": where.get("split")}
-    if settings["suite"] == "MT1":
+def _evaluation_command(run: Contents, name: str, checkpoint: str | Path) -> str | None:
+    """What measures a checkpoint on the tasks that the run is about; None where nothing tells them yet."""
+    inputs = [marker["inputs"] for marker in run.stages.values() if isinstance(marker.get("inputs"), dict)]
+    places = [place for given in (*inputs, run.config) for place in (*given.values(), given) if isinstance(place, dict)]
+    where = next((place for place in places if "suite" in place), None)
+    if where is None:
+        return None
+    settings = {"checkpoint": checkpoint, "suite": where["suite"], "split": where.get("split")}
+    if where["suite"] == "MT1":
         settings["suite"] = "MT50"
     if where.get("tasks"):
         settings["tasks"] = f"[{', '.join(where['tasks'])}]"

@@ -219,6 +219,18 @@ def test_an_unfinished_run_says_what_is_missing(tmp_path: Path) -> None:
     assert "A comparison needs one protocol" in Page(write_report(run.path)).text
 
 
+def test_the_command_of_an_evaluation_is_told_when_its_tasks_are_known(tmp_path: Path) -> None:
+    model = {"model_path": str(tmp_path)}
+    run = RunDirectory(tmp_path / "run", {"actor": {"model": model}, "env": {"train": {"task_suite_name": "other"}}})
+    text = Page(write_report(run.path)).text
+    assert "evaluation_before.json." in text and "sb3-vla eval checkpoint" not in text
+    run.write_json("stages/grpo.json", {"inputs": {"a": 3, "where": {"suite": "ML45", "split": "test", "tasks": None}}})
+    (run.path / "grpo").mkdir()
+    text = Page(write_report(run.path)).text
+    assert f"sb3-vla eval checkpoint={tmp_path} suite=ML45 split=test output={run.path}/evaluation_before.json" in text
+    assert f"sb3-vla eval checkpoint={run.path}/grpo suite=ML45 split=test output" in text
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
