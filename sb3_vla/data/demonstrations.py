@@ -414,8 +414,6 @@ def _once(
 
 def _can_share_with() -> tuple[Any, ...]:
     """Ranks for which this is the same see one another's processes, and so their memory."""
-    if not hasattr(os, "memfd_create"):
-        return socket.gethostname(), os.getpid()
     return socket.gethostname(), os.readlink("/proc/self/ns/pid")
 
 

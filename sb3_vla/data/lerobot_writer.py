@@ -25,7 +25,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -146,14 +146,9 @@ def _histogram(images: np.ndarray) -> np.ndarray:
 # Writing
 
 
-class _FileNumber(NamedTuple):
-    chunk_index: int
-    file_index: int
-
-    def next(self) -> _FileNumber:
-        if self.file_index + 1 < _FILES_PER_CHUNK:
-            return _FileNumber(self.chunk_index, self.file_index + 1)
-        return _FileNumber(self.chunk_index + 1, 0)
+def _place(number: int) -> dict[str, int]:
+    """Chunk and number within it of the n-th file."""
+    return dict(zip(("chunk_index", "file_index"), divmod(number, _FILES_PER_CHUNK), strict=True))
 
 
 class DemonstrationWriter:
@@ -205,9 +200,9 @@ class DemonstrationWriter:
                     "Choose an even image size, or image_storage='png'."
                 )
         self._directory = begin_folder(self.root, self._check_destination)
-        self._data_file = _FileNumber(0, 0)
+        self._data_file = 0  # number of the file that is being written
         self._data_writer: pq.ParquetWriter | None = None
-        self._video_files = dict.fromkeys(self.shapes, _FileNumber(0, 0))
+        self._video_files = dict.fromkeys(self.shapes, 0)
         self._videos: dict[str, Mp4Writer] = {}
         self._schema = self._make_schema()
         self._task_index: dict[str, int] = {}
@@ -412,34 +407,33 @@ class DemonstrationWriter:
                 arrays.append(pa.FixedSizeListArray.from_arrays(columns[field.name].ravel(), field.type.list_size))
             else:
                 arrays.append(pa.array(columns[field.name], field.type))
-        path = self._directory / _DATA_PATH.format(**self._data_file._asdict())
+        path = self._directory / _DATA_PATH.format(**_place(self._data_file))
         if self._data_writer is not None and path.stat().st_size >= _DATA_FILE_MB * 2**20:
             self._data_writer.close()
             self._data_writer = None
-            self._data_file = self._data_file.next()
-            path = self._directory / _DATA_PATH.format(**self._data_file._asdict())
+            self._data_file += 1
+            path = self._directory / _DATA_PATH.format(**_place(self._data_file))
         if self._data_writer is None:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._data_writer = pq.ParquetWriter(path, self._schema, compression="snappy", use_dictionary=False)
         # One row group an episode: a reader that wants some tasks only skips the pictures of the others.
         self._data_writer.write_table(pa.Table.from_arrays(arrays, schema=self._schema))
-        return {"data/chunk_index": self._data_file.chunk_index, "data/file_index": self._data_file.file_index}
+        return {f"data/{name}": number for name, number in _place(self._data_file).items()}
 
     def _write_video(self, name: str, images: np.ndarray | list[bytes]) -> dict[str, Any]:
         if name in self._videos and self._videos[name].bytes >= _VIDEO_FILE_MB * 2**20:
             self._videos.pop(name).close()
-            self._video_files[name] = self._video_files[name].next()
-        number = self._video_files[name]
+            self._video_files[name] += 1
+        place = _place(self._video_files[name])
         if name not in self._videos:
-            path = self._directory / _VIDEO_PATH.format(video_key=name, **number._asdict())
+            path = self._directory / _VIDEO_PATH.format(video_key=name, **place)
             self._videos[name] = Mp4Writer(path, self.fps, _VIDEO_OPTIONS)
         video = self._videos[name]
         start = video.frames
         for image in images:
             video.append(np.asarray(image))
         return {
-            f"videos/{name}/chunk_index": number.chunk_index,
-            f"videos/{name}/file_index": number.file_index,
+            **{f"videos/{name}/{key}": number for key, number in place.items()},
             f"videos/{name}/from_timestamp": start / self.fps,
             f"videos/{name}/to_timestamp": video.frames / self.fps,
         }

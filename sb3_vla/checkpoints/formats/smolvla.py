@@ -113,13 +113,10 @@ def load_smolvla(
     return LoadedCheckpoint(model, "smolvla", model.config, None, {NORMALIZED: not base}, sampler)
 
 
-def save_smolvla(
-    folder: str | Path, model: SmolVLA, denoising_steps: int = 10, max_shard_bytes: int | None = None
-) -> None:
+def save_smolvla(folder: str | Path, model: SmolVLA, denoising_steps: int = 10) -> None:
     """Write a SmolVLA as LeRobot does; the folder appears whole or not at all.
 
     :param denoising_steps: Euler steps that LeRobot takes with it.
-    :param max_shard_bytes: size from which the weights are written in several files, which LeRobot does not read.
     :raises FileExistsError: if the folder holds something else than a checkpoint.
     """
     folder, given = local_path(folder), model.config
@@ -191,7 +188,7 @@ def save_smolvla(
     ]
     with whole_checkpoint(folder) as partial:
         write_json(partial / "config.json", config)
-        write_weights(partial, weights, max_shard_bytes)
+        write_weights(partial, weights)
         write_processors(partial, steps, inputs, outputs, _NORM_MAP, statistics)
         write_tokenizer(partial / TOKENIZER, text)
         if published is None:
