@@ -13,7 +13,7 @@ from sb3_vla.checkpoints.native import place_of_configuration
 from sb3_vla.common.errors import NotThereError
 from sb3_vla.common.paths import local_path
 
-# Of larger files, which are weights, pictures and videos, the name and the size: what describes them lies beside them.
+# Of larger files, which are weights, images and videos, the name and the size: what describes them lies beside them.
 _READ_BYTES = 2**22
 #: options of a model that are paths
 _PATHS = ("tokenizer", "norm_stats")

@@ -22,7 +22,7 @@ from sb3_vla.models import MODELS, VLAModel, model_class
 from sb3_vla.models.lora import merged_state
 from sb3_vla.models.prompts import copy_tokenizer
 
-# 2: CompactVLA attends to picture and sentence alone.
+# 2: CompactVLA attends to image and sentence alone.
 FORMAT = "sb3-vla-2"
 #: what tells an adapter's folder
 ADAPTER_CONFIG = "adapter_config.json"

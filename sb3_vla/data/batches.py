@@ -23,7 +23,7 @@ class DemonstrationBatches:
     :param demonstrations: the data.
     :param frames: which frames to draw from, None for all.
     :param horizon: H.
-    :param shift: random shift of the pictures, pixels.
+    :param shift: random shift of the images, pixels.
     :param seed: of order and shifts.
     """
 
@@ -122,7 +122,7 @@ def check_hand_images(demonstrations: Demonstrations, model: VLAModel) -> None:
 
 
 def hand_view_of(demonstrations: Demonstrations) -> HandView:
-    """The window that the pictures of the hand show.
+    """The window that the images of the hand show.
 
     :raises ValueError: if the demonstrations do not note it.
     """
@@ -135,7 +135,7 @@ def hand_view_of(demonstrations: Demonstrations) -> HandView:
 
 
 def _shifted(images: np.ndarray, index: np.ndarray, moves: np.ndarray) -> np.ndarray:
-    """Pictures moved by whole pixels (2, N), edges repeated (DrQ, Kostrikov et al. 2021)."""
+    """Images moved by whole pixels (2, N), edges repeated (DrQ, Kostrikov et al. 2021)."""
     height, width = images.shape[1:3]
     rows = np.clip(np.arange(height) + moves[0][:, None], 0, height - 1)
     columns = np.clip(np.arange(width) + moves[1][:, None], 0, width - 1)

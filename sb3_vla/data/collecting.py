@@ -140,9 +140,9 @@ def collect(
     :param tasks: A subset of the suite's tasks.
     :param split: ``train``, or ``test`` for the held-out tasks of ML10 and ML45.
     :param episodes_per_task: Successful episodes wanted of each task.
-    :param image_size: Side of the square pictures, pixels.
+    :param image_size: Side of the square images, pixels.
     :param crop: Window of the camera's view, a name or (top, left, height, width) in fractions; None for all of it.
-    :param hand_view: Side of the pictures of the hand view, a feature of its own; None for none.
+    :param hand_view: Side of the images of the hand view, a feature of its own; None for none.
     :param hand_window: Side of its window as a fraction of the camera's view.
     :param horizon: Steps after which an attempt has failed. More than the 160 of the usual evaluation, because the
         experts of a few tasks need about that many, and a tight limit would keep their easiest goals only.

@@ -58,7 +58,7 @@ class Demonstrations:
     :param episode_starts: int64 ``(E,)``, first frame of each episode.
     :param episode_ends: int64 ``(E,)``, one past its last frame.
     :param trials: Trial of each episode, None where the dataset does not name it.
-    :param camera: How the pictures were taken, as far as the dataset says (``camera``, ``crop``, ...); where they were
+    :param camera: How the images were taken, as far as the dataset says (``camera``, ``crop``, ...); where they were
         brought to another size, also from which (``render_size``), and how (``resize``).
     :param instruction_bytes: Bytes that a sentence may have, and to which a model's are padded.
     :param hand_images: uint8 ``(N, size, size, 3)``, the hand view, of which ``camera["hand_view"]`` tells the window;
@@ -94,14 +94,14 @@ class Demonstrations:
         instruction_bytes: int = INSTRUCTION_BYTES,
         hand_view: HandView | None = None,
     ) -> Demonstrations:
-        """Load a LeRobot dataset v3.0 with pictures as PNG or as video.
+        """Load a LeRobot dataset v3.0 with images as PNG or as video.
 
-        Ranks (:mod:`sb3_vla.distributed.ranks`) must all call it. Those on one machine that load the same pictures have
+        Ranks (:mod:`sb3_vla.distributed.ranks`) must all call it. Those on one machine that load the same images have
         them in memory once, read-only: the first one decodes them to memory that all of them map.
 
         :param root: Folder of the dataset.
         :param tasks: Only the episodes of these tasks; MetaWorld names, or sentences that are said in them.
-        :param image_size: Bring the pictures to ``image_size x image_size`` while decoding (area average). A model that
+        :param image_size: Bring the images to ``image_size x image_size`` while decoding (area average). A model that
             is trained on them is then shown what the environment draws at their own size, brought to this one alike.
         :param rename: The dataset's feature name -> ours, e.g. ``{"observation.images.camera1": "observation.image"}``.
         :param instruction_bytes: Bytes of UTF-8 that a sentence may have.
@@ -292,7 +292,7 @@ def _check_instructions(root: str | Path, sentences: Mapping[int, str], limit: i
 
 
 def _view(reader: LeRobotReader, image_size: int | None) -> dict[str, Any]:
-    """How the pictures were taken, as far as the dataset says, and at which size where they are given another."""
+    """How the images were taken, as far as the dataset says, and at which size where they are given another."""
     camera = (reader.features[IMAGE].get("info") or {}).get("camera")
     view = dict(camera) if isinstance(camera, Mapping) else {}
     height, width = reader.image_shape()
@@ -308,7 +308,7 @@ def _trial(episode: Mapping[str, Any]) -> Trial | None:
 
 
 def _recorded_hand_view(reader: LeRobotReader, note: object, asked: HandView | None) -> HandView:
-    """What a dataset's pictures of the hand show: as it notes, or else as it is asked for."""
+    """What a dataset's images of the hand show: as it notes, or else as it is asked for."""
     height, width = reader.image_shape(HAND_IMAGE)
     if note is None and asked is None:
         raise InputError(
@@ -328,7 +328,7 @@ def _recorded_hand_view(reader: LeRobotReader, note: object, asked: HandView | N
 
 
 def _check_full_view(reader: LeRobotReader, view: Mapping[str, Any], hand: HandView) -> None:
-    """:raises ValueError: for pictures from which no hand view can be cut."""
+    """:raises ValueError: for images from which no hand view can be cut."""
     crop, (height, width) = view.get("crop"), reader.image_shape()
     if crop not in (None, "full") and tuple(crop) != FULL_VIEW:
         raise InputError(
@@ -340,7 +340,7 @@ def _check_full_view(reader: LeRobotReader, view: Mapping[str, Any], hand: HandV
 
 
 def _images(reader: LeRobotReader, rows: np.ndarray, size: int | None, feature: str = IMAGE) -> np.ndarray:
-    """Pictures of frames, once for all ranks of a machine that ask for the same."""
+    """Images of frames, once for all ranks of a machine that ask for the same."""
     shape = (len(rows), *((size, size) if size is not None else reader.image_shape(feature)), 3)
 
     def decode(into: np.ndarray) -> None:
@@ -352,7 +352,7 @@ def _images(reader: LeRobotReader, rows: np.ndarray, size: int | None, feature: 
 def _images_and_cuts(
     reader: LeRobotReader, rows: np.ndarray, size: int | None, hand: HandView, camera: str, states: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """As :func:`_images`, and the hand view, which is cut from each picture of the full view as it is decoded."""
+    """As :func:`_images`, and the hand view, which is cut from each image of the full view as it is decoded."""
     shape = (len(rows), *((size, size) if size is not None else reader.image_shape()), 3)
     hand_shape, count = (len(rows), hand.size, hand.size, 3), math.prod(shape)
 
@@ -397,7 +397,7 @@ def _once(
                     decoded = np.empty(count, np.uint8)
                 decode(decoded)
                 decoded.setflags(write=shared is None)  # what is shared nobody may change
-            except Exception as raised:  # the others shall not wait for pictures that do not come
+            except Exception as raised:  # the others shall not wait for images that do not come
                 error = raised
         place, error = ranks.gather((None if shared is None else _place(shared), error))[first]
         if error is not None:

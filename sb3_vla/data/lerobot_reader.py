@@ -87,7 +87,7 @@ class LeRobotReader:
         raise InputError(message)
 
     def image_shape(self, feature: str = IMAGE) -> tuple[int, int]:
-        """Height and width of a feature's stored pictures."""
+        """Height and width of a feature's stored images."""
         shape = self.features[feature]["shape"]
         if len(shape) != 3:
             raise InputError(
@@ -112,16 +112,16 @@ class LeRobotReader:
         feature: str = IMAGE,
         look: Callable[[int, np.ndarray], None] | None = None,
     ) -> np.ndarray:
-        """Decode pictures.
+        """Decode images.
 
         :param frames: Numbers of the frames, as :meth:`columns` has them.
-        :param size: Shrink or stretch every picture to ``size x size`` while decoding; None keeps them.
+        :param size: Shrink or stretch every image to ``size x size`` while decoding; None keeps them.
         :param out: array to decode into, of what is returned; None for a new one.
-        :param feature: whose pictures.
-        :param look: called once for each picture, by several threads at a time, with its position in ``frames`` and
-            with the picture in the size in which it is stored, uint8 ``(H, W, 3)``.
+        :param feature: whose images.
+        :param look: called once for each image, by several threads at a time, with its position in ``frames`` and
+            with the image in the size in which it is stored, uint8 ``(H, W, 3)``.
         :return: uint8 ``(len(frames), H, W, 3)``; see :func:`decode_picture`.
-        :raises ValueError: If a file is damaged or lacks a picture; the message names it.
+        :raises ValueError: If a file is damaged or lacks an image; the message names it.
         """
         height, width = (size, size) if size is not None else self.image_shape(feature)
         images = np.empty((len(frames), height, width, 3), dtype=np.uint8) if out is None else out
@@ -274,7 +274,7 @@ class LeRobotReader:
         def decode(position: int, row: int, data: bytes) -> np.ndarray:
             try:
                 picture = decode_picture(data, size if look is None else None)
-            except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises where a picture is damaged
+            except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises where an image is damaged
                 raise InputError(f"The picture in row {row} of {path} cannot be read: {error}") from error
             if look is None:
                 return picture
@@ -338,7 +338,7 @@ def _names_file(path: Path) -> Iterator[None]:
 
 
 def _decode_video(path: Path, wanted: list[tuple[float, int]], tolerance: float) -> Iterator[tuple[int, Image.Image]]:
-    """Yield (position, picture) for each (time in seconds, position), ascending in time, in one pass over the file."""
+    """Yield (position, image) for each (time in seconds, position), ascending in time, in one pass over the file."""
     remaining = iter(wanted)
     time, position = next(remaining)
     damaged = False
@@ -379,7 +379,7 @@ def decode_picture(data: bytes, size: int | None) -> np.ndarray:
 
     Of 16 bits the upper 8 are taken; a fourth channel, opacity, is left out.
 
-    :raises ValueError: For a picture of floating point numbers, whose range is not known.
+    :raises ValueError: For an image of floating point numbers, whose range is not known.
     """
     with Image.open(io.BytesIO(data)) as picture:
         if picture.mode == "F":

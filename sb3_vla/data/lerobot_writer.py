@@ -6,8 +6,8 @@ On disk a dataset is::
     meta/stats.json                             min, max, mean, std, count and quantiles of each feature
     meta/tasks.parquet                          sentence -> task_index
     meta/episodes/chunk-000/file-000.parquet    an episode a row: length, rows, where its data and its video lie
-    data/chunk-000/file-000.parquet             a frame a row; pictures inside as PNG (feature dtype "image"), or
-    videos/<feature>/chunk-000/file-000.mp4     pictures as video (feature dtype "video")
+    data/chunk-000/file-000.parquet             a frame a row; images inside as PNG (feature dtype "image"), or
+    videos/<feature>/chunk-000/file-000.mp4     images as video (feature dtype "video")
 
 Many episodes share a file; a new one begins when a file has grown past the size that ``info.json`` names. The features
 are those of ``lerobot/metaworld_mt50``, so whatever trains on that dataset trains on one of ours.
@@ -70,7 +70,7 @@ _COLUMNS: dict[str, tuple[str, tuple[int, ...], list[str] | None]] = {
 }
 _ARROW_TYPES = {"float32": pa.float32(), "bool": pa.bool_(), "int16": pa.int16(), "int64": pa.int64()}
 _QUANTILES = {"q01": 0.01, "q10": 0.10, "q50": 0.50, "q90": 0.90, "q99": 0.99}
-# A few frames an episode give the statistics of its pictures: neighbors are almost equal, and decoding all takes long.
+# A few frames an episode give the statistics of its images: neighbors are almost equal, and decoding all takes long.
 _SAMPLED_FRAMES = 8
 
 
@@ -79,13 +79,13 @@ class Episode:
     """One demonstration of T frames: row t is what was seen *before* action t, and what came of that action.
 
     :param trial: Task, seed and goal of the episode; gives the sentence and the task id.
-    :param images: uint8 ``(T, H, W, 3)``, or T pictures already encoded as PNG.
+    :param images: uint8 ``(T, H, W, 3)``, or T images already encoded as PNG.
     :param states: float32 ``(T, 4)``, hand x, y, z in meters and gripper opening.
     :param environment_states: float32 ``(T, 39)``, MetaWorld's own observation.
     :param actions: float32 ``(T, 4)``, the action to imitate.
     :param rewards: float32 ``(T,)``, reward of step t.
     :param successes: bool ``(T,)``, whether step t ended in success.
-    :param hand_images: pictures of the hand view, as ``images``; None where the dataset has none.
+    :param hand_images: images of the hand view, as ``images``; None where the dataset has none.
     """
 
     trial: Trial
@@ -102,7 +102,7 @@ class Episode:
 
 
 def encode_png(image: np.ndarray) -> bytes:
-    """Encode one uint8 ``(H, W, 3)`` picture as PNG, at the fastest compression level."""
+    """Encode one uint8 ``(H, W, 3)`` image as PNG, at the fastest compression level."""
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, format="PNG", compress_level=1)
     return buffer.getvalue()
@@ -138,7 +138,7 @@ def _image_statistics(histogram: np.ndarray, frames: int) -> dict[str, list[Any]
 
 
 def _histogram(images: np.ndarray) -> np.ndarray:
-    """Counts ``(3, 256)`` of the levels of uint8 pictures ``(n, H, W, 3)``."""
+    """Counts ``(3, 256)`` of the levels of uint8 images ``(n, H, W, 3)``."""
     return np.stack([np.bincount(images[..., channel].ravel(), minlength=256) for channel in range(3)])
 
 
@@ -162,8 +162,8 @@ class DemonstrationWriter:
     :param image_shape: ``(H, W, 3)``; both even for ``"mp4"``.
     :param fps: Frames per second; MetaWorld steps 80 times a second.
     :param image_storage: ``"png"`` keeps every pixel, inside the data files; ``"mp4"`` is smaller, but lossy.
-    :param camera: How the pictures were taken (camera, crop, ...), stored with the image feature. JSON types only.
-    :param hand_shape: ``(H, W, 3)`` of the pictures of the hand view, where episodes have them.
+    :param camera: How the images were taken (camera, crop, ...), stored with the image feature. JSON types only.
+    :param hand_shape: ``(H, W, 3)`` of the images of the hand view, where episodes have them.
     :param overwrite: Replace the dataset at ``root``, once the new one is complete. A folder that is no dataset is
         never replaced.
     :raises FileExistsError: If ``root`` exists and may not be replaced.
@@ -416,7 +416,7 @@ class DemonstrationWriter:
         if self._data_writer is None:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._data_writer = pq.ParquetWriter(path, self._schema, compression="snappy", use_dictionary=False)
-        # One row group an episode: a reader that wants some tasks only skips the pictures of the others.
+        # One row group an episode: a reader that wants some tasks only skips the images of the others.
         self._data_writer.write_table(pa.Table.from_arrays(arrays, schema=self._schema))
         return {f"data/{name}": number for name, number in _place(self._data_file).items()}
 

@@ -77,7 +77,7 @@ class EvaluatePeriodically(BaseCallback):
     What is measured after an update is logged with the rollout that follows, as the update itself is.
 
     :param evaluation: when and how.
-    :param env_kwargs: what the policy sees in training: picture, camera, crop, and what is for its critic.
+    :param env_kwargs: what the policy sees in training: image, camera, crop, and what is for its critic.
     :param best: folder of the best policy's checkpoint. Its notes have the score as ``evaluation``; where it is of the
         same trials, only a better policy takes its place, so a training that goes on keeps it.
     :param save: writes the present policy to a folder, with these notes besides the usual ones; all ranks call it.

@@ -238,7 +238,7 @@ def check_fit(policy: Policy, protocol: str | Protocol, env_kwargs: Mapping[str,
 def seen_by(policy: Policy, env_kwargs: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """
     Arguments of environments that show a policy what it was trained on, as far as it says: camera and crop of a
-    :class:`~sb3_vla.VLAPolicy`, the size of the pictures and what is for its critic of any with an observation space.
+    :class:`~sb3_vla.VLAPolicy`, the size of the images and what is for its critic of any with an observation space.
 
     :param env_kwargs: what is chosen in place of that
     """

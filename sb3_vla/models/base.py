@@ -80,7 +80,7 @@ class VLAModel(nn.Module, ABC):
 
     #: size of :attr:`Context.features`
     feature_dim: int
-    #: (height, width) of the pictures the model reads; larger ones are shrunk before they are stored
+    #: (height, width) of the images the model reads; larger ones are shrunk before they are stored
     image_size: tuple[int, int]
     #: the window of the camera's view that it reads as ``hand_image``, None for a model that reads ``image`` alone
     hand_view: HandView | None = None
@@ -204,7 +204,7 @@ class VLAModel(nn.Module, ABC):
         """The rest of the encoding, from what :meth:`perceive` gave."""
 
     def fit_image(self, image: Tensor) -> Tensor:
-        """Pictures, uint8 (N, 3, height, width), at the size in which a rollout keeps them."""
+        """Images, uint8 (N, 3, height, width), at the size in which a rollout keeps them."""
         if image.shape[2:] == self.image_size:
             return image
         resized = F.interpolate(image.float(), self.image_size, mode="bilinear", antialias=True)

@@ -3,7 +3,7 @@
 A small residual convolutional network, modulated by the instruction (FiLM, Perez et al. 2018), gives a grid of visual
 tokens; a byte-level encoder reads the instruction, so any sentence can be given; a transformer over the action chunk
 attends to visual and language tokens, is modulated by a summary of these and of the hand's state, and predicts the
-velocity of a flow. What the chunk attends to depends on picture and sentence alone, like pi0's cached prefix. A second
+velocity of a flow. What the chunk attends to depends on image and sentence alone, like pi0's cached prefix. A second
 network of the same kind reads the hand view, where the model has one.
 """
 
@@ -29,7 +29,7 @@ class CompactVLA(VLAModel):
     :param action_dim: A.
     :param action_horizon: H, actions predicted per decision.
     :param state_dim: size of the proprioceptive state.
-    :param image_size: side of the square picture it reads; a multiple of 16.
+    :param image_size: side of the square image it reads; a multiple of 16.
     :param width: width of the transformer; a multiple of 64.
     :param depth: blocks of the transformer.
     :param channels: channels of the vision encoder's three stages, multiples of 8.
@@ -168,7 +168,7 @@ class InstructionEncoder(nn.Module):
 
 
 class ImageEncoder(nn.Module):
-    """Pictures, uint8 (N, 3, S, S), to visual tokens (N, (S / 16)^2, width) and to where in the grids each channel is
+    """Images, uint8 (N, 3, S, S), to visual tokens (N, (S / 16)^2, width) and to where in the grids each channel is
     strong, (N, 2 (channels[1] + channels[2])), which is finer than a token."""
 
     def __init__(self, side: int, channels: Sequence[int], width: int) -> None:
@@ -185,7 +185,7 @@ class ImageEncoder(nn.Module):
 
 
 class VisionEncoder(nn.Module):
-    """Pictures (N, 3, S, S) in [-1, 1] to two grids of features: channels[1] at S / 8 and channels[2] at S / 16."""
+    """Images (N, 3, S, S) in [-1, 1] to two grids of features: channels[1] at S / 8 and channels[2] at S / 16."""
 
     def __init__(self, channels: Sequence[int], width: int) -> None:
         super().__init__()

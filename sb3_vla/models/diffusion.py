@@ -274,7 +274,7 @@ def check_horizon(horizon: int, down_dims: Sequence[int]) -> None:
 
 
 def shrink(image: Tensor, size: int) -> Tensor:
-    """Pictures (N, 3, h, w) at size x size by antialiased bilinear interpolation; unchanged where they have it."""
+    """Images (N, 3, h, w) at size x size by antialiased bilinear interpolation; unchanged where they have it."""
     if image.shape[2:] == (size, size):
         return image
     return F.interpolate(image, (size, size), mode="bilinear", antialias=True)

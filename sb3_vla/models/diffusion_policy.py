@@ -1,8 +1,8 @@
 """Diffusion Policy (Chi et al. 2023) as LeRobot publishes it: ResNet with spatial soft-argmax, conditional 1-D U-Net.
 
-A decision has one picture. A model of ``n_obs_steps`` > 1 takes it as all of them, as the original does at the start of
+A decision has one image. A model of ``n_obs_steps`` > 1 takes it as all of them, as the original does at the start of
 an episode; whoever has the earlier ones gives ``image`` (N, n_obs_steps, 3, h, w) and ``state`` (N, n_obs_steps, S),
-newest last. Imitation shows it the same repeated picture that it will act on.
+newest last. Imitation shows it the same repeated image that it will act on.
 
 LeRobot's random crop is a random shift before the crop of the center: with a crop of c out of s pixels, imitation's
 ``shift=(s - c) // 2`` draws from the same windows. In rollouts and updates the window is the center.
@@ -38,7 +38,7 @@ class DiffusionPolicy(DiffusionModel):
     :param action_dim: A.
     :param action_horizon: H, a multiple of 2^(levels - 1).
     :param state_dim: size of the proprioceptive state.
-    :param image_size: side of the square picture that is cropped; others are brought to it.
+    :param image_size: side of the square image that is cropped; others are brought to it.
     :param crop_size: side of the window in its center; None for all of it.
     :param n_obs_steps: observations it knows, at successive environment steps; its horizon begins with the first.
     :param instruction_dim: size of what it knows of the instruction; 0 for nothing, as published.
@@ -148,7 +148,7 @@ class DiffusionPolicy(DiffusionModel):
         return perception
 
     def window(self, image: Tensor) -> Tensor:
-        """What the ResNet reads of pictures uint8 (N, 3, h, w): normalized, brought to size, cropped; float32."""
+        """What the ResNet reads of images uint8 (N, 3, h, w): normalized, brought to size, cropped; float32."""
         image = shrink(self._normalize("image", image.float() / 255), self.image_size[0])
         margin = (self.image_size[0] - self.crop_size) / 2
         start = round(margin)  # to even, as torchvision does
@@ -171,7 +171,7 @@ class DiffusionPolicy(DiffusionModel):
 
 
 class RgbEncoder(nn.Module):
-    """Pictures (N, 3, size, size) to the places of key points, (N, 2 keypoints): ResNet, spatial soft-argmax."""
+    """Images (N, 3, size, size) to the places of key points, (N, 2 keypoints): ResNet, spatial soft-argmax."""
 
     def __init__(self, size: int, resnet: str, widths: Sequence[int], norm: str, keypoints: int) -> None:
         super().__init__()

@@ -1,6 +1,6 @@
 """OpenVLA-OFT (Kim et al. 2025) with action tokens: all numbers of a chunk decoded in one pass of a language model.
 
-Two vision towers look at the picture, DINOv2 and SigLIP; their patches side by side, projected, are tokens of a Llama
+Two vision towers look at the image, DINOv2 and SigLIP; their patches side by side, projected, are tokens of a Llama
 between the first token and the rest of the prompt. Empty tokens follow, one for each number of the chunk. Attention is
 bidirectional, so each token sees all that are there, and the number's logits are read one place before its token.
 An action token is one of the last 256 of the vocabulary; the other ones' logits are left out, as in RLinf.
@@ -90,7 +90,7 @@ class OpenVLAOFT(VLAModel):
     :param action_dim: A.
     :param action_horizon: H.
     :param state_dim: of the proprioceptive state, which is not read.
-    :param image_size: side of the square pictures that it is given; it resizes them itself.
+    :param image_size: side of the square images that it is given; it resizes them itself.
     :param resolution: side of the square that the towers read.
     :param sizes: a name in :data:`OFT_SIZES`, or the sizes.
     :param acting: which of the model's D numbers act, A places; None for all, so that D is A. Seven numbers are usual,
@@ -223,7 +223,7 @@ class OpenVLAOFT(VLAModel):
         return logits[..., self.first_action_id : self.first_action_id + BINS].float()
 
     def normalize_image(self, image: Tensor) -> Tensor:
-        """Pictures uint8 (N, 3, h, w) as both towers read them, float32 (N, 6, resolution, resolution)."""
+        """Images uint8 (N, 3, h, w) as both towers read them, float32 (N, 6, resolution, resolution)."""
         image = F.interpolate(image.float(), (self.resolution,) * 2, mode="bicubic", antialias=True)
         image = image.clamp(0, 255).round() / 255
         mean, std = image.new_tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[:, :, None, None]

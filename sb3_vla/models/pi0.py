@@ -1,6 +1,6 @@
 """pi0 (Black et al. 2024) and pi0.5 (Physical Intelligence 2025): PaliGemma with an action expert that denoises chunks.
 
-Picture and prompt make the prefix, which PaliGemma reads once per decision. The expert's tokens, the suffix, attend to
+Image and prompt make the prefix, which PaliGemma reads once per decision. The expert's tokens, the suffix, attend to
 the prefix's keys and values and to one another, once per denoising step. pi0's suffix holds the state and, mixed into
 each action, the flow time; pi0.5's time modulates the expert's norms instead, and its state is text in the prompt or
 not there at all. Parameter names are openpi's, so published weights load by name.
@@ -69,8 +69,8 @@ class Pi0(VLAModel):
     :param action_dim: A, dimensions that act, the first of ``padded_dim``.
     :param action_horizon: H.
     :param state_dim: numbers of the state.
-    :param image_size: side of the square picture it reads.
-    :param convention: ``openpi`` (and RLinf) or ``lerobot``: whose way of resizing pictures, keeping normalization from
+    :param image_size: side of the square image it reads.
+    :param convention: ``openpi`` (and RLinf) or ``lerobot``: whose way of resizing images, keeping normalization from
         dividing by zero, writing prompts and averaging the imitation loss (openpi: over padded dimensions as well).
     :param state_scheme: how states are normalized, in :data:`sb3_vla.models.normalization.SCHEMES`; None for
         the variant's own.
@@ -213,7 +213,7 @@ class Pi0(VLAModel):
         return min(-(-used // _PROMPT_STEP) * _PROMPT_STEP, longest)
 
     def fit_image(self, image: Tensor) -> Tensor:
-        """See :meth:`VLAModel.fit_image`; LeRobot's way gives no whole numbers, so the picture is kept as it came."""
+        """See :meth:`VLAModel.fit_image`; LeRobot's way gives no whole numbers, so the image is kept as it came."""
         return image if self.convention == "lerobot" else resize_with_pad(image, self.image_size[0], antialias=True)
 
     @staticmethod
@@ -260,7 +260,7 @@ class Pi0(VLAModel):
 
     @property
     def _patches(self) -> int:
-        """Tokens of the picture."""
+        """Tokens of the image."""
         side: int = self.image_size[0] // self.vision_size.patch
         return side * side
 
@@ -318,7 +318,7 @@ class Pi0(VLAModel):
             return self.action_out_proj(hidden), hidden
 
     def read_image(self, image: Tensor) -> Tensor:
-        """Pictures uint8 (N, 3, height, width) as SigLIP sees them, float32 (N, 3, S, S) in [-1, 1]."""
+        """Images uint8 (N, 3, height, width) as SigLIP sees them, float32 (N, 3, S, S) in [-1, 1]."""
         if self.convention == "openpi":
             return resize_with_pad(image, self.image_size[0], antialias=True).float() / 255.0 * 2.0 - 1.0
         return resize_with_pad(image.float() / 255.0, self.image_size[0], antialias=False) * 2.0 - 1.0
@@ -361,7 +361,7 @@ class Pi0(VLAModel):
         return [(sentence if sentence.endswith("\n") else sentence + "\n",) for sentence in sentences]
 
     def embed_prefix(self, images: Tensor, tokens: Tensor) -> Tensor:
-        """Embeddings (N, P, W) of pictures (N, C, 3, S, S) in [-1, 1], then of tokens (N, T)."""
+        """Embeddings (N, P, W) of images (N, C, 3, S, S) in [-1, 1], then of tokens (N, T)."""
         kind = self.vision_model.embeddings.patch_embedding.weight.dtype  # type: ignore[union-attr]
         seen = self.vision_model(pixel_values=images.flatten(0, 1).to(kind)).last_hidden_state  # type: ignore[arg-type]
         pictured = self._paligemma["multi_modal_projector"]["linear"](seen)  # type: ignore[index]
@@ -536,7 +536,7 @@ class Pi05(Pi0):
 
 
 def resize_with_pad(image: Tensor, size: int, *, antialias: bool) -> Tensor:
-    """Fit a picture into a square, keeping its proportions, black around it; same type.
+    """Fit an image into a square, keeping its proportions, black around it; same type.
 
     With ``antialias`` it equals PIL's bilinear resize, as openpi has it; without it is LeRobot's.
 

@@ -1,4 +1,4 @@
-"""Pictures in bytes made smaller or larger as Pillow does it, to the last bit, on any device.
+"""Images in bytes made smaller or larger as Pillow does it, to the last bit, on any device.
 
 torch's own antialiased resize of bytes is for the CPU alone: on a GPU it takes floating point numbers, whose rounding
 is another. Pillow computes with integers, so what is left to the device is exact.
@@ -29,7 +29,7 @@ def resize_bytes(image: Tensor, size: tuple[int, int]) -> Tensor:
 
 def resize_by_area(image: Tensor, size: tuple[int, int]) -> Tensor:
     """The mean of what each new pixel covers; bilinear where a side becomes longer. It is what loading demonstrations
-    does to their pictures.
+    does to their images.
 
     Parameters as of :func:`resize_bytes`.
     """

@@ -40,7 +40,7 @@ PUBLISHED_SIZES: dict[str, tuple[str, dict[str, Any]]] = {
     "SmolVLA 0.45 B": ("smolvla", {"vlm": "500M"}),
     "SmolVLA 0.24 B": ("smolvla", {"vlm": "256M"}),
     "SmolVLA 2.25 B": ("smolvla", {"vlm": "2.2B"}),
-    # LeRobot's U-Net and ResNet on the pictures of our recipe, and with an encoder of the sentence: what
+    # LeRobot's U-Net and ResNet on the images of our recipe, and with an encoder of the sentence: what
     # metaworld_50_sft_diffusion_policy makes, as the tests compare.
     "Diffusion Policy, our recipe's": (
         "diffusion_policy",

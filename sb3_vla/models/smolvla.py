@@ -1,11 +1,11 @@
 """SmolVLA (Shukor et al. 2025): a small vision-language model, cut short, and a flow-matching expert beside it.
 
-Picture and sentence are read by SmolVLM2's vision tower and the first layers of its text tower; the state is one more
+Image and sentence are read by SmolVLM2's vision tower and the first layers of its text tower; the state is one more
 token, which sees them and which they do not see. The expert has one layer for each of the text tower's. In every
 ``self_attn_every``-th layer, beginning with the first, the action tokens attend to prefix and chunk (causally); in the
 others to the prefix alone, through keys and values that are projections of the text tower's own.
 
-What picture and sentence give does not depend on state or actions, so :meth:`SmolVLA.perceive` ends there.
+What image and sentence give does not depend on state or actions, so :meth:`SmolVLA.perceive` ends there.
 Letters besides those of :mod:`sb3_vla.models.base`: T prefix tokens without the state's, G layers, W width of the text
 tower.
 """
@@ -54,7 +54,7 @@ class VLMSizes:
     :param head_dim: width of a head.
     :param vocabulary: rows of the embedding.
     :param norm_eps: of its RMS norms.
-    :param image_size: side of the picture that the vision tower was trained on.
+    :param image_size: side of the image that the vision tower was trained on.
     :param patch_size: side of a patch.
     :param vision_width: of the vision tower.
     :param vision_ffn: hidden width of its perceptrons.
@@ -102,7 +102,7 @@ class SmolVLA(VLAModel):
     :param action_dim: A.
     :param action_horizon: H.
     :param state_dim: size of the proprioceptive state.
-    :param image_size: side of the square pictures that it is given; it resizes them itself.
+    :param image_size: side of the square images that it is given; it resizes them itself.
     :param resolution: (height, width) that it resizes them to, bilinearly and without antialiasing, as LeRobot does;
         None for that of the vision tower.
     :param vlm: a name in :data:`VLM_SIZES`, or the sizes.
@@ -115,7 +115,7 @@ class SmolVLA(VLAModel):
     :param latent_state_dim: width that the state is padded to.
     :param tokenizer: contents of a ``tokenizer.json``; None for one token for each byte.
     :param max_tokens: tokens that are read of an instruction.
-    :param image_special_tokens: whether tokens mark the picture's start and end.
+    :param image_special_tokens: whether tokens mark the image's start and end.
     :param absent_pictures: cameras that the model knows and that there are not.
     :param train_expert_only: freeze the vision-language model where ``trainable`` does not say what is trained. A
         folder of LeRobot's says it, and mostly does so; a model that begins from nothing has all to learn.
@@ -310,7 +310,7 @@ class SmolVLA(VLAModel):
         return self.action_out_proj(hidden), hidden
 
     def resize(self, image: Tensor) -> Tensor:
-        """Pictures uint8 (N, 3, h, w) to -1 ... 1 at the model's resolution, float32: shrunk or enlarged as they are,
+        """Images uint8 (N, 3, h, w) to -1 ... 1 at the model's resolution, float32: shrunk or enlarged as they are,
         black (-1) at the left and at the top where the shapes differ."""
         image = image.float() / 255
         height, width = self.resolution
@@ -329,7 +329,7 @@ class SmolVLA(VLAModel):
         return tokens, torch.arange(longest, device=instruction.device) < lengths[:, None]
 
     def embed_pictures(self, image: Tensor) -> Tensor:
-        """Tokens (N, tokens, W) of resized pictures: the vision tower's patches, scale x scale of them to a token."""
+        """Tokens (N, tokens, W) of resized images: the vision tower's patches, scale x scale of them to a token."""
         patches = self.vision_model(pixel_values=image.to(self.connector.weight.dtype)).last_hidden_state
         side, scale = math.isqrt(patches.shape[1]), self.sizes.scale
         # Row-major within the square, and the squares row-major.
@@ -337,7 +337,7 @@ class SmolVLA(VLAModel):
         return self.connector(blocks.flatten(3, 5).flatten(1, 2))
 
     def embed_prefix(self, pictures: Tensor, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Picture and sentence as the text tower reads them, float32 (N, T, W), and which tokens are there (N, T)."""
+        """Image and sentence as the text tower reads them, float32 (N, T, W), and which tokens are there (N, T)."""
         scale = math.sqrt(self.sizes.width)
         embed = self.text_model.embed_tokens
         parts = [pictures * scale]

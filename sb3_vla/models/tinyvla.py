@@ -5,7 +5,7 @@ The original averages the language model's last states over its padding too, whi
 its batch; here padding is left out, which is what the original does with the batches of one that it acts by.
 The original's prompt ends in one space when acting and two in training; here it is the former in both.
 
-A decision has one picture. A model of two ``cameras`` takes it as both; whoever has two gives ``image``
+A decision has one image. A model of two ``cameras`` takes it as both; whoever has two gives ``image``
 (N, 2, 3, h, w).
 """
 
@@ -63,7 +63,7 @@ class TinyVLA(DiffusionModel):
     :param action_dim: A.
     :param action_horizon: H, a multiple of 2^(levels - 1).
     :param state_dim: size of the proprioceptive state.
-    :param image_size: side of the square picture, before the tower's own preprocessing.
+    :param image_size: side of the square image, before the tower's own preprocessing.
     :param tower: ``clip`` or ``siglip``.
     :param vision: transformers' settings of the tower that are not its defaults.
     :param language: transformers' settings of GPT-NeoX that are not its defaults.
@@ -190,8 +190,8 @@ class TinyVLA(DiffusionModel):
         }
 
     def pixels(self, image: Tensor) -> Tensor:
-        """What the tower reads of pictures uint8 (N, 3, h, w), as the original prepares them: the crop, stretched to
-        the picture's size and cut to whole levels, then Pillow's bicubic interpolation, whose two passes round to
+        """What the tower reads of images uint8 (N, 3, h, w), as the original prepares them: the crop, stretched to
+        the image's size and cut to whole levels, then Pillow's bicubic interpolation, whose two passes round to
         whole levels."""
         size = self.vision_tower.config.image_size
         image = shrink(image.float(), self.image_size[0])
@@ -202,19 +202,19 @@ class TinyVLA(DiffusionModel):
         return (image / 255 - mean) / std
 
     def crop(self, image: Tensor) -> Tensor:
-        """Pictures (N, 3, s, s) of levels 0 ... 255 without 2.5 % at each side, stretched to s again, 0 ... 1."""
+        """Images (N, 3, s, s) of levels 0 ... 255 without 2.5 % at each side, stretched to s again, 0 ... 1."""
         side = image.shape[2]
         margin = int(side * 0.025)
         window = (image / 255)[:, :, margin : side - margin, margin : side - margin]
         return F.interpolate(window, (side, side), mode="bilinear", antialias=True)
 
     def look(self, pixels: Tensor) -> Tensor:
-        """Tokens of pictures for the language model, (N, patches, hidden): the last but one block's, projected."""
+        """Tokens of images for the language model, (N, patches, hidden): the last but one block's, projected."""
         patches = self.vision_tower(pixel_values=pixels, output_hidden_states=True).hidden_states[-2]
         return self.mm_projector(patches[:, 1:] if self.tower == "clip" else patches)
 
     def sequence(self, seen: Tensor, instruction: Tensor) -> tuple[Tensor, Tensor]:
-        """Embeddings of prompt and pictures (N, T, hidden), padded on the right, and which are no padding, bool."""
+        """Embeddings of prompt and images (N, T, hidden), padded on the right, and which are no padding, bool."""
         before, after = self.prompt.split("<image>")
         unique, inverse = torch.unique(instruction, dim=0, return_inverse=True)
         texts = [after.format(instruction=decode_instruction(sentence.cpu().numpy())) for sentence in unique]
@@ -245,7 +245,7 @@ class TinyVLA(DiffusionModel):
 
 
 def pillow_bicubic(image: Tensor, size: int) -> Tensor:
-    """Pillow's bicubic interpolation of square pictures (N, 3, s, s) of whole levels 0 ... 255, float32, to the level.
+    """Pillow's bicubic interpolation of square images (N, 3, s, s) of whole levels 0 ... 255, float32, to the level.
 
     Its fixed-point arithmetic is exact in float64: weights are multiples of 2^-22, and each of the two passes, first
     along the width, rounds to whole levels. Interpolation in float32 misses a level in one of ten thousand pixels.

@@ -1,4 +1,4 @@
-"""Films of episodes, made where they are simulated, so that a picture never leaves its process.
+"""Films of episodes, made where they are simulated, so that an image never leaves its process.
 
 Every environment step is a frame of the full view, whatever the policy sees. A film appears under its name when the
 episode has ended, and not before.
@@ -21,7 +21,7 @@ from sb3_vla.common.paths import local_path, writable_folder
 from sb3_vla.recording.videos import Mp4Writer, annotate, enlarge
 
 _OUTCOMES = ("success", "failure")
-# How long the last picture stays, so that the outcome can be read.
+# How long the last image stays, so that the outcome can be read.
 _STILL_SECONDS = 0.75
 _MEGABYTE = 1_000_000
 

@@ -19,7 +19,7 @@ from sb3_vla.common.paths import local_path
 
 Frame = npt.NDArray[np.uint8]
 
-# The text under a picture of 480 pixels; it grows with the picture.
+# The text under an image of 480 pixels; it grows with the image.
 _FONT_SIZE = 17
 _REFERENCE_WIDTH = 480
 _STRIP_COLOR = (24, 26, 31)
@@ -29,10 +29,10 @@ _OUTCOME_COLORS: dict[bool | None, tuple[int, int, int]] = {True: (98, 211, 138)
 
 def enlarge(frame: Frame, smallest: int = 480) -> Frame:
     """
-    Enlarge a small picture by a whole number, so that it shows the very pixels that the policy sees.
+    Enlarge a small image by a whole number, so that it shows the very pixels that the policy sees.
 
     :param frame: uint8, shape ``(H, W, 3)``
-    :param smallest: wanted size of the shorter side in pixels; a larger picture stays as it is
+    :param smallest: wanted size of the shorter side in pixels; a larger image stays as it is
     :return: uint8, shape ``(s * H, s * W, 3)`` with the smallest whole ``s`` that reaches ``smallest``
     """
     scale = max(1, -(-smallest // min(frame.shape[:2])))
@@ -41,13 +41,13 @@ def enlarge(frame: Frame, smallest: int = 480) -> Frame:
 
 def annotate(frame: Frame, lines: Sequence[str], success: bool | None = None) -> Frame:
     """
-    Write lines of text in a strip below the picture; the picture itself stays untouched.
+    Write lines of text in a strip below the image; the image itself stays untouched.
 
     :param frame: uint8, shape ``(H, W, 3)``
     :param lines: text; a line too long for the width is broken
     :param success: marks the strip in green for success, in red for failure; None for neither
     :return: uint8, shape ``(H + strip, W, 3)``
-    :raises ValueError: if the frame is not an RGB picture
+    :raises ValueError: if the frame is not an RGB image
     """
     frame = _checked_frame(frame)
     height, width = frame.shape[:2]
@@ -101,7 +101,7 @@ class Mp4Writer:
         Add one frame.
 
         :param frame: uint8, shape ``(H, W, 3)``, the same for all frames; an odd height or width is padded by one pixel
-        :raises ValueError: if it is not such a picture
+        :raises ValueError: if it is not such an image
         """
         frame = _checked_frame(frame)
         if not self._shape:

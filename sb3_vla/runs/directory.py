@@ -236,9 +236,11 @@ class RunDirectory:
                 shutil.rmtree(leftover)
         with whole_folder(final, keep=False) as partial:
             yield partial
-        others = [path for path in _checkpoints_by_step(final.parent) if path != final] if keep is not None else []
+        if keep is None:
+            return
+        others = [path for path in _checkpoints_by_step(final.parent) if path != final]
         with file_errors("write", final):
-            for old in others[: max(len(others) - ((keep or 1) - 1), 0)]:
+            for old in others[: max(len(others) - (keep - 1), 0)]:
                 shutil.rmtree(old.rename(old.with_name(f".{old.name}.partial")), ignore_errors=True)
 
     def latest_checkpoint(self, stage: str, check: Callable[[Path], None] | None = None) -> Path | None:

@@ -50,7 +50,7 @@ class SFTSettings:
     :param weight_decay: AdamW's.
     :param max_grad_norm: clip of the gradient's norm.
     :param ema_decay: of the averaged weights that are kept.
-    :param shift: pictures are shifted by up to this many pixels.
+    :param shift: images are shifted by up to this many pixels.
     :param validation_fraction: share of episodes kept out, for the validation loss.
     :param validation_interval: steps between validations.
     :param checkpoint_interval: steps between the states from which an interrupted training goes on.
@@ -143,7 +143,7 @@ def sft(
 ) -> SFTResult:
     """Train a model to imitate. Under ``torchrun`` ranks share each batch, and rank 0 validates and writes.
 
-    :param demonstrations: the data; their pictures must have the size the model reads.
+    :param demonstrations: the data; their images must have the size the model reads.
     :param config: settings.
     :param output: folder for the resulting checkpoint.
     :param progress: show a progress bar with losses.
@@ -161,7 +161,7 @@ def sft(
     model = _make_model(demonstrations, config)
     batches = DemonstrationBatches(demonstrations, train_frames, model.action_horizon, config.shift, config.seed)
     validation = []
-    if ranks.leads:  # the others do not validate, and need no copy of the pictures
+    if ranks.leads:  # the others do not validate, and need no copy of the images
         validation = _validation_batches(demonstrations, validation_frames, model, config.seed)
     trainable = config.trainable or model.default_trainable
     prepare_training(

@@ -155,7 +155,7 @@ def save_diffusion_policy(
 
 
 def _one_camera(config: Mapping[str, Any], folder: Path) -> str:
-    """Name of the picture among the inputs, which must be that, the state and nothing else."""
+    """Name of the image among the inputs, which must be that, the state and nothing else."""
     kinds = {name: feature["type"] for name, feature in config["input_features"].items()}
     images = [name for name, kind in kinds.items() if kind == "VISUAL"]
     if len(images) != 1 or kinds.get(STATE) != "STATE" or len(kinds) != 2:

@@ -60,7 +60,7 @@ def load_openvla_oft(
     :param stop_token: see :class:`OpenVLAOFT`; else False.
     :param precision: of the model, whatever the file holds.
     :param base: take seven numbers and the weights alone, to imitate from, as of an OpenVLA that was trained on other
-        robots: actions are scaled as the data of imitation is, and pictures come at the size that it reads.
+        robots: actions are scaled as the data of imitation is, and images come at the size that it reads.
     :raises FileNotFoundError: if a file is missing; the message names it.
     :raises ValueError: if a file is damaged, the weights do not fit, statistics are missing, or it has a head for
         continuous actions instead.

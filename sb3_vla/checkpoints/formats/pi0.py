@@ -33,7 +33,7 @@ X = "paligemma_with_expert.gemma_expert."
 EMBEDDING, TIED = f"{P}model.language_model.embed_tokens.weight", f"{P}lm_head.weight"
 # Heads of the expert over words that it never says, and an embedding that it never reads.
 UNUSED = (f"{X}lm_head.weight", f"{X}model.embed_tokens.weight")
-#: how large the pictures of RLinf's and LeRobot's MetaWorld data are
+#: how large the images of RLinf's and LeRobot's MetaWorld data are
 _RENDER_SIZE = 480
 #: what RLinf's environments show
 _RLINF_VIEW = {"camera": "corner2", "crop": None}
@@ -122,7 +122,7 @@ def is_pi0(source: str | Path) -> bool:
 def save_lerobot(folder: str | Path, model: Pi0) -> None:
     """Write a model as LeRobot reads it, so that it acts the same there.
 
-    LeRobot resizes pictures in its own way; a model with openpi's convention will see slightly different ones.
+    LeRobot resizes images in its own way; a model with openpi's convention will see slightly different ones.
 
     :raises FileExistsError: if the folder is there and not empty.
     """

@@ -82,7 +82,7 @@ def load_smolvla(
     :param base: take the weights alone, to imitate from, as of a model that was trained on other robots: states and
         actions are four numbers each, as the environment has them, and normalized as the data of imitation is.
     :param shifted_positions: act as LeRobot does with transformers 4.55 to 4.57 and the vision tower in float32: every
-        patch of the picture has the position of the one above and to the left of it. For what was trained there; the
+        patch of the image has the position of the one above and to the left of it. For what was trained there; the
         model that is read has it in its weights, and acts the same everywhere.
     :raises FileNotFoundError: if a file is missing; the message names it.
     :raises ValueError: if a file is damaged, the weights do not fit, statistics or tokenizer are missing, or the policy

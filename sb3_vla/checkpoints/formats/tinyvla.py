@@ -83,7 +83,7 @@ _VISION = (
 )
 # What the published configuration has no word for.
 _OURS = ("image_size", "prompt", "center_crop", "bf16_time", "timesteps", "normalization", "mask_padding")
-# Pictures of the environment that TinyVLA is published for, before the crop.
+# Images of the environment that TinyVLA is published for, before the crop.
 _IMAGE_SIZE = 480
 # The output of the language model, whose place the diffusion head takes.
 _LANGUAGE_HEAD = "embed_out.weight"
