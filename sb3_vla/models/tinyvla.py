@@ -11,7 +11,6 @@ A decision has one image. A model of two ``cameras`` takes it as both; whoever h
 
 from __future__ import annotations
 
-import functools
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,6 +25,7 @@ from sb3_vla.common.errors import InputError
 from sb3_vla.models.base import PERCEPTION, Context
 from sb3_vla.models.diffusion import ConditionalUnet1d, DiffusionModel, check_horizon, shrink
 from sb3_vla.models.recomputing import recomputing
+from sb3_vla.models.resizing import resize_by_integers
 from sb3_vla.models.tokenizing import byte_tokenizer
 
 PROMPT = (
@@ -197,7 +197,8 @@ class TinyVLA(DiffusionModel):
         image = shrink(image.float(), self.image_size[0])
         if self.center_crop:
             image = (self.crop(image) * 255).clamp(0, 255).floor()
-        image = pillow_bicubic(image, size)
+        if image.shape[2] != size:
+            image = resize_by_integers(image.round().to(torch.uint8), (size, size), "cubic").float()
         mean, std = (torch.tensor(values, device=image.device).view(3, 1, 1) for values in _PIXELS[self.tower])
         return (image / 255 - mean) / std
 
@@ -242,34 +243,6 @@ class TinyVLA(DiffusionModel):
     def denoise(self, context: Context, x: Tensor, t: Tensor) -> Tensor:
         """See :meth:`VLAModel.denoise`."""
         return self.unet(x, t, context.state.repeat(len(x) // len(context.state), 1)).float()
-
-
-def pillow_bicubic(image: Tensor, size: int) -> Tensor:
-    """Pillow's bicubic interpolation of square images (N, 3, s, s) of whole levels 0 ... 255, float32, to the level.
-
-    Its fixed-point arithmetic is exact in float64: weights are multiples of 2^-22, and each of the two passes, first
-    along the width, rounds to whole levels. Interpolation in float32 misses a level in one of ten thousand pixels.
-    """
-    if image.shape[2] == size:
-        return image
-    weights = _bicubic_weights(image.shape[2], size).to(image.device)
-    along_width = (image.double() @ weights.T + 0.5).floor().clamp(0, 255)
-    return (weights @ along_width + 0.5).floor().clamp(0, 255).float()
-
-
-@functools.lru_cache(maxsize=4)
-def _bicubic_weights(source: int, size: int) -> Tensor:
-    """Weight of each source pixel in each pixel, float64 (size, source)."""
-    scale = source / size
-    stretch = max(scale, 1.0)
-    center = (torch.arange(size, dtype=torch.float64)[:, None] + 0.5) * scale
-    pixel = torch.arange(source, dtype=torch.float64)
-    within = (pixel >= (center - 2 * stretch + 0.5).floor()) & (pixel < (center + 2 * stretch + 0.5).floor())
-    x = ((pixel + 0.5 - center) / stretch).abs()
-    near, far = (1.5 * x - 2.5) * x * x + 1, (((x - 5) * x + 8) * x - 4) * -0.5  # Keys 1981, a = -1/2
-    weights = torch.where(x < 1, near, torch.where(x < 2, far, torch.zeros_like(x))) * within
-    weights = weights / weights.sum(1, keepdim=True) * 2**22
-    return (weights + 0.5 * weights.sign()).trunc() / 2**22
 
 
 def bf16_sinusoid(t: Tensor, size: int) -> Tensor:

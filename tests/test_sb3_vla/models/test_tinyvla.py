@@ -35,7 +35,8 @@ from sb3_vla.checkpoints.formats.tinyvla import _NEW_HEAD, _their_name
 from sb3_vla.distributions import make_distribution
 from sb3_vla.models import Context, TinyVLA, make_model
 from sb3_vla.models.diffusion import step_sinusoid
-from sb3_vla.models.tinyvla import bf16_sinusoid, pillow_bicubic
+from sb3_vla.models.resizing import resize_by_integers
+from sb3_vla.models.tinyvla import bf16_sinusoid
 from sb3_vla.policies.loading import load_policy
 from sb3_vla.policies.vla_policy import VLAPolicy
 from sb3_vla.sft.imitation import SFTConfig, sft
@@ -132,7 +133,7 @@ def test_pictures(models: dict[str, TinyVLA], tower: str, monkeypatch: pytest.Mo
 def test_interpolation_is_pillows(source: int, size: int) -> None:
     picture = np.random.default_rng(0).integers(0, 256, (source, source, 3), np.uint8)
     expected = Image.fromarray(picture).resize((size, size), Image.Resampling.BICUBIC)
-    found = pillow_bicubic(torch.from_numpy(picture).permute(2, 0, 1)[None].float(), size)
+    found = resize_by_integers(torch.from_numpy(picture).permute(2, 0, 1)[None], (size, size), "cubic")
     np.testing.assert_array_equal(found[0].permute(1, 2, 0).numpy(), np.asarray(expected))
 
 
