@@ -8,6 +8,7 @@ Letters besides those of :mod:`sb3_vla.models.base`: T tokens of this tower, P t
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from sb3_vla.models.layers import Rotation, rms_normalized, rotate, rotation_of
+from sb3_vla.models.layers import GatedMLP, Rotation, rms_normalized, rotate, rotation_of
 from sb3_vla.models.recomputing import Recomputing
 
 #: of one layer, after the rotation: (N, kv_heads, T, head_dim) each
@@ -83,7 +84,7 @@ class GemmaLayer(Recomputing):
     def __init__(self, size: GemmaSize, condition_dim: int | None) -> None:
         super().__init__()
         self.self_attn = GemmaAttention(size)
-        self.mlp = GemmaMLP(size)
+        self.mlp = GatedMLP(size.width, size.mlp, functools.partial(F.gelu, approximate="tanh"))
         self.input_layernorm = _norm(size.width, condition_dim)
         self.post_attention_layernorm = _norm(size.width, condition_dim)
 
@@ -127,19 +128,6 @@ class GemmaAttention(nn.Module):
     def _to_heads(self, part: Tensor) -> Tensor:
         """(N, kv_heads, T, d) to (N, heads, T, d), as a view."""
         return part[:, :, None].expand(-1, -1, self.group, -1, -1).flatten(1, 2)
-
-
-class GemmaMLP(nn.Module):
-    """down(gelu(gate x) * up x)."""
-
-    def __init__(self, size: GemmaSize) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(size.width, size.mlp, bias=False)
-        self.up_proj = nn.Linear(size.width, size.mlp, bias=False)
-        self.down_proj = nn.Linear(size.mlp, size.width, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.gelu(self.gate_proj(x), approximate="tanh") * self.up_proj(x))
 
 
 class RMSNorm(nn.Module):

@@ -2,11 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 #: cosines and sines, float32 (N, 1, T, head_dim) or (N, T, 1, head_dim) each
 Rotation = tuple[Tensor, Tensor]
+
+
+class GatedMLP(nn.Module):
+    """down(activation(gate x) * up x) (Shazeer 2020)."""
+
+    def __init__(self, width: int, hidden: int, activation: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(width, hidden, bias=False)
+        self.up_proj = nn.Linear(width, hidden, bias=False)
+        self.down_proj = nn.Linear(hidden, width, bias=False)
+        self.activation = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
 
 
 def rms_normalized(x: Tensor, eps: float) -> Tensor:

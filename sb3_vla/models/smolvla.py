@@ -25,7 +25,7 @@ from sb3_vla.common import batch_noise as draw
 from sb3_vla.common.errors import InputError
 from sb3_vla.models.base import PERCEPTION, Context, VLAModel, sizes_of
 from sb3_vla.models.compact import time_embedding
-from sb3_vla.models.layers import rms_normalized, rotation_of
+from sb3_vla.models.layers import GatedMLP, rms_normalized, rotation_of
 from sb3_vla.models.layers import rotate as rotated
 from sb3_vla.models.tokenizing import InstructionTokenizer, byte_tokenizer
 
@@ -447,7 +447,7 @@ class Layer(nn.Module):
         self.input_layernorm = RMSNorm(width, sizes.norm_eps)
         self.self_attn = Attention(width, sizes.kv_heads * sizes.head_dim if crosses else width, sizes)
         self.post_attention_layernorm = RMSNorm(width, sizes.norm_eps)
-        self.mlp = GatedPerceptron(width, ffn)
+        self.mlp = GatedMLP(width, ffn, F.silu)
 
     def finish(self, hidden: Tensor, attended: Tensor) -> Tensor:
         """The layer's output (N, tokens, width), from its input and what the heads gathered."""
@@ -481,19 +481,6 @@ class Attention(nn.Module):
 
     def _heads(self, projection: nn.Linear, x: Tensor) -> Tensor:
         return projection(x.to(projection.weight.dtype)).unflatten(2, (-1, self.head_dim))
-
-
-class GatedPerceptron(nn.Module):
-    """SwiGLU (Shazeer 2020)."""
-
-    def __init__(self, width: int, ffn: int) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(width, ffn, bias=False)
-        self.up_proj = nn.Linear(width, ffn, bias=False)
-        self.down_proj = nn.Linear(ffn, width, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class RMSNorm(nn.Module):
