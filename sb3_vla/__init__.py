@@ -65,12 +65,12 @@ def _register() -> None:
                 algorithm.policy_aliases["VLAPolicy"] = VLAPolicy if trains_it else NoVLAPolicy
 
 
-def _is_doctor() -> bool:
-    """Whether this process is ``sb3-vla doctor`` or ``python -m sb3_vla doctor``, as it was started."""
+def _is_command() -> bool:
+    """Whether this process is ``sb3-vla`` or ``python -m sb3_vla``, as it was started."""
     # What was started stands before its arguments, and behind Python's own options.
-    return sys.argv[1:2] == ["doctor"] and Path(sys.orig_argv[-len(sys.argv)]).name in ("sb3-vla", "sb3_vla")
+    return Path(sys.orig_argv[-len(sys.argv)]).name in ("sb3-vla", "sb3_vla")
 
 
-# The doctor is asked why what this imports fails, hangs or crashes.
-if not _is_doctor():
+# A command uses our own algorithms; and the doctor is asked why what this imports fails, hangs or crashes.
+if not _is_command():
     _register()

@@ -14,7 +14,6 @@ from rich.markup import escape
 from sb3_vla.common.config import ConfigError
 from sb3_vla.common.errors import ExpectedError, RankLostError, RunError, keep_traceback
 from sb3_vla.common.signals import Stopped, stopped_by_signals
-from sb3_vla.distributed.local_ranks import leave_reason
 
 
 def run_command(
@@ -40,6 +39,10 @@ def run_command(
         Console().print("\ninterrupted")
         return 130
     except Exception as error:
+        from sb3_vla.distributed.local_ranks import (
+            leave_reason,  # which imports torch, as a work does and --help does not
+        )
+
         if not isinstance(error, RankLostError):
             leave_reason(f"{error}" if isinstance(error, ExpectedError) else f"{type(error).__name__}: {error}")
         # What every rank finds in the same settings is said once.

@@ -1,5 +1,7 @@
 """The ``sb3-vla`` command: collect, sft, train, eval, compare, report, watch, doctor.
 
+What a command works with is imported when it begins, so that ``--help`` and ``--list`` answer at once.
+
 Each command takes its settings as ``key=value``, a YAML file by ``--config``, and prints all of them with ``--help``.
 ``train`` takes the name of a recipe, or a file, and ``key=value``, see :mod:`sb3_vla.recipes.schema`.
 """
@@ -20,18 +22,13 @@ from mw_envs.hand_view import HandView
 from mw_envs.tasks import INSTRUCTION_BYTES, select_tasks
 from sb3_vla.cli import doctor
 from sb3_vla.cli.command import run_command
-from sb3_vla.common.config import ConfigError, deciding_settings, given_view, load_config, to_yaml
+from sb3_vla.common.config import ConfigError, deciding_settings, load_config, to_yaml
 from sb3_vla.common.errors import InTheWayError
 from sb3_vla.common.files import finish_exchange, hidden_beside, read_json
 from sb3_vla.common.paths import writable_file
-from sb3_vla.distributed.local_ranks import local_ranks
-from sb3_vla.distributed.ranks import current_ranks, is_first_rank, torchrun
-from sb3_vla.evaluation.results import TRIAL_SEED
-from sb3_vla.policies.views import view_of_data
-from sb3_vla.runs.directory import fingerprint_of
-from sb3_vla.runs.shared import SharedRun
+from sb3_vla.evaluation.protocols import TRIAL_SEED
 from sb3_vla.runs.watch import WatchCommand, run_watch
-from sb3_vla.sft.imitation import SFTConfig
+from sb3_vla.sft.settings import SFTConfig
 
 
 @dataclass
@@ -178,6 +175,9 @@ def run_sft(command: SFTCommand, console: Console) -> None:
     from sb3_vla.checkpoints.native import refuse_other_files
     from sb3_vla.checkpoints.training_state import check_training_state
     from sb3_vla.data.demonstrations import Demonstrations
+    from sb3_vla.policies.views import given_view, view_of_data
+    from sb3_vla.runs.directory import fingerprint_of
+    from sb3_vla.runs.shared import SharedRun
     from sb3_vla.sft.imitation import sft
 
     view = given_view(command.crop, command.camera)
@@ -241,13 +241,11 @@ def run_train(parsed: argparse.Namespace, settings: list[str], starts_ranks: boo
 
     :param starts_ranks: whether it may start a rank for each core.
     """
-    console = Console(quiet=not is_first_rank())
-    from sb3_vla.recipes.resolve import make_plan
     from sb3_vla.recipes.schema import given_keys, load_recipe, recipe_names, summary
 
     if parsed.list:
         for name in recipe_names():
-            console.print(f"{name:38}  {summary(name)}", highlight=False, soft_wrap=True)
+            Console().print(f"{name:38}  {summary(name)}", highlight=False, soft_wrap=True)
         return
     name, overrides = settings[0] if settings else "", settings[1:]
     if name == "" or "=" in name:
@@ -255,6 +253,11 @@ def run_train(parsed: argparse.Namespace, settings: list[str], starts_ranks: boo
             f"{name or 'nothing'} where a recipe is expected, such as sb3-vla train quickstart, or sb3-vla train ppo "
             "checkpoint=FOLDER; sb3-vla train --list names them all"
         )
+    from sb3_vla.distributed.local_ranks import local_ranks
+    from sb3_vla.distributed.ranks import is_first_rank, torchrun
+    from sb3_vla.recipes.resolve import make_plan
+
+    console = Console(quiet=not is_first_rank())
     recipe = load_recipe(name, overrides)
     plan = make_plan(recipe, given_keys(name, overrides))
     if parsed.dry_run:
@@ -276,8 +279,10 @@ def run_train(parsed: argparse.Namespace, settings: list[str], starts_ranks: boo
 def run_eval(command: EvalCommand, console: Console) -> None:
     """``sb3-vla eval``."""
     from sb3_vla.common.precision import autocast, get_device
+    from sb3_vla.distributed.ranks import current_ranks
     from sb3_vla.evaluation.evaluation import VideoOptions, evaluate, find_protocol
     from sb3_vla.policies.loading import load_policy
+    from sb3_vla.policies.views import given_view
 
     output = writable_file(command.output, "output")  # before the work
     if output.suffix == ".md":
@@ -401,6 +406,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if parsed.command == "train":
             run_train(parsed, settings, starts_ranks=is_this_command)
             return
+        from sb3_vla.distributed.ranks import torchrun
+
         kind, run = COMMANDS[parsed.command]
         with torchrun() as ranks:
             if ranks.leads or parsed.command in _SHARED_COMMANDS:

@@ -33,9 +33,6 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
-from mw_envs.env import CAMERAS
-from mw_envs.rendering import resolve_crop
-from mw_envs.tasks import did_you_mean
 from sb3_vla.common.errors import InputError
 from sb3_vla.common.paths import local_path
 
@@ -250,17 +247,3 @@ def _type_name(hint: Any) -> str:
     if isinstance(hint, type) and issubclass(hint, Enum):
         return f"one of {', '.join(member.name for member in hint)}"
     return hint.__name__ if isinstance(hint, type) and not get_args(hint) else str(hint).replace("typing.", "")
-
-
-def given_view(crop: Any, camera: str | None) -> dict[str, Any]:
-    """What the settings ``crop`` and ``camera`` say of a view; None says nothing.
-
-    :raises ConfigError: for what no environment has; the message names what there is.
-    """
-    try:
-        resolve_crop(crop)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-    if camera is not None and camera not in CAMERAS:
-        raise ConfigError(f"Unknown camera {camera!r}; {did_you_mean(camera, CAMERAS)}")
-    return {name: value for name, value in (("camera", camera), ("crop", crop)) if value is not None}

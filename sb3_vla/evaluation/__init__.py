@@ -1,7 +1,13 @@
 """Success on fixed trials: protocols, results, intervals, and the callback that measures while training."""
 
-from sb3_vla.evaluation.evaluation import VideoOptions, evaluate, make_trial_vec_env, trials_for
-from sb3_vla.evaluation.results import Comparison, EvaluationResult, Protocol, compare, find_protocol
+from typing import TYPE_CHECKING
+
+from sb3_vla.common.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from sb3_vla.evaluation.evaluation import VideoOptions, evaluate, make_trial_vec_env, trials_for
+    from sb3_vla.evaluation.protocols import Protocol, find_protocol
+    from sb3_vla.evaluation.results import Comparison, EvaluationResult, compare
 
 __all__ = [
     "Comparison",
@@ -14,3 +20,11 @@ __all__ = [
     "make_trial_vec_env",
     "trials_for",
 ]
+__getattr__ = lazy_names(
+    __name__,
+    {
+        **dict.fromkeys(("VideoOptions", "evaluate", "make_trial_vec_env", "trials_for"), "evaluation"),
+        **dict.fromkeys(("Protocol", "find_protocol"), "protocols"),
+        **dict.fromkeys(("Comparison", "EvaluationResult", "compare"), "results"),
+    },
+)

@@ -22,7 +22,8 @@ from sb3_vla.common.files import read_json
 from sb3_vla.common.precision import acting_precision
 from sb3_vla.distributed.ranks import generators, set_generators
 from sb3_vla.evaluation.evaluation import check_fit, evaluate
-from sb3_vla.evaluation.results import TRIAL_SEED, EvaluationResult, Protocol, find_protocol
+from sb3_vla.evaluation.protocols import TRIAL_SEED, Protocol, find_protocol
+from sb3_vla.evaluation.results import EvaluationResult
 from sb3_vla.evaluation.trial_envs import VideoOptions
 from sb3_vla.rollouts.metrics import EpisodeRecord, episode_metrics, in_terminal
 

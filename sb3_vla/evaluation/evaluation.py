@@ -39,17 +39,8 @@ from sb3_vla.common.files import temporary_path
 from sb3_vla.common.progress import progress_bar
 from sb3_vla.distributed.ranks import current_ranks
 from sb3_vla.envs.shared_memory import SharedMemoryVecEnv
-from sb3_vla.evaluation.results import (
-    PROTOCOLS,
-    TRIAL_SEED,
-    Comparison,
-    EvaluationResult,
-    Protocol,
-    TaskRate,
-    TrialResult,
-    compare,
-    find_protocol,
-)
+from sb3_vla.evaluation.protocols import PROTOCOLS, TRIAL_SEED, Protocol, find_protocol
+from sb3_vla.evaluation.results import Comparison, EvaluationResult, TaskRate, TrialResult, compare
 from sb3_vla.evaluation.trial_envs import (
     Actions,
     Observation,

@@ -17,7 +17,7 @@ from gymnasium import spaces
 from mw_envs import Trial
 from sb3_vla.common.errors import InputError
 from sb3_vla.envs.shared_memory import SharedMemoryVecEnv, available_cores
-from sb3_vla.evaluation.results import Protocol
+from sb3_vla.evaluation.protocols import Protocol
 from sb3_vla.recording.episodes import EpisodeFilm, FilmOptions
 
 Observation = dict[str, npt.NDArray[Any]]

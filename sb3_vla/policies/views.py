@@ -17,8 +17,11 @@ import numpy.typing as npt
 from gymnasium import spaces
 from stable_baselines3.common.vec_env import VecEnv
 
+from mw_envs.env import CAMERAS
 from mw_envs.hand_view import HandView
 from mw_envs.rendering import CROPS, resolve_crop
+from mw_envs.tasks import did_you_mean
+from sb3_vla.common.config import ConfigError
 from sb3_vla.common.errors import InputError
 from sb3_vla.distributed.ranks import current_ranks
 from sb3_vla.models import VLAModel, takes_option
@@ -254,3 +257,17 @@ def warn_once(message: str) -> None:
     """Warn on the first rank alone."""
     if current_ranks().leads:
         warnings.warn(message, stacklevel=3)
+
+
+def given_view(crop: Any, camera: str | None) -> dict[str, Any]:
+    """What the settings ``crop`` and ``camera`` say of a view; None says nothing.
+
+    :raises ConfigError: for what no environment has; the message names what there is.
+    """
+    try:
+        resolve_crop(crop)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    if camera is not None and camera not in CAMERAS:
+        raise ConfigError(f"Unknown camera {camera!r}; {did_you_mean(camera, CAMERAS)}")
+    return {name: value for name, value in (("camera", camera), ("crop", crop)) if value is not None}

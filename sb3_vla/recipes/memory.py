@@ -21,7 +21,7 @@ from sb3_vla.models.sizes import published_options
 from sb3_vla.recipes.resolve import Plan, can_begin
 from sb3_vla.runs.memory_plan import MemoryPlan, plan_memory
 from sb3_vla.runs.training import plan_training
-from sb3_vla.sft.imitation import SFTConfig
+from sb3_vla.sft.settings import SFTConfig
 
 #: what MetaWorld's demonstrations have
 _DIMENSIONS = {"action_dim": 4, "state_dim": 4}

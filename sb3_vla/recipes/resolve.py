@@ -11,14 +11,15 @@ from typing import Any, cast
 from mw_envs.hand_view import HandView
 from mw_envs.tasks import INSTRUCTION_BYTES, did_you_mean, select_tasks
 from sb3_vla.checkpoints import load_checkpoint
-from sb3_vla.common.config import ConfigError, given_view
+from sb3_vla.common.config import ConfigError
 from sb3_vla.common.paths import local_path
 from sb3_vla.distributed.local_ranks import local_rank_count
 from sb3_vla.evaluation.callback import PeriodicEvaluation
-from sb3_vla.evaluation.results import PROTOCOLS, TRIAL_SEED, Protocol
+from sb3_vla.evaluation.protocols import PROTOCOLS, TRIAL_SEED, Protocol
 from sb3_vla.evaluation.trial_envs import VideoOptions
 from sb3_vla.grpo.grpo import GRPO
 from sb3_vla.models import MODELS
+from sb3_vla.policies.views import given_view
 from sb3_vla.ppo.options import check_batch_size
 from sb3_vla.ppo.ppo import PPO
 from sb3_vla.ray import ClusterOptions
@@ -33,7 +34,7 @@ from sb3_vla.recipes.schema import (
 from sb3_vla.recording.episodes import TrainingFilms
 from sb3_vla.runs.loggers import LoggerOptions
 from sb3_vla.runs.settings import Annealed, Training
-from sb3_vla.sft.imitation import SFTConfig, SFTSettings
+from sb3_vla.sft.settings import SFTConfig, SFTSettings
 
 #: names of RLinf's for suite and split
 SUITES = {

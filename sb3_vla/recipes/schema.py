@@ -18,7 +18,7 @@ from mw_envs.tasks import INSTRUCTION_BYTES, did_you_mean
 from sb3_vla.common.config import ConfigError, leaves, load_config, read_layers
 from sb3_vla.common.paths import local_path
 from sb3_vla.ray import ClusterOptions, PlacementError
-from sb3_vla.sft.imitation import SFTSettings
+from sb3_vla.sft.settings import SFTSettings
 
 RECIPES = Path(__file__).parent / "yaml"
 #: short names of what stands in two places

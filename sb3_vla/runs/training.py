@@ -57,7 +57,7 @@ from sb3_vla.runs.memory_plan import MemoryPlan, plan_memory
 from sb3_vla.runs.resume import load_algorithm
 from sb3_vla.runs.settings import Training
 from sb3_vla.runs.shared import SharedRun
-from sb3_vla.sft.imitation import SFTConfig
+from sb3_vla.sft.settings import SFTConfig
 
 # What the environments show to the critic alone, in numbers; and the width of that critic.
 _PRIVILEGED, _ELAPSED, _VALUE_WIDTH = 39, 1, 256

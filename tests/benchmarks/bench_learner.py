@@ -224,7 +224,8 @@ def _serve() -> None:
 
 def _imitation(frames: int = 1000, steps: int = 12) -> Any:
     from sb3_vla.data.demonstrations import Demonstrations
-    from sb3_vla.sft.imitation import SFTConfig, sft
+    from sb3_vla.sft.imitation import sft
+    from sb3_vla.sft.settings import SFTConfig
 
     generator = np.random.default_rng(0)
     index = np.zeros(frames, np.int64)

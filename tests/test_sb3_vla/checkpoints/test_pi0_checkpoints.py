@@ -50,7 +50,8 @@ from sb3_vla.models import Pi0, Pi05
 from sb3_vla.models.prompts import local_tokenizer_file
 from sb3_vla.policies.loading import load_policy
 from sb3_vla.policies.vla_policy import VLAPolicy
-from sb3_vla.sft.imitation import SFTConfig, sft
+from sb3_vla.sft.imitation import sft
+from sb3_vla.sft.settings import SFTConfig
 
 both = pytest.mark.parametrize("name", ["pi0", "pi05"])
 

@@ -29,7 +29,8 @@ from sb3_vla.data import collecting, demonstrations, lerobot_reader, lerobot_wri
 from sb3_vla.data.batches import DemonstrationBatches
 from sb3_vla.data.demonstrations import Demonstrations, DemonstrationWriter, Episode, collect
 from sb3_vla.data.lerobot_writer import encode_png
-from sb3_vla.sft.imitation import SFTConfig, sft
+from sb3_vla.sft.imitation import sft
+from sb3_vla.sft.settings import SFTConfig
 
 SIZE = 32
 # The published lerobot/metaworld_mt50, and next.done; dtype and shape as its info.json has them.

@@ -33,7 +33,8 @@ from sb3_vla.runs.directory import RunDirectory
 from sb3_vla.runs.memory_plan import MemoryPlan, plan_memory
 from sb3_vla.runs.resume import load_algorithm, save_algorithm
 from sb3_vla.runs.training import train
-from sb3_vla.sft.imitation import SFTConfig, sft
+from sb3_vla.sft.imitation import sft
+from sb3_vla.sft.settings import SFTConfig
 
 #: gradients summed in another order differ by a few units in the last place, and so do weights after steps of SGD
 ROUNDING = 2e-6

@@ -20,7 +20,8 @@ from mw_envs import Trial
 from sb3_vla.checkpoints import load_checkpoint, save_checkpoint
 from sb3_vla.evaluation import callback as periodic
 from sb3_vla.evaluation.callback import PeriodicEvaluation
-from sb3_vla.evaluation.results import TRIAL_SEED, EvaluationResult, TrialResult, find_protocol
+from sb3_vla.evaluation.protocols import TRIAL_SEED, find_protocol
+from sb3_vla.evaluation.results import EvaluationResult, TrialResult
 from sb3_vla.runs import training
 from sb3_vla.runs.directory import RunDirectory
 

@@ -11,7 +11,8 @@ import pytest
 
 from mw_envs import suite_tasks
 from sb3_vla.evaluation.evaluation import trials_for
-from sb3_vla.evaluation.results import PROTOCOLS, EvaluationResult, TrialResult, compare
+from sb3_vla.evaluation.protocols import PROTOCOLS
+from sb3_vla.evaluation.results import EvaluationResult, TrialResult, compare
 
 
 @pytest.fixture

@@ -31,7 +31,8 @@ from sb3_vla.distributions import make_distribution
 from sb3_vla.models import Context, DiffusionPolicy, make_model
 from sb3_vla.models.diffusion import noise_schedule, shrink
 from sb3_vla.policies.loading import load_policy
-from sb3_vla.sft.imitation import SFTConfig, sft
+from sb3_vla.sft.imitation import sft
+from sb3_vla.sft.settings import SFTConfig
 
 DATA = Path(__file__).parents[2] / "data" / "diffusion_policy"
 TINY: dict[str, Any] = {

@@ -32,7 +32,8 @@ from sb3_vla.evaluation.evaluation import Protocol, evaluate, seen_by
 from sb3_vla.models import CompactVLA, make_model
 from sb3_vla.policies.loading import load_policy
 from sb3_vla.policies.views import cut_window
-from sb3_vla.sft.imitation import SFTConfig, sft
+from sb3_vla.sft.imitation import sft
+from sb3_vla.sft.settings import SFTConfig
 
 
 def played(seed: int = 0, steps: int = 6, **options: Any) -> list[dict[str, Any]]:

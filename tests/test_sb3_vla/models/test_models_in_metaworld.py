@@ -25,10 +25,11 @@ from sb3_vla.checkpoints.formats.smolvla import save_smolvla
 from sb3_vla.data.collecting import collect
 from sb3_vla.data.demonstrations import Demonstrations
 from sb3_vla.evaluation.evaluation import evaluate
-from sb3_vla.evaluation.results import Protocol
+from sb3_vla.evaluation.protocols import Protocol
 from sb3_vla.policies.loading import load_policy
 from sb3_vla.policies.views import view_of
-from sb3_vla.sft.imitation import SFTConfig, sft
+from sb3_vla.sft.imitation import sft
+from sb3_vla.sft.settings import SFTConfig
 
 TASK, CHUNK, HORIZON = "drawer-close-v3", 4, 8
 VIEW: dict[str, Any] = {"image_size": 64, "crop": "workspace"}

@@ -49,7 +49,8 @@ from sb3_vla.recipes.resolve import make_plan
 from sb3_vla.recipes.schema import load_recipe
 from sb3_vla.runs.memory_plan import GIB
 from sb3_vla.runs.training import plan_training
-from sb3_vla.sft.imitation import SFTConfig, sft
+from sb3_vla.sft.imitation import sft
+from sb3_vla.sft.settings import SFTConfig
 
 TENSORS, RECORDS = recorded("openvla_oft")
 MODEL_FILE = "model.safetensors"

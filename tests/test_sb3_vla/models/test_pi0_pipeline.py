@@ -19,12 +19,13 @@ from sb3_vla.cli.main import main
 from sb3_vla.data.collecting import collect
 from sb3_vla.data.demonstrations import Demonstrations
 from sb3_vla.evaluation.evaluation import evaluate
-from sb3_vla.evaluation.results import Protocol
+from sb3_vla.evaluation.protocols import Protocol
 from sb3_vla.models import VLAModel
 from sb3_vla.policies.loading import load_policy
 from sb3_vla.runs.directory import RunDirectory
 from sb3_vla.runs.training import train
-from sb3_vla.sft.imitation import SFTConfig, sft
+from sb3_vla.sft.imitation import sft
+from sb3_vla.sft.settings import SFTConfig
 
 QUICK = {("pi0", "lerobot 0.4"), ("pi05", "openpi")}
 TASK = "reach-v3"

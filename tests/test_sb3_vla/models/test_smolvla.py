@@ -42,7 +42,8 @@ from sb3_vla.distributions.base import integrate
 from sb3_vla.models import SmolVLA
 from sb3_vla.models.base import PERCEPTION
 from sb3_vla.models.smolvla import expert_ffn
-from sb3_vla.sft.imitation import SFTConfig, sft
+from sb3_vla.sft.imitation import sft
+from sb3_vla.sft.settings import SFTConfig
 
 TENSORS, RECORDS = recorded("smolvla")
 TINY: dict[str, Any] = {

@@ -39,7 +39,8 @@ from sb3_vla.models.resizing import resize_by_integers
 from sb3_vla.models.tinyvla import bf16_sinusoid
 from sb3_vla.policies.loading import load_policy
 from sb3_vla.policies.vla_policy import VLAPolicy
-from sb3_vla.sft.imitation import SFTConfig, sft
+from sb3_vla.sft.imitation import sft
+from sb3_vla.sft.settings import SFTConfig
 
 DATA = Path(__file__).parents[2] / "data" / "tinyvla"
 LANGS = ("Push the puck to a goal", "Open a door with a revolving joint")

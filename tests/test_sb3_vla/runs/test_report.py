@@ -15,8 +15,9 @@ from toy import write_mp4
 
 from mw_envs import Trial
 from sb3_vla.cli.main import main
+from sb3_vla.evaluation.protocols import PROTOCOLS
 from sb3_vla.evaluation.published import PUBLISHED
-from sb3_vla.evaluation.results import PROTOCOLS, EvaluationResult, TrialResult, compare
+from sb3_vla.evaluation.results import EvaluationResult, TrialResult, compare
 from sb3_vla.runs.directory import RunDirectory
 from sb3_vla.runs.report.charts import learning_curve, success_chart, svg
 from sb3_vla.runs.report.contents import pasteable

@@ -23,7 +23,8 @@ from sb3_vla.runs import training
 from sb3_vla.runs.directory import RunDirectory
 from sb3_vla.runs.settings import Annealed, Training
 from sb3_vla.runs.training import train
-from sb3_vla.sft.imitation import SFTConfig, sft
+from sb3_vla.sft.imitation import sft
+from sb3_vla.sft.settings import SFTConfig
 
 
 def start(tmp_path: Path, config: Training, **options: Any) -> None:

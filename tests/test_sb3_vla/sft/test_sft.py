@@ -29,7 +29,8 @@ from sb3_vla.models import CompactVLA, DiffusionPolicy, Pi0, VLAModel, make_mode
 from sb3_vla.models.normalization import CONVENTIONS
 from sb3_vla.policies.views import view_of
 from sb3_vla.sft import imitation as sft_module
-from sb3_vla.sft.imitation import SFTConfig, SFTResult, sft
+from sb3_vla.sft.imitation import SFTResult, sft
+from sb3_vla.sft.settings import SFTConfig
 
 
 def config(**options: Any) -> SFTConfig:
