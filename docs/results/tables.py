@@ -23,8 +23,8 @@ from matplotlib.figure import Figure
 
 from mw_envs import DIFFICULTIES, Trial
 from sb3_vla.evaluation.evaluation import trials_for
-from sb3_vla.evaluation.published import PUBLISHED
 from sb3_vla.evaluation.protocols import Protocol
+from sb3_vla.evaluation.published import PUBLISHED
 from sb3_vla.evaluation.results import EvaluationResult, TrialResult, compare
 from sb3_vla.evaluation.statistics import Estimate
 
