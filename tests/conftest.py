@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from multiprocessing import forkserver
 from pathlib import Path
 
 # Before torch and NumPy are imported, here and in the workers that inherit it: on a small machine a few workers with as
@@ -38,6 +39,23 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
         if not torch.cuda.is_available():
             pytest.skip("needs a CUDA device")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def warm_fork_server() -> Iterator[None]:
+    """The fork server's workers begin with all imports done and the renderer's machine code loaded, which else takes
+    each of them two seconds. Commands that tests start in processes of their own have their own, ordinary one."""
+    set_preload = forkserver.set_forkserver_preload
+
+    def start(modules: list[str]) -> None:
+        with pytest.MonkeyPatch.context() as patch:  # the server does not get this process's sys.path in another way
+            patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
+            set_preload([*modules, "warm_worker"])
+            forkserver.ensure_running()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(forkserver, "set_forkserver_preload", start)
+        yield
 
 
 @pytest.fixture(scope="session")

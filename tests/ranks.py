@@ -8,6 +8,7 @@ import pickle
 import socket
 import traceback
 from collections.abc import Callable
+from contextlib import nullcontext
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -15,12 +16,17 @@ from sb3_vla.distributed.ranks import torchrun
 
 
 def run_ranks(
-    count: int, work: Callable[[int], Any], timeout_seconds: float = 60.0, patience_seconds: float = 120.0
+    count: int,
+    work: Callable[[int], Any],
+    timeout_seconds: float = 60.0,
+    patience_seconds: float = 120.0,
+    joined: bool = True,
 ) -> list[Any]:
     """What a function of the rank gives in each of ``count`` processes that are ranks of one group.
 
     :param timeout_seconds: how long a rank waits for another.
     :param patience_seconds: how long this waits for a rank.
+    :param joined: whether they have joined one another, or find the invitation of torchrun only.
     :raises AssertionError: with the traceback of a rank that raised.
     """
     with socket.socket() as free:
@@ -30,7 +36,7 @@ def run_ranks(
     context = multiprocessing.get_context("fork")
     pipes = [context.Pipe(duplex=False) for _ in range(count)]
     processes = [
-        context.Process(target=_be_rank, args=(rank, count, port, work, timeout_seconds, pipes[rank][1]))
+        context.Process(target=_be_rank, args=(rank, count, port, work, timeout_seconds, joined, pipes[rank][1]))
         for rank in range(count)
     ]
     for process, (_, sender) in zip(processes, pipes, strict=True):
@@ -56,7 +62,13 @@ def run_ranks(
 
 
 def _be_rank(
-    rank: int, count: int, port: int, work: Callable[[int], Any], timeout_seconds: float, answer: Connection
+    rank: int,
+    count: int,
+    port: int,
+    work: Callable[[int], Any],
+    timeout_seconds: float,
+    joined: bool,
+    answer: Connection,
 ) -> None:
     os.environ |= {
         "RANK": str(rank),
@@ -67,7 +79,7 @@ def _be_rank(
         "MASTER_PORT": str(port),
     }
     try:
-        with torchrun(timeout_seconds=timeout_seconds):
+        with torchrun(timeout_seconds=timeout_seconds) if joined else nullcontext():
             reply = None, work(rank)
     except BaseException:
         reply = traceback.format_exc(), None

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from conftest import descendants
 
 from sb3_vla.distributed import local_ranks
 from sb3_vla.recipes.resolve import make_plan
@@ -58,17 +59,19 @@ def gone(process: int, seconds: float = 20) -> bool:
 
 
 def test_the_first_starts_the_others_and_waits_for_them(tmp_path: Path) -> None:
-    process = start(3, tmp_path)
+    process = start(2, tmp_path)
     output, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
-    threads = max(1, local_ranks.usable_cores() // 3)
-    assert output.strip() == str([(rank, 3, threads) for rank in range(3)])  # said by the first alone
-    assert not any(is_alive(int((tmp_path / f"rank-{rank}").read_text())) for rank in range(3))
+    threads = max(1, local_ranks.usable_cores() // 2)
+    assert output.strip() == str([(rank, 2, threads) for rank in range(2)])  # said by the first alone
+    assert not any(is_alive(int((tmp_path / f"rank-{rank}").read_text())) for rank in range(2))
 
 
-def test_one_rank_is_the_process_alone(tmp_path: Path) -> None:
-    output, _ = start(1, tmp_path).communicate(timeout=60)
-    assert output.startswith("[(0, 1, ")
+def test_one_rank_is_the_process_alone() -> None:
+    before = set(descendants())
+    with local_ranks.local_ranks(1) as ranks:
+        assert ranks.gather((ranks.rank, ranks.count)) == [(0, 1)]
+        assert set(descendants()) == before
 
 
 def test_the_error_of_another_rank_is_told_once(tmp_path: Path) -> None:

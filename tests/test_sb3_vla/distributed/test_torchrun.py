@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from ranks import run_ranks
 from safetensors.numpy import load_file
 from toy import tiny_model
+from toy_train import make
 
 from sb3_vla.checkpoints import save_checkpoint
+from sb3_vla.cli.main import main
+from sb3_vla.distributed import local_ranks
+from sb3_vla.runs import training
 from sb3_vla.runs.directory import RunDirectory
 
 SCRIPT = Path(__file__).parents[2] / "toy_train.py"
@@ -75,12 +82,17 @@ def weights(run: Path) -> dict[str, np.ndarray]:
     return load_file(run / "ppo" / "model.safetensors")
 
 
-def test_two_ranks_write_the_run_of_one(tmp_path: Path, start: Path) -> None:
-    processes = [launch(ranks, tmp_path / f"{ranks}", start) for ranks in (1, 2)]
-    for process in processes:
-        code, output = finish(process)
-        assert code == 0, output
-        assert output.count("checkpoint ") == 1  # one rank speaks
+def test_two_ranks_write_the_run_of_one(
+    tmp_path: Path, start: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    process = launch(2, tmp_path / "2", start)
+    monkeypatch.setattr(training, "SharedMemoryVecEnv", make)  # as toy_train.py does
+    monkeypatch.setenv(local_ranks.VARIABLE, "1")
+    assert main(["train", "ppo", f"checkpoint={start}", f"run={tmp_path / '1'}", *SETTINGS]) == 0
+    code, output = finish(process)
+    assert code == 0, output
+    for told in (capsys.readouterr().out, output):
+        assert told.count("checkpoint ") == 1  # one rank speaks
     one, two = weights(tmp_path / "1"), weights(tmp_path / "2")
     for name, expected in one.items():  # Adam's steps are of full length where gradients are next to nothing
         np.testing.assert_allclose(two[name], expected, atol=2e-5, err_msg=name)
@@ -120,10 +132,17 @@ def test_the_death_of_a_rank_ends_all_and_the_run_goes_on(tmp_path: Path, start:
 
 
 def test_what_cannot_be_shared_is_told(tmp_path: Path, start: Path) -> None:
-    code, output = finish(launch(2, tmp_path / "run", start, "num_envs=3", "actor.global_batch_size=9"))
-    assert code != 0
-    assert "num_envs=3 cannot be shared by 2 ranks; expected a multiple of 2, such as 4" in output.replace("\n", " ")
-    assert "sb3_vla/runs/training.py" not in output  # no traceback but torchrun's own
+    settings = [*SETTINGS, "num_envs=3", "actor.global_batch_size=9"]
+
+    def work(rank: int) -> tuple[int, str]:
+        with redirect_stderr(io.StringIO()) as told:
+            status = main(["train", "ppo", f"checkpoint={start}", f"run={tmp_path / 'run'}", *settings])
+        return status, told.getvalue()
+
+    for status, told in run_ranks(2, work):
+        assert status == 2
+        assert "num_envs=3 cannot be shared by 2 ranks; expected a multiple of 2, such as 4" in told.replace("\n", " ")
+        assert "Traceback" not in told
 
 
 SCRIPT_WITHOUT_CONTEXT = """
@@ -150,9 +169,20 @@ pathlib.Path(folder, f"rank-{model.ranks.rank}.json").write_text(json.dumps(told
 
 @pytest.mark.parametrize("algorithm", ["PPO", "GRPO"])
 def test_a_script_without_the_context_joins_by_itself(algorithm: str, tmp_path: Path) -> None:
-    (tmp_path / "script.py").write_text(SCRIPT_WITHOUT_CONTEXT)
-    code, output = finish(run_script(tmp_path / "script.py", str(tmp_path), algorithm))
-    assert code == 0, output
+    """PPO under torchrun itself, GRPO in forks of this process, which have its imports done."""
+    if algorithm == "PPO":
+        (tmp_path / "script.py").write_text(SCRIPT_WITHOUT_CONTEXT)
+        code, output = finish(run_script(tmp_path / "script.py", str(tmp_path), algorithm))
+        assert code == 0, output
+    else:
+
+        def work(rank: int) -> str:
+            sys.argv = ["script.py", str(tmp_path), algorithm]
+            with redirect_stdout(io.StringIO()) as told:
+                exec(SCRIPT_WITHOUT_CONTEXT, {"__name__": "__main__"})
+            return told.getvalue()
+
+        output = "".join(run_ranks(2, work, joined=False))
     # Files, since lines that two processes print at once come out torn.
     first, second = (json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(2))
     (count, decisions, verbose, pictures, weights), others = first, second

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import subprocess
 import sys
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,6 +28,7 @@ from toy_pi0 import HEADS, write_layout
 from sb3_vla import PPO
 from sb3_vla.checkpoints import LoadedCheckpoint, identity, load_checkpoint, native, save_checkpoint
 from sb3_vla.cli.main import main
+from sb3_vla.distributed import local_ranks
 from sb3_vla.evaluation.evaluation import EvaluationResult
 from sb3_vla.policies.loading import load_policy
 from sb3_vla.policies.vla_policy import VLAPolicy
@@ -80,6 +82,23 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 def shell(environment: dict[str, str], folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = ["bash", str(SCRIPT), *arguments]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=280)
+
+
+def by_shell(environment: dict[str, str], folder: Path, *arguments: str) -> None:
+    done = shell(environment, folder, *arguments)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Runs a recipe in this process, which has its imports done, as the only rank."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(local_ranks.VARIABLE, "1")
+
+    def run(*arguments: str) -> None:
+        assert main(["train", *arguments]) == 0
+
+    return run
 
 
 def assert_complete(run: Path, result: str, trials: int = 1) -> None:
@@ -151,12 +170,17 @@ def moved(before: Path, after: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("algorithm", ["ppo", "grpo"])
-def test_compact_from_nothing(algorithm: str, environment: dict[str, str], tmp_path: Path) -> None:
+def test_compact_from_nothing(
+    algorithm: str, environment: dict[str, str], here: Callable[..., None], tmp_path: Path
+) -> None:
+    """PPO by the shell command and on all cores, GRPO in this process; and a second start, which finds all done."""
     name = f"metaworld_50_{algorithm}_compact"
     settings = [*EVERY, *LEARNING, *IMITATION, *COMPACT, *(GRPO if algorithm == "grpo" else [])]
     settings += ["runner.val_check_interval=1", "env.train.video_cfg.save_video=true", "env.train.video_interval=1"]
-    done = shell(environment, tmp_path, name, *settings)
-    assert done.returncode == 0, done.stdout + done.stderr
+    if algorithm == "ppo":
+        by_shell(environment, tmp_path, name, *settings)
+    else:
+        here(name, *settings)
     run = tmp_path / "runs" / name
     assert_complete(run, algorithm)
     filmed = {film.parent.name for film in (run / "videos").rglob("*.mp4")}
@@ -166,8 +190,7 @@ def test_compact_from_nothing(algorithm: str, environment: dict[str, str], tmp_p
     assert len(events.Scalars("eval/success_once")) == len(events.Scalars("time/eval")) == 2
     assert EvaluationResult.from_json(run / "evaluation_before.json")
     weights = (run / algorithm / "model.safetensors").read_bytes()
-    again = shell(environment, tmp_path, name, *settings)
-    assert again.returncode == 0, again.stdout + again.stderr
+    here(name, *settings)
     assert (run / algorithm / "model.safetensors").read_bytes() == weights
 
 
@@ -255,8 +278,8 @@ def test_a_recipe_under_torchrun(command: list[str], environment: dict[str, str]
     assert moved(run / "sft", run / "ppo")
 
 
-def test_ppo_of_a_published_pi0(environment: dict[str, str], tmp_path: Path) -> None:
-    published(environment, tmp_path, "metaworld_50_ppo_openpi", "pi0")
+def test_ppo_of_a_published_pi0(here: Callable[..., None], tmp_path: Path) -> None:
+    published(here, tmp_path, "metaworld_50_ppo_openpi", "pi0")
 
 
 PI0 = [
@@ -273,7 +296,7 @@ PI0 = [
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "model"), PI0)
 def test_published_pi0_and_pi05(name: str, model: str, environment: dict[str, str], tmp_path: Path) -> None:
-    published(environment, tmp_path, name, model)
+    published(functools.partial(by_shell, environment, tmp_path), tmp_path, name, model)
 
 
 @pytest.mark.slow
@@ -297,7 +320,7 @@ def test_laptop_sizes_from_nothing(model: str, algorithm: str, environment: dict
     assert moved(run / "sft", run / algorithm)
 
 
-def published(environment: dict[str, str], folder: Path, name: str, model: str) -> None:
+def published(run: Callable[..., None], folder: Path, name: str, model: str) -> None:
     start = write_layout(folder / "published", model, "lerobot")
     kind = name.split("_")[2]
     settings = [*EVERY, f"actor.model.model_path={start}", f"actor.model.model_kwargs={json.dumps(HEADS)}"]
@@ -305,8 +328,7 @@ def published(environment: dict[str, str], folder: Path, name: str, model: str) 
         settings += [*IMITATION, "data.image_size=56"]
     else:
         settings += [*LEARNING, "actor.micro_batch_size=1", *(GRPO if kind == "grpo" else [])]
-    done = shell(environment, folder, name, *settings)
-    assert done.returncode == 0, done.stdout + done.stderr
+    run(name, *settings)
     assert_complete(folder / "runs" / name, kind)
 
 

@@ -31,6 +31,7 @@ from sb3_vla.models.sizes import PUBLISHED_SIZES, published_options
 from sb3_vla.recipes.memory import footprint
 from sb3_vla.recipes.resolve import Plan, make_plan
 from sb3_vla.recipes.schema import RECIPES, Recipe, find_recipe, given_keys, load_recipe, recipe_names, summary
+from sb3_vla.runs import memory_plan
 from sb3_vla.runs.settings import Annealed
 from sb3_vla.runs.training import plan_training
 
@@ -77,6 +78,20 @@ OTHERS: dict[str, Any] = {
 
 
 REFUSALS = ("without effect", "is for algorithm.adv_type=gae", "bounds a reward of success")
+
+
+@pytest.fixture
+def unplayed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory plans leave out what an update holds besides weights, which takes seconds to find out; that it is the
+    same for models that are alike is all that counts where this fixture is used. It is tested in runs/test_memory.py.
+    """
+
+    def play(model: VLAModel, *settings: Any) -> Any:
+        found = sum(parameter.numel() for parameter in model.parameters())
+        return memory_plan._Played(found, found, found, found, found)
+
+    monkeypatch.setattr(memory_plan, "_PLAYED", {})
+    monkeypatch.setattr(memory_plan, "_play", play)
 
 
 def plan_of(name: str, overrides: list[str]) -> Plan:
@@ -462,7 +477,9 @@ def test_the_quickstart_is_what_was_measured() -> None:
     assert len(plan.evaluate["tasks"]) == 10
 
 
-def test_a_dry_run_prints_settings_that_read_back(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_a_dry_run_prints_settings_that_read_back(
+    unplayed: None, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     name = "metaworld_50_ppo_openpi_pi05"
     assert main(["train", name, "--dry-run", "actor.seed=7"]) == 0
     text = capsys.readouterr().out
@@ -609,11 +626,14 @@ def test_the_memory_of_imitation_and_of_what_follows_it() -> None:
     small = footprint(plan_of("metaworld_50_ppo_compact", ["data.image_size=48", "sft.batch_size=32"]))
     assert small["sft"].activations < 0.2 * stages["sft"].activations
     assert small["ppo"].buffer < stages["ppo"].buffer
+
+
+def test_the_memory_of_each_stage_that_learns_is_told(unplayed: None) -> None:
     assert list(footprint(plan_of("metaworld_50_sft_compact", []))) == ["sft"]
     assert list(footprint(plan_of("metaworld_50_grpo_compact", ["actor.model.model_path=somewhere"]))) == ["grpo"]
 
 
-def test_the_memory_of_a_new_model_counts_its_hand_view() -> None:
+def test_the_memory_of_a_new_model_counts_its_hand_view(unplayed: None) -> None:
     """Whether experts are recorded with it or it is cut from a dataset's pictures."""
     name, gradients = "metaworld_50_ppo_compact", []
     for given in ([], ["data.path=somewhere"], ["data.hand_view=null"]):
@@ -672,7 +692,13 @@ def test_the_size_of_diffusion_policy_is_that_of_its_recipe() -> None:
     ],
 )
 def test_a_plan_of_a_folder_is_of_the_size_that_it_tells(
-    recipe: str, save: Callable[..., None], model: str, options: dict[str, Any], tmp_path: Path, recwarn: Any
+    unplayed: None,
+    recipe: str,
+    save: Callable[..., None],
+    model: str,
+    options: dict[str, Any],
+    tmp_path: Path,
+    recwarn: Any,
 ) -> None:
     small = {**options, "tokenizer": str(tiny_tokenizer(tmp_path))} if model == "pi05" else options
     made = make_model(model, small)
@@ -687,7 +713,7 @@ def test_a_plan_of_a_folder_is_of_the_size_that_it_tells(
     assert not [warning for warning in recwarn if "no-op" in str(warning.message)]
 
 
-def test_a_plan_of_a_folder_that_is_yet_to_come_is_of_the_size_of_the_recipe() -> None:
+def test_a_plan_of_a_folder_that_is_yet_to_come_is_of_the_size_of_the_recipe(unplayed: None) -> None:
     name = "metaworld_50_ppo_{}_laptop"
     for model in ("tinyvla", "smolvla"):
         begun = footprint(plan_of(name.format(model), []))["ppo"]
@@ -706,6 +732,6 @@ def test_memory_of_every_recipe_is_planned() -> None:
         assert all(stage.device > stage.weights > 0 for stage in stages), name
 
 
-def test_the_memory_of_a_checkpoint_of_the_package_is_its_own() -> None:
+def test_the_memory_of_a_checkpoint_of_the_package_is_its_own(unplayed: None) -> None:
     plan = make_plan(load_recipe("metaworld_50_ppo_compact", ["actor.model.model_path=compact-mt50"]))
     assert "of 2,266,308 parameters" in str(footprint(plan)["ppo"])

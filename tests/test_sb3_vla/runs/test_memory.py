@@ -128,7 +128,7 @@ def test_the_copy_that_takes_the_first_steps_is_planned(name: str) -> None:
             num_envs=4,
             device="cpu",
             distribution="ddim",
-            distribution_kwargs={"denoising_steps": 10, **options},
+            distribution_kwargs={"denoising_steps": 5, **options},
         )
         return plan_training(make_model(name, {}), config, action_chunk=5)
 
@@ -140,7 +140,7 @@ def test_the_copy_that_takes_the_first_steps_is_planned(name: str) -> None:
     assert plan.copies == pytest.approx(sum(tensor.numel() * 4 for tensor in held), rel=1e-2)
     assert plan.device - plan.copies - plan.activations == whole.device - whole.activations
     # An update takes the gradient of each trained step, which is random, or of the one that is.
-    for steps, found in ((3, plan), (10, whole), (1, single)):
+    for steps, found in ((3, plan), (5, whole), (1, single)):
         measured(model, 2, steps)
         assert found.activations == pytest.approx(measured(model, 8, steps), rel=0.25), steps
     assert single.activations < whole.activations
@@ -197,8 +197,18 @@ def counted(forward: Callable[..., Any], ran: list[None]) -> Callable[..., Any]:
     return call
 
 
-@pytest.mark.parametrize("options", [{}, {"bf16": True}, {"gradient_checkpointing": True}, {"trainable": "all"}])
-@pytest.mark.parametrize("name", ["pi0", "pi05", "openvla_oft"])
+ALIKE = [{}, {"bf16": True}, {"gradient_checkpointing": True}, {"trainable": "all"}]
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        *(("pi0", options) for options in ALIKE),  # how it is trained, and below which layers there are
+        ("pi05", {}),
+        ("openvla_oft", {}),
+        *(pytest.param(name, each, marks=pytest.mark.slow) for name in ("pi05", "openvla_oft") for each in ALIKE[1:]),
+    ],
+)
 def test_one_of_the_frozen_layers_stands_for_all(
     name: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -232,7 +242,10 @@ def resident(what: str) -> int:
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads what Linux tells of a process")
 @pytest.mark.parametrize(
     ("recipe", "parameters"),
-    [("metaworld_50_ppo_openpi", "3,238,048,528"), ("metaworld_50_ppo_openpi_pi05", "3,353,433,872")],
+    [
+        ("metaworld_50_ppo_openpi", "3,238,048,528"),
+        pytest.param("metaworld_50_ppo_openpi_pi05", "3,353,433,872", marks=pytest.mark.slow),
+    ],
 )
 def test_a_recipe_at_full_size_is_planned_in_seconds_without_its_weights(
     recipe: str, parameters: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
