@@ -7,6 +7,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -176,8 +177,18 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[st
     return {algorithm: outcome(folder / f"{algorithm} run", algorithm) for algorithm in CONFIGS}
 
 
-@pytest.mark.parametrize("algorithm", CONFIGS)
-@pytest.mark.parametrize("moment", MOMENTS)
+# What PPO and GRPO share: where neither plays nor learns. Of GRPO these are slow tests.
+SHARED = [moment for moment in MOMENTS if "checkpoint" in moment and "rollout" not in moment]
+
+
+@pytest.mark.parametrize(
+    ("moment", "algorithm"),
+    [
+        *((moment, "ppo") for moment in MOMENTS),
+        *((moment, "grpo") for moment in MOMENTS if moment not in SHARED),
+        *(pytest.param(moment, "grpo", marks=pytest.mark.slow) for moment in SHARED),
+    ],
+)
 def test_the_end_is_the_same_whenever_it_was_interrupted(
     moment: str, algorithm: str, tmp_path: Path, uninterrupted: dict[str, dict[str, Any]]
 ) -> None:
@@ -221,9 +232,24 @@ def signalling(real: Callable[..., Any], call: int, *signals: signal.Signals) ->
     return wrapped
 
 
-@pytest.mark.parametrize("algorithm", CONFIGS)
-@pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-@pytest.mark.parametrize("method", ["_decide", "_optimizer_step"])
+@pytest.mark.parametrize(
+    ("method", "number", "exit_code", "algorithm"),
+    [
+        ("_decide", signal.SIGINT, 130, "ppo"),
+        ("_decide", signal.SIGTERM, 143, "grpo"),
+        ("_optimizer_step", signal.SIGTERM, 143, "ppo"),
+        ("_optimizer_step", signal.SIGINT, 130, "grpo"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)  # each number, method and algorithm has its turns above
+            for case in (
+                ("_decide", signal.SIGTERM, 143, "ppo"),
+                ("_decide", signal.SIGINT, 130, "grpo"),
+                ("_optimizer_step", signal.SIGINT, 130, "ppo"),
+                ("_optimizer_step", signal.SIGTERM, 143, "grpo"),
+            )
+        ),
+    ],
+)
 def test_a_signal_ends_it_after_the_iteration_with_a_checkpoint(
     method: str,
     number: signal.Signals,
@@ -298,15 +324,23 @@ DAMAGES: dict[str, Callable[[Path], None]] = {
 }
 
 
-@pytest.mark.parametrize("file", ["training_state.json", "training_state.safetensors"])
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_state_is_named_and_the_one_before_it_taken(
-    damage: str, file: str, tmp_path: Path, uninterrupted: dict[str, dict[str, Any]]
-) -> None:
+@pytest.fixture(scope="module")
+def interrupted(toys: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a run that was interrupted after the checkpoints of its second and fourth iteration."""
+    folder = tmp_path_factory.mktemp("interrupted")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(PPO, "_optimizer_step", interrupting(PPO._optimizer_step, 4 * 4 + 2))
         with pytest.raises(Interrupt):
-            train(tmp_path / "run")
+            train(folder / "run")
+    return folder
+
+
+@pytest.mark.parametrize("file", ["training_state.json", "training_state.safetensors"])
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_state_is_named_and_the_one_before_it_taken(
+    damage: str, file: str, interrupted: Path, tmp_path: Path, uninterrupted: dict[str, dict[str, Any]]
+) -> None:
+    shutil.copytree(interrupted, tmp_path, dirs_exist_ok=True)
     folder = tmp_path / "run" / "checkpoints" / "ppo"
     DAMAGES[damage](folder / "step-00000004" / file)
     told = rf"step-00000004/{file} is (damaged|missing).*; ppo goes on from step-00000002 before it"
