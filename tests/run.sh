@@ -18,7 +18,7 @@ export PYTHONHASHSEED=0  # so that a failure that depends on the order of a set 
 
 # Two files at a time, not one a core: tests start workers of their own, and some of them measure seconds.
 pytest=("$python" -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder)
-# Tests in processes of their own are not counted, but for what a fork has in common with its parent.
+# Lines that only child processes run, as those of workers and further ranks, count as not run.
 covered=(mw_envs sb3_vla/{ppo,grpo,sft,rollouts,distributions})
 case "${1:-}" in
     "") ;;
@@ -36,7 +36,7 @@ step() {
 }
 step "Lint (ruff)" "$python" -m ruff check .
 step "Types (mypy)" "$python" -m mypy sb3_vla mw_envs
-# From Python 3.12 on the interpreter itself tells of lines, which costs little; before, tests take a third longer.
+# From Python 3.12 on the interpreter itself tells of lines, which costs little; before, tests take up to a third longer.
 if [ $# -gt 0 ] && "$python" -c 'import sys; sys.exit(sys.version_info < (3, 12))'; then export COVERAGE_CORE=sysmon; fi
 step "Tests (pytest)" "${pytest[@]}"
 if [ $# -gt 0 ]; then
