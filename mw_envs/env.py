@@ -343,7 +343,7 @@ class MetaWorldEnv(gym.Env[dict[str, Any], npt.NDArray[np.float32]]):
         self._metaworld_observation, dense_reward, success = self._simulator.step(action, self.reward == "dense")
         return dense_reward, success
 
-    def render(self) -> npt.NDArray[np.uint8] | None:  # type: ignore[override]
+    def render(self) -> npt.NDArray[np.uint8] | None:
         """The camera's full view now, uint8 (480, 480, 3), if ``render_mode`` is ``rgb_array``."""
         if self.render_mode is None:
             gym.logger.warn('render() does nothing without a render mode; use gym.make(id, render_mode="rgb_array")')
@@ -411,7 +411,10 @@ class MetaWorldEnv(gym.Env[dict[str, Any], npt.NDArray[np.float32]]):
     def _draw_hand(self, hand: HandView, observation: Mapping[str, npt.NDArray[Any]]) -> npt.NDArray[np.uint8]:
         view, side = self._view, hand.resolution
         if view.crop == FULL_VIEW and (view.height, view.width) == (side, side):  # it is in the picture already
-            return hand.cut(observation["image"][None], view.camera, observation["state"][None])[0]
+            cut: npt.NDArray[np.uint8] = hand.cut(observation["image"][None], view.camera, observation["state"][None])[
+                0
+            ]
+            return cut
         part, (down, right) = hand.inside(*hand.corner(view.camera, observation["state"]))
         window = np.zeros((hand.size, hand.size, 3), np.uint8)
         if min(part[2:]) > 0:

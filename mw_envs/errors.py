@@ -6,8 +6,10 @@ Each is also the built-in error that a caller in Python expects: a :class:`Value
 
 
 class ExpectedError(Exception):
-    """What was asked for cannot be done. The message is complete, with the value, what is expected, and what to do:
-    a command prints it and exits."""
+    """What was asked for cannot be done.
+
+    The message is complete, with the value, what is expected, and what to do: a command prints it and exits.
+    """
 
 
 class InputError(ExpectedError, ValueError):

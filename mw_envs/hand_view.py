@@ -50,7 +50,8 @@ class Pinhole:
         depth = -offset @ np.cross(right, up)
         place = np.stack([-(offset @ up), offset @ right], axis=-1) / depth[..., None]
         place /= 2 * math.tan(math.radians(self.fovy) / 2)
-        return 0.5 + (-place if self.turned else place)
+        turned: npt.NDArray[np.float64] = 0.5 + (-place if self.turned else place)
+        return turned
 
 
 _CORNER2 = Pinhole(
@@ -84,7 +85,10 @@ CARRIED = {"behindGripper": (0.6003, 0.5), "gripperPOV": (0.5869, 0.3302)}
 
 
 def check_window(window: object, border: object) -> None:
-    """:raises ValueError: for a window or a border that no hand view has."""
+    """Refuse a window or a border that no hand view has.
+
+    :raises ValueError: with the value and what is expected.
+    """
     number = isinstance(window, numbers.Real) and not isinstance(window, bool)
     if not number or not 0 < window <= 1:  # type: ignore[operator]
         raise InputError(f"hand_window={window!r}; expected a fraction of the view, above 0 and at most 1")
@@ -212,12 +216,14 @@ class HandView:
 
 @lru_cache
 def _reduction(before: int, after: int) -> npt.NDArray[np.float32]:
-    """Each new pixel of a line as a mean of the old ones, float32 (after, before): a triangle as wide as what lies
-    between two new pixels on either side."""
+    """Each new pixel of a line as a mean of the old ones, float32 (after, before).
+
+    Weights are a triangle as wide as what lies between two new pixels on either side.
+    """
     scale = before / after
     distance = np.abs((np.arange(after)[:, None] + 0.5) * scale - (np.arange(before) + 0.5)) / max(scale, 1.0)
     weights = np.maximum(1.0 - distance, 0.0)
-    return (weights / weights.sum(1, keepdims=True)).astype(np.float32)
+    return np.asarray(weights / weights.sum(1, keepdims=True), np.float32)
 
 
 def _used(weights: npt.NDArray[np.float32]) -> tuple[int, int]:

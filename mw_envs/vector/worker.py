@@ -172,7 +172,8 @@ class Worker:
 
     def _receive(self) -> bytes:
         try:
-            return self.remote.recv_bytes()
+            received: bytes = self.remote.recv_bytes()
+            return received
         except (EOFError, OSError) as error:
             raise WorkerDiedError from error
 

@@ -51,8 +51,9 @@ def _compiled(function: Callable[..., Any], **options: Any) -> Any:
 
 
 def _cache() -> str | None:
-    """None where Numba finds a folder by itself (``NUMBA_CACHE_DIR``, beside the module, below the user's home), else
-    a temporary one; an empty name where there is none of these.
+    """A temporary folder for what Numba compiles; None where Numba finds one by itself, empty where there is none.
+
+    It looks in ``NUMBA_CACHE_DIR``, beside the module and below the user's home.
     """
     given = os.environ.get("XDG_CACHE_HOME")
     if not os.path.isabs(os.path.expanduser("~") if given is None else given):

@@ -148,7 +148,7 @@ def _revolve(profile: Floats, normals: Floats, slices: int) -> tuple[Floats, Flo
     cosine[-1], sine[-1] = cosine[0], sine[0]
 
     def around(pairs: Floats) -> Floats:
-        """(P, slices + 1, 3)"""
+        """Places of points (P, 2), given as radius and height, on each slice: (P, slices + 1, 3)."""
         radius, height = pairs[:, :1], pairs[:, 1:]
         return np.stack([radius * cosine, radius * sine, np.broadcast_to(height, (len(pairs), slices + 1))], axis=2)
 

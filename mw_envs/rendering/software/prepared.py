@@ -392,6 +392,7 @@ def _picture(model: mujoco.MjModel, texture: int) -> npt.NDArray[np.uint8]:
     """A texture's faces, one or six, uint8 (faces, height, width, 3)."""
     width, height, channels = model.tex_width[texture], model.tex_height[texture], model.tex_nchannel[texture]
     start = model.tex_adr[texture]
-    picture = model.tex_data[start : start + width * height * channels].reshape(height, width, channels)[..., :3]
+    size = width * height * channels
+    picture = model.tex_data[start : start + size].reshape(height, width, channels)[..., :3]
     flat = model.tex_type[texture] == mujoco.mjtTexture.mjTEXTURE_2D or height == width
-    return picture.reshape(1 if flat else 6, -1, width, 3)
+    return np.asarray(picture.reshape(1 if flat else 6, -1, width, 3), np.uint8)

@@ -125,8 +125,9 @@ def _evaluate(planes, slot, ray_x, ray_y):
 
 @compiled
 def _level(p, slot, ray_x, ray_y, step_x, step_y, mapping, levels):
-    """How much a triangle's texture is reduced where a ray meets it: the level, and behind the point the share of the
-    next one.
+    """How much a triangle's texture is reduced where a ray meets it.
+
+    That is the level, and behind the point the share of the next one.
 
     :param p: planes of the triangles, evaluated for the ray.
     :param step_x: width of a pixel, and step_y its height, in rays.
@@ -183,8 +184,10 @@ def prepare_visible(start, count, look):
 
 @compiled
 def choose_levels(start, count, look, camera):
-    """How much the textures of visible triangles are reduced, once for each triangle: in its middle, unless it reaches
-    behind the camera. Where this is not called, each pixel asks.
+    """How much the textures of visible triangles are reduced, once for each triangle.
+
+    It is told in the middle of a triangle that does not reach behind the camera. Where this is not called, each pixel
+    asks.
 
     :param start: the first of them in the list, and count the one after the last; they have been prepared.
     """
@@ -374,8 +377,9 @@ def resolve(top, bottom, spans, seen, look, camera, shadows, background, picture
 
 @compiled
 def resolve_still(top, bottom, spans, seen, look, camera, background):
-    """Make the colors of what does not move a part of the background: as the lights show them, as they are in shadow,
-    and where they lie in the light's space.
+    """Make the colors of what does not move a part of the background.
+
+    They are stored as the lights show them, as they are in shadow, and with where they lie in the light's space.
 
     :param top: first row, and bottom the one after the last.
     :param spans: first and last pixel of each row that may see a triangle.

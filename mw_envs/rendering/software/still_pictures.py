@@ -37,7 +37,8 @@ class Still:
     @property
     def own_bytes(self) -> int:
         """What it takes beyond its base."""
-        return self.background.shadows.depth.nbytes + sum(getattr(self.background, name).nbytes for name in PICTURES)
+        images = sum(int(getattr(self.background, name).nbytes) for name in PICTURES)
+        return int(self.background.shadows.depth.nbytes) + images
 
 
 class Stills:
@@ -52,14 +53,17 @@ class Stills:
         return len(self._kept)
 
     def get(self, key: Any) -> Still | None:
+        """The one of a key, None where it is not kept."""
         with self._lock:
             if key in self._kept:
                 self._kept.move_to_end(key)
             return self._kept.get(key)
 
     def put(self, key: Any, still: Still) -> tuple[Still, list[Still]]:
-        """Keep one, or the one of that key which another thread has put meanwhile: the kept one, and those that had to
-        go for it."""
+        """Keep one, unless another thread has put one of that key meanwhile.
+
+        :return: the one that is kept, and those that had to go for it.
+        """
         gone = []
         with self._lock:
             kept = self._kept.setdefault(key, still)

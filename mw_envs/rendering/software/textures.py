@@ -56,7 +56,8 @@ def _halved(pictures: npt.NDArray[np.float32], axis: int) -> npt.NDArray[np.floa
     low = np.floor(center).astype(int)
     weight = (center - low).reshape([-1 if k == axis else 1 for k in range(4)]).astype(np.float32)
     upper = np.minimum(low + 1, size - 1)
-    return np.floor(pictures.take(low, axis) * (1 - weight) + pictures.take(upper, axis) * weight + 0.5)
+    between = pictures.take(low, axis) * (1 - weight) + pictures.take(upper, axis) * weight
+    return np.asarray(np.floor(between + 0.5), np.float32)
 
 
 @compiled

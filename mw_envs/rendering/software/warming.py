@@ -74,8 +74,9 @@ def compile_apart() -> None:
 
 
 def _on_disk(entry: Any) -> bool:
-    """Whether numba would read a function; it does not say so otherwise, and if it kept its files in another way we
-    would take them to be there.
+    """Whether numba would read a function from disk.
+
+    It does not say so otherwise, and if it kept its files in another way we would take them to be there.
     """
     try:
         return bool(entry._cache._cache_file._load_index())
