@@ -34,8 +34,9 @@ def train_on_cluster(
     training: Training,
     **arguments: Any,
 ) -> None:
-    """:func:`~sb3_vla.runs.training.train` with environments, copies of the policy and learners placed on a Ray
-    cluster.
+    """Train with environments, copies of the policy and learners placed on a Ray cluster.
+
+    Otherwise as :func:`~sb3_vla.runs.training.train`.
 
     With one learner, the weights that come out are those of a training on one machine; with several, which share the
     environments and each minibatch as ranks under torchrun do, they are the same up to rounding. A learner in a slot of

@@ -107,7 +107,8 @@ def _check_gpus(slots: Sequence[Slot]) -> None:
 
 
 def _invitations(slots: Sequence[Slot], point: str, here: int) -> list[Invitation]:
-    """
+    """What each learner needs to join the others.
+
     :param here: 1 if the first rank is this process, which sees all GPUs of its node; an actor sees its own alone.
     """
     by_node = Counter(slot.node for slot in slots)
