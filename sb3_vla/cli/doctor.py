@@ -90,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     elif missing:
         print(f"\nThe quickstart cannot run here. It needs: {', '.join(missing)}.")
     else:
-        print("\nThe quickstart can run here: bash examples/quickstart.sh")
+        print("\nThe quickstart can run here: sb3-vla train quickstart")
     return 1 if missing else 0
 
 
@@ -147,11 +147,11 @@ def check_machine() -> Iterator[Finding]:
     free, total = memory()
     least, usual = (LEARNER_MEMORY + count * WORKER_MEMORY for count in (1, workers))
     value = f"{free / GIB:.1f} GiB free of {total / GIB:.1f}; the quickstart takes about {usual / GIB:.1f}"
-    remedy = "end other programs, or start it on fewer cores: taskset -c 0 bash examples/quickstart.sh"
+    remedy = "end other programs, or start it on fewer cores: taskset -c 0 sb3-vla train quickstart"
     yield _judged("Machine", "memory", free >= usual, value, remedy, needed=free < least)
     disk = shutil.disk_usage(Path.cwd())
     value = f"{disk.free / GIB:.1f} GiB free in {Path.cwd()}; the quickstart writes {QUICKSTART_DISK / GIB:.0f}"
-    yield _judged("Machine", "disk", disk.free >= QUICKSTART_DISK, value, "free some, or give another --run DIRECTORY")
+    yield _judged("Machine", "disk", disk.free >= QUICKSTART_DISK, value, "free some, or give another run=DIRECTORY")
     if Path("/dev/shm").is_dir():
         shared = shutil.disk_usage("/dev/shm")
         value = f"{shared.free / GIB:.2f} GiB free in /dev/shm"
