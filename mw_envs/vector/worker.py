@@ -147,7 +147,7 @@ class Worker:
         causes: dict[int | None, str] = {
             1: 'Its message stands above; a script must make environments under `if __name__ == "__main__":`, because '
             "workers import it.",
-            -signal.SIGKILL: "Mostly memory has run out: use fewer environments or fewer workers.",
+            -signal.SIGKILL: "Usually the machine ran out of memory: use fewer environments or fewer workers.",
         }
         return f"{self.name.capitalize()} died with exit code {self.process.exitcode}. " + causes.get(
             self.process.exitcode, "Its message, if it left one, stands above."

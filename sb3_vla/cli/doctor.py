@@ -409,7 +409,8 @@ def _probe_torch() -> dict[str, Any]:
 def _probe_package() -> dict[str, Any]:
     import torch
 
-    import sb3_vla.cli.main  # noqa: F401
+    import sb3_vla.cli.main
+    import sb3_vla.recipes.launch  # noqa: F401
     from sb3_vla.models import MODELS
 
     sizes: dict[str, Any] = {}
@@ -437,7 +438,10 @@ def _probe_recipes() -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name in recipe_names():
         try:
-            plan = make_plan(load_recipe(name))
+            recipe = load_recipe(name)
+            if recipe.actor.model.model_type is None:
+                continue  # as large as the checkpoint that it is given
+            plan = make_plan(recipe)
             stages = footprint(plan).values()
         except Exception as error:  # a model that cannot be planned does not hide the others
             found[name] = {"error": f"{type(error).__name__}: {error}"}

@@ -41,7 +41,7 @@ class PeriodicEvaluation:
     :param split: ``train`` or ``test``.
     :param trials_per_task: trials of each task, the same every time.
     :param trial_seed: seed of the trials.
-    :param protocol: a name in :data:`sb3_vla.evaluation.results.PROTOCOLS`, or a protocol.
+    :param protocol: a name in :data:`sb3_vla.evaluation.protocols.PROTOCOLS`, or a protocol.
     :param num_envs: environments side by side; None for eight a process.
     :param num_workers: processes; None for one a core. They last as long as an evaluation.
     :param renderer: ``auto``, ``software``, ``egl`` or ``osmesa``.

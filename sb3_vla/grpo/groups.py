@@ -25,7 +25,6 @@ _EPSILON = 1e-6
 _MOST_OF_A_GROUP = 2**32
 
 #: an environment's first observation, and the trial that its reset reports
-#: an environment's first observation, and the trial that its reset reports
 Start = dict[str, Any]
 
 

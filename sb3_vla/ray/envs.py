@@ -81,7 +81,7 @@ class RayWorker(Worker):
 
     def crash_report(self) -> str:
         """How the worker died, for an error's message."""
-        return f"{self.name.capitalize()} died; Ray's log of its node says why. Mostly memory has run out."
+        return f"{self.name.capitalize()} died; Ray's log of its node says why. Usually it ran out of memory."
 
     def reap(self) -> None:
         """End the actor if it still runs."""

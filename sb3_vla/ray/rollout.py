@@ -153,7 +153,7 @@ class Replicas:
                 if crash == MAX_CONSECUTIVE_CRASHES:
                     raise RuntimeError(
                         f"Copy {number} of the policy died {crash} times at the same request, so it is not replaced "
-                        f"again ({error}). Mostly memory has run out"
+                        f"again ({error}). Usually it ran out of memory"
                     ) from error
                 self._begin(number, self._cluster.restart)
         raise AssertionError

@@ -36,13 +36,14 @@ from sb3_vla.runs.loggers import LoggerOptions
 from sb3_vla.runs.settings import Annealed, Training
 from sb3_vla.sft.settings import SFTConfig, SFTSettings
 
-#: names of RLinf's for suite and split
+#: suite and split by RLinf's names, and by ours
 SUITES = {
     "metaworld_1": ("MT1", "train"),
     "metaworld_10": ("MT10", "train"),
     "metaworld_50": ("MT50", "train"),
     "metaworld_45_ind": ("ML45", "train"),
     "metaworld_45_ood": ("ML45", "test"),
+    **{suite: (suite, "train") for suite in ("MT1", "MT10", "MT50", "ML10", "ML45")},
 }
 #: models whose recipes need neither options nor a checkpoint; others train from nothing where options are given
 FROM_SCRATCH = ("compact",)
@@ -211,7 +212,7 @@ def _suite(which: str, section: TrainEnvSection | EvalEnvSection) -> tuple[str, 
     suite, split = SUITES[name]
     if suite == "MT1":
         if section.tasks is None or len(section.tasks) != 1:
-            raise ConfigError(f"env.{which}.task_suite_name=metaworld_1 needs one task: env.{which}.tasks=[reach-v3]")
+            raise ConfigError(f"env.{which}.task_suite_name={name} needs one task: env.{which}.tasks=[reach-v3]")
     else:
         try:
             select_tasks(suite, split, section.tasks)

@@ -188,7 +188,7 @@ class EvalEnvSection:
     :param num_workers: processes that run them; None for one a core.
     :param max_episode_steps: environment steps of a trial; 160 is that of RLinf's table.
     :param trials_per_task: trials of each task; 0 for no evaluation.
-    :param seed: other trials for another seed.
+    :param seed: which trials; another seed gives others, but for those beyond 50 a task, which are the next seed's.
     :param videos_per_task: trials of each task that are filmed.
     :param renderer: ``auto``, ``software``, ``egl`` or ``osmesa``.
     :param video_cfg: how they are filmed.

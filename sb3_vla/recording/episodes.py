@@ -99,7 +99,7 @@ def captions(instruction: str, trial: Trial, step: int, horizon: int, reward: fl
 
 class EpisodeFilm:
     """
-    The film of one episode of a :class:`mw_envs.MetaWorldEnv` that records its frames.
+    The film of one episode of a :class:`mw_envs.env.MetaWorldEnv` that records its frames.
 
     :param options: how it is filmed
     :param info: of the reset; like each one given to :meth:`add` it loses its frames, which stay in the process

@@ -283,6 +283,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, bool]]:
         calls.append((name, resume))
 
     monkeypatch.setattr(launch, "train", train)
+    monkeypatch.setattr(launch, "_to_rehearse", lambda *_: None)
     return calls
 
 

@@ -146,7 +146,8 @@ def test_an_evaluation_acts_in_the_precision_of_the_recipe(
 
     def evaluate(*_: Any, **__: Any) -> Any:
         assert within == [True]
-        return SimpleNamespace(to_json=lambda path: path.write_text("{}"))
+        solved = SimpleNamespace(value=0.5)
+        return SimpleNamespace(to_json=lambda path: path.write_text("{}"), mean_over_tasks=lambda: solved)
 
     loaded = SimpleNamespace(model=SimpleNamespace(image_size=(32, 32)), notes={})
     monkeypatch.setattr("sb3_vla.recipes.launch.load_checkpoint", lambda *_, **__: loaded)
