@@ -127,12 +127,16 @@ def make_plan(recipe: Recipe, given: Iterable[str] = ()) -> Plan:
     """
     read: set[str] = set()
     plan = _resolve(cast(Recipe, _Reading(recipe, "", read)))
-    unused = [key for key in given if not any(key == name or key.startswith(f"{name}.") for name in read)]
+    unused = [keys for keys in given if not any(_covers(read, key) for key in keys.split(" or "))]
     if unused:
         decides = ("runner.task_type", "algorithm.adv_type", "actor.model.model_path", "data.path")
         now = ", ".join(f"{key}={_value(recipe, key)}" for key in decides)
         raise ConfigError(f"{', '.join(unused)} would be without effect in this recipe ({now}); leave it out")
     return plan
+
+
+def _covers(read: set[str], key: str) -> bool:
+    return any(key == name or key.startswith(f"{name}.") for name in read)
 
 
 class _Reading:

@@ -508,6 +508,10 @@ def in_full(overrides: Iterable[str]) -> list[str]:
     return full
 
 
+def _keys(override: str) -> list[str]:
+    return [full.partition("=")[0].strip() for full in in_full([override])]
+
+
 def given_keys(name: str, overrides: Iterable[str] = ()) -> list[str]:
     """Keys that somebody set on purpose: on the command line and in a recipe file of their own, and not those of the
     package's recipes or of the files that a recipe builds on.
@@ -515,11 +519,12 @@ def given_keys(name: str, overrides: Iterable[str] = ()) -> list[str]:
     Of a section that the command line changes, the file's keys do not count: what it says may turn them off.
 
     :param name: see :func:`find_recipe`.
+    :return: keys; of a short name for two of them ``ONE or OTHER``.
     """
-    file = find_recipe(name)
+    overrides, file = list(overrides), find_recipe(name)
     _, own = read_layers(file, RECIPES)[-1]
-    said = [override.partition("=")[0].strip() for override in in_full(overrides)]
-    changed = {path.rpartition(".")[0] for path in said}
+    said = [" or ".join(_keys(override)) for override in overrides]
+    changed = {key.rpartition(".")[0] for override in overrides for key in _keys(override)}
     paths = [] if file.parent == RECIPES else [path for path in leaves(own) if path.rpartition(".")[0] not in changed]
     return [Recipe.ALIASES.get(path, path) for path in [*paths, *said]]
 
