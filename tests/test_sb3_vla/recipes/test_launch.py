@@ -228,6 +228,9 @@ def test_each_stage_reads_its_checkpoint_once(tmp_path: Path, monkeypatch: pytes
         def to_json(self, path: Path) -> None:
             path.write_text("{}")
 
+        def mean_over_tasks(self) -> Any:
+            return SimpleNamespace(value=0.5)
+
     monkeypatch.setattr(native, "load_checkpoint", reading)
     monkeypatch.setattr(identity, "checkpoint_digest", digesting)
     monkeypatch.setattr(launch, "train", train)
