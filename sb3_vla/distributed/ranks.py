@@ -397,9 +397,19 @@ def _checksum(tensor: Tensor) -> tuple[int, int]:
         tensor = tensor.full_tensor()  # type: ignore[attr-defined]
     total = by_place = torch.zeros((), dtype=torch.int64, device=tensor.device)
     first = 1
-    for part in tensor.detach().flatten().split(_CHECKED_NUMBERS):
-        bits = part.contiguous().view(_WHOLE_NUMBERS.get(part.element_size(), torch.int64)).long()
+    for part in _in_parts(tensor.detach()):
+        bits = part.flatten().contiguous().view(_WHOLE_NUMBERS.get(part.element_size(), torch.int64)).long()
         places = torch.arange(first, first + len(bits), device=bits.device)
         total, by_place = total + bits.sum(), by_place + (bits * places).sum()
         first += len(bits)
     return int(total), int(by_place)
+
+
+def _in_parts(tensor: Tensor) -> Iterator[Tensor]:
+    """A tensor's numbers in their order, not too many at a time, whatever their order in memory is."""
+    if tensor.numel() <= _CHECKED_NUMBERS:
+        yield tensor
+        return
+    rows = _CHECKED_NUMBERS * len(tensor) // tensor.numel()
+    for part in tensor.split(max(rows, 1)):
+        yield from [part] if rows else _in_parts(part[0])
