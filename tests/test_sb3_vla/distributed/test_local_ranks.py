@@ -174,7 +174,7 @@ def test_memory_bounds_them(machine: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("given", ["0", "-1", "", "two", "1.5"])
 def test_a_number_of_ranks_that_is_none_is_told(given: str, machine: pytest.MonkeyPatch) -> None:
     machine.setenv(local_ranks.VARIABLE, given)
-    with pytest.raises(ValueError, match=f"SB3_VLA_RANKS='{given}'; expected how many"):
+    with pytest.raises(ValueError, match=f"SB3_VLA_RANKS='{given}'; expected the number of processes"):
         local_ranks.local_rank_count([16])
 
 
