@@ -93,6 +93,7 @@ class Demonstrations:
         rename: Mapping[str, str] | None = None,
         instruction_bytes: int = INSTRUCTION_BYTES,
         hand_view: HandView | None = None,
+        allow_missing: bool = False,
     ) -> Demonstrations:
         """Load a LeRobot dataset v3.0 with images as PNG or as video.
 
@@ -108,6 +109,7 @@ class Demonstrations:
         :param hand_view: The hand view to have. A dataset that was recorded with one has it in any case, where it does
             not note which, it is this one; from one of full views, such as the published ``lerobot/metaworld_mt50``, it
             is cut while loading.
+        :param allow_missing: Whether the dataset may lack some of ``tasks``, though not all.
         :raises FileNotFoundError: If the folder or one of its files is missing.
         :raises ValueError: If the dataset has another version, lacks a feature, is empty or damaged, does not have a
             requested task, has a longer sentence, another hand view or one that nobody names, or does not fit in
@@ -137,7 +139,7 @@ class Demonstrations:
                 if len(ids) == 1:
                     episode_tasks[episode] = by_id.get(ids[0], episode_tasks[episode])
 
-        kept = _select_episodes(root, episode_tasks, sentences, tasks)
+        kept = _select_episodes(root, episode_tasks, sentences, tasks, allow_missing)
         rows = np.concatenate([np.arange(starts[i], starts[i] + lengths[i]) for i in kept])
         _check_memory(root, reader, len(rows), image_size, hand_view)
         # A feature of one number is stored as a plain column, or as lists of one.
@@ -254,7 +256,11 @@ class Demonstrations:
 
 
 def _select_episodes(
-    root: str | Path, tasks: Sequence[str], sentences: Sequence[Sequence[str]], wanted: Sequence[str] | None
+    root: str | Path,
+    tasks: Sequence[str],
+    sentences: Sequence[Sequence[str]],
+    wanted: Sequence[str] | None,
+    allow_missing: bool,
 ) -> np.ndarray:
     """Numbers of the episodes of the wanted tasks.
 
@@ -268,7 +274,7 @@ def _select_episodes(
     names = [{task, *said} for task, said in zip(tasks, sentences, strict=True)]
     known = sorted(set().union(*names))
     for name in wanted:
-        if name not in known:
+        if name not in known and not (allow_missing and set(wanted) & set(known)):
             raise InputError(f"The dataset {root} has no episode of {name!r}; {did_you_mean(name, known)}")
     kept = [i for i, found in enumerate(names) if found & set(wanted)]
     if not kept:

@@ -244,12 +244,14 @@ def _collect(recipe: Recipe, suite: str, split: str) -> dict[str, Any]:
 
 def _load(recipe: Recipe, suite: str, split: str) -> dict[str, Any]:
     own, tasks = recipe.data.path is None, recipe.env.train.tasks
-    if not own and tasks is None and suite != "MT50":  # of a dataset of all tasks, none that is held out
+    implied = not own and tasks is None and suite != "MT50"
+    if implied:  # of a dataset of all tasks, none that is held out
         tasks = list(select_tasks(suite, split))
     # What experts are recorded with they have; a key only where it decides, since a run knows its stages by these.
     hand_view = None if own else recipe.data.hand_view
     return {
         **({} if hand_view is None else {"hand_view": HandView(hand_view)}),
+        **({"allow_missing": True} if implied else {}),
         "root": recipe.data.path,
         "rename": None if own else dict(recipe.data.rename) or None,
         "tasks": tasks,

@@ -823,6 +823,15 @@ def test_values_that_are_not_finite(tmp_path: Path) -> None:
         Demonstrations.load(tmp_path / "set")
 
 
+def test_a_selection_of_which_some_may_be_missing(tmp_path: Path) -> None:
+    write(tmp_path / "set")
+    whole = Demonstrations.load(tmp_path / "set")
+    loaded = Demonstrations.load(tmp_path / "set", tasks=[whole.tasks[0], "hammer-v3"], allow_missing=True)
+    assert set(loaded.tasks) == {whole.tasks[0]}
+    with pytest.raises(ValueError, match="no episode of 'hammer-v3'"):
+        Demonstrations.load(tmp_path / "set", tasks=["hammer-v3"], allow_missing=True)
+
+
 def test_selection_errors(tmp_path: Path) -> None:
     write(tmp_path / "set")
     for tasks, message in (

@@ -43,6 +43,7 @@ SHARED: dict[str, Any] = {
     "distribution": "flow_sde",
     "distribution_kwargs": {"denoising_steps": 2},
     "device": "cpu",
+    "env": {"reward": "dense"},
 }
 CASES = [
     pytest.param(name, layout, marks=() if (name, layout) in QUICK else pytest.mark.slow)
@@ -105,7 +106,6 @@ def test_from_a_published_checkpoint_to_one(
         suite="MT1",
         tasks=[TASK],
         progress=False,
-        env_kwargs={"reward": "dense"},
     )
     after_ppo = load_checkpoint(tmp_path / "ppo")
     moved = changed(after_ppo.model, before)
@@ -122,7 +122,6 @@ def test_from_a_published_checkpoint_to_one(
         suite="MT1",
         tasks=[TASK],
         progress=False,
-        env_kwargs={"reward": "dense"},
     )
     loaded = load_checkpoint(tmp_path / "grpo")
     moved = changed(loaded.model, before)
