@@ -39,13 +39,13 @@ from sb3_vla.recipes import resolve
 from sb3_vla.runs import callbacks, training
 from sb3_vla.runs.directory import RunDirectory, RunError
 from sb3_vla.runs.resume import load_algorithm, save_algorithm
-from sb3_vla.runs.settings import Training
+from sb3_vla.runs.settings import Annealed, Training
 
 # Everything that a training carries from one iteration to the next: schedules, warm-ups, a reference, rehearsal,
 # sampling by signal, a learned deviation, a rate that rises and falls.
 COMMON: dict[str, Any] = {
     "n_epochs": 2,
-    "learning_rate": 1e-3,
+    "learning_rate": Annealed(1e-3, 2e-5),
     "actor_warmup": 2,
     "kl_coef": 0.1,
     "ent_coef": 0.01,
@@ -360,7 +360,7 @@ def test_no_state_that_is_whole(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("algorithm", "length"), [("ppo", "iterations"), ("grpo", "total_decisions")])
 def test_a_longer_training_goes_on_from_a_finished_one(algorithm: str, length: str, tmp_path: Path) -> None:
     """Where nothing depends on how much is left, to the end of one that was long from the beginning."""
-    steady = {"lr_scheduler": "constant", "final_noise_scale": 1.0}
+    steady = {"learning_rate": 1e-3, "noise_scale": 1.0}
     whole = CONFIGS[algorithm][1][length]
     train(tmp_path / "whole", algorithm, **steady)
     train(tmp_path / "run", algorithm, **steady, **{length: whole // 2})
