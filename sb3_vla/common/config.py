@@ -15,8 +15,8 @@ The order is defaults, then the file, then the overrides from left to right. ``$
 and is resolved last, so it sees the overrides. A check across fields belongs into the dataclass's ``__post_init__``.
 
 A file may build on another: ``base: other.yaml``, beside it, is read first. A schema may have three class attributes:
-``ALIASES``, other names of its keys; ``REFUSED``, keys or sections that are known and not taken, with the reason; and
-``BASES``, a folder of files that can be built on from anywhere.
+``ALIASES``, other names of its keys, or one name for several; ``REFUSED``, keys or sections that are known and not
+taken, with the reason; and ``BASES``, a folder of files that can be built on from anywhere.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ def _override(cls: type, merged: Any, override: str) -> Any:
     addition = _parse_override(override)
     given = override.partition("=")[0].strip()
     key = getattr(cls, "ALIASES", {}).get(given, given)
-    hint = dict(_known_keys(cls)).get(key)
+    hint = None if isinstance(key, tuple) else dict(_known_keys(cls)).get(key)
     if isinstance(_given(addition, given), dict) and dict in [get_origin(part) for part in (hint, *get_args(hint))]:
         OmegaConf.update(merged, key, {}, merge=False)  # else what was there would stay beside it
     return _merge(cls, merged, addition, f"override {override!r}")
@@ -154,8 +154,8 @@ def _parse_override(override: str) -> DictConfig:
 
 
 def _merge(cls: type, base: Any, addition: DictConfig, source: str) -> Any:
-    for alias, key in getattr(cls, "ALIASES", {}).items():
-        _rename(addition, alias, key)
+    for alias, keys in getattr(cls, "ALIASES", {}).items():
+        _rename(addition, alias, (keys,) if isinstance(keys, str) else keys)
     for section in [key for key, hint in _known_keys(cls) if dataclasses.is_dataclass(hint)]:
         value = _given(addition, section)
         if value is not None and not isinstance(value, dict):  # OmegaConf would take it without a word
@@ -182,7 +182,7 @@ def _sections(key: str) -> Iterator[str]:
         key = key.rpartition(".")[0]
 
 
-def _rename(addition: DictConfig, alias: str, key: str) -> None:
+def _rename(addition: DictConfig, alias: str, keys: Iterable[str]) -> None:
     section, _, name = alias.rpartition(".")
     parent = OmegaConf.select(addition, section) if section else addition
     if not isinstance(parent, DictConfig) or name not in parent:
@@ -192,7 +192,8 @@ def _rename(addition: DictConfig, alias: str, key: str) -> None:
     if not parent and section:
         holder, _, inner = section.rpartition(".")
         del (OmegaConf.select(addition, holder) if holder else addition)[inner]
-    OmegaConf.update(addition, key, value)
+    for key in keys:
+        OmegaConf.update(addition, key, value)
 
 
 def _given(addition: DictConfig, key: str) -> Any:
@@ -211,7 +212,8 @@ def _explain(cls: type, error: OmegaConfBaseException, addition: DictConfig | No
         for section in _sections(key):
             if section in refused:
                 return f"{key} is not taken here: {refused[section]}"
-        near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+        short = [alias for alias in getattr(cls, "ALIASES", {}) if "." not in alias]
+        near = difflib.get_close_matches(key, [*([] if "." in key else short), *known], n=1, cutoff=0.5)
         top_level = ", ".join(name for name in known if "." not in name)
         return f"unknown key {key!r}; " + (f"did you mean {near[0]!r}?" if near else f"known: {top_level}")
     if isinstance(error, MissingMandatoryValue):

@@ -28,3 +28,7 @@ __getattr__ = lazy_names(
         **dict.fromkeys(("Comparison", "EvaluationResult", "compare"), "results"),
     },
 )
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -87,7 +87,13 @@ def _check_start(plan: Plan) -> None:
                 "new model as actor.model.model_kwargs; the recipes with compact or laptop in their names need neither"
             )
         return
-    found = load_checkpoint(plan.checkpoint, plan.model_kwargs, weights=False).model_name
+    start = load_checkpoint(plan.checkpoint, plan.model_kwargs, weights=False)
+    found, predicted = start.model_name, start.model.action_horizon - start.model.first_action
+    if plan.action_chunk > predicted and plan.sft is None:
+        raise InputError(
+            f"actor.model.num_action_chunks={plan.action_chunk}, but the model of {plan.checkpoint} predicts "
+            f"{predicted} actions; give as many or fewer"
+        )
     if found != plan.model:
         raise InputError(
             f"actor.model.model_path={plan.checkpoint} is a checkpoint of {found}, but actor.model.model_type="

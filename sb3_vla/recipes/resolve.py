@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,6 +12,7 @@ from mw_envs.hand_view import HandView
 from mw_envs.tasks import INSTRUCTION_BYTES, did_you_mean, select_tasks
 from sb3_vla.checkpoints import load_checkpoint
 from sb3_vla.common.config import ConfigError
+from sb3_vla.common.errors import InputError
 from sb3_vla.common.paths import local_path
 from sb3_vla.distributed.local_ranks import local_rank_count
 from sb3_vla.evaluation.callback import PeriodicEvaluation
@@ -126,6 +127,7 @@ def make_plan(recipe: Recipe, given: Iterable[str] = ()) -> Plan:
     :raises ConfigError: for values that do not fit one another.
     """
     read: set[str] = set()
+    recipe = _completed(recipe)
     plan = _resolve(cast(Recipe, _Reading(recipe, "", read)))
     unused = [keys for keys in given if not any(_covers(read, key) for key in keys.split(" or "))]
     if unused:
@@ -133,6 +135,34 @@ def make_plan(recipe: Recipe, given: Iterable[str] = ()) -> Plan:
         now = ", ".join(f"{key}={_value(recipe, key)}" for key in decides)
         raise ConfigError(f"{', '.join(unused)} would be without effect in this recipe ({now}); leave it out")
     return plan
+
+
+def _completed(recipe: Recipe) -> Recipe:
+    """With what the checkpoint says where the recipe leaves it open."""
+    model = recipe.actor.model
+    if model.model_type is not None and model.num_action_chunks is not None:
+        return recipe
+    if model.model_path is None:
+        raise ConfigError(
+            "Nothing says where to start; give checkpoint=FOLDER, or checkpoint=compact-mt50, which comes with the "
+            "package"
+        )
+    found = load_checkpoint(model.model_path, dict(model.model_kwargs), weights=False)
+    predicted = found.model.action_horizon - found.model.first_action
+    filled = replace(
+        model,
+        model_type=found.model_name if model.model_type is None else model.model_type,
+        num_action_chunks=predicted if model.num_action_chunks is None else model.num_action_chunks,
+    )
+    return replace(recipe, actor=replace(recipe.actor, model=filled))
+
+
+def _chunk(recipe: Recipe) -> int:
+    chunk = recipe.actor.model.num_action_chunks
+    assert chunk is not None  # it is completed
+    if chunk < 1:
+        raise ConfigError(f"actor.model.num_action_chunks={chunk}; expected at least 1")
+    return chunk
 
 
 def _covers(read: set[str], key: str) -> bool:
@@ -164,8 +194,13 @@ def _resolve(recipe: Recipe) -> Plan:
     begins = model.model_path is None and can_begin(name, model.model_kwargs)
     imitates = not trains or begins
     shows = imitates or recipe.algorithm.rehearsal_coef > 0
+    if recipe.env.eval.trials_per_task < 0 or recipe.actor.seed < 0:
+        raise ConfigError(
+            f"env.eval.trials_per_task={recipe.env.eval.trials_per_task} and actor.seed={recipe.actor.seed}; expected "
+            "at least 0"
+        )
     evaluates = recipe.env.eval.trials_per_task > 0
-    evaluate = _evaluate(recipe.env.eval, model.num_action_chunks) if evaluates else None
+    evaluate = _evaluate(recipe.env.eval, _chunk(recipe)) if evaluates else None
     videos = _videos(recipe.env.eval) if evaluates else None
     suite, split = _suite("train", recipe.env.train)
     return Plan(
@@ -180,7 +215,7 @@ def _resolve(recipe: Recipe) -> Plan:
         where=_where(recipe, suite, split) if trains else {},
         loggers=_loggers(recipe.runner.logger) if trains else None,
         cluster=ClusterSection.options(recipe.cluster) if trains else None,  # notes which keys it reads
-        action_chunk=model.num_action_chunks,
+        action_chunk=_chunk(recipe),
         evaluate=evaluate,
         acting={"bf16": _bf16(recipe), "frozen_bf16": trains and model.frozen_bf16},
         videos=videos,
@@ -191,13 +226,7 @@ def _resolve(recipe: Recipe) -> Plan:
 
 def _model_name(recipe: Recipe) -> str:
     model = recipe.actor.model
-    if model.model_type is None:
-        if model.model_path is None:
-            raise ConfigError(
-                "Nothing says where to start; give checkpoint=FOLDER, or checkpoint=compact-mt50, which comes with the "
-                "package"
-            )
-        return load_checkpoint(model.model_path, dict(model.model_kwargs), weights=False).model_name
+    assert model.model_type is not None  # it is completed
     if model.model_type not in MODELS:
         hint = "pi0 or pi05" if model.model_type == "openpi" else did_you_mean(model.model_type, MODELS)
         raise ConfigError(f"Unknown actor.model.model_type={model.model_type!r}; {hint}")
@@ -260,8 +289,11 @@ def _load(recipe: Recipe, suite: str, split: str) -> dict[str, Any]:
     }
 
 
+_BF16 = {"float32": False, "bf16": True, "auto": None}
+
+
 def _bf16(recipe: Recipe) -> bool | None:
-    return {"float32": False, "bf16": True, "auto": None}[recipe.actor.model.precision]
+    return _BF16[recipe.actor.model.precision]
 
 
 def _lora(recipe: Recipe) -> dict[str, Any] | None:
@@ -276,9 +308,10 @@ def _sft(recipe: Recipe, model_name: str) -> SFTConfig:
         model=model_name,
         model_kwargs=dict(model.model_kwargs),
         checkpoint=model.model_path,
-        action_horizon=model.num_action_chunks,
+        action_horizon=_chunk(recipe),
         lora=_lora(recipe),
         gradient_checkpointing=model.gradient_checkpointing,
+        bf16=_BF16[recipe.sft.precision or model.precision],
         seed=recipe.actor.seed,
         **shared,
     )
@@ -336,9 +369,13 @@ def _check_counts(recipe: Recipe) -> None:
         "algorithm.update_epoch": recipe.algorithm.update_epoch,
         "actor.global_batch_size": recipe.actor.global_batch_size,
     }
+    if recipe.algorithm.adv_type == "grpo":
+        counts["algorithm.group_size"] = recipe.algorithm.group_size
     for key, count in counts.items():
         if count < 1:
             raise ConfigError(f"{key}={count}; expected at least 1")
+    if not recipe.actor.optim.lr > 0:
+        raise ConfigError(f"actor.optim.lr={recipe.actor.optim.lr}; expected above 0")
     if recipe.runner.save_interval < 1 and recipe.runner.save_interval != -1:
         raise ConfigError(
             f"runner.save_interval={recipe.runner.save_interval}; expected at least 1, or -1 for the end alone"
@@ -351,7 +388,7 @@ def _check_counts(recipe: Recipe) -> None:
 
 def _decisions(recipe: Recipe) -> int:
     """Of an environment in an iteration whose episodes all have their full length."""
-    episode = -(-recipe.env.train.max_episode_steps // recipe.actor.model.num_action_chunks)
+    episode = -(-recipe.env.train.max_episode_steps // _chunk(recipe))
     return recipe.algorithm.rollout_epoch * episode
 
 
@@ -364,7 +401,10 @@ def _ppo(recipe: Recipe) -> tuple[dict[str, Any], int]:
             f"rollout.pipeline_stage_num={stages}; expected 1, or 2 for simulating one half of the environments while "
             "the policy decides for the other"
         )
-    check_batch_size(recipe.actor.global_batch_size, decisions, num_envs)
+    try:
+        check_batch_size(recipe.actor.global_batch_size, decisions, num_envs)
+    except InputError as error:
+        raise ConfigError(f"actor.global_{error}") from error
     arguments = {
         "n_steps": decisions,
         "value_lr": recipe.actor.optim.value_lr,
@@ -394,6 +434,11 @@ def _grpo(recipe: Recipe) -> tuple[dict[str, Any], int]:
         raise ConfigError(
             f"algorithm.group_size={algorithm.group_size} does not divide the {episodes} episodes of an iteration, "
             f"env.train.total_num_envs={num_envs} times algorithm.rollout_epoch={algorithm.rollout_epoch}"
+        )
+    if max(num_envs, algorithm.group_size) % min(num_envs, algorithm.group_size):
+        raise ConfigError(
+            f"env.train.total_num_envs={num_envs} for groups of algorithm.group_size={algorithm.group_size} episodes; "
+            "expected a multiple or a divisor"
         )
     arguments = {
         "success_bounds": _success_bounds(recipe),
@@ -457,7 +502,7 @@ def _env(recipe: Recipe) -> dict[str, Any]:
         "horizon": env.max_episode_steps,
         "reward": "dense" if env.dense_reward else "difference" if env.use_rel_reward else "sparse",
         "terminate_on_success": not env.ignore_terminations,
-        "action_chunk": model.num_action_chunks,
+        "action_chunk": _chunk(recipe),
     }
     if options["reward"] == "difference":
         options["reward_coef"] = env.reward_coef

@@ -21,12 +21,6 @@ from sb3_vla.ray import ClusterOptions, PlacementError
 from sb3_vla.sft.settings import SFTSettings
 
 RECIPES = Path(__file__).parent / "yaml"
-#: short names of what stands in two places
-_OF_BOTH = {
-    "tasks": ("env.train.tasks", "env.eval.tasks"),
-    "suite": ("env.train.task_suite_name", "env.eval.task_suite_name"),
-    "renderer": ("env.train.renderer", "env.eval.renderer"),
-}
 
 
 @dataclass
@@ -270,7 +264,8 @@ class ModelSection:
     :param compile: arguments of ``torch.compile``, such as ``{mode: reduce-overhead}``; None for no compilation.
     :param cache_perception: whether a rollout keeps what a frozen backbone perceived, so that an update costs no more
         than the expert; None for the model's default.
-    :param num_action_chunks: actions executed per decision, and predicted by a new model whose model_kwargs do not say.
+    :param num_action_chunks: actions executed per decision, and predicted by a new model whose model_kwargs do not say;
+        None for all that the checkpoint's model predicts.
     :param noise_method: the action distribution, a name in :data:`sb3_vla.distributions.DISTRIBUTIONS`.
     :param num_steps: denoising steps; None for the distribution's default.
     :param noise_level: of ``flow_sde`` and ``flow_cps``; None for the default.
@@ -293,7 +288,7 @@ class ModelSection:
     gradient_checkpointing: bool = False
     compile: dict[str, Any] | None = None
     cache_perception: bool | None = None
-    num_action_chunks: int = 5
+    num_action_chunks: int | None = 5
     noise_method: str = "flow_sde"
     num_steps: int | None = None
     noise_level: float | None = None
@@ -376,6 +371,24 @@ class DataSection:
 
 
 @dataclass
+class SFTSection(SFTSettings):
+    """Imitation, by default as published models are fine-tuned; what is not explained here is at
+    :class:`sb3_vla.sft.settings.SFTSettings`.
+
+    :param trainable: see ``actor.model.trainable``.
+    :param precision: of imitation: ``float32``, ``bf16``, or ``auto`` for what the machine computes faster; None for
+        ``actor.model.precision``.
+    """
+
+    trainable: str | None = "all"
+    steps: int = 20_000
+    batch_size: int = 64
+    learning_rate: float = 2.5e-5
+    warmup_steps: int = 1000
+    precision: Literal["float32", "bf16", "auto"] | None = None
+
+
+@dataclass
 class Recipe:
     """Everything about a run."""
 
@@ -386,12 +399,15 @@ class Recipe:
     cluster: ClusterSection = field(default_factory=ClusterSection)
     actor: ActorSection = field(default_factory=ActorSection)
     data: DataSection = field(default_factory=DataSection)
-    sft: SFTSettings = field(default_factory=SFTSettings)
+    sft: SFTSection = field(default_factory=SFTSection)
 
     #: what a recipe of one's own can build on
     BASES: ClassVar[Path] = RECIPES
     #: short names of everyday settings, and RLinf's names of the same things
-    ALIASES: ClassVar[dict[str, str]] = {
+    ALIASES: ClassVar[dict[str, str | tuple[str, ...]]] = {
+        "tasks": ("env.train.tasks", "env.eval.tasks"),
+        "suite": ("env.train.task_suite_name", "env.eval.task_suite_name"),
+        "renderer": ("env.train.renderer", "env.eval.renderer"),
         "checkpoint": "actor.model.model_path",
         "crop": "actor.model.crop",
         "camera": "actor.model.camera",
@@ -485,31 +501,36 @@ def load_recipe(name: str, overrides: Iterable[str] = ()) -> Recipe:
     :raises ConfigError: for a recipe that is not there or does not fit :class:`Recipe`.
     """
     path = find_recipe(name)
-    recipe = load_config(Recipe, path, in_full(overrides))
+    recipe = load_config(Recipe, path, with_run(overrides))
     if recipe.runner.logger.experiment_name is None:
-        recipe.runner.logger.experiment_name = path.stem
+        # Another seed is another run, and does not take the place of the first.
+        seed = recipe.actor.seed
+        other = "" if seed == load_config(Recipe, path).actor.seed else f"-seed{seed}"
+        recipe.runner.logger.experiment_name = f"{path.stem}{other}"
     return recipe
 
 
-def in_full(overrides: Iterable[str]) -> list[str]:
-    """``key=value`` strings without the short names that stand for two keys: ``tasks``, ``suite``, ``renderer``, and
-    ``run`` for the run's directory."""
+def with_run(overrides: Iterable[str]) -> list[str]:
+    """``key=value`` strings in which ``run=FOLDER``, the run's directory, is given by its two keys.
+
+    :raises ConfigError: if that is no name of a folder.
+    """
     full: list[str] = []
     for override in overrides:
-        key, equals, value = override.partition("=")
-        if key == "run" and equals:
-            place = local_path(value)
-            full += [
-                f"runner.logger.log_path={json.dumps(str(place.parent))}",
-                f"runner.logger.experiment_name={json.dumps(place.name)}",
-            ]
-        else:
-            full += [name + equals + value for name in _OF_BOTH.get(key, (key,))]
+        key, _, value = override.partition("=")
+        if key.strip() != "run":
+            full.append(override)
+            continue
+        folder = value.strip().strip("\"'")
+        place = local_path(folder)
+        place = place if place.name else place.resolve()
+        if not folder or not place.name:
+            raise ConfigError(f"run={value} is no folder for a run; give one such as run=runs/mine")
+        full += [
+            f"runner.logger.log_path={json.dumps(str(place.parent))}",
+            f"runner.logger.experiment_name={json.dumps(place.name)}",
+        ]
     return full
-
-
-def _keys(override: str) -> list[str]:
-    return [full.partition("=")[0].strip() for full in in_full([override])]
 
 
 def given_keys(name: str, overrides: Iterable[str] = ()) -> list[str]:
@@ -523,10 +544,16 @@ def given_keys(name: str, overrides: Iterable[str] = ()) -> list[str]:
     """
     overrides, file = list(overrides), find_recipe(name)
     _, own = read_layers(file, RECIPES)[-1]
-    said = [" or ".join(_keys(override)) for override in overrides]
-    changed = {key.rpartition(".")[0] for override in overrides for key in _keys(override)}
+    said = [_keys(override.partition("=")[0].strip()) for override in with_run(overrides)]
+    changed = {key.rpartition(".")[0] for keys in said for key in keys}
     paths = [] if file.parent == RECIPES else [path for path in leaves(own) if path.rpartition(".")[0] not in changed]
-    return [Recipe.ALIASES.get(path, path) for path in [*paths, *said]]
+    return [" or ".join(keys) for keys in [*map(_keys, paths), *said]]
+
+
+def _keys(given: str) -> tuple[str, ...]:
+    """What a key stands for."""
+    found = Recipe.ALIASES.get(given, given)
+    return (found,) if isinstance(found, str) else found
 
 
 def summary(name: str) -> str:

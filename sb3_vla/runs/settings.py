@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from sb3_vla.common.errors import InputError
 from sb3_vla.ppo.ppo import PPO
 
 
@@ -58,6 +59,17 @@ class Training:
     num_workers: int | None = None
     checkpoint_interval: int = 5
     keep_checkpoints: int | None = 2
+
+    def __post_init__(self) -> None:
+        size = "n_steps" if self.algorithm.has_critic else "group_size"
+        needed = {
+            "arguments": ("batch_size", "seed", size),
+            "policy": ("trainable", "distribution", "distribution_kwargs"),
+        }
+        for part, names in needed.items():
+            missing = [name for name in names if name not in getattr(self, part)]
+            if missing:
+                raise InputError(f"Training lacks {', '.join(missing)} in its {part}; a run needs to know them")
 
     @property
     def name(self) -> str:

@@ -10,3 +10,7 @@ if TYPE_CHECKING:
 
 __all__ = ["SFTConfig", "SFTResult", "sft"]
 __getattr__ = lazy_names(__name__, {"SFTConfig": "settings", "SFTResult": "imitation", "sft": "imitation"})
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -25,7 +25,6 @@ class SFTSettings:
     :param validation_fraction: share of episodes kept out, for the validation loss.
     :param validation_interval: steps between validations.
     :param checkpoint_interval: steps between the states from which an interrupted training goes on.
-    :param bf16: bfloat16 autocast; None where the processor computes it faster.
     """
 
     trainable: str | None = None
@@ -41,7 +40,6 @@ class SFTSettings:
     validation_fraction: float = 0.05
     validation_interval: int = 250
     checkpoint_interval: int = 250
-    bf16: bool | None = None
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "draws", "validation_interval", "checkpoint_interval"):
@@ -62,6 +60,7 @@ class SFTConfig(SFTSettings):
     :param frozen_bf16: a frozen backbone's weights in bfloat16.
     :param gradient_checkpointing: layers compute again what the backward pass needs, for less memory.
     :param device: ``cpu``, ``cuda`` or ``auto``; the result is on the CPU.
+    :param bf16: bfloat16 autocast; None where the processor computes it faster.
     :param action_horizon: H, length of the predicted chunk.
     :param seed: of weights, order and noise.
     """
@@ -79,6 +78,7 @@ class SFTConfig(SFTSettings):
     frozen_bf16: bool = False
     gradient_checkpointing: bool = False
     device: str = "auto"
+    bf16: bool | None = None
     action_horizon: int = 5
     seed: int = 0
 

@@ -74,6 +74,7 @@ OTHERS: dict[str, Any] = {
     "actor.model.compile": {"mode": "reduce-overhead"},
     "data.rename": {"observation.images.top": "observation.image"},
     "data.instruction_bytes": 128,
+    "sft.precision": "bf16",
 }
 
 
@@ -314,7 +315,8 @@ def test_names_of_the_reference_are_understood_or_refused_with_a_reason() -> Non
     recipe = load_recipe(name, ["actor.model.openpi.noise_level=0.3", "rollout.model.model_path=somewhere"])
     assert (recipe.actor.model.noise_level, recipe.actor.model.model_path) == (0.3, "somewhere")
     known = dict(leaf_keys(Recipe))
-    assert set(Recipe.ALIASES.values()) <= set(known)
+    for keys in Recipe.ALIASES.values():
+        assert {keys} if isinstance(keys, str) else set(keys) <= set(known)
     for key, reason in Recipe.REFUSED.items():
         assert key not in known
         with pytest.raises(ConfigError, match="is not taken here") as refusal:
@@ -460,6 +462,54 @@ def test_short_names_of_everyday_settings(tmp_path: Path) -> None:
     assert make_plan(recipe, given_keys("metaworld_50_ppo_compact", short)).run == run
 
 
+def test_short_names_in_a_file(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("base: quickstart.yaml\ntasks: [reach-v3]\nseed: 7\n")
+    recipe = load_recipe(str(tmp_path / "mine.yaml"))
+    assert (recipe.env.train.tasks, recipe.env.eval.tasks, recipe.actor.seed) == (["reach-v3"], ["reach-v3"], 7)
+    with pytest.raises(ConfigError, match="did you mean 'tasks'"):
+        load_recipe("quickstart", ["taks=[reach-v3]"])
+
+
+def test_a_run_has_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert plan_of("quickstart", []).run == Path("runs/quickstart")
+    assert plan_of("quickstart", ["seed=1"]).run == Path("runs/quickstart-seed1")
+    assert plan_of("quickstart", ["seed=1", "run='runs/q'"]).run == Path("runs/q")
+    assert plan_of("quickstart", ["run=runs/q/"]).run == Path("runs/q")
+    monkeypatch.chdir(tmp_path)
+    assert plan_of("quickstart", ["run=."]).run == tmp_path
+    for nothing in ("run=", "run=/", "run= "):
+        with pytest.raises(ConfigError, match="is no folder for a run"):
+            load_recipe("quickstart", [nothing])
+
+
+def test_a_new_model_of_a_full_size_recipe_is_trained_whole() -> None:
+    """pi0 that starts from nothing has no backbone that could stay as it is."""
+    plan = plan_of("metaworld_50_ppo_openpi", ["actor.model.model_kwargs={vocabulary: 1000}"])
+    assert plan.sft is not None
+    found = (plan.sft.trainable, plan.sft.steps, plan.sft.batch_size, plan.sft.learning_rate, plan.sft.warmup_steps)
+    assert found == ("all", 20_000, 64, 2.5e-5, 1000)
+
+
+@pytest.mark.parametrize(
+    ("given", "bf16"),
+    [([], False), (["actor.model.precision=bf16"], True), (["actor.model.precision=bf16", "sft.precision=auto"], None)],
+)
+def test_imitation_has_the_model_s_precision_or_its_own(given: list[str], bf16: bool | None) -> None:
+    plan = plan_of("metaworld_50_sft_openpi", ["checkpoint=somewhere", *given])
+    assert plan.sft is not None and plan.sft.bf16 is bf16
+
+
+@pytest.mark.parametrize("name", ["ppo", "grpo"])
+def test_the_chunk_is_the_checkpoint_s(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = {"width": 64, "depth": 1, "channels": [8, 8, 16], "image_size": 32}
+    save_checkpoint(tmp_path / "start", make_model("compact", {**options, "action_horizon": 3}))
+    start = f"checkpoint={tmp_path / 'start'}"
+    plan = plan_of(name, [start, "actor.global_batch_size=576"])
+    assert (plan.action_chunk, settings(plan).action_chunk) == (3, 3)
+    assert main(["train", name, start, "actor.model.num_action_chunks=5", f"run={tmp_path / 'run'}"]) == 2
+    assert "num_action_chunks=5, but the model of" in " ".join(capsys.readouterr().err.split())
+
+
 def test_the_quickstart_is_what_was_measured() -> None:
     """docs/results/ablations.md: the row of MT10 after PPO."""
     plan = plan_of("quickstart", [])
@@ -517,7 +567,12 @@ def test_the_list_names_every_recipe(capsys: pytest.CaptureFixture[str]) -> None
         (["ppo", "checkpoint=nowhere"], "nowhere does not exist"),
         (["ppo", "checkpoint=compact-mt50", "data.path=nowhere"], "data.path would be without effect"),
         (["quickstart", "tasks=[hammer-v3]"], "env.eval.tasks: Task 'hammer-v3' is not in"),
-        (["quickstart", "actor.global_batch_size=60"], "batch_size=60 does not divide a rollout of"),
+        (["quickstart", "actor.global_batch_size=60"], "actor.global_batch_size=60 does not divide a rollout of"),
+        (["quickstart", "learning_rate=-1"], "actor.optim.lr=-1.0; expected above 0"),
+        (["quickstart", "seed=-1"], "actor.seed=-1; expected at least 0"),
+        (["quickstart", "actor.model.num_action_chunks=0"], "actor.model.num_action_chunks=0; expected at least 1"),
+        (["grpo", "checkpoint=compact-mt50", "num_envs=12"], "env.train.total_num_envs=12 for groups of"),
+        (["grpo", "checkpoint=compact-mt50", "algorithm.group_size=0"], "algorithm.group_size=0; expected at least 1"),
         (["checkpoint=compact-mt50"], "checkpoint=compact-mt50 where a recipe is expected"),
         ([], "nothing where a recipe is expected"),
         (["metaworld_50_ppo_compact", "runner.logger.logger_backends=[tensorbord]"], "did you mean 'tensorboard'"),
@@ -594,7 +649,7 @@ def test_sections_and_fields_are_explained() -> None:
         *sections, name = key.split(".")
         for section in sections:
             holder = getattr(holder, section)
-        assert f":param {name}:" in type(holder).__doc__, key
+        assert any(f":param {name}:" in (kind.__doc__ or "") for kind in type(holder).__mro__), key
         assert dataclasses.is_dataclass(holder)
 
 
