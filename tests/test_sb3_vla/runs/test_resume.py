@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import trainings
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from stable_baselines3.common.logger import configure
@@ -534,7 +535,9 @@ def test_groups_that_were_killed_go_on_in_metaworld(tmp_path: Path) -> None:
 
     def train_groups(folder: str, how: str) -> int:
         (tmp_path / folder).mkdir(exist_ok=True)
-        return subprocess.run([sys.executable, tmp_path / "train_groups.py", tmp_path / folder, how]).returncode
+        command = [sys.executable, tmp_path / "train_groups.py", tmp_path / folder, how]
+        places = os.pathsep.join([str(Path(trainings.__file__).parent), str(Path(training.__file__).parents[2])])
+        return subprocess.run(command, env={**os.environ, "PYTHONPATH": places}).returncode
 
     assert train_groups("killed", "kill") == -signal.SIGKILL
     checkpoints = tmp_path / "killed" / "run" / "checkpoints" / "grpo"
