@@ -38,12 +38,15 @@ def data_identity(root: str | Path | None) -> str | None:
 
     :raises FileNotFoundError: if there is none.
     """
-    if root is None:
-        return None
+    return None if root is None else _digest(dataset_folder(root))
+
+
+def dataset_folder(root: str | Path) -> Path:
+    """:raises FileNotFoundError: if there is no such folder."""
     folder = local_path(root)
     if not folder.is_dir():
         raise NotThereError(f"There is no dataset {folder}: expected a folder with meta/info.json")
-    return _digest(folder)
+    return folder
 
 
 def deciding_options(options: Mapping[str, Any]) -> dict[str, Any]:

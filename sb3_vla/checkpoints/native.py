@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from sb3_vla.checkpoints.folders import HUB, checkpoints_in, local_folder
 from sb3_vla.checkpoints.weights import load_weights, read_tensors, write_weights
-from sb3_vla.common.errors import InputError, InTheWayError, NotThereError
+from sb3_vla.common.errors import DamagedError, InputError, InTheWayError, NotThereError
 from sb3_vla.common.files import entries, finish_exchange, read_json, whole_folder, write_json
 from sb3_vla.common.paths import local_path
 from sb3_vla.models import MODELS, VLAModel, model_class
@@ -154,6 +154,8 @@ def load_checkpoint(folder: str | Path) -> LoadedCheckpoint:
         if config.get("distribution") is not None:
             acts_by, options = config["distribution"]
             distribution = str(acts_by), {str(key): value for key, value in options.items()}
+    except DamagedError:  # which names the file and what is wrong with it
+        raise
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(f"{folder / 'config.json'} is no sb3_vla checkpoint configuration: {error!r}") from error
     if found_format != FORMAT:

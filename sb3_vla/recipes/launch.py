@@ -17,7 +17,13 @@ import torch
 from rich.console import Console
 
 from sb3_vla.checkpoints import load_checkpoint
-from sb3_vla.checkpoints.identity import checkpoint_identity, data_identity, deciding_options, without
+from sb3_vla.checkpoints.identity import (
+    checkpoint_identity,
+    data_identity,
+    dataset_folder,
+    deciding_options,
+    without,
+)
 from sb3_vla.checkpoints.training_state import check_training_state
 from sb3_vla.common.config import ConfigError, deciding_settings
 from sb3_vla.common.errors import InputError
@@ -78,7 +84,9 @@ def _run_stages(run: SharedRun, plan: Plan, console: Console) -> None:
 
 
 def _check_start(plan: Plan) -> None:
-    """Before hours are spent on a checkpoint that is not there, or of another model."""
+    """Before a run begins, and hours are spent on a checkpoint or dataset that is not there, or of another model."""
+    if plan.load is not None and plan.load["root"] is not None:
+        dataset_folder(plan.load["root"])
     if plan.checkpoint is None:
         if not plan.begins:
             raise ConfigError(

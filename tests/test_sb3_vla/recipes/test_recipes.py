@@ -564,6 +564,7 @@ def test_the_list_names_every_recipe(capsys: pytest.CaptureFixture[str]) -> None
         (["metaworld_50_grpo_compact", "algorithm.group_size=7"], "does not divide the 96 episodes"),
         (["metaworld_50_grpo_openpi", "env.train.dense_reward=true"], "bounds a reward of success"),
         (["ppo"], "give checkpoint=FOLDER"),
+        (["quickstart", "data.path=nowhere"], "There is no dataset nowhere"),
         (["ppo", "checkpoint=nowhere"], "nowhere does not exist"),
         (["ppo", "checkpoint=compact-mt50", "data.path=nowhere"], "data.path would be without effect"),
         (["quickstart", "tasks=[hammer-v3]"], "env.eval.tasks: Task 'hammer-v3' is not in"),
